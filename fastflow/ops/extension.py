@@ -1,0 +1,48 @@
+"""The compiled ops, where they were built: importing this registers ``torch.ops.fastflow_C``.
+
+``cpu`` and ``cuda`` tell which bodies are there, ``build`` with what they were built.  One that is absent is left out
+in silence, since FastFlow is whole without it; one that is there and does not load gives one warning with the reason.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+cpu: bool = False
+cuda: bool = False
+build: dict[str, str] = {}
+
+
+def _load_cpu() -> None:
+    global cpu
+    try:
+        from fastflow import _C
+    except ImportError as error:
+        # "No module named" and "cannot import name" are absence; anything else is a file that does not load.
+        if isinstance(error, ModuleNotFoundError) or error.path is None or "cannot import name" in str(error):
+            return
+        _warn("fastflow._C", error)
+    else:
+        cpu = True
+        build.update(_C.build)
+
+
+def _load_cuda() -> None:
+    global cuda
+    for library in sorted(Path(__file__).parents[1].glob("_cuda.*")):
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            _warn(library.name, error)
+        else:
+            cuda = True
+
+
+def _warn(name: str, error: Exception) -> None:
+    warnings.warn(f"{name} is installed but does not load, so its ops run from PyTorch: {error}", stacklevel=3)
+
+
+_load_cpu()
+if cpu:  # the schema of the CUDA ops is registered by _C
+    _load_cuda()

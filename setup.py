@@ -1,0 +1,100 @@
+"""Decides which of the two extensions can be built here; everything that is fixed stands in pyproject.toml.
+
+``fastflow._C`` needs a C++ compiler, ``fastflow._cuda`` also a CUDA build of torch and nvcc of the same major version;
+a visible GPU is never asked for.  What is missing is said in the output and left out: FastFlow then runs its PyTorch
+reference.  ``FASTFLOW_CUDA=1`` turns a missing CUDA part into an error, ``FASTFLOW_CUDA=0`` leaves it out.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def find_cuda_home() -> Path | None:
+    """The toolkit's root.  torch's own guess, two folders above nvcc, is misled by a wrapper script in another place."""
+    if "CUDA_HOME" in os.environ:
+        roots = [Path(os.environ["CUDA_HOME"])]
+    else:
+        nvcc = shutil.which("nvcc")
+        roots = [Path(nvcc).resolve().parent.parent] if nvcc else []
+        roots.append(Path("/usr/local/cuda"))
+    return next((r for r in roots if (r / "include/cuda_runtime.h").exists() and (r / "bin/nvcc").exists()), None)
+
+
+cuda_home = find_cuda_home()
+if cuda_home:  # before torch is imported, which reads it once
+    os.environ["CUDA_HOME"] = str(cuda_home)
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")  # PTX: later chips start too
+
+import pybind11  # noqa: E402
+import torch  # noqa: E402
+from setuptools import setup  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+
+def cuda_toolkit_version() -> str:
+    out = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", out)[1]
+
+
+def why_no_cpp() -> str | None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    return None if shutil.which(compiler) else f"no C++ compiler ({compiler} is not on PATH; CXX names another)"
+
+
+def why_no_cuda() -> str | None:
+    if os.environ.get("FASTFLOW_CUDA") == "0":
+        return "FASTFLOW_CUDA=0"
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if not cuda_home:
+        return "no nvcc (looked at CUDA_HOME, PATH and /usr/local/cuda)"
+    if cuda_toolkit_version().split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {cuda_toolkit_version()}, torch of CUDA {torch.version.cuda}: majors must be equal"
+    return None
+
+
+def extensions() -> list:
+    wish = os.environ.get("FASTFLOW_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"fastflow: FASTFLOW_CUDA is {wish!r}, expected 0, 1 or unset")
+    no_cpp = why_no_cpp()
+    no_cuda = no_cpp or why_no_cuda()
+    if wish == "1" and no_cuda:
+        raise SystemExit(f"fastflow: FASTFLOW_CUDA=1, but the CUDA extension cannot be built: {no_cuda}")
+    print(f"fastflow: C++ extension: {f'left out: {no_cpp}' if no_cpp else 'built'}")
+    print(f"fastflow: CUDA extension: {f'left out: {no_cuda}' if no_cuda else 'built'}")
+    if no_cpp:
+        return []
+
+    headers = sorted(str(p) for p in Path("csrc").rglob("*.h"))
+    cuda_version, archs = ("", "") if no_cuda else (cuda_toolkit_version(), os.environ["TORCH_CUDA_ARCH_LIST"])
+    built = [
+        CppExtension(
+            "fastflow._C",
+            ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+            include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
+            define_macros=[("FASTFLOW_CUDA", f'"{cuda_version}"'), ("FASTFLOW_CUDA_ARCHS", f'"{archs}"')],
+            extra_compile_args={"cxx": ["-O3", "-g0"]},
+            depends=headers,
+        )
+    ]
+    if not no_cuda:
+        # No Python module inside, so torch.ops.load_library opens it; it links libcudart, so it stays apart from _C.
+        built.append(
+            CUDAExtension(
+                "fastflow._cuda",
+                sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
+                include_dirs=[os.path.abspath("csrc")],
+                py_limited_api=True,
+                extra_compile_args={"cxx": ["-O3", "-g0"], "nvcc": ["-O3"]},
+                depends=headers,
+            )
+        )
+    return built
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
