@@ -1,0 +1,32 @@
+"""The ops: checked functions over ``torch.ops.fastflow.*``, which are differentiable and which torch.compile traces as one node."""
+
+from fastflow.ops.actnorm import actnorm, actnorm_inverse_backward, actnorm_statistics
+from fastflow.ops.affine_coupling import affine_coupling, affine_coupling_inverse_backward
+from fastflow.ops.conv1x1 import conv1x1, conv1x1_inverse_backward
+from fastflow.ops.dequantize import dequantize, dequantize_inverse
+from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
+from fastflow.ops.library import backend
+from fastflow.ops.lu_weight import lu_weight
+from fastflow.ops.noise import uniform_noise
+from fastflow.ops.squeeze import squeeze, unsqueeze
+from fastflow.ops.triangular_solve import triangular_solve
+
+__all__ = [
+    "actnorm",
+    "actnorm_inverse_backward",
+    "actnorm_statistics",
+    "affine_coupling",
+    "affine_coupling_inverse_backward",
+    "backend",
+    "conv1x1",
+    "conv1x1_inverse_backward",
+    "dequantize",
+    "dequantize_inverse",
+    "gaussian_log_prob",
+    "gaussian_sample",
+    "lu_weight",
+    "squeeze",
+    "triangular_solve",
+    "uniform_noise",
+    "unsqueeze",
+]

@@ -1,0 +1,45 @@
+"""The checks that every op makes of its arguments: shapes, dtypes and devices, never values."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def error(argument: str, got: object, expected: str) -> ValueError:
+    return ValueError(f"{argument}: got {got}, expected {expected}")
+
+
+def shape_of(t: Tensor) -> str:
+    return f"shape {list(t.shape)}"
+
+
+def one_of(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise error(argument, repr(value), f"one of {', '.join(map(repr, choices))}")
+
+
+def floating(argument: str, t: Tensor, min_dim: int = 2) -> None:
+    if t.dtype not in FLOATING:
+        raise error(argument, f"dtype {t.dtype}", "a floating point tensor (float64, float32, bfloat16, float16)")
+    if t.ndim < min_dim:
+        raise error(argument, shape_of(t), "a batch [N, C, ...]")
+
+
+def same_shape(argument: str, t: Tensor, shape: tuple[int, ...], why: str) -> None:
+    if tuple(t.shape) != tuple(shape):
+        raise error(argument, shape_of(t), f"{list(shape)} ({why})")
+
+
+def beside(argument: str, t: Tensor, x_name: str, x: Tensor) -> None:
+    """``t`` on x's device, in x's dtype or in one that computes as well: half precision beside float32, float32 beside half precision."""
+    if t.device != x.device:
+        raise error(argument, f"device {t.device}", f"{x.device}, where {x_name} is")
+    double = torch.float64
+    if t.dtype not in FLOATING or (t.dtype == double) != (x.dtype == double):
+        raise error(argument, f"dtype {t.dtype}", f"{x.dtype}, the dtype of {x_name}")
+
+
+def channels(argument: str, t: Tensor, count: int, why: str) -> None:
+    if tuple(t.shape) != (count,):
+        raise error(argument, shape_of(t), f"[{count}], {why}")

@@ -1,0 +1,53 @@
+"""fastflow::uniform_noise: counter-based noise that depends on (seed, sample index, element) alone."""
+
+import torch
+from torch import Tensor
+
+from fastflow import reference
+from fastflow.ops import check
+from fastflow.ops.library import register
+
+register(
+    "uniform_noise",
+    "(SymInt[] size, Tensor seed, SymInt offset, ScalarType dtype) -> Tensor",
+    reference.uniform_noise,
+    lambda size, seed, offset, dtype: seed.new_empty(size, dtype=dtype),
+)
+
+
+def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """``seed`` as the int64 tensor without dimensions that ops take, so that no op waits for its value."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim:
+            raise check.error("seed", f"{seed.dtype} of shape {list(seed.shape)}", "an int, or an int64 tensor without dimensions")
+        return seed.to(device)
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def random_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A seed from torch's own generator (of ``generator``'s device where one is given), so that torch.manual_seed governs the noise."""
+    source = device if generator is None else generator.device
+    return torch.randint(2**63 - 1, (), generator=generator, device=source).to(device)
+
+
+def uniform_noise(
+    size: tuple[int, ...],
+    seed: int | Tensor,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniform noise on [0, 1), multiples of 2⁻¹⁶, from Philox4x32-10 (Salmon et al., SC'11) keyed by (seed, sample, element).
+
+    Args:
+        size: ``[N, ...]``.
+        seed: an int, or an int64 tensor without dimensions.
+        offset: index of the first sample: samples ``offset ... offset + N - 1`` of a batch, however it is split.
+
+    Example:
+        >>> whole = uniform_noise((4, 3), seed=1)
+        >>> bool((uniform_noise((2, 3), seed=1, offset=2) == whole[2:]).all())
+        True
+    """
+    device = torch.device(device or (seed.device if isinstance(seed, Tensor) else "cpu"))
+    return torch.ops.fastflow.uniform_noise.default(list(size), as_seed(seed, device), offset, dtype)
