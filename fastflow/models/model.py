@@ -1,0 +1,173 @@
+"""What every model of images can do."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastflow.nn import Dequantize, Flow, GaussianPrior, Split
+from fastflow.ops import check
+
+
+class Model(nn.Module):
+    """A multi-scale flow over uint8 images: dequantize, then flow and split level by level, then a prior over what is left.
+
+    Args:
+        image_shape: ``(C, H, W)``.
+        dequantize: uint8 images to continuous ones.
+        flows: one for each level.
+        splits: between the levels, so one fewer.
+        prior: of the last latent.
+        classes: number of classes that the context names, None for an unconditional model.
+        config: the arguments that build this model again, kept in checkpoints.
+
+    Values of images lie in ``[0, 2 ** n_bits)``. The context of a class-conditional model is int64 ``[N]``. Shapes and dtypes are
+    checked always; values (bit depth, class, NaN) in eager mode on the CPU only, so that nothing waits for a device or breaks a graph.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        dequantize: Dequantize,
+        flows: list[Flow],
+        splits: list[Split],
+        prior: GaussianPrior,
+        classes: int | None,
+        config: dict,
+    ) -> None:
+        super().__init__()
+        self.image_shape, self.n_bits, self.classes, self.config = tuple(image_shape), dequantize.n_bits, classes, config
+        self.dequantize, self.prior = dequantize, prior
+        self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
+        """Log-probability of the discrete images, ``[N]`` nats: a lower bound of it by one draw of the dequantization noise.
+
+        The noise comes from torch's generator, or is a function of ``(seed, offset + sample, element)``.
+        """
+        self._check_images(x)
+        self._check_context(context, x.shape[0])
+        y, log_prob = self.dequantize(x, seed=seed, offset=offset)
+        for i, flow in enumerate(self.flows):
+            y, log_det = flow(y, self._flow_context(context))
+            log_prob = log_prob + log_det
+            if i < len(self.splits):
+                y, _, log_prob_z = self.splits[i](y)
+                log_prob = log_prob + log_prob_z
+        return log_prob + self.prior.log_prob(y, context)
+
+    def bits_per_dim(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
+        """Negative log-probability in bits for each of the C H W values, ``[N]``."""
+        return self.log_prob(x, context, seed=seed, offset=offset) / (-math.log(2) * math.prod(self.image_shape))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
+        """:meth:`bits_per_dim`, so that DDP and torch.compile wrap training."""
+        return self.bits_per_dim(x, context, seed=seed, offset=offset)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None) -> None:
+        """Initialises every ActNorm that has not been, from a batch of images, as the first forward pass in training mode does."""
+        training = self.training
+        self.train()
+        with torch.no_grad():
+            self.log_prob(x, context, seed=seed)
+        self.train(training)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Latents, fine to coarse, of images dequantized at the bin centre: ``decode(encode(x))`` is x."""
+        self._check_images(x)
+        self._check_context(context, x.shape[0])
+        y, latents = self.dequantize.centre(x), []
+        for i, flow in enumerate(self.flows):
+            y, _ = flow(y, self._flow_context(context))
+            if i < len(self.splits):
+                y, z, _ = self.splits[i](y)
+                latents.append(z)
+        return *latents, y
+
+    @torch.no_grad()
+    def decode(self, latents: tuple[Tensor, ...], context: Tensor | None = None) -> Tensor:
+        """uint8 images from the latents of :meth:`encode`. Raises ValueError for other shapes, and for NaN in them."""
+        self._check_latents(latents)
+        *latents, y = latents
+        self._check_context(context, y.shape[0])
+        for i in reversed(range(len(self.flows))):
+            if i < len(self.splits):
+                y = self.splits[i].inverse(y, latents[i])
+            y, _ = self.flows[i].inverse(y, self._flow_context(context))
+        return self.dequantize.inverse(y)[0]
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """``n`` uint8 images ``[n, C, H, W]``; every latent's noise is scaled by ``temperature``.
+
+        Noise is seeded from ``generator`` or torch's own. An ActNorm that was never initialised is the identity here.
+        """
+        if temperature < 0:
+            raise check.error("temperature", temperature, "0 or more")
+        self._check_context(context, n)
+        y = self.prior.sample(n, self.dequantize.like, temperature, context, generator)
+        for i in reversed(range(len(self.flows))):
+            if i < len(self.splits):
+                y = self.splits[i].sample(y, temperature, generator)
+            y, _ = self.flows[i].inverse(y, self._flow_context(context))
+        return self.dequantize.inverse(y)[0]
+
+    def _flow_context(self, context: Tensor | None) -> None:
+        """What the layers condition on: nothing, here the prior alone takes the class."""
+        return None
+
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of a sample's latents, fine to coarse."""
+        c, h, w = self.image_shape
+        shapes = []
+        for _ in self.splits:
+            c, h, w = 2 * c, h // 2, w // 2
+            shapes.append((c, h, w))
+        return [*shapes, self.prior.shape]
+
+    def _check_images(self, x: Tensor) -> None:
+        values = f"uint8 images [N, {', '.join(map(str, self.image_shape))}] with values in [0, {2**self.n_bits})"
+        if x.dtype != torch.uint8:
+            raise check.error("x", f"dtype {x.dtype}", values)
+        if tuple(x.shape[1:]) != self.image_shape or x.ndim != 4:
+            raise check.error("x", check.shape_of(x), values)
+        self._check_device("x", x)
+        if self.n_bits < 8 and _values_are_free(x) and x.numel() and (largest := int(x.max())) >= 2**self.n_bits:
+            raise check.error("x", f"a value of {largest}", values)
+
+    def _check_context(self, context: Tensor | None, n: int) -> None:
+        if self.classes is None:
+            if context is not None:
+                raise check.error("context", f"a tensor of {check.shape_of(context)}", "None, the model has no classes")
+            return
+        expected = f"int64 classes [{n}] in [0, {self.classes})"
+        if context is None:
+            raise check.error("context", "None", expected)
+        if context.dtype != torch.int64 or tuple(context.shape) != (n,):
+            raise check.error("context", f"{context.dtype} of {check.shape_of(context)}", expected)
+        self._check_device("context", context)
+        if _values_are_free(context) and n and not (0 <= int(context.min()) and int(context.max()) < self.classes):
+            raise check.error("context", f"values from {int(context.min())} to {int(context.max())}", expected)
+
+    def _check_latents(self, latents: tuple[Tensor, ...]) -> None:
+        shapes = self.latent_shapes()
+        if len(latents) != len(shapes):
+            raise check.error("latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them")
+        like = self.dequantize.like
+        for i, (z, shape) in enumerate(zip(latents, shapes, strict=True)):
+            if tuple(z.shape) != (latents[-1].shape[0], *shape):
+                raise check.error(f"latents[{i}]", check.shape_of(z), f"[N, {', '.join(map(str, shape))}]")
+            self._check_device(f"latents[{i}]", z)
+            if z.dtype != like.dtype:
+                raise check.error(f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's")
+            if _values_are_free(z) and z.isnan().any():
+                raise check.error(f"latents[{i}]", "NaN", "numbers")
+
+    def _check_device(self, argument: str, t: Tensor) -> None:
+        if t.device != self.dequantize.like.device:
+            raise check.error(argument, f"device {t.device}", f"{self.dequantize.like.device}, where the model is")
+
+
+def _values_are_free(t: Tensor) -> bool:
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,0 +1,68 @@
+"""Activation normalization."""
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import ops
+from fastflow.nn.flow import Flow, check_channels
+
+
+class ActNorm(Flow):
+    r"""Activation normalization, :math:`y = e^{s} (x + b)` per channel (Glow, arXiv:1807.03039, section 3.1).
+
+    Initialised so that y has zero mean and unit variance per channel: by :meth:`initialize`, or by the first forward pass in
+    training mode. Until then it is the identity, in eval mode and in the inverse too. The flag is a buffer: a loaded checkpoint
+    is never initialised again. A channel that is constant keeps scale 1. An empty batch initialises nothing.
+
+    Args:
+        num_features: C.
+
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the positions of a sample (H W of an image).
+    Raises ValueError when C differs from ``num_features``.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.log_scale = nn.Parameter(torch.zeros(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("initialized", torch.tensor(False))
+        self._initialized = False  # the flag in Python, so that no forward waits for the device to read it
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Sets scale and bias from the statistics of ``x``, whether or not it was done before."""
+        check_channels(x, self.num_features)
+        if x.numel() == 0:
+            return
+        mean, var = ops.actnorm_statistics(x)
+        std = var.sqrt()
+        # below this, what varies is rounding: scaling it up would give noise or infinities
+        constant = std <= 1e-6 * mean.abs() + torch.finfo(std.dtype).tiny
+        self.log_scale.copy_(torch.where(constant, torch.zeros_like(std), -torch.log(torch.where(constant, 1.0, std))))
+        self.bias.copy_(-mean)
+        self.initialized.fill_(True)
+        self._initialized = True
+
+    def initialize_once(self, x: Tensor) -> None:
+        """What the first forward pass in training mode does."""
+        if self.training and not self._initialized:
+            self.initialize(x)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(x, self.num_features)
+        self.initialize_once(x)
+        return ops.actnorm(x, self.log_scale, self.bias)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(z, self.num_features)
+        return ops.actnorm(z, self.log_scale, self.bias, inverse=True)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._initialized = bool(self.initialized)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}"

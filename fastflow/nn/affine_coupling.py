@@ -1,0 +1,99 @@
+"""Affine and additive coupling."""
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import ops
+from fastflow.nn.flow import Flow
+from fastflow.ops import check
+from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
+from fastflow.reference import checkerboard_transformed
+
+
+class AffineCoupling(Flow):
+    r"""Affine coupling, :math:`y_a = x_a,\; y_b = s(h) x_b + t(h),\; h = \mathrm{net}(x_a)` (RealNVP, arXiv:1605.08803, eq. 7-8).
+
+    Args:
+        net: any module; called with x_a, and with the context where one is given. For ``mask="halves"`` it maps ``[N, C/2, ...]`` to
+            ``[N, C, ...]``; for ``"checkerboard"``, ``[N, C, ...]`` (zeros at the transformed positions) to ``[N, 2C, ...]``.
+        mask, flip, scale, order, h_order: see :func:`fastflow.ops.affine_coupling`. ``scale="exp"`` and ``"sigmoid"`` are not bounded
+            below: on data unlike the training data a scale near zero loses digits that the inverse cannot give back;
+            ``"soft_clamp"`` and ``"tanh"`` are bounded by their factor.
+        num_features: number of transformed channels, to learn a factor for each (``"soft_clamp"``, ``"tanh"``); None: one for all.
+
+    Shape: x, y ``[N, C, ...]``, even C for halves; log_det ``[N]``, nats.
+    Raises ValueError for other shapes, and when the network's output does not fit.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        mask: str = "halves",
+        flip: bool = False,
+        scale: str = "soft_clamp",
+        order: str = "scale_first",
+        h_order: str = "shift_scale",
+        num_features: int | None = None,
+    ) -> None:
+        super().__init__()
+        check.one_of("mask", mask, MASKS)
+        check.one_of("scale", scale, SCALES)
+        check.one_of("order", order, ORDERS)
+        check.one_of("h_order", h_order, H_ORDERS)
+        self.net = net
+        self.mask, self.flip, self.scale, self.order, self.h_order = mask, flip, scale, order, h_order
+        # the factor is kept as its logarithm, which keeps it positive
+        self.log_factor = nn.Parameter(torch.zeros(num_features or 1)) if scale in WITH_FACTOR else None
+
+    def network_input(self, x: Tensor) -> Tensor:
+        """What the network sees of x (or of y, which has the same)."""
+        check.floating("x", x)
+        if self.mask == "checkerboard":
+            return x.masked_fill(checkerboard_transformed(x, self.flip), 0)
+        if x.shape[1] % 2:
+            raise check.error("x", check.shape_of(x), "an even number of channels, to split into halves")
+        return x.chunk(2, dim=1)[1 if self.flip else 0]
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        if self.log_factor is None:
+            return None
+        transformed = x.shape[1] if self.mask == "checkerboard" else x.shape[1] // 2
+        factor = self.log_factor.exp()
+        return factor.expand(transformed) if factor.shape[0] == 1 else factor
+
+    def _couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        x_a = self.network_input(x)
+        h = self.net(x_a) if context is None else self.net(x_a, context)
+        return ops.affine_coupling(
+            x,
+            h,
+            self.factor(x),
+            mask=self.mask,
+            flip=self.flip,
+            scale=self.scale,
+            order=self.order,
+            h_order=self.h_order,
+            inverse=inverse,
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._couple(x, context, inverse=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._couple(z, context, inverse=True)
+
+    def extra_repr(self) -> str:
+        return f"mask={self.mask!r}, flip={self.flip}, scale={self.scale!r}"
+
+
+class AdditiveCoupling(AffineCoupling):
+    r"""Additive coupling, :math:`y_a = x_a,\; y_b = x_b + \mathrm{net}(x_a)` (NICE, arXiv:1410.8516, eq. 4); its log-det is 0.
+
+    Args:
+        net: as :class:`AffineCoupling`'s, with half as many outputs.
+        mask, flip: see :func:`fastflow.ops.affine_coupling`.
+    """
+
+    def __init__(self, net: nn.Module, *, mask: str = "halves", flip: bool = False) -> None:
+        super().__init__(net, mask=mask, flip=flip, scale="none")

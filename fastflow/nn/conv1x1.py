@@ -1,0 +1,75 @@
+"""Invertible 1x1 convolution."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import ops
+from fastflow.nn.flow import Flow, check_channels
+from fastflow.reference import acc_dtype, positions
+
+
+class InvertibleConv1x1(Flow):
+    r"""Invertible 1x1 convolution :math:`y = W x` at every position (Glow, arXiv:1807.03039, section 3.2).
+
+    W starts as a random rotation. With ``lu``, :math:`W = P L (U + \operatorname{diag}(s))` (eq. 10) with P and the signs of s fixed, so
+    that the log-det is a sum and the inverse comes from triangles; without, W is a free matrix, and a determinant and an inverse
+    are computed in each pass.
+
+    Args:
+        num_features: C.
+        lu: parameterize by the LU decomposition.
+
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \log|\det W|` with P the positions of a sample.
+    Raises ValueError when C differs from ``num_features``.
+    """
+
+    def __init__(self, num_features: int, lu: bool = True) -> None:
+        super().__init__()
+        self.num_features, self.lu = num_features, lu
+        rotation = torch.linalg.qr(torch.randn(num_features, num_features, dtype=torch.float64)).Q
+        if lu:
+            P, L, U = torch.linalg.lu(rotation)
+            s = U.diagonal()
+            self.register_buffer("perm", P.argmax(dim=1))  # P[i, perm[i]] = 1
+            self.register_buffer("sign_s", s.sign().float())
+            self.lower = nn.Parameter(L.tril(-1).float())
+            self.upper = nn.Parameter(U.triu(1).float())
+            self.log_s = nn.Parameter(s.abs().log().float())
+        else:
+            self.weight = nn.Parameter(rotation.float())
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W and its inverse ``[C, C]``, and log|det W|, a scalar in nats."""
+        if self.lu:
+            return tuple(v[0] for v in stacked_weights([self]))
+        return self.weight, torch.linalg.inv(self.weight), torch.linalg.slogdet(self.weight).logabsdet
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(x, self.num_features)
+        weight, _, log_det = self.weights()
+        return ops.conv1x1(x, weight), _per_sample(log_det, x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(z, self.num_features)
+        _, weight_inverse, log_det = self.weights()
+        return ops.conv1x1(z, weight_inverse), -_per_sample(log_det, z)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, lu={self.lu}"
+
+
+def _per_sample(log_det: Tensor, x: Tensor) -> Tensor:
+    return (positions(x) * log_det).to(acc_dtype(x.dtype)).expand(x.shape[0])
+
+
+def stacked_weights(layers: Sequence[Flow]) -> tuple[Tensor, Tensor, Tensor]:
+    """W and its inverse ``[K, C, C]`` and log|det W| ``[K]`` of several layers at once, by one op where all are LU.
+
+    ``layers`` are of one kind: :class:`InvertibleConv1x1` or :class:`~fastflow.nn.Permute`.
+    """
+    if all(isinstance(layer, InvertibleConv1x1) and layer.lu for layer in layers):
+        names = ("perm", "lower", "upper", "log_s", "sign_s")
+        return ops.lu_weight(*(torch.stack([getattr(layer, name) for layer in layers]) for name in names))
+    return tuple(torch.stack(v) for v in zip(*(layer.weights() for layer in layers), strict=True))

@@ -1,0 +1,84 @@
+"""From uint8 images to continuous ones."""
+
+import torch
+from torch import Tensor
+
+from fastflow import ops
+from fastflow.nn.flow import Flow
+from fastflow.ops import check
+from fastflow.ops.noise import random_seed
+
+
+class Dequantize(Flow):
+    r"""Uniform dequantization to :math:`[-\tfrac12, \tfrac12)`: :math:`y = (x + u) / 2^n - \tfrac12` (arXiv:1511.01844, section 3.1).
+
+    Args:
+        n_bits: n; values of x lie in ``[0, 2 ** n_bits)``.
+
+    The noise u is drawn from torch's generator, or is a function of ``(seed, offset + sample, element)``, or is given. The inverse
+    takes the floor: ``inverse(forward(x)[0])[0] == x``. y is float32, float64 after ``.double()``.
+
+    Shape: x uint8 ``[N, ...]``, y like x; log_det ``[N]``, nats, :math:`-D \log 2^n`. Raises ValueError when x is not uint8.
+    """
+
+    scale, shift, logit = 1.0, -0.5, False
+
+    def __init__(self, n_bits: int = 8) -> None:
+        super().__init__()
+        if not 1 <= n_bits <= 8:
+            raise check.error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
+        self.n_bits = n_bits
+        self.register_buffer("like", torch.empty(0), persistent=False)  # carries the dtype and device of the outputs
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        offset: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        if noise is None and seed is None:
+            seed = random_seed(x.device)
+        return ops.dequantize(x, noise=noise, seed=seed, offset=offset, dtype=self.like.dtype, **self._map())
+
+    def centre(self, x: Tensor) -> Tensor:
+        """y at the centre of each bin, from where rounding cannot reach another one."""
+        noise = torch.full((), 0.5, dtype=self.like.dtype, device=x.device).expand(x.shape)
+        return self(x, noise=noise)[0]
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.dequantize_inverse(z, **self._map())
+
+    def _map(self) -> dict:
+        return {"n_bits": self.n_bits, "scale": self.scale, "shift": self.shift, "logit": self.logit}
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}"
+
+
+class LogitDequantize(Dequantize):
+    r"""Logit dequantization, :math:`y = \operatorname{logit}(\alpha_0 + \alpha_1 (x + u) / 2^n)` (arXiv:1605.08803, section 4.1).
+
+    Args:
+        n_bits: n; values of x lie in ``[0, 2 ** n_bits)``.
+        alpha: :math:`\alpha`, which keeps the logit finite.
+        preset: ``"realnvp"``: :math:`\alpha_1 = 1 - \alpha, \alpha_0 = \alpha`; ``"tutorial"``: :math:`1 - \alpha, \alpha / 2`, symmetric.
+
+    Everything else as :class:`Dequantize`. Raises ValueError for an alpha outside (0, 1) and another preset.
+    """
+
+    logit = True
+
+    def __init__(self, n_bits: int = 8, alpha: float = 0.05, preset: str = "realnvp") -> None:
+        super().__init__(n_bits)
+        check.one_of("preset", preset, ("realnvp", "tutorial"))
+        if not 0 < alpha < 1:
+            raise check.error("alpha", alpha, "a number between 0 and 1")
+        self.alpha, self.preset = alpha, preset
+        self.scale = 1 - alpha
+        self.shift = alpha if preset == "realnvp" else alpha / 2
+
+    def extra_repr(self) -> str:
+        return f"n_bits={self.n_bits}, alpha={self.alpha}, preset={self.preset!r}"

@@ -1,0 +1,142 @@
+"""The contract of a flow, and the check of it."""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastflow.ops import check
+
+
+@dataclass(frozen=True)
+class FlowReport:
+    """What :meth:`Flow.check` measured, in float64; an error of None was not applicable."""
+
+    inverse_error: float
+    """Largest difference between x and inverse(forward(x)), relative to 1 + max|x|."""
+    log_det_sum: float
+    """Largest |log_det + log_det of the inverse|, relative to 1 + |log_det|."""
+    log_det_error: float | None
+    """Largest difference between log_det and autograd's Jacobian, relative to 1 + |log_det|."""
+    gradient_errors: dict[str, float] = field(default_factory=dict)
+    """Of x and each parameter: difference between autograd and a central difference along a random direction, relative."""
+    tolerance: float = 1e-8
+    gradient_tolerance: float = 1e-5
+
+    def failures(self) -> list[str]:
+        errors = {"inverse": self.inverse_error, "log_det of the inverse": self.log_det_sum, "log_det": self.log_det_error}
+        failed = [name for name, e in errors.items() if e is not None and not e <= self.tolerance]
+        return failed + [f"gradient of {name}" for name, e in self.gradient_errors.items() if not e <= self.gradient_tolerance]
+
+    def __str__(self) -> str:
+        rows = [
+            ("inverse(forward(x)) - x", self.inverse_error, self.tolerance),
+            ("log_det + log_det of the inverse", self.log_det_sum, self.tolerance),
+            ("log_det - log|det Jacobian|", self.log_det_error, self.tolerance),
+            *((f"gradient of {name}", e, self.gradient_tolerance) for name, e in self.gradient_errors.items()),
+        ]
+        width = max(len(name) for name, _, _ in rows)
+        lines = []
+        for name, error, tolerance in rows:
+            verdict = "n/a" if error is None else f"{error:.1e}  {'ok' if error <= tolerance else f'WRONG, over {tolerance:.0e}'}"
+            lines.append(f"{name:<{width}}  {verdict}")
+        return "\n".join(lines)
+
+
+class Flow(nn.Module):
+    """An invertible layer with a log-det: write :meth:`forward` and :meth:`inverse`, then run :meth:`check`.
+
+    Both directions return ``(output, log_det)`` with log_det ``[N]`` in nats, of that direction, float32 (float64 for float64
+    input); ``context`` is whatever the layer conditions on, and is ignored by layers that do not. See docs/own_layer.md.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} has no inverse")
+
+    def check(self, x: Tensor, context: Tensor | None = None, *, tolerance: float = 1e-8, gradient_tolerance: float = 1e-5) -> FlowReport:
+        """Measures the inverse, the log-det against autograd's Jacobian, and the gradients against central differences.
+
+        A float64 copy of the layer is checked, in eval mode, after one pass in the layer's own mode (so that ActNorm is initialised
+        in it); the layer itself does not change. The Jacobian costs a backward pass for each element of a sample: give a small x.
+        An integer x (dequantization) has no Jacobian; its inverse must be exact.
+
+        Returns a report that prints as a table. Raises ValueError with that table when an error is over its tolerance.
+        """
+        flow = copy.deepcopy(self).double()
+        x = x.double() if x.is_floating_point() else x
+        if context is not None and context.is_floating_point():
+            context = context.double()
+        with torch.no_grad():
+            flow(x, context)
+        flow.eval()
+        with torch.no_grad():
+            z, log_det = flow(x, context)
+            if log_det.shape != (x.shape[0],):
+                raise check.error("log_det", check.shape_of(log_det), f"[{x.shape[0]}], one value for each sample")
+            back, log_det_back = flow.inverse(z, context)
+        report = FlowReport(
+            inverse_error=_largest((back.double() - x.double()) / (1 + x.abs().max())) if x.numel() else 0.0,
+            log_det_sum=_largest((log_det + log_det_back) / (1 + log_det.abs())),
+            log_det_error=_jacobian_error(flow, x, context) if x.is_floating_point() else None,
+            gradient_errors=_gradient_errors(flow, x, context) if x.is_floating_point() else {},
+            tolerance=tolerance,
+            gradient_tolerance=gradient_tolerance,
+        )
+        if failures := report.failures():
+            raise ValueError(f"{type(self).__name__} is no exact flow: {', '.join(failures)}\n{report}")
+        return report
+
+
+def _largest(errors: Tensor) -> float:
+    return errors.abs().max().item() if errors.numel() else 0.0
+
+
+def _jacobian_error(flow: Flow, x: Tensor, context: Tensor | None) -> float:
+    x = x.detach().clone().requires_grad_()
+    z, log_det = flow(x, context)
+    columns = z.flatten(1)
+    if columns.shape[1] != x[0].numel():
+        raise check.error("z", check.shape_of(z), f"as many elements a sample as x, {list(x.shape)}")
+    rows = [
+        torch.autograd.grad(columns[:, d].sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True)[0].flatten(1)
+        for d in range(columns.shape[1])
+    ]
+    jacobian = torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet
+    return _largest((log_det - jacobian) / (1 + jacobian.abs()))
+
+
+def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float = 1e-6) -> dict[str, float]:
+    x = x.detach().clone().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+
+    def random_like(v: Tensor) -> Tensor:
+        return torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.device)
+
+    z, log_det = flow(x, context)
+    weights = [random_like(v) / max(v.numel(), 1) ** 0.5 for v in (z, log_det)]
+
+    def loss() -> Tensor:
+        return sum((w * v).sum() for w, v in zip(weights, flow(x, context), strict=True))
+
+    variables = {"x": x} | {name: p for name, p in flow.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss(), list(variables.values()), allow_unused=True, materialize_grads=True)
+    errors = {}
+    for (name, v), gradient in zip(variables.items(), gradients, strict=True):
+        direction = random_like(v)
+        with torch.no_grad():
+            start = v.clone()
+            up = (v.copy_(start + step * direction), loss())[1]
+            down = (v.copy_(start - step * direction), loss())[1]
+            v.copy_(start)
+        numeric, exact = ((up - down) / (2 * step)).item(), (gradient * direction).sum().item()
+        errors[name] = abs(numeric - exact) / max(1.0, abs(numeric))
+    return errors
+
+
+def check_channels(x: Tensor, num_features: int) -> None:
+    if x.ndim < 2 or x.shape[1] != num_features:
+        raise check.error("x", check.shape_of(x), f"[N, {num_features}, ...], the layer's number of channels")

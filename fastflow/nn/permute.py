@@ -1,0 +1,47 @@
+"""Fixed permutations of the channels."""
+
+import torch
+from torch import Tensor
+
+from fastflow.nn.flow import Flow, check_channels
+from fastflow.ops import check
+from fastflow.reference import acc_dtype
+
+
+class Permute(Flow):
+    """A fixed permutation of the channels, ``y[:, i] = x[:, perm[i]]``; its log-det is 0.
+
+    Args:
+        num_features: C.
+        order: ``"reverse"`` (NICE, RealNVP) or ``"random"``, drawn once from torch's generator and kept in a buffer.
+
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``. Raises ValueError when C differs from ``num_features``, or for another order.
+    """
+
+    def __init__(self, num_features: int, order: str = "reverse") -> None:
+        super().__init__()
+        check.one_of("order", order, ("reverse", "random"))
+        self.num_features, self.order = num_features, order
+        perm = torch.arange(num_features).flip(0) if order == "reverse" else torch.randperm(num_features)
+        self.register_buffer("perm", perm)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The permutation as a matrix, its inverse, and log|det| = 0, as :class:`InvertibleConv1x1` gives them."""
+        dtype = torch.get_default_dtype()
+        weight = torch.eye(self.num_features, dtype=dtype, device=self.perm.device)[self.perm]
+        return weight, weight.mT, weight.new_zeros(())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(x, self.num_features)
+        return x.index_select(1, self.perm), _zeros(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_channels(z, self.num_features)
+        return z.index_select(1, torch.argsort(self.perm)), _zeros(z)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, order={self.order!r}"
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)

@@ -1,0 +1,57 @@
+"""Split: half the channels leave the flow, under a prior of their own."""
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import ops
+from fastflow.nn.flow import check_channels
+from fastflow.nn.glow_network import ZeroConv2d
+from fastflow.ops import check
+from fastflow.ops.noise import random_seed
+
+
+class Split(nn.Module):
+    r"""Hands out half the channels, :math:`z = x_b`, with their log-density given the other half (RealNVP, arXiv:1605.08803, section 3.6).
+
+    A layer of multi-scale models; not a :class:`Flow`, since it has three outputs.
+
+    Args:
+        num_features: C, even.
+        prior: ``"standard"``: :math:`z \sim N(0, 1)`; ``"learned"``: :math:`z \sim N(\mu(x_a), e^{2 s(x_a)})` with a zero-initialised 3x3
+            convolution for :math:`[\mu, s]` (as in Glow's published code), images only.
+
+    Shape: x ``[N, C, H, W]``; kept, z ``[N, C/2, H, W]``; log_prob ``[N]``, nats. Raises ValueError for another C or prior.
+    """
+
+    def __init__(self, num_features: int, prior: str = "learned") -> None:
+        super().__init__()
+        check.one_of("prior", prior, ("standard", "learned"))
+        if num_features % 2:
+            raise check.error("num_features", num_features, "an even number of channels")
+        self.num_features, self.prior = num_features, prior
+        self.net = ZeroConv2d(num_features // 2, num_features) if prior == "learned" else None
+
+    def terms(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and log scale of z given the half that stays."""
+        return (None, None) if self.net is None else self.net(kept).chunk(2, dim=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        check_channels(x, self.num_features)
+        kept, z = x.chunk(2, dim=1)
+        return kept, z, ops.gaussian_log_prob(z, *self.terms(kept))
+
+    def inverse(self, kept: Tensor, z: Tensor) -> Tensor:
+        if z.shape != kept.shape:
+            raise check.error("z", check.shape_of(z), f"{list(kept.shape)}, like the half that stays")
+        return torch.cat([kept, z], dim=1)
+
+    def sample(self, kept: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Draws z given the half that stays, and returns x."""
+        seed = random_seed(kept.device, generator)
+        z = ops.gaussian_sample(
+            tuple(kept.shape), *self.terms(kept), seed=seed, temperature=temperature, dtype=kept.dtype, device=kept.device
+        )
+        return self.inverse(kept, z)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, prior={self.prior!r}"

@@ -1,0 +1,34 @@
+"""Squeeze."""
+
+import torch
+from torch import Tensor
+
+from fastflow import ops
+from fastflow.nn.flow import Flow
+from fastflow.ops import check
+from fastflow.ops.squeeze import ORDERS
+from fastflow.reference import acc_dtype
+
+
+class Squeeze(Flow):
+    """Moves each 2x2 block of pixels into channels (RealNVP, arXiv:1605.08803, section 3.6); its log-det is 0.
+
+    Args:
+        order: of the new channels, ``"channel"``, ``"space"`` or ``"realnvp"``; see :func:`fastflow.ops.squeeze`.
+
+    Shape: x ``[N, C, H, W]`` with even H and W, z ``[N, 4C, H/2, W/2]``; log_det ``[N]``. Raises ValueError for other shapes and orders.
+    """
+
+    def __init__(self, order: str = "channel") -> None:
+        super().__init__()
+        check.one_of("order", order, ORDERS)
+        self.order = order
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.squeeze(x, self.order), torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.unsqueeze(z, self.order), torch.zeros(z.shape[0], dtype=acc_dtype(z.dtype), device=z.device)
+
+    def extra_repr(self) -> str:
+        return f"order={self.order!r}"
