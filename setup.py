@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def find_cuda_home() -> Path | None:
-    """The toolkit's root.  torch's own guess, two folders above nvcc, is misled by a wrapper script in another place."""
+    """The toolkit's root.  torch's own guess, two folders above nvcc, is wrong where nvcc is a wrapper script."""
     if "CUDA_HOME" in os.environ:
         roots = [Path(os.environ["CUDA_HOME"])]
     else:

@@ -4,6 +4,7 @@
 in silence, since FastFlow is whole without it; one that is there and does not load gives one warning with the reason.
 """
 
+import importlib
 import warnings
 from pathlib import Path
 
@@ -17,20 +18,19 @@ build: dict[str, str] = {}
 def _load_cpu() -> None:
     global cpu
     try:
-        from fastflow import _C
+        module = importlib.import_module("fastflow._C")
+    except ModuleNotFoundError:
+        return
     except ImportError as error:
-        # "No module named" and "cannot import name" are absence; anything else is a file that does not load.
-        if isinstance(error, ModuleNotFoundError) or error.path is None or "cannot import name" in str(error):
-            return
         _warn("fastflow._C", error)
     else:
         cpu = True
-        build.update(_C.build)
+        build.update(module.build)
 
 
 def _load_cuda() -> None:
     global cuda
-    for library in sorted(Path(__file__).parents[1].glob("_cuda.*")):
+    for library in Path(__file__).parents[1].glob("_cuda.*"):
         try:
             torch.ops.load_library(library)
         except OSError as error:
@@ -44,5 +44,5 @@ def _warn(name: str, error: Exception) -> None:
 
 
 _load_cpu()
-if cpu:  # the schema of the CUDA ops is registered by _C
+if cpu:  # _C registers the schemas that the CUDA bodies belong to
     _load_cuda()

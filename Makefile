@@ -1,0 +1,50 @@
+# Everything lives in .venv; the stamp in it says that the installed FastFlow is that of these sources.
+#   make train ARGS="--data cifar10"      make test      make setup TORCH="torch==2.13.0"      PYTHON=python3.12 make setup
+PYTHON ?= python3
+TORCH ?= torch torchvision
+ARGS ?=
+WORKERS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.fastflow
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+# pip shows its downloads on a terminal and keeps still in a log
+PIP := $(PY) -m pip --disable-pip-version-check install $(shell test -t 2 || echo --quiet)
+export MAX_JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP) ## .venv with torch, the extensions and FastFlow, editable; again only after the sources changed
+
+train: $(STAMP) ## train a small Glow on real photographs; ARGS="..." goes to `fastflow train`
+	@$(PY) -m fastflow train $(ARGS)
+
+# One thread a worker: two workers with one each beat torch's own threads on tensors as small as those of tests.
+test: lint ## lint, then every test
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --benchmark-disable --durations=10 $(ARGS)
+
+lint: $(STAMP) ## ruff, lint and format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+clean: ## remove .venv and what was built, but no run folder
+	rm -rf $(VENV) build dist *.egg-info fastflow/*.so .pytest_cache .ruff_cache
+
+$(STAMP): $(SOURCES)
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "FastFlow needs Python 3.11 or later; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(PY) && $(PY) -m pip --version >/dev/null 2>&1 || { echo "[1/3] making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "[2/3] installing $(TORCH) (the first time some 3 GB to download, 6 GB on disk)"
+	@$(PIP) $(TORCH) 'setuptools>=77' wheel pybind11 ninja
+	@echo "[3/3] building the extensions and installing FastFlow, editable"
+	@$(PIP) --no-build-isolation -e '.[train,test]'
+	@$(PY) -c 'import torch; from fastflow.ops import extension as e; \
+	  print(f"FastFlow is ready: torch {torch.__version__}, C++ ops", *(["built,"] if e.cpu else ["left out,"]), \
+	  "CUDA ops", *(["built"] if e.cuda else ["left out"]))'
+	@touch $@
