@@ -1,0 +1,177 @@
+"""The command line: ``python -m fastflow train | evaluate | sample``, also installed as ``fastflow``."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+_EXTRA = {"tyro", "tqdm", "PIL", "sklearn", "matplotlib", "torchvision", "numpy"}
+
+
+def main(argv=None):
+    """Run one command and give back its exit code; errors that a user can mend are one line on stderr."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        from fastflow.checkpoint import CheckpointError
+        from fastflow.data import DataError
+        from fastflow.train import ConfigError, Interrupted, NonFiniteError
+    except ModuleNotFoundError as error:
+        return _missing(error)
+    try:
+        return _run(argv)
+    except ModuleNotFoundError as error:
+        return _missing(error)
+    except (CheckpointError, ConfigError, DataError, NonFiniteError) as error:
+        line = str(error).strip().splitlines()[-1]  # from a worker process the message is a traceback's last line
+        return _fail(line.removeprefix("fastflow.data.DataError: "))
+    except Interrupted as error:
+        print(error)
+        return 128 + error.signum
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(line, code=1):
+    print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def _missing(error):
+    if error.name is None or error.name.split(".")[0] not in _EXTRA:
+        raise error
+    return _fail(f"{error.name} is not installed: pip install fastflow[train]")
+
+
+def _run(argv):
+    import tyro
+
+    from fastflow.train import Config, resumed, train
+
+    @dataclass(frozen=True)
+    class Evaluate:
+        """Bits/dim of a trained model on the test set of some data, beside what image codecs need."""
+
+        checkpoint: tyro.conf.Positional[str]
+        """A checkpoint, or a run folder (its last.pt)."""
+        data: str | None = None
+        """As in train; the default is what the model was trained on."""
+        data_dir: str | None = None
+        """Where torchvision keeps its data."""
+        images: int | None = None
+        """Only the first so many test images."""
+        samples: int = 16
+        """Importance samples."""
+        batch_size: int = 250
+        """Images at a time."""
+        bf16: bool = False
+        """Run the networks in bfloat16 (autocast)."""
+        seed: int = 0
+        """Of the dequantization noise."""
+        device: str = "cpu"
+        """cpu, cuda, ..."""
+
+    @dataclass(frozen=True)
+    class Sample:
+        """Write a grid of samples of a trained model as a PNG."""
+
+        checkpoint: tyro.conf.Positional[str]
+        """A checkpoint, or a run folder (its last.pt)."""
+        out: str = "samples.png"
+        """The picture."""
+        n: int = 64
+        """Images."""
+        temperature: float = 0.7
+        """Factor on the latents' standard deviation."""
+        classes: tuple[int, ...] | None = None
+        """Labels, taken in turn; the default is all of them."""
+        seed: int = 0
+        """Of the latents."""
+        device: str = "cpu"
+        """cpu, cuda, ..."""
+
+    # A resumed run's own settings are the defaults, so that what differs from them is what was asked for.
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--resume")
+    resume = peek.parse_known_args(argv)[0].resume if argv[:1] == ["train"] else None
+    default = resumed(resume) if resume is not None and not {"-h", "--help"} & set(argv) else Config()
+    options = tyro.cli(
+        Annotated[Config, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Sample, tyro.conf.subcommand("sample")],
+        args=argv,
+        prog="fastflow",
+        description="Train, evaluate and sample normalizing flows on images.",
+    )
+    if isinstance(options, Config):
+        train(options)
+    elif isinstance(options, Evaluate):
+        _evaluate(options)
+    else:
+        _sample(options)
+    return 0
+
+
+def _evaluate(options):
+    from fastflow import checkpoint, data, picture
+    from fastflow.train import ConfigError, evaluate, report
+
+    path = _file(options.checkpoint)
+    contents = checkpoint.read(path)
+    model = checkpoint.build(contents, path).to(options.device)
+    trained = (contents["training"] or {}).get("config", {})
+    name = options.data or trained.get("data")
+    if name is None:
+        raise ConfigError(f"{path}: does not say what it was trained on: give --data")
+    size = model.image_shape[1]
+    source = data.load(name, options.data_dir or trained.get("data_dir", "data"), size)
+    if source.image_shape != tuple(model.image_shape):
+        raise ConfigError(f"{name} has images {source.image_shape}, the model takes {tuple(model.image_shape)}")
+    if model.classes is not None and (source.classes or 0) > model.classes:
+        raise ConfigError(f"{name} has {source.classes} classes, the model {model.classes}")
+    if model.classes is not None and source.classes is None:
+        raise ConfigError(f"{name} has no labels, the model takes {model.classes} classes")
+    images = source.test[: options.images] >> (8 - model.n_bits)
+    labels = None if model.classes is None else source.test_labels[: options.images]
+    bounds = evaluate(
+        model,
+        images,
+        labels,
+        samples=options.samples,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        bf16=options.bf16,
+        each=True,
+    )
+    result = {"test_images": len(images), "importance_samples": options.samples}
+    result |= {"test_bits_per_dim": bounds[-1].mean().item(), "test_bits_per_dim_1_sample": bounds[0].mean().item()}
+    result["codecs_bits_per_dim"] = picture.codec_bits_per_dim(images[:1000]) if model.n_bits == 8 else {}
+    print(report(result))
+
+
+def _sample(options):
+    import torch
+
+    from fastflow import checkpoint, picture
+    from fastflow.train import ConfigError, sample
+
+    path = _file(options.checkpoint)
+    model = checkpoint.load(path, options.device)
+    labels = None
+    if options.classes is not None:
+        if model.classes is None:
+            raise ConfigError(f"classes is {options.classes}, but {path} holds a model without classes")
+        if not all(0 <= c < model.classes for c in options.classes):
+            raise ConfigError(f"classes is {options.classes}, expected labels from 0 to {model.classes - 1}")
+        labels = torch.tensor(options.classes)[torch.arange(options.n) % len(options.classes)]
+    images = sample(model, options.n, options.temperature, options.seed, labels)
+    picture.save_grid(options.out, images, model.n_bits)
+    print(f"{options.out}: {options.n} samples at temperature {options.temperature:g}")
+
+
+def _file(path):
+    return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

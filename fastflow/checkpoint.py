@@ -1,0 +1,147 @@
+"""Checkpoints: one file, written beside its place and renamed, read without running anything in it.
+
+A checkpoint is the zip of ``torch.save`` holding a plain dict::
+
+    {"format": 1, "fastflow": version, "model": class name, "config": constructor arguments,
+     "state_dict": ..., "training": None or what the trainer needs to go on}
+"""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+FORMAT = 1
+_KEYS = ("format", "fastflow", "model", "config", "state_dict", "training")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line with the path and the reason."""
+
+
+@contextmanager
+def replacing(path):
+    """A binary file that takes the place of ``path`` whole when the block ends, or not at all.
+
+    It is written beside (``path.tmp``), flushed to the disk and renamed, and the rename is flushed too: whenever the
+    process or the machine stops, ``path`` holds the old bytes or the new ones.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save(path, model, training=None):
+    """Write ``model``, one of ``fastflow.models``, to ``path``; an interrupted write leaves the former file as it was.
+
+    ``training`` is a plain dict of tensors, numbers, strings, lists and dicts that :func:`read` gives back.
+    Raises CheckpointError for a model that :func:`load` could not rebuild, OSError where the disk refuses.
+    """
+    import fastflow
+    import fastflow.models
+
+    name = type(model).__name__
+    if name not in fastflow.models.__all__:
+        raise CheckpointError(f"{path}: model is a {name}, expected one of {', '.join(fastflow.models.__all__)}")
+    contents = {
+        "format": FORMAT,
+        "fastflow": fastflow.__version__,
+        "model": name,
+        "config": dict(model.config),
+        "state_dict": model.state_dict(),
+        "training": training,
+    }
+    with replacing(path) as file:
+        torch.save(contents, file)
+
+
+def read(path, device="cpu"):
+    """The dict that :func:`save` wrote, tensors on ``device``.
+
+    Raises CheckpointError when the file is missing, damaged, something else, or written by a newer version.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, expected a checkpoint file")
+    try:
+        with open(path, "rb") as file:
+            archive = file.read(4) == b"PK\x03\x04"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if not archive:
+        raise CheckpointError(f"{path}: not a FastFlow checkpoint, and not a file that torch.save wrote")
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for damaged archives, and adds pages of advice
+        if "Weights only load failed" in str(error):
+            raise CheckpointError(f"{path}: not a FastFlow checkpoint: holds more than tensors and plain values") from error
+        if "device" in str(error).lower() and torch.device(device).type != "cpu":
+            raise CheckpointError(f"{path}: cannot be placed on {device} ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)})") from error
+    if not isinstance(contents, dict) or "format" not in contents or "fastflow" not in contents:
+        raise CheckpointError(f"{path}: not a FastFlow checkpoint, though a file that torch.save wrote")
+    if contents["format"] != FORMAT:
+        import fastflow
+
+        raise CheckpointError(
+            f"{path}: format {contents['format']} of fastflow {contents['fastflow']}; "
+            f"this is fastflow {fastflow.__version__}, which reads format {FORMAT}"
+        )
+    missing = [key for key in _KEYS if key not in contents]
+    if missing:
+        raise CheckpointError(f"{path}: incomplete, without {', '.join(missing)}")
+    return contents
+
+
+def build(contents, path):
+    """The model of a dict that :func:`read` gave, in eval mode; ``path`` is for the messages."""
+    import fastflow.models
+
+    name, config, state = contents["model"], contents["config"], contents["state_dict"]
+    if name not in fastflow.models.__all__:
+        known = ", ".join(fastflow.models.__all__)
+        raise CheckpointError(f"{path}: holds the model {name!r}; fastflow {fastflow.__version__} knows {known}")
+    try:
+        model = getattr(fastflow.models, name)(**config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {name} does not take its configuration ({_first_line(error)})") from error
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    if missing or unexpected:
+        counts = f"{len(missing)} missing, {len(unexpected)} unexpected, such as {(missing + unexpected)[0]}"
+        raise CheckpointError(f"{path}: weights do not fit {name}: {counts}")
+    for key, value in expected.items():
+        if value.shape != state[key].shape:
+            raise CheckpointError(f"{path}: weights do not fit {name}: {key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}")
+    model.load_state_dict(state, assign=True)  # assign keeps the file's dtypes, so that a float64 model stays one
+    return model.eval()
+
+
+def load(path, device="cpu"):
+    """The trained model that ``path`` holds, on ``device``, in eval mode.
+
+    Raises CheckpointError, a ValueError of one line, when it cannot be had: see :func:`read`; also for an unknown
+    model and for weights that do not fit it.
+    """
+    return build(read(path, device), path).to(device)
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
