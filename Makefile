@@ -8,8 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastflow
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
-# pip shows its downloads on a terminal and keeps still in a log
-PIP := $(PY) -m pip --disable-pip-version-check install $(shell test -t 2 || echo --quiet)
+# pip shows its downloads on a terminal and keeps still in a log; compiling all of torch to bytecode would take a minute
+PIP := $(PY) -m pip --disable-pip-version-check install --no-compile $(shell test -t 2 || echo --quiet)
 export MAX_JOBS ?= 2
 
 .DEFAULT_GOAL := help
