@@ -44,5 +44,5 @@ def _warn(name: str, error: Exception) -> None:
 
 
 _load_cpu()
-if cpu:  # _C registers the schemas that the CUDA bodies belong to
+if cpu and build["cuda"]:  # _C registers the schemas of the CUDA bodies, and knows whether a library is only left over
     _load_cuda()
