@@ -159,10 +159,10 @@ def affine_coupling_backward(
     g = (dy if mask == "checkerboard" else dy.chunk(2, dim=1)[0 if flip else 1]).to(v.dtype)
     dfactor = v.new_empty(0) if factor is None else None
     if scale == "none":
-        dt = -g if inverse else g
+        dt = -g if inverse else g.clone()  # an op must not return its input
         if transformed is not None:
             dt = torch.where(transformed, dt, torch.zeros_like(dt))
-        return _coupling_join(dy, g, mask, flip), dense_like(dt, h), dfactor
+        return _coupling_join(dy, g.clone(), mask, flip), dense_like(dt, h), dfactor
     log_s = _masked_log_scale(raw, f, scale, transformed)
     dl = sample_view(dlog_det.to(v.dtype), v)
     if inverse:
@@ -245,25 +245,22 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
-    layout = memory_format(x)
     n, c, h, w = x.shape
-    if not inverse:
-        x = x.reshape(n, c, h // 2, 2, w // 2, 2)  # n c h i w j
-        if order == "channel":
-            x = x.permute(0, 1, 3, 5, 2, 4)
-        else:
-            x = x.permute(0, 3, 5, 1, 2, 4)
-            if order == "realnvp":
-                x = x.reshape(n, 4, c, h // 2, w // 2)[:, list(REALNVP_PIXELS)]
-        return x.reshape(n, 4 * c, h // 2, w // 2).contiguous(memory_format=layout)
-    c //= 4
+    c, h, w = (c // 4, h, w) if inverse else (c, h // 2, w // 2)
+    # a copy into new memory: of 2x2 pixels and the like the reshaped x would be a view, and an op must not return its input
+    y = torch.empty((n, c, 2 * h, 2 * w) if inverse else (n, 4 * c, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    image, squeezed = (y, x) if inverse else (x, y)
+    pixels = image.view(n, c, h, 2, w, 2)
     if order == "channel":
-        x = x.reshape(n, c, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
+        pairs = [(pixels, squeezed.view(n, c, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3))]
+    elif order == "space":
+        pairs = [(pixels, squeezed.view(n, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2))]
     else:
-        if order == "realnvp":
-            x = x.reshape(n, 4, c, h, w)[:, [REALNVP_PIXELS.index(k) for k in range(4)]]
-        x = x.reshape(n, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2)
-    return x.reshape(n, c, 2 * h, 2 * w).contiguous(memory_format=layout)
+        groups = squeezed.view(n, 4, c, h, w)
+        pairs = [(pixels[:, :, :, k // 2, :, k % 2], groups[:, g]) for g, k in enumerate(REALNVP_PIXELS)]
+    for of_image, of_squeezed in pairs:
+        of_image.copy_(of_squeezed) if inverse else of_squeezed.copy_(of_image)
+    return y
 
 
 # counter-based noise -----------------------------------------------------------------------------------------------------------

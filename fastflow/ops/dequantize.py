@@ -17,7 +17,7 @@ def _image_like(x: Tensor, squeeze_order: str | None, inverse: bool, dtype: torc
     y = torch.empty_like(x, dtype=dtype)
     if squeeze_order is None:
         return y
-    return y.new_empty(squeezed_shape(x, inverse)).contiguous(memory_format=reference.memory_format(y))
+    return torch.empty(squeezed_shape(x, inverse), dtype=dtype, device=x.device, memory_format=reference.memory_format(y))
 
 
 def _fake(x, noise, seed, offset, n_bits, scale, shift, logit, squeeze_order, dtype):

@@ -16,7 +16,7 @@ def squeezed_shape(x: Tensor, inverse: bool) -> tuple[int, int, int, int]:
 
 
 def _fake(x, order, inverse):
-    return x.new_empty(squeezed_shape(x, inverse)).contiguous(memory_format=reference.memory_format(x))
+    return torch.empty(squeezed_shape(x, inverse), dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x))
 
 
 class SqueezeFunction(torch.autograd.Function):
