@@ -1,0 +1,92 @@
+"""fastflow::conv1x1."""
+
+import pytest
+import torch
+from cases import LAYOUTS, STATIC, lay_out, leaf
+from torch.autograd import gradcheck
+
+from fastflow import ops, reference
+
+OP = torch.ops.fastflow.conv1x1.default
+BACKWARD = torch.ops.fastflow.conv1x1_backward.default
+INVERSE_BACKWARD = torch.ops.fastflow.conv1x1_inverse_backward.default
+SHAPES = [(3, 4), (2, 3, 4, 2), (1, 1, 1, 1), (2, 3, 5), (2, 3, 2, 2, 2), (0, 3, 2, 2), (0, 3)]
+any_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+with_bias = pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+
+
+def inputs(shape, bias, dtype=torch.float64):
+    c = shape[1]
+    x, weight = torch.randn(shape), torch.randn(c, c) / c**0.5 + torch.eye(c)
+    return x.to(dtype), weight.to(dtype), torch.randn(c).to(dtype) if bias else None
+
+
+def leaves(*tensors):
+    return [None if t is None else leaf(t) for t in tensors]
+
+
+@with_bias
+@any_shape
+def test_is_a_matrix_at_each_position(shape, bias):
+    x, weight, b = inputs(shape, bias)
+    expected = torch.einsum("ij,nj...->ni...", weight, x) + (0 if b is None else b.view(1, -1, *[1] * (x.ndim - 2)))
+    torch.testing.assert_close(ops.conv1x1(x, weight, b), expected, rtol=1e-12, atol=1e-12)
+
+
+@with_bias
+@any_shape
+def test_gradients(shape, bias):
+    args = leaves(*inputs(shape, bias))
+    assert gradcheck(OP, args)
+    given = [a for a in args if a is not None]
+    y = reference.conv1x1(*args)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, given, dy)
+    x, weight, b = (None if a is None else a.detach() for a in args)
+    torch.testing.assert_close(BACKWARD(x, weight, dy)[: len(given)], expected, rtol=1e-12, atol=1e-12)
+    back, *gradients = ops.conv1x1_inverse_backward(y.detach(), weight, torch.linalg.inv(weight), b, dy)
+    torch.testing.assert_close(back, x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(tuple(gradients[: len(given)]), expected, rtol=1e-10, atol=1e-10)
+    assert bias or gradients[2] is None
+
+
+@with_bias
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 2), (2, 3, 5)], ids=str)
+def test_opcheck(shape, bias):
+    torch.library.opcheck(OP, leaves(*inputs(shape, bias)))
+
+
+@with_bias
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, bias):
+    x, weight, b = inputs((2, 4, 3, 2), bias)
+    x, weight = lay_out(x, layout), weight.mT if layout == "transposed" else weight
+    torch.library.opcheck(OP, leaves(x, weight, b), test_utils=STATIC)
+    dy = lay_out(torch.randn(x.shape, dtype=x.dtype), layout)
+    torch.library.opcheck(BACKWARD, (x, weight, dy), test_utils=STATIC)
+    torch.library.opcheck(INVERSE_BACKWARD, (x, weight, torch.linalg.inv(weight), b, dy), test_utils=STATIC)
+    y = ops.conv1x1(x, weight, b)
+    torch.testing.assert_close(y, ops.conv1x1(x.contiguous(), weight.contiguous(), b), rtol=1e-13, atol=1e-13)
+    assert y.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_accumulates_in_float32(dtype):
+    """So the only error is that of the last rounding."""
+    x, weight, b = inputs((2, 96, 4, 4), True, dtype)
+    exact = ops.conv1x1(x.double(), weight.double(), b.double())
+    found = ops.conv1x1(x, weight, b)
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
+    mixed = ops.conv1x1(x.float(), weight, b)
+    torch.testing.assert_close(mixed.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_same_bits_twice():
+    args = leaves(*inputs((16, 12, 16, 16), True, torch.float32))
+
+    def run():
+        y = ops.conv1x1(*args)
+        return y, *torch.autograd.grad((y * y).sum(), args)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
