@@ -13,13 +13,14 @@ FILES = sorted([*ROOT.glob("fastflow/**/*.py"), *ROOT.glob("triton_kernels/**/*.
 MAY_IMPORT = {
     "triton_kernels": {"torch", "triton"},
     "reference": {"torch"},
-    "ops": {"torch", "reference", "triton_kernels"},
+    "check": {"torch"},
+    "ops": {"torch", "reference", "check", "triton_kernels"},
     "reversible": {"torch"},
-    "nn": {"torch", "ops", "reversible"},
-    "models": {"torch", "nn"},
+    "nn": {"torch", "ops", "check", "reversible"},
+    "models": {"torch", "nn", "check"},
 }
 LAYERS = {*MAY_IMPORT, "trainer"}
-FORBIDDEN_ABOVE = {"trainer": LAYERS - {"trainer", "models"} | {"triton"}, "facade": {"triton"}}
+FORBIDDEN_ABOVE = {"trainer": LAYERS - {"trainer", "models", "check"} | {"triton"}, "facade": {"triton"}}
 NOWHERE = {"tests", "benchmarks", "conftest"}
 
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fastflow import check
 from fastflow.nn import Dequantize, Flow, GaussianPrior, Split
-from fastflow.ops import check
 
 
 class Model(nn.Module):

@@ -6,6 +6,7 @@ from fastflow.nn.conv1x1 import InvertibleConv1x1
 from fastflow.nn.dequantize import Dequantize, LogitDequantize
 from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.gaussian import GaussianPrior
+from fastflow.nn.glow_level import GlowLevel, GlowStep
 from fastflow.nn.glow_network import GlowNetwork
 from fastflow.nn.permute import Permute
 from fastflow.nn.sequential import Sequential
@@ -20,7 +21,9 @@ __all__ = [
     "Flow",
     "FlowReport",
     "GaussianPrior",
+    "GlowLevel",
     "GlowNetwork",
+    "GlowStep",
     "InvertibleConv1x1",
     "LogitDequantize",
     "Permute",

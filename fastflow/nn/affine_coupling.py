@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops
+from fastflow import check, ops
 from fastflow.nn.flow import Flow
-from fastflow.ops import check
+from fastflow.ops import checkerboard_transformed
 from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
-from fastflow.reference import checkerboard_transformed
 
 
 class AffineCoupling(Flow):

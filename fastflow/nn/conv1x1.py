@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.nn.flow import Flow, check_channels
-from fastflow.reference import acc_dtype, positions
+from fastflow.ops import acc_dtype, positions
 
 
 class InvertibleConv1x1(Flow):

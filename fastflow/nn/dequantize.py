@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastflow import ops
+from fastflow import check, ops
 from fastflow.nn.flow import Flow
-from fastflow.ops import check
 from fastflow.ops.noise import random_seed
 
 

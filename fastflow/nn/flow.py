@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastflow.ops import check
+from fastflow import check
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from fastflow import check
 from fastflow.nn.flow import Flow, check_channels
-from fastflow.ops import check
-from fastflow.reference import acc_dtype
+from fastflow.ops import acc_dtype
 
 
 class Permute(Flow):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow.nn.flow import Flow
-from fastflow.reference import acc_dtype
+from fastflow.ops import acc_dtype
 
 
 class Sequential(Flow):

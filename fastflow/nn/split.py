@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops
+from fastflow import check, ops
 from fastflow.nn.flow import check_channels
 from fastflow.nn.glow_network import ZeroConv2d
-from fastflow.ops import check
 from fastflow.ops.noise import random_seed
 
 

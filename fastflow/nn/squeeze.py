@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastflow import ops
+from fastflow import check, ops
 from fastflow.nn.flow import Flow
-from fastflow.ops import check
+from fastflow.ops import acc_dtype
 from fastflow.ops.squeeze import ORDERS
-from fastflow.reference import acc_dtype
 
 
 class Squeeze(Flow):

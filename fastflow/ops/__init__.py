@@ -10,14 +10,17 @@ from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
 from fastflow.ops.squeeze import squeeze, unsqueeze
 from fastflow.ops.triangular_solve import triangular_solve
+from fastflow.reference import acc_dtype, checkerboard_transformed, positions
 
 __all__ = [
+    "acc_dtype",
     "actnorm",
     "actnorm_inverse_backward",
     "actnorm_statistics",
     "affine_coupling",
     "affine_coupling_inverse_backward",
     "backend",
+    "checkerboard_transformed",
     "conv1x1",
     "conv1x1_inverse_backward",
     "dequantize",
@@ -25,6 +28,7 @@ __all__ = [
     "gaussian_log_prob",
     "gaussian_sample",
     "lu_weight",
+    "positions",
     "squeeze",
     "triangular_solve",
     "uniform_noise",

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastflow import reference
-from fastflow.ops import check
+from fastflow import check, reference
 from fastflow.ops.library import register
 
 MASKS = ("halves", "checkerboard")

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import reference
-from fastflow.ops import check
+from fastflow import check, reference
 from fastflow.ops.library import register
 
 register(

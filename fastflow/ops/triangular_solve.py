@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastflow import reference
-from fastflow.ops import check, extension
+from fastflow import check, reference
+from fastflow.ops import extension
 from fastflow.ops.library import register, with_compiled
 
 

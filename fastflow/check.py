@@ -1,4 +1,4 @@
-"""The checks that every op makes of its arguments: shapes, dtypes and devices, never values."""
+"""The checks of arguments: shapes, dtypes and devices, never values."""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,95 @@
+"""One level of Glow: its steps, and the weights of all of them at once."""
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import ops
+from fastflow.nn.actnorm import ActNorm
+from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
+from fastflow.nn.conv1x1 import InvertibleConv1x1, stacked_weights
+from fastflow.nn.flow import Flow
+from fastflow.nn.glow_network import GlowNetwork
+from fastflow.nn.permute import Permute
+from fastflow.nn.squeeze import Squeeze
+
+Linear = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _mixing(num_features: int, conv1x1: str) -> Flow:
+    if conv1x1 in ("lu", "plain"):
+        return InvertibleConv1x1(num_features, lu=conv1x1 == "lu")
+    return Permute(num_features, order="reverse" if conv1x1 == "reverse" else "random")
+
+
+class GlowStep(Flow):
+    r"""One step of Glow: ActNorm, 1x1 convolution, coupling (arXiv:1807.03039, figure 2a).
+
+    ActNorm is folded into the convolution, :math:`W e^{s} (x + b) = W' x + W' b` with :math:`W' = W \operatorname{diag}(e^{s})`, so that
+    both are one pass over x. Shape: ``[N, C, H, W]``, even C; log_det ``[N]``, nats.
+    """
+
+    def __init__(
+        self, num_features: int, hidden: int = 512, coupling: str = "affine", conv1x1: str = "lu", scale: str = "soft_clamp"
+    ) -> None:
+        super().__init__()
+        half = num_features // 2
+        self.actnorm = ActNorm(num_features)
+        self.conv1x1 = _mixing(num_features, conv1x1)
+        if coupling == "affine":
+            self.coupling = AffineCoupling(GlowNetwork(half, num_features, hidden), scale=scale, num_features=half)
+        else:
+            self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, linear: Linear | None = None) -> tuple[Tensor, Tensor]:
+        """``linear`` are the step's own weights from :func:`folded`, where the level has them already."""
+        self.actnorm.initialize_once(x)
+        weight, bias, _, _, log_det = linear or folded([self])[0]
+        x = ops.conv1x1(x, weight, bias)
+        x, coupling_log_det = self.coupling(x, context)
+        return x, coupling_log_det + ops.positions(x) * log_det
+
+    def inverse(self, z: Tensor, context: Tensor | None = None, linear: Linear | None = None) -> tuple[Tensor, Tensor]:
+        _, _, weight, bias, log_det = linear or folded([self])[0]
+        z, coupling_log_det = self.coupling.inverse(z, context)
+        return ops.conv1x1(z, weight, bias), coupling_log_det - ops.positions(z) * log_det
+
+
+def folded(steps: list[GlowStep]) -> list[Linear]:
+    """(weight, bias, weight and bias of the inverse, log_det of a position) of each step's ActNorm and convolution together."""
+    weight, inverse, log_det = stacked_weights([step.conv1x1 for step in steps])
+    log_scale = torch.stack([step.actnorm.log_scale for step in steps])
+    bias = torch.stack([step.actnorm.bias for step in steps])
+    weight = weight.to(bias.dtype) * log_scale.exp().unsqueeze(1)
+    inverse = inverse.to(bias.dtype) * (-log_scale).exp().unsqueeze(2)
+    log_det = log_det.to(bias.dtype) + log_scale.sum(1)
+    parts = (weight, (weight @ bias.unsqueeze(2)).squeeze(2), inverse, -bias, log_det)
+    return list(zip(*(v.unbind() for v in parts), strict=True))
+
+
+class GlowLevel(Flow):
+    """One level of Glow: squeeze, then K steps (arXiv:1807.03039, figure 2b); the weights of all its steps are computed at once.
+
+    Shape: ``[N, C, H, W]`` to ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
+    """
+
+    def __init__(self, steps: list[GlowStep]) -> None:
+        super().__init__()
+        self.squeeze = Squeeze()
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, log_det = self.squeeze(x)
+        # a step that has yet to initialise its ActNorm can only compute its weights once x has reached it
+        pending = self.training and not all(step.actnorm._initialized for step in self.steps)
+        linear = [None] * len(self.steps) if pending else folded(list(self.steps))
+        for step, weights in zip(self.steps, linear, strict=True):
+            x, step_log_det = step(x, context, weights)
+            log_det = log_det + step_log_det
+        return x, log_det
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        log_det = 0.0
+        for step, weights in zip(reversed(self.steps), reversed(folded(list(self.steps))), strict=True):
+            z, step_log_det = step.inverse(z, context, weights)
+            log_det = log_det + step_log_det
+        return self.squeeze.inverse(z)[0], log_det
