@@ -7,6 +7,8 @@ A checkpoint is the zip of ``torch.save`` holding a plain dict::
 """
 
 import os
+import pickle
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,19 +83,23 @@ def read(path, device="cpu"):
         raise CheckpointError(f"{path}: is a folder, expected a checkpoint file")
     try:
         with open(path, "rb") as file:
-            archive = file.read(4) == b"PK\x03\x04"
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if not archive:
-        raise CheckpointError(f"{path}: not a FastFlow checkpoint, and not a file that torch.save wrote")
-    try:
+            if file.read(4) != b"PK\x03\x04":
+                raise CheckpointError(f"{path}: not a FastFlow checkpoint, and not a file that torch.save wrote")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch reads past wrong checksums
+        if damaged is not None:
+            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
         contents = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for damaged archives, and adds pages of advice
-        if "Weights only load failed" in str(error):
-            raise CheckpointError(f"{path}: not a FastFlow checkpoint: holds more than tensors and plain values") from error
-        if "device" in str(error).lower() and torch.device(device).type != "cpu":
-            raise CheckpointError(f"{path}: cannot be placed on {device} ({_first_line(error)})") from error
-        raise CheckpointError(f"{path}: truncated or damaged ({_first_line(error)})") from error
+    except CheckpointError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path}: truncated or damaged") from error
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: no permission to read it") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: not a FastFlow checkpoint: holds more than tensors and plain values") from error
+    except Exception as error:  # torch raises half a dozen types, some with pages of advice
+        raise CheckpointError(f"{path}: cannot be loaded to {device} ({_first_line(error)})") from error
     if not isinstance(contents, dict) or "format" not in contents or "fastflow" not in contents:
         raise CheckpointError(f"{path}: not a FastFlow checkpoint, though a file that torch.save wrote")
     if contents["format"] != FORMAT:
@@ -130,6 +136,9 @@ def build(contents, path):
     for key, value in expected.items():
         if value.shape != state[key].shape:
             raise CheckpointError(f"{path}: weights do not fit {name}: {key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}")
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(*dtypes)  # buffers outside the state too
     model.load_state_dict(state, assign=True)  # assign keeps the file's dtypes, so that a float64 model stays one
     return model.eval()
 

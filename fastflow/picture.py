@@ -46,7 +46,7 @@ def save_curve(path, rows, baselines=None):
     steps = np.array([row[0] for row in rows])
     train = np.array([row[1] for row in rows])
     test = [(row[0], row[2]) for row in rows if row[2] is not None]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(steps, train, color="tab:blue", alpha=0.25, linewidth=0.8)
     width = max(1, len(train) // 50)

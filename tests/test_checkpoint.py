@@ -1,0 +1,171 @@
+"""Checkpoints: written whole or not at all, read without running anything, refused in one line."""
+
+import io
+import random
+import zipfile
+
+import pytest
+import torch
+
+import fastflow
+from fastflow import CheckpointError, checkpoint
+from fastflow.models import Glow
+
+
+def tiny(**changes):
+    model = Glow(**{"image_shape": (3, 8, 8), "levels": 2, "steps": 1, "hidden": 8} | changes)
+    x = torch.randint(0, 2**model.n_bits, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    model.initialize(x, torch.arange(8) % 2 if model.classes else None, seed=0)
+    return model
+
+
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def rewrite(path, **changes):
+    contents = torch.load(path, weights_only=True) | changes
+    torch.save({k: v for k, v in contents.items() if v is not ...}, path)
+
+
+def refused(path, *words):
+    """The message of the refusal: one line that begins with the path and holds the words."""
+    with pytest.raises(CheckpointError) as caught:
+        fastflow.load(path)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message and len(message) < 400
+    for word in words:
+        assert word in message
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_round_trip_keeps_every_bit_and_the_model_in_eval_mode(tmp_path, double):
+    model = tiny(classes=2, n_bits=5)
+    model = model.double() if double else model
+    fastflow.save(tmp_path / "model.pt", model, {"step": 3, "state": {"a": torch.arange(3)}, "list": [1, None, 2.5]})
+    loaded = fastflow.load(tmp_path / "model.pt")
+    assert same_state(model, loaded) and not loaded.training and loaded.config == model.config
+    x = torch.randint(0, 32, (4, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 1, 0])
+    assert torch.equal(loaded(x, labels, seed=1), model.eval()(x, labels, seed=1))
+    training = checkpoint.read(tmp_path / "model.pt")["training"]
+    assert training["step"] == 3 and training["list"] == [1, None, 2.5]
+    assert torch.equal(training["state"]["a"], torch.arange(3))
+
+
+def test_a_loaded_model_never_initialises_again(tmp_path):
+    model = tiny()
+    fastflow.save(tmp_path / "model.pt", model)
+    loaded = fastflow.load(tmp_path / "model.pt").train()
+    loaded(torch.full((4, 3, 8, 8), 200, dtype=torch.uint8), seed=0)
+    assert same_state(model, loaded)
+
+
+def test_a_failing_write_leaves_the_former_file_and_nothing_beside(tmp_path, monkeypatch):
+    path, model = tmp_path / "model.pt", tiny()
+    fastflow.save(path, model, {"step": 1})
+    before = path.read_bytes()
+
+    def full_disk(contents, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        fastflow.save(path, model, {"step": 2})
+    assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_only_models_that_can_be_built_again_are_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="Linear, expected one of .*Glow"):
+        fastflow.save(tmp_path / "model.pt", torch.nn.Linear(2, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truncated_anywhere_is_refused(tmp_path):
+    path = tmp_path / "model.pt"
+    fastflow.save(path, tiny())
+    whole = path.read_bytes()
+    for length in (1, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(path, "truncated or damaged")
+    path.write_bytes(b"")
+    refused(path, "not a FastFlow checkpoint")
+
+
+def test_a_flipped_bit_never_changes_a_weight(tmp_path):
+    path, model = tmp_path / "model.pt", tiny()
+    fastflow.save(path, model)
+    whole, rng, caught = path.read_bytes(), random.Random(0), 0
+    for _ in range(40):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = fastflow.load(path)
+        except CheckpointError as error:
+            caught += "\n" not in str(error)
+        else:
+            assert same_state(model, loaded)  # the bit was in the padding
+    assert caught > 20
+
+
+def test_files_of_something_else(tmp_path):
+    path = tmp_path / "model.pt"
+    refused(path, "no such file")
+    path.mkdir()
+    refused(path, "folder")
+    path.rmdir()
+    path.write_text("step,loss\n")
+    refused(path, "not a FastFlow checkpoint")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.txt", "text")
+    refused(path)
+    torch.save(tiny().state_dict(), path)
+    refused(path, "not a FastFlow checkpoint")
+    torch.save([1, 2], path)
+    refused(path, "not a FastFlow checkpoint")
+
+
+class _Opens:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_file_is_run(tmp_path):
+    path, trace = tmp_path / "model.pt", tmp_path / "trace"
+    torch.save({"format": 1, "fastflow": "0", "model": _Opens(trace)}, path)
+    torch.load(io.BytesIO(path.read_bytes()), weights_only=False)
+    assert trace.exists()  # it would act
+    trace.unlink()
+    refused(path, "more than tensors and plain values")
+    assert not trace.exists()
+
+
+def test_other_models_versions_and_weights(tmp_path):
+    path = tmp_path / "model.pt"
+
+    def written(**changes):
+        fastflow.save(path, tiny())
+        rewrite(path, **changes)
+        return path
+
+    refused(written(format=2, fastflow="9.0"), "format 2", "fastflow 9.0", f"fastflow {fastflow.__version__}", "format 1")
+    refused(written(model="Gloom"), "'Gloom'", "Glow")
+    refused(written(model="__all__"), "'__all__'")
+    refused(written(state_dict=...), "without state_dict")
+    refused(written(config={"image_shape": (3, 8, 8), "depth": 3}), "configuration", "depth")
+    config, state = tiny().config, tiny().state_dict()
+    refused(written(config=config | {"levels": 7}), "configuration", "levels")
+    refused(written(config=config | {"hidden": 16}), "do not fit Glow", "(8", "expected (16")
+    refused(written(config=config | {"steps": 2}), "do not fit Glow", "missing")
+    name = next(iter(state))
+    refused(written(state_dict={k: v for k, v in state.items() if k != name}), "1 missing, 0 unexpected", name)
+    refused(written(state_dict=state | {"more": torch.zeros(1)}), "0 missing, 1 unexpected", "more")
