@@ -247,19 +247,23 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
     n, c, h, w = x.shape
     c, h, w = (c // 4, h, w) if inverse else (c, h // 2, w // 2)
+    layout = memory_format(x)
+    if order == "realnvp" and inverse:
+        x = x.reshape(n, 4, c, h, w)[:, [REALNVP_PIXELS.index(k) for k in range(4)]].flatten(1, 2)
     # a copy into new memory: of 2x2 pixels and the like the reshaped x would be a view, and an op must not return its input
-    y = torch.empty((n, c, 2 * h, 2 * w) if inverse else (n, 4 * c, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    y = torch.empty((n, c, 2 * h, 2 * w) if inverse else (n, 4 * c, h, w), dtype=x.dtype, device=x.device, memory_format=layout)
     image, squeezed = (y, x) if inverse else (x, y)
     pixels = image.view(n, c, h, 2, w, 2)
     if order == "channel":
-        pairs = [(pixels, squeezed.view(n, c, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3))]
-    elif order == "space":
-        pairs = [(pixels, squeezed.view(n, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2))]
+        blocks = squeezed.view(n, c, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
     else:
-        groups = squeezed.view(n, 4, c, h, w)
-        pairs = [(pixels[:, :, :, k // 2, :, k % 2], groups[:, g]) for g, k in enumerate(REALNVP_PIXELS)]
-    for of_image, of_squeezed in pairs:
-        of_image.copy_(of_squeezed) if inverse else of_squeezed.copy_(of_image)
+        blocks = squeezed.view(n, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2)
+    if inverse:
+        pixels.copy_(blocks)
+    else:
+        blocks.copy_(pixels)
+    if order == "realnvp" and not inverse:
+        y = y.view(n, 4, c, h, w)[:, list(REALNVP_PIXELS)].flatten(1, 2).contiguous(memory_format=layout)
     return y
 
 
