@@ -99,7 +99,7 @@ def _jacobian_error(flow: Flow, x: Tensor, context: Tensor | None) -> float:
     x = x.detach().clone().requires_grad_()
     z, log_det = flow(x, context)
     columns = z.flatten(1)
-    if columns.shape[1] != x[0].numel():
+    if columns.shape[1] != x.flatten(1).shape[1]:
         raise check.error("z", check.shape_of(z), f"as many elements a sample as x, {list(x.shape)}")
     rows = [
         torch.autograd.grad(columns[:, d].sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True)[0].flatten(1)
