@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -469,13 +470,10 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
-                total=total,
-                initial=step,
-                dynamic_ncols=True,
-                bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix}, {remaining} left",
-                postfix="starting",
-            )
+            size = shutil.get_terminal_size()  # 80 by 24 where the terminal does not say: tqdm would show nothing
+            bar_format = "step {n_fmt}/{total_fmt} |{bar}| {desc}, {remaining} left"
+            shape = {"ncols": size.columns, "nrows": size.lines, "bar_format": bar_format}
+            self._bar = tqdm(total=total, initial=step, desc="starting", **shape)
 
     def update(self, bits):
         now = time.monotonic()
@@ -487,7 +485,7 @@ class Progress:
         self.images_per_second = speed if kept is None else 0.95 * kept + 0.05 * speed
         text = f"{self.bits:.3f} bits/dim, {self.images_per_second:.0f} images/s"
         if self._bar is not None:
-            self._bar.postfix = text
+            self._bar.desc = text
             self._bar.update()
         elif now - self._printed > 10:
             self._printed = now

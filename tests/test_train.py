@@ -301,7 +301,7 @@ def test_progress_on_a_terminal_and_off(monkeypatch, capsys):
         progress.update(bits)
     progress.close()
     bar = capsys.readouterr().err
-    assert "step 12/20" in bar and re.search(r"4\.950 bits/dim, \d+ images/s, \d\d:\d\d left", bar)
+    assert re.search(r"step 12/20 \|.*\| 4\.950 bits/dim, \d+ images/s, \d\d:\d\d left", bar)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     clock = iter(range(0, 1000, 4))
     monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
