@@ -103,6 +103,8 @@ class Model(nn.Module):
 
         Noise is seeded from ``generator`` or torch's own. An ActNorm that was never initialised is the identity here.
         """
+        if n < 0:
+            raise check.error("n", n, "0 or more")
         if temperature < 0:
             raise check.error("temperature", temperature, "0 or more")
         self._check_context(context, n)

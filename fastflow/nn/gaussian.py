@@ -27,7 +27,7 @@ class GaussianPrior(nn.Module):
         if self.classes is None:
             return None, None
         columns = [1] * (len(self.shape) - 1)
-        return tuple(v[context].view(n, -1, *columns).expand(n, *self.shape) for v in (self.mean, self.log_scale))
+        return tuple(v[context].view(n, self.shape[0], *columns).expand(n, *self.shape) for v in (self.mean, self.log_scale))
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density ``[N]``, nats."""

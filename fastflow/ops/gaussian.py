@@ -120,9 +120,13 @@ def gaussian_sample(
         size: ``[N, C, ...]``; mean and log_scale like it or ``[C]``, differentiable.
         seed, offset: noise keyed by (seed, ``offset`` + sample, element), see :func:`fastflow.ops.uniform_noise`.
         temperature: T; 0 gives the mean.
+
+    Raises ValueError for other shapes or devices.
     """
-    for name, v in (("mean", mean), ("log_scale", log_scale)):
-        _check_term(name, v, size)
     given = next((v for v in (mean, log_scale, seed) if isinstance(v, Tensor)), None)
     device = torch.device(device or (given.device if given is not None else "cpu"))
+    for name, v in (("mean", mean), ("log_scale", log_scale)):
+        _check_term(name, v, size)
+        if v is not None and v.device.type != device.type:
+            raise check.error(name, f"device {v.device}", f"{device}, where the sample is drawn")
     return torch.ops.fastflow.gaussian_sample.default(list(size), mean, log_scale, temperature, as_seed(seed, device), offset, dtype)
