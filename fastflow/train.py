@@ -69,7 +69,8 @@ class Config:
     steps: int = 1500
     """Optimizer steps."""
     minutes: float | None = None
-    """End within this time, evaluation and pictures included: steps are cut, the schedule with them, where too slow."""
+    """End within this time, evaluation and pictures included: where too slow, steps are cut, the schedule with them.
+    The default is 2.9 for photos and no limit (inf) for other data."""
     batch_size: int = 32
     """Images a step."""
     lr: float = 1e-3
@@ -129,8 +130,10 @@ def check(config):
             raise ConfigError(f"{name} is {getattr(config, name)}, expected at least {bound}")
     if config.n_bits > 8:
         raise ConfigError(f"n_bits is {config.n_bits}, expected at most 8")
-    for name in ("lr", "clip", "minutes"):
-        if getattr(config, name) is not None and not 0 < getattr(config, name) < math.inf:
+    if config.minutes is not None and not config.minutes > 0:
+        raise ConfigError(f"minutes is {config.minutes}, expected a positive number")
+    for name in ("lr", "clip"):
+        if not 0 < getattr(config, name) < math.inf:
             raise ConfigError(f"{name} is {getattr(config, name)}, expected a positive number")
 
 
@@ -207,7 +210,8 @@ def train(config):
     model.train()
     progress = Progress(total, step, config.batch_size)
     stream = batches.stream(step, config.steps, config.workers, pin_memory=device.type == "cuda")
-    stepping, begun_at = 0.0, step
+    limit = 60 * (config.minutes or (2.9 if config.data == "photos" else math.inf))
+    stepping, begun_at, looked = 0.0, step, began
     with _signals() as stop:
         while step < total and not stop:
             start = time.monotonic()
@@ -236,13 +240,14 @@ def train(config):
             step += 1
             progress.update(bits)
             stepping += time.monotonic() - start
-            if config.minutes and (step - begun_at) % 50 == 0:
-                left = 60 * config.minutes - seconds - (time.monotonic() - began)
+            if limit < math.inf and ((step - begun_at) % 50 == 0 or time.monotonic() - looked > 10):
+                looked = time.monotonic()
+                left = limit - seconds - (looked - began)
                 fits = step + _steps_that_fit(config, left, stepping / (step - begun_at), len(test))
                 fits = min(fits, config.steps)
                 # Estimates err, and the schedule should not follow each error; towards the end they have to hold.
                 if fits < (0.95 * total if step < total / 2 else total) or fits > 1.05 * total:
-                    progress.say(f"step {step}: {fits} of {config.steps} steps fit in {config.minutes:g} minutes")
+                    progress.say(f"step {step}: {fits} of {config.steps} steps fit in {limit / 60:g} minutes")
                     total = fits
                     progress.total(total)
 
@@ -549,7 +554,7 @@ def sample(model, n, temperature=1.0, seed=0, labels=None):
 def _steps_that_fit(config, left, per_step, test_images):
     """How many steps of ``per_step`` seconds fit into ``left`` seconds, with their evaluations and the last one."""
     forward = per_step / config.batch_size / 2  # seconds an image: a step is about three forwards
-    end = 5 + forward * (test_images * config.final_samples + config.samples)
+    end = 8 + forward * (test_images * config.final_samples + config.samples)
     evaluation = forward * min(config.eval_images, test_images) * config.eval_samples
     return max(0, int((left - end - evaluation) / (per_step + evaluation / config.eval_every)))
 

@@ -246,6 +246,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
         ("--steps 0", "steps is 0, expected at least 1"),
         ("--n-bits 9", "n_bits is 9, expected at most 8"),
         ("--lr -1", "lr is -1.0, expected a positive number"),
+        ("--minutes 0", "minutes is 0.0, expected a positive number"),
         ("--lr nan", "lr is nan, expected a positive number"),
         ("--schedule linear", "schedule is 'linear', expected cosine or constant"),
         ("--data nowhere", "data 'nowhere': expected photos"),
@@ -289,8 +290,8 @@ def test_minutes_end_a_run_in_time(arrays, tmp_path):
 
 def test_how_many_steps_fit():
     config = Config(batch_size=10, eval_every=100, eval_images=50, eval_samples=1, final_samples=4, samples=0)
-    # a step of 1 s is 0.05 s an image forward: 2.5 s an evaluation, 100 images 4 times at the end 20 s, and 5 s to spare
-    assert train._steps_that_fit(config, 1000.0, 1.0, 100) == int((1000 - 25 - 2.5) / 1.025)
+    # a step of 1 s is 0.05 s an image forward: 2.5 s an evaluation, 100 images 4 times at the end 20 s, and 8 s to spare
+    assert train._steps_that_fit(config, 1000.0, 1.0, 100) == int((1000 - 28 - 2.5) / 1.025)
     assert train._steps_that_fit(config, 10.0, 1.0, 100) == 0
 
 
