@@ -47,22 +47,14 @@ def run(prelude: str, then: str = LOSS) -> tuple[list[str], list[str], list[floa
     return ast.literal_eval(warned), loaded.split(), [float(v) for line in numbers for v in line.split()]
 
 
-@pytest.fixture(scope="module")
-def everything():
-    warned, loaded, numbers = run("")
+def test_without_triton_and_without_extension():
+    warned, loaded, everything = run("")
     assert warned == [] and loaded == [str(extension.cpu), str(extension.cuda)]
-    return numbers
 
-
-@pytest.mark.xdist_group("everything")
-def test_without_triton(everything):
     warned, _, numbers = run(BLOCK.format(name="triton", error="ModuleNotFoundError(name)"))
     assert warned == []
     assert numbers == everything
 
-
-@pytest.mark.xdist_group("everything")
-def test_without_extension(everything):
     warned, loaded, numbers = run(BLOCK.format(name="fastflow._C", error="ModuleNotFoundError(name)"))
     assert warned == [] and loaded == ["False", "False"]
     assert numbers == pytest.approx(everything, rel=1e-5)

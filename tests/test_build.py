@@ -150,10 +150,8 @@ build_meta.build_wheel(out)
 """
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
+def pack(out):
     """An sdist, and the wheel built from that sdist; without CUDA, whose compilation alone takes half a minute."""
-    out = tmp_path_factory.mktemp("dist")
     skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "data", "*.so", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, out / "tree", ignore=skip)
     env = {**os.environ, "FASTFLOW_CUDA": "0"}
@@ -164,22 +162,26 @@ def packed(tmp_path_factory):
     return sdist, wheel
 
 
-@pytest.mark.xdist_group("packed")
-def test_sdist_holds_all_sources(packed):
-    with tarfile.open(packed[0]) as archive:
+def test_sdist_and_wheel(tmp_path):
+    """One test, since parallel workers would each build for their own."""
+    sdist, wheel = pack(tmp_path)
+    sdist_holds_all_sources(sdist, tmp_path / "tree")
+    wheel_works_outside_the_checkout(wheel, tmp_path / "site")
+
+
+def sdist_holds_all_sources(sdist, tree):
+    with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for folder, pattern in [("csrc", "*.*"), ("triton_kernels", "*.py"), ("fastflow", "*.py"), ("tests", "*.py")]:
-        tree = packed[0].parent / "tree"
         assert {str(path.relative_to(tree)) for path in (tree / folder).rglob(pattern)} <= names
     assert {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml", "fastflow/py.typed"} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 
-@pytest.mark.xdist_group("packed")
-def test_wheel_works_outside_the_checkout(packed, tmp_path):
-    with zipfile.ZipFile(packed[1]) as archive:
+def wheel_works_outside_the_checkout(wheel, site):
+    with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        archive.extractall(tmp_path)
+        archive.extractall(site)
     assert {"fastflow/triton_kernels/__init__.py", "fastflow/py.typed"} <= names
     assert not [name for name in names if name.startswith(("tests", "csrc", "triton_kernels", "benchmarks"))]
     assert bool([name for name in names if name.startswith("fastflow/_C.")]) == extension.cpu
@@ -188,12 +190,12 @@ def test_wheel_works_outside_the_checkout(packed, tmp_path):
         "A, B = 2 * torch.eye(3).expand(2, 3, 3), torch.ones(2, 3, 4)\n"
         "print(triangular_solve(A, B, upper=True).sum().item(), extension.cpu, extension.cuda, t.__file__)"
     )
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=site, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         "12.0",
         str(extension.cpu),
         "False",
-        f"{tmp_path}/fastflow/triton_kernels/__init__.py",
+        f"{site}/fastflow/triton_kernels/__init__.py",
     ]
