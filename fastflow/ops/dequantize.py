@@ -121,7 +121,7 @@ def dequantize(
 
     Args:
         x: uint8 images or vectors with values below ``2 ** n_bits``.
-        noise: u in [0, 1] of x's shape (differentiable, for variational dequantization), or
+        noise: u in [0, 1) of x's shape (differentiable, for variational dequantization), or
         seed: Philox noise (:func:`fastflow.ops.uniform_noise`) keyed by (seed, ``offset`` + sample, element).
         scale, shift: :math:`\alpha_1, \alpha_0`; Glow 1, -1/2; RealNVP's logit 1 - α, α; the tutorial's 1 - α, α/2.
         squeeze_order: also squeezes the result, see :func:`fastflow.ops.squeeze`.
