@@ -66,7 +66,8 @@ class LogitDequantize(Dequantize):
         preset: ``"realnvp"``: :math:`\alpha_1 = 1 - \alpha, \alpha_0 = \alpha`; ``"tutorial"``: :math:`1 - \alpha, \alpha / 2`, symmetric.
 
     Noise, shapes and dtypes as :class:`Dequantize`. In float32 the inverse is exact at the bin's centre (:meth:`centre`); with random
-    noise 3 to 4 pixels in a million come back one off, those within the logit's rounding of a bin's edge. Raises ValueError for an alpha outside (0, 1) and another preset.
+    noise 3 to 4 pixels in a million come back one off, those within the logit's rounding of a bin's edge.
+    Raises ValueError for an alpha outside (0, 1) and another preset.
     """
 
     logit = True
