@@ -49,9 +49,9 @@ class Config:
 
     levels: int = 3
     """Scales of the Glow: each halves the image's side."""
-    steps_per_level: int = 4
+    steps_per_level: int = 8
     """Steps of flow a level (K)."""
-    hidden: int = 64
+    hidden: int = 32
     """Channels inside the coupling networks."""
     coupling: str = "affine"
     """affine or additive."""
@@ -66,14 +66,14 @@ class Config:
     activations_every: int | None = None
     """Keep the true activation each so many steps of a reversible chain."""
 
-    steps: int = 1500
+    steps: int = 800
     """Optimizer steps."""
     minutes: float | None = None
     """End within this time, evaluation and pictures included: where too slow, steps are cut, the schedule with them.
     The default is 2.9 for photos and no limit (inf) for other data."""
     batch_size: int = 32
     """Images a step."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Adam's learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's averaging of gradients and of their squares."""
@@ -92,21 +92,21 @@ class Config:
     workers: int | None = None
     """Processes that prepare batches; the default is none for data in memory, up to four for a folder."""
 
-    eval_every: int = 250
+    eval_every: int = 100
     """Steps between evaluations on the test set."""
     eval_images: int = 1000
     """Test images of these evaluations, the first ones; the last evaluation takes all."""
     eval_samples: int = 1
     """Importance samples of these evaluations."""
-    final_samples: int = 16
+    final_samples: int = 8
     """Importance samples of the last evaluation."""
-    sample_every: int = 500
+    sample_every: int = 400
     """Steps between sample grids."""
     samples: int = 64
     """Images in a sample grid."""
     temperature: float = 0.7
     """Factor on the latents' standard deviation in sample grids."""
-    save_every: int = 250
+    save_every: int = 100
     """Steps between checkpoints."""
 
     out: str | None = None
