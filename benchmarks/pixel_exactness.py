@@ -1,0 +1,96 @@
+"""How many values of an image change on the way through a trained Glow's latents and back, in float32.
+
+    python -m benchmarks.pixel_exactness --data cifar10
+
+Trains a Glow L=3 K=8 for each scale function and counts the values of ``decode(encode(x))`` that differ from x: for test images,
+for uniform noise and for noise of 0 and 255 alone. Appends a row each to results/pixel_exactness.csv.
+"""
+
+import argparse
+import csv
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import fastflow
+from fastflow import data
+from fastflow.models import Glow
+
+RESULTS = Path(__file__).parent / "results" / "pixel_exactness.csv"
+
+
+def trained(source, scale: str, steps: int, hidden: int) -> Glow:
+    torch.manual_seed(0)
+    batches = data.Batches(source, 16, seed=0)
+    model = Glow(image_shape=source.image_shape, levels=3, steps=8, hidden=hidden, scale=scale)
+    model.initialize(batches[0][0], seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step in (bar := tqdm(range(steps), desc=scale)):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 20)
+        loss = model(batches[step][0], seed=step).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
+        optimizer.step()
+        bar.set_postfix_str(f"{loss.item():.3f} bits/dim")
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="photos", help="as in fastflow train")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--hidden", type=int, default=32)
+    parser.add_argument("--images", type=int, default=100)
+    options = parser.parse_args()
+
+    source = data.load(options.data, options.data_dir)
+    images = source.test[: options.images]
+    generator = torch.Generator().manual_seed(0)
+    sets = {
+        "test images": images,
+        "uniform noise": torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator),
+        "0 and 255": torch.randint(0, 2, images.shape, dtype=torch.uint8, generator=generator) * 255,
+    }
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    rows = []
+    for scale in ("soft_clamp", "tanh", "sigmoid"):
+        model = trained(source, scale, options.steps, options.hidden)
+        bits = model(images, seed=0).mean().item()
+        for name, x in sets.items():
+            wrong = (model.decode(model.encode(x)) != x).sum().item()
+            print(f"{scale:<12}{name:<16}{wrong:>8} of {x.numel()} values differ")
+            rows.append(
+                {
+                    "data": source.name,
+                    "scale": scale,
+                    "steps": options.steps,
+                    "hidden": options.hidden,
+                    "test_bits_per_dim": round(bits, 4),
+                    "images": name,
+                    "values": x.numel(),
+                    "differ": wrong,
+                    "device": f"cpu {platform.machine()}, {torch.get_num_threads()} threads",
+                    "torch": torch.__version__,
+                    "fastflow": fastflow.__version__,
+                    "commit": commit,
+                    "date": datetime.date.today().isoformat(),
+                }
+            )
+    RESULTS.parent.mkdir(exist_ok=True)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
