@@ -8,7 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastflow
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
-# pip shows its downloads on a terminal and keeps still in a log; compiling all of torch to bytecode would take a minute
+# pip shows its downloads on a terminal and keeps still in a log; compiling all of torch to bytecode would take a minute, so only
+# what is used is compiled, at the end of setup
 PIP := $(PY) -m pip --disable-pip-version-check install --no-compile $(shell test -t 2 || echo --quiet)
 export MAX_JOBS ?= 2
 
@@ -44,7 +45,9 @@ $(STAMP): $(SOURCES)
 	@$(PIP) $(TORCH) 'setuptools>=77' wheel pybind11 ninja
 	@echo "[3/3] building the extensions and installing FastFlow, editable"
 	@$(PIP) --no-build-isolation -e '.[train,test]'
-	@$(PY) -c 'import torch; from fastflow.ops import extension as e; \
+	@# what training and tests import is imported once with bytecode written, or each start would take 10 seconds more
+	@env -u PYTHONDONTWRITEBYTECODE $(PY) -c 'import torch, torch._dynamo, torch._inductor, torchvision, matplotlib.figure, tyro, tqdm, pytest; \
+	  from fastflow import train; from fastflow.ops import extension as e; \
 	  print(f"FastFlow is ready: torch {torch.__version__}, C++ ops", *(["built,"] if e.cpu else ["left out,"]), \
 	  "CUDA ops", *(["built"] if e.cuda else ["left out"]))'
 	@touch $@
