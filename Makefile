@@ -46,8 +46,8 @@ $(STAMP): $(SOURCES)
 	@echo "[3/3] building the extensions and installing FastFlow, editable"
 	@$(PIP) --no-build-isolation -e '.[train,test]'
 	@# what training and tests import is imported once with bytecode written, or each start would take 10 seconds more
-	@env -u PYTHONDONTWRITEBYTECODE $(PY) -c 'import torch, torch._dynamo, torch._inductor, torchvision, matplotlib.figure, tyro, tqdm, pytest; \
-	  from fastflow import train; from fastflow.ops import extension as e; \
+	@env -u PYTHONDONTWRITEBYTECODE $(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow import train; \
+	  from fastflow.ops import extension as e; \
 	  print(f"FastFlow is ready: torch {torch.__version__}, C++ ops", *(["built,"] if e.cpu else ["left out,"]), \
 	  "CUDA ops", *(["built"] if e.cuda else ["left out"]))'
 	@touch $@

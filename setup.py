@@ -90,7 +90,7 @@ def extensions() -> list:
                 sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
                 include_dirs=[os.path.abspath("csrc")],
                 py_limited_api=True,
-                extra_compile_args={"cxx": ["-O3", "-g0"], "nvcc": ["-O3"]},
+                extra_compile_args={"cxx": ["-O3", "-g0"], "nvcc": ["-O3", "--threads=2"]},
                 depends=headers,
             )
         )
