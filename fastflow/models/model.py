@@ -49,7 +49,7 @@ class Model(nn.Module):
         self._check_context(context, x.shape[0])
         y, log_prob = self.dequantize(x, seed=seed, offset=offset)
         for i, flow in enumerate(self.flows):
-            y, log_det = flow(y, self._flow_context(context))
+            y, log_det = flow(y)
             log_prob = log_prob + log_det
             if i < len(self.splits):
                 y, _, log_prob_z = self.splits[i](y)
@@ -79,7 +79,7 @@ class Model(nn.Module):
         self._check_context(context, x.shape[0])
         y, latents = self.dequantize.centre(x), []
         for i, flow in enumerate(self.flows):
-            y, _ = flow(y, self._flow_context(context))
+            y, _ = flow(y)
             if i < len(self.splits):
                 y, z, _ = self.splits[i](y)
                 latents.append(z)
@@ -94,7 +94,7 @@ class Model(nn.Module):
         for i in reversed(range(len(self.flows))):
             if i < len(self.splits):
                 y = self.splits[i].inverse(y, latents[i])
-            y, _ = self.flows[i].inverse(y, self._flow_context(context))
+            y, _ = self.flows[i].inverse(y)
         return self.dequantize.inverse(y)[0]
 
     @torch.no_grad()
@@ -112,12 +112,8 @@ class Model(nn.Module):
         for i in reversed(range(len(self.flows))):
             if i < len(self.splits):
                 y = self.splits[i].sample(y, temperature, generator)
-            y, _ = self.flows[i].inverse(y, self._flow_context(context))
+            y, _ = self.flows[i].inverse(y)
         return self.dequantize.inverse(y)[0]
-
-    def _flow_context(self, context: Tensor | None) -> None:
-        """What the layers condition on: nothing, here the prior alone takes the class."""
-        return None
 
     def latent_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of a sample's latents, fine to coarse."""
