@@ -44,7 +44,8 @@ $(STAMP): $(SOURCES)
 	@echo "[2/3] installing $(TORCH) (the first time some 3 GB to download, 6 GB on disk)"
 	@$(PIP) $(TORCH) 'setuptools>=77' wheel pybind11 ninja
 	@echo "[3/3] building the extensions and installing FastFlow, editable"
-	@$(PIP) --no-build-isolation -e '.[train,test]'
+	@# TORCH is named again, or a torchvision that wants another torch would replace it
+	@$(PIP) --no-build-isolation $(TORCH) -e '.[train,test]'
 	@# what training and tests import is imported once with bytecode written, or each start would take 10 seconds more
 	@env -u PYTHONDONTWRITEBYTECODE $(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow import train; \
 	  from fastflow.ops import extension as e; \

@@ -37,6 +37,9 @@ class ZeroConv2d(nn.Module):
         scale = (3 * self.logs).exp()
         return F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), self.bias * scale, padding=1)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
 
 class GlowNetwork(nn.Sequential):
     """Glow's coupling network: 3x3, ActNorm, ReLU, 1x1, ActNorm, ReLU, zero-initialised 3x3 (Glow, arXiv:1807.03039, section 5, B).
