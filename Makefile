@@ -12,6 +12,8 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 # what is used is compiled, at the end of setup
 PIP := $(PY) -m pip --disable-pip-version-check install --no-compile $(shell test -t 2 || echo --quiet)
 export MAX_JOBS ?= 2
+# the build alone imports torch several times: from bytecode each takes 3 seconds, not 7
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint clean
@@ -46,8 +48,8 @@ $(STAMP): $(SOURCES)
 	@echo "[3/3] building the extensions and installing FastFlow, editable"
 	@# TORCH is named again, or a torchvision that wants another torch would replace it
 	@$(PIP) --no-build-isolation $(TORCH) -e '.[train,test]'
-	@# what training and tests import is imported once with bytecode written, or each start would take 10 seconds more
-	@env -u PYTHONDONTWRITEBYTECODE $(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow import train; \
+	@# what training imports is imported once, so that its bytecode is there when training starts
+	@$(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow import train; \
 	  from fastflow.ops import extension as e; \
 	  print(f"FastFlow is ready: torch {torch.__version__}, C++ ops", *(["built,"] if e.cpu else ["left out,"]), \
 	  "CUDA ops", *(["built"] if e.cuda else ["left out"]))'
