@@ -42,7 +42,7 @@ class ZeroConv2d(nn.Module):
 
 
 class GlowNetwork(nn.Sequential):
-    """Glow's coupling network: 3x3, ActNorm, ReLU, 1x1, ActNorm, ReLU, zero-initialised 3x3 (Glow, arXiv:1807.03039, section 5, B).
+    """Glow's coupling network: 3x3, ActNorm, ReLU, 1x1, ActNorm, ReLU, zero-initialised 3x3 (as in openai/glow, `f` of model.py).
 
     Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
     """
