@@ -8,7 +8,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter  # noqa: E402
 import pytest  # noqa: E402
+
+import fastflow  # noqa: E402
+
+interpreter.round_to_nearest()
 
 
 def pytest_collection_modifyitems(items):
@@ -16,6 +21,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=["reference", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def each_backend(request):
+    """Runs a module's tests on every body of its ops: plain PyTorch, Triton's interpreter, and the kernels on a device."""
+    if request.param == "interpreter" and not interpreter.RUNS:
+        pytest.skip("kernels are compiled here, not interpreted: the device runs them")
+    device, name = ("cuda", "auto") if request.param == "cuda" else ("cpu", {"interpreter": "triton"}.get(request.param, request.param))
+    torch.set_default_device(device)
+    with fastflow.backend(name):
+        yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

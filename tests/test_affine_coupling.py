@@ -13,6 +13,8 @@ from torch.autograd import gradcheck
 from fastflow import ops, reference
 from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 AXES = {"mask": MASKS, "flip": [False, True], "scale": SCALES, "order": ORDERS, "h_order": H_ORDERS, "inverse": [False, True]}
 FULL = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
 PAIRWISE = pairwise(**AXES)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from fastflow import ops, reference
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 OP = torch.ops.fastflow.uniform_noise.default
 
 # Random123's known answers for philox4x32-10: counter, key, result

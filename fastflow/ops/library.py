@@ -1,11 +1,14 @@
 """How an op is registered with torch, and which of its bodies runs."""
 
+import functools
+import importlib
 import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "triton")
 
 
 def _checked(name: str, source: str) -> str:
@@ -18,7 +21,11 @@ _backend = _checked(os.environ.get("FASTFLOW_BACKEND", "auto"), "FASTFLOW_BACKEN
 
 
 class backend:
-    """Chooses the body of every op within a block: ``"reference"`` (plain PyTorch) or ``"auto"`` (the fastest one there is).
+    """Chooses the body of every op within a block.
+
+    ``"auto"``: the fastest one there is: Triton's kernels for CUDA tensors, compiled code where there is some, else PyTorch.
+    ``"reference"``: plain PyTorch. ``"triton"``: every op that has a Triton kernel runs it, CPU tensors in Triton's interpreter, which
+    takes ``TRITON_INTERPRET=1`` in the environment before Python starts and serves to test, not to compute; other ops as in ``"auto"``.
 
     The environment variable ``FASTFLOW_BACKEND`` sets it for a process. It holds for all threads. Raises ValueError for another name.
 
@@ -43,7 +50,53 @@ def with_compiled(reference: Callable, compiled: Callable, applies: Callable[...
     """The body that calls ``compiled`` where it applies to the arguments and the backend allows it, else ``reference``."""
 
     def body(*args):
-        return compiled(*args) if _backend == "auto" and applies(*args) else reference(*args)
+        return compiled(*args) if _backend != "reference" and applies(*args) else reference(*args)
+
+    return body
+
+
+@functools.cache
+def _kernels(family: str):
+    """``triton_kernels/FAMILY.py``, imported when first run: triton takes a second, and is not everywhere. None where it is not."""
+    try:
+        return importlib.import_module(f"fastflow.triton_kernels.{family}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether the backend has tensors of this device go to Triton. Raises RuntimeError where it is told to and cannot."""
+    if _backend == "auto":
+        return device.type == "cuda" and _kernels("tiles") is not None
+    if _backend == "triton":
+        if _kernels("tiles") is None:
+            raise RuntimeError('backend: "triton" needs the package triton, which is not installed; "auto" and "reference" do without')
+        if device.type == "cpu" and not _kernels("tiles").INTERPRETED:
+            raise RuntimeError(
+                'backend: "triton" takes tensors on the CPU to Triton\'s interpreter, which wants TRITON_INTERPRET=1 in the environment '
+                'before Python starts; "auto" and "reference" do without'
+            )
+    return _backend == "triton"
+
+
+def with_kernel(reference: Callable, family: str, on: Callable[..., Tensor] = lambda x, *_: x) -> Callable:
+    """The body that runs the launcher of ``triton_kernels/FAMILY.py`` named as the reference is: on CUDA tensors, or when told to.
+
+    ``on`` gives the argument whose device decides; where it has no elements, the reference says what nothing looks like.
+    """
+    name = reference.__name__
+
+    def body(*args):
+        tensor = on(*args)
+        if not _runs_kernels(tensor.device) or not tensor.numel():
+            return reference(*args)
+        kernel = getattr(_kernels(family), name)
+        if tensor.device.type == "cpu" or tensor.device.index == torch.cuda.current_device():
+            return kernel(*args)
+        with torch.cuda.device(tensor.device):  # Triton launches on the current device
+            return kernel(*args)
 
     return body
 
@@ -52,7 +105,7 @@ def register(name: str, signature: str, body: Callable, fake: Callable, function
     """Defines ``torch.ops.fastflow.NAME``: ``body`` for every device, ``fake`` for tracing, ``function`` under the Autograd key.
 
     Under the Autograd key the op itself is differentiable: opcheck holds for inputs that require grad, torch.compile sees one node.
-    A kernel for one device is a further ``torch.library.impl("fastflow::NAME", "CUDA", body)`` in the op's own file.
+    One body chooses among those of the devices, since ``backend`` decides too.
     """
     qualified = f"fastflow::{name}"
     torch.library.define(qualified, signature)

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 
 from fastflow import check, reference
-from fastflow.ops.library import register
+from fastflow.ops.library import register, with_kernel
 
 register(
     "uniform_noise",
     "(SymInt[] size, Tensor seed, SymInt offset, ScalarType dtype) -> Tensor",
-    reference.uniform_noise,
+    with_kernel(reference.uniform_noise, "noise", on=lambda size, seed, *_: seed),
     lambda size, seed, offset, dtype: seed.new_empty(size, dtype=dtype),
 )
 
