@@ -4,13 +4,16 @@ from itertools import product
 
 import pytest
 import torch
-from cases import LAYOUTS, STATIC, lay_out, leaf
+from cases import LAYOUTS, STATIC, lay_out, leaf, name, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+import fastflow
 from fastflow import ops
 from fastflow.ops.squeeze import ORDERS
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 OP = torch.ops.fastflow.squeeze.default
 any_order = pytest.mark.parametrize("order", ORDERS)
@@ -51,8 +54,8 @@ def test_channel_order_is_pixel_unshuffle():
 @any_order
 def test_gradients(order, inverse):
     x = leaf(torch.randn(2, 4, 2, 4, dtype=torch.float64))
-    assert gradcheck(OP, (x, order, inverse))
-    assert gradgradcheck(OP, (x, order, inverse))
+    assert gradcheck(OP, (x, order, inverse), fast_mode=True)
+    assert gradgradcheck(OP, (x, order, inverse), fast_mode=True)
 
 
 @both_directions
@@ -102,3 +105,77 @@ def test_shapes(n, c, h, w, order):
     x = torch.randn(n, c, 2 * h, 2 * w)
     y = ops.squeeze(x, order)
     assert y.shape == (n, 4 * c, h, w) and torch.equal(ops.unsqueeze(y, order), x)
+
+
+DTYPES = ("float64", "float32", "bfloat16", "float16", "uint8", "bool", "complex64", "complex128")
+SHAPES = [(1, 1, 2, 2), (2, 3, 6, 10), (3, 5, 2, 16), (1, 20, 4, 6), (2, 3, 32, 32), (1, 2, 2, 1030)]
+GLOW = [(2, 3, 32, 32), (2, 6, 16, 16), (2, 12, 8, 8)]  # a level's input, which is half of the channels of the level above
+
+
+def numbers(shape, dtype):
+    return torch.randint(0, 256, shape).to(getattr(torch, dtype))
+
+
+def assert_as_reference(x, order, inverse):
+    found = OP(x, order, inverse)
+    with fastflow.backend("reference"):
+        expected = OP(x, order, inverse)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype and found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("case", pairwise(shape=SHAPES, dtype=DTYPES, layout=LAYOUTS, order=ORDERS, inverse=[False, True]), ids=name)
+def test_as_reference(case):
+    n, c, h, w = case["shape"]
+    shape = (n, 4 * c, h // 2, w // 2) if case["inverse"] else case["shape"]
+    assert_as_reference(lay_out(numbers(shape, case["dtype"]), case["layout"]), case["order"], case["inverse"])
+
+
+@both_directions
+@any_order
+@pytest.mark.parametrize("layout", [["contiguous"], ["channels_last"], ["sliced"], ["channels_last", "sliced"]], ids=" ".join)
+@pytest.mark.parametrize("shape", GLOW, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_glow_as_reference(shape, dtype, layout, order, inverse):
+    n, c, h, w = shape
+    x = numbers((n, 4 * c, h // 2, w // 2) if inverse else shape, dtype)
+    for step in layout:
+        x = lay_out(x, step)
+    assert_as_reference(x, order, inverse)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 5), st.integers(1, 40)),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    order=st.sampled_from(ORDERS),
+)
+def test_shapes_as_reference(shape, dtype, layout, order):
+    n, c, h, w = shape
+    assert_as_reference(lay_out(numbers((n, c, 2 * h, 2 * w), dtype), layout), order, False)
+    assert_as_reference(lay_out(numbers((n, 4 * c, h, w), dtype), layout), order, True)
+
+
+@both_directions
+@any_order
+def test_memory_of_any_strides(order, inverse):
+    """Dimensions out of order, with gaps, from an address that is no multiple of 16 bytes."""
+    memory = numbers((40, 3, 50, 30), "float32")
+    x = memory[4:36:2, 1:, 3:48:4, 1:29].permute(1, 3, 2, 0)
+    assert x.shape == (2, 28, 12, 16)
+    assert_as_reference(x, order, inverse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_than_32_bits_of_elements(each_backend, channels_last):
+    if each_backend != "cuda":
+        pytest.skip("takes a GPU's memory")
+    x = torch.empty((1, 4, 2**15, 2**14 + 6), dtype=torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    x.random_()
+    y = ops.squeeze(x)
+    assert x.numel() > 2**31
+    for k, i, j in product(range(4), range(2), range(2)):
+        assert torch.equal(y[:, 4 * k + 2 * i + j], x[:, k, i::2, j::2])
+    assert torch.equal(ops.unsqueeze(y), x)

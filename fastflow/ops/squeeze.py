@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastflow import check, reference
-from fastflow.ops.library import register
+from fastflow.ops.library import register, with_kernel
 
 ORDERS = ("channel", "space", "realnvp")
 
@@ -30,7 +30,14 @@ class SqueezeFunction(torch.autograd.Function):
         return torch.ops.fastflow.squeeze.default(dy, ctx.order, not ctx.inverse), None, None
 
 
-register("squeeze", "(Tensor x, str order, bool inverse) -> Tensor", reference.squeeze, _fake, SqueezeFunction)
+_kernel = with_kernel(reference.squeeze, "squeeze")
+
+
+def _body(x, order, inverse):
+    return reference.squeeze(x, order, inverse) if x.dtype == torch.complex128 else _kernel(x, order, inverse)  # no integer is as large
+
+
+register("squeeze", "(Tensor x, str order, bool inverse) -> Tensor", _body, _fake, SqueezeFunction)
 
 
 def check_image(x: Tensor) -> None:
