@@ -413,7 +413,7 @@ def gaussian_sample(
     m, s = gaussian_terms(z, mean, log_scale, acc)
     if log_scale is not None:
         z = z * torch.exp(s)
-    return (z + m).to(dtype)
+    return (z + m).to(dtype).contiguous()
 
 
 # 1x1 convolution ---------------------------------------------------------------------------------------------------------------

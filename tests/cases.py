@@ -2,26 +2,33 @@
 
 from itertools import combinations, product
 
+import pytest
 import torch
 from torch import Tensor
+
+import fastflow
+
+# the bodies of ops that are kernels: for @pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
+KERNELS = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def pairwise(**axes) -> list[dict]:
     """Few combinations of ``axes`` in which every pair of values of two axes occurs."""
-    cases = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    values = [list(v) for v in axes.values()]
     if len(axes) < 3:
-        return cases
-
-    def pairs(case: dict) -> set:
-        return set(combinations(((name, repr(value)) for name, value in case.items()), 2))
-
-    covered = [pairs(case) for case in cases]
-    missing, chosen = set().union(*covered), []
+        return [dict(zip(axes, case, strict=True)) for case in product(*values)]
+    places = [[(i, a) for a in range(len(v))] for i, v in enumerate(values)]
+    missing = {pair for first, second in combinations(places, 2) for pair in product(first, second)}
+    cases = []
     while missing:
-        best = max(range(len(cases)), key=lambda i: len(covered[i] & missing))
-        missing -= covered[best]
-        chosen.append(cases[best])
-    return chosen
+        case = dict(min(missing))
+        for i, options in enumerate(places):
+            if i not in case:  # the value that meets most of what is missing
+                case[i] = max(options, key=lambda o: sum(tuple(sorted((o, v))) in missing for v in case.items()))[1]
+        missing -= set(combinations(sorted(case.items()), 2))
+        cases.append(dict(zip(axes, (v[case[i]] for i, v in enumerate(values)), strict=True)))
+    return cases
 
 
 def name(case: dict) -> str:
@@ -65,6 +72,32 @@ def randomize(module: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
         for p in module.parameters():
             p.add_(torch.randn_like(p), alpha=std)
     return module
+
+
+def assert_as_reference(op, *args) -> None:
+    """``op(*args)`` beside the reference: its values and its strides, the same bits twice, half precision no worse than the reference's.
+
+    Tensors are float64, float32 or half precision; where one is half, so may the results be.
+    """
+
+    def run(*args):
+        found = op(*args)
+        return found if isinstance(found, tuple) else (found,)
+
+    found = run(*args)
+    for first, second in zip(found, run(*args), strict=True):
+        assert torch.equal(first, second)
+    with fastflow.backend("reference"):
+        expected = run(*args)
+    assert [(v.shape, v.dtype, v.stride()) for v in found] == [(v.shape, v.dtype, v.stride()) for v in expected]
+    floating = {a.dtype for a in (*args, *found) if isinstance(a, Tensor) and a.is_floating_point()}
+    if floating <= TOLERANCE.keys():
+        tolerance = max(TOLERANCE[dtype] for dtype in floating)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    else:
+        with fastflow.backend("reference"):
+            exact = run(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+        assert_no_worse(*([v.double() for v in results if v.numel()] for results in (found, expected, exact)))
 
 
 def assert_no_worse(found: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:

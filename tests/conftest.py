@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
 
 import interpreter  # noqa: E402
 import pytest  # noqa: E402
+from cases import KERNELS  # noqa: E402
 
 import fastflow  # noqa: E402
 
@@ -25,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(
     scope="module",
-    params=["reference", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)],
+    params=["reference", *KERNELS],
 )
 def each_backend(request):
     """Runs a module's tests on every body of its ops: plain PyTorch, Triton's interpreter, and the kernels on a device."""

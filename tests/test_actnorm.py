@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, STATIC, assert_no_worse, lay_out, leaf
+from cases import KERNELS, LAYOUTS, STATIC, assert_as_reference, assert_no_worse, lay_out, leaf, name, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from fastflow import ops, reference
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 OP = torch.ops.fastflow.actnorm.default
 SHAPES = [(3, 4), (2, 3, 4, 2), (1, 1, 1, 1), (2, 3, 5), (0, 3, 2, 2), (0, 3)]
@@ -35,8 +37,9 @@ def test_formula_and_inverse(shape):
 
 @both_directions
 @any_shape
-def test_gradients(shape, inverse):
-    assert gradcheck(lambda *a: OP(*a, inverse), [leaf(v) for v in inputs(shape)])
+def test_gradients(shape, inverse, each_backend):
+    fast = each_backend == "interpreter"
+    assert gradcheck(lambda *a: OP(*a, inverse), [leaf(v) for v in inputs(shape)], fast_mode=fast)
 
 
 @both_directions
@@ -103,6 +106,30 @@ def test_half_precision(dtype, parameters, inverse):
     ours = run(lambda *a: ops.actnorm(*a, inverse=inverse), *args)
     assert ours[0].dtype == dtype and ours[1].dtype == torch.float32
     assert_no_worse(ours, run(eager, *args), exact)
+
+
+@pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        dtype=["float64", "float32", "bfloat16", "float16"],
+        x=LAYOUTS,
+        dy=LAYOUTS,
+        shape=[(1, 1), (5, 7), (3, 5, 9), (2, 3, 5, 7), (2, 12, 16, 16), (2, 48, 4, 4), (1, 2, 70, 33), (2, 600, 2, 1)],
+        inverse=[False, True],
+    ),
+    ids=lambda c: name(c).replace(" ", ""),
+)
+def test_kernels(case, each_backend):
+    dtype, shape = getattr(torch, case["dtype"]), case["shape"]
+    x, s, b = inputs(shape, dtype)
+    x, dy = lay_out(x, case["x"]), lay_out(torch.randn(shape).to(dtype), case["dy"])
+    dlog_det = torch.randn(shape[0], dtype=reference.acc_dtype(dtype))
+    ours = torch.ops.fastflow
+    assert_as_reference(OP, x, s, b, case["inverse"])
+    assert_as_reference(ours.actnorm_backward.default, x, s, b, dy, dlog_det, case["inverse"])
+    assert_as_reference(ours.actnorm_inverse_backward.default, x, s, b, dy, dlog_det)
+    assert_as_reference(ours.actnorm_statistics.default, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

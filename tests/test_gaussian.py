@@ -5,11 +5,13 @@ from itertools import product
 
 import pytest
 import torch
-from cases import LAYOUTS, STATIC, lay_out, leaf, name, pairwise
+from cases import KERNELS, LAYOUTS, STATIC, assert_as_reference, lay_out, leaf, name, pairwise
 from torch.autograd import gradcheck
 from torch.distributions import Normal
 
 from fastflow import ops, reference
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 LOG_PROB = torch.ops.fastflow.gaussian_log_prob.default
 BACKWARD = torch.ops.fastflow.gaussian_log_prob_backward.default
@@ -43,12 +45,13 @@ def test_is_torchs_normal(mean, log_scale, shape):
 
 
 @every_term
-def test_gradients(mean, log_scale):
+def test_gradients(mean, log_scale, each_backend):
+    fast = each_backend == "interpreter"
     args = leaves(*inputs(mean, log_scale))
-    assert gradcheck(LOG_PROB, args)
+    assert gradcheck(LOG_PROB, args, fast_mode=fast)
     z, *terms = args
     if mean != "none" or log_scale != "none":
-        assert gradcheck(lambda m, s: SAMPLE(list(z.shape), m, s, 0.7, torch.tensor(1), 2, torch.float64), terms)
+        assert gradcheck(lambda m, s: SAMPLE(list(z.shape), m, s, 0.7, torch.tensor(1), 2, torch.float64), terms, fast_mode=fast)
 
 
 @every_term
@@ -85,6 +88,31 @@ def test_layouts(case):
     torch.library.opcheck(BACKWARD, (z, m, s, torch.randn(3, dtype=z.dtype)), test_utils=STATIC)
     expected = ops.gaussian_log_prob(z.contiguous(), m.contiguous(), s.contiguous())
     torch.testing.assert_close(ops.gaussian_log_prob(z, m, s), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        dtype=["float64", "float32", "bfloat16", "float16"],
+        mean=TERMS,
+        log_scale=TERMS,
+        z_layout=LAYOUTS,
+        mean_layout=LAYOUTS,
+        log_scale_layout=LAYOUTS,
+        shape=[(1, 1), (5, 7), (3, 5, 9), (2, 3, 5, 7), (2, 6, 16, 16), (2, 48, 4, 4), (1, 2, 70, 33)],
+    ),
+    ids=lambda c: name(c).replace(" ", ""),
+)
+def test_kernels(case, each_backend):
+    dtype, shape = getattr(torch, case["dtype"]), case["shape"]
+    z, m, s = (None if v is None else v.to(dtype) for v in inputs(case["mean"], case["log_scale"], shape))
+    z = lay_out(z, case["z_layout"])
+    m, s = (v if v is None or v.ndim == 1 else lay_out(v, case[layout]) for v, layout in ((m, "mean_layout"), (s, "log_scale_layout")))
+    assert_as_reference(LOG_PROB, z, m, s)
+    assert_as_reference(BACKWARD, z, m, s, torch.randn(shape[0], dtype=reference.acc_dtype(dtype)))
+    if dtype in (torch.float64, torch.float32):
+        assert_as_reference(lambda m, s, seed: SAMPLE(list(shape), m, s, 0.7, seed, 2**33, dtype), m, s, torch.tensor(3))
 
 
 def test_half_precision():

@@ -261,6 +261,8 @@ def affine_coupling_backward_kernel(
 
 def _variant(x: Tensor, mask: str, flip: bool, scale: str, order: str, h_order: str) -> tuple[int, tuple[int, int], dict]:
     """(transformed channels, (W, H), constants) of a coupling."""
+    if mask == "checkerboard" and x.ndim > 5:
+        raise ValueError(f"x: got shape {list(x.shape)}, expected at most three spatial dimensions; fastflow.backend('reference') takes more")
     k = x.shape[1] if mask == "checkerboard" else x.shape[1] // 2
     width, height = (*x.shape[:1:-1], 1, 1)[:2]
     parity = {2: "channel", 3: "line", 4: "image"}.get(x.ndim, "volume")

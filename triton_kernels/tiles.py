@@ -70,7 +70,8 @@ class Tiles(NamedTuple):
     samples: int  # 1 where the positions are the samples
     units: int  # blocks of positions of all samples: what a kernel that reduces over nothing, or to channels, goes through
     k_blocks: int
-    split: int  # programs for a sample, and the tiles that each takes
+    blocks: int  # tiles of a sample
+    split: int  # programs for a sample in a sum over it, and the tiles that each takes
     loops: int
     warps: int
     sizes: tuple[int, int]  # K and P, in vectors
@@ -114,10 +115,10 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
         tile_p = _block(p, elements)
         tile_k = _block(k, elements // tile_p)
     k_blocks, p_blocks = -(-k // tile_k), -(-p // tile_p)
+    blocks = k_blocks * p_blocks
     if vectors:
         split, loops = p_blocks, k_blocks
     else:
-        blocks = k_blocks * p_blocks
         loops = -(-blocks // min(-(-blocks // LOOPS), -(-PROGRAMS // max(n, 1))))
         split = -(-blocks // loops)
     per_thread = THREAD * 4 // max(itemsize, 4)
@@ -125,6 +126,7 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
         samples=n,
         units=n * p_blocks,
         k_blocks=k_blocks,
+        blocks=blocks,
         split=split,
         loops=loops,
         warps=min(max(tile_k * tile_p // (32 * per_thread), 1), 8),

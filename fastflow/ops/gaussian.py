@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops.library import register
+from fastflow.ops.library import register, with_kernel
 from fastflow.ops.noise import as_seed
 
 
@@ -19,10 +19,6 @@ def _fake_backward(z, mean, log_scale, dlog_prob):
 
 def _fake_sample(size, mean, log_scale, temperature, seed, offset, dtype):
     return seed.new_empty(size, dtype=dtype)
-
-
-def _sample(size, mean, log_scale, temperature, seed, offset, dtype):
-    return reference.gaussian_sample(size, mean, log_scale, temperature, seed, offset, dtype).contiguous()
 
 
 class GaussianLogProbFunction(torch.autograd.Function):
@@ -65,20 +61,20 @@ class GaussianSampleFunction(torch.autograd.Function):
 register(
     "gaussian_log_prob",
     "(Tensor z, Tensor? mean, Tensor? log_scale) -> Tensor",
-    reference.gaussian_log_prob,
+    with_kernel(reference.gaussian_log_prob, "gaussian"),
     _fake,
     GaussianLogProbFunction,
 )
 register(
     "gaussian_log_prob_backward",
     "(Tensor z, Tensor? mean, Tensor? log_scale, Tensor dlog_prob) -> (Tensor, Tensor, Tensor)",
-    reference.gaussian_log_prob_backward,
+    with_kernel(reference.gaussian_log_prob_backward, "gaussian"),
     _fake_backward,
 )
 register(
     "gaussian_sample",
     "(SymInt[] size, Tensor? mean, Tensor? log_scale, float temperature, Tensor seed, SymInt offset, ScalarType dtype) -> Tensor",
-    _sample,
+    with_kernel(reference.gaussian_sample, "gaussian", on=lambda size, mean, log_scale, temperature, seed, *_: seed),
     _fake_sample,
     GaussianSampleFunction,
 )
