@@ -1,12 +1,18 @@
-"""Triton's interpreter, made to do what a GPU does where it does something else."""
+"""Triton's interpreter, made to do what a GPU does where it does something else, and to count what moves."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 try:
     import triton.language as tl
     from triton import knobs
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 except ModuleNotFoundError:
     RUNS = False
 else:
@@ -26,3 +32,72 @@ def round_to_nearest() -> None:
         return cast(self, src, dst_type)
 
     InterpreterBuilder.cast_impl = cast_impl
+
+
+@dataclass
+class Traffic:
+    """What the kernels of a block read and wrote, and what else ran."""
+
+    read: int = 0  # bytes, of lanes that are not masked out
+    written: int = 0
+    launches: list[tuple[str, int]] = field(default_factory=list)  # kernels and their programs
+    operations: list[str] = field(default_factory=list)  # torch's own that give new values: on a GPU a launch each, a copy among them
+
+
+class _Operations(TorchDispatchMode):
+    """Records torch's operations, within the bodies of FastFlow's ops too, but not what the interpreter itself does."""
+
+    def __init__(self, found: Traffic) -> None:
+        super().__init__()
+        self.found, self.launching = found, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastflow":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not self.launching and not name.startswith(("empty", "new_empty")):
+            given = {v.untyped_storage().data_ptr() for v in args if isinstance(v, torch.Tensor)}
+            results = result if isinstance(result, (tuple, list)) else [result]
+            new = any(isinstance(v, torch.Tensor) and v.untyped_storage().data_ptr() not in given for v in results)
+            self.found.operations += [name] * (new or func._schema.is_mutable)
+        return result
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Counts what the kernels of a block move, as they ask for it: what a cache would answer counts as well."""
+    found = Traffic()
+    operations = _Operations(found)
+    load, store, launch = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, GridExecutor.__call__
+
+    def size(pointers, mask) -> int:
+        lanes = int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
+        return lanes * max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+
+    # a load or store without a mask goes through these two as well
+    def counted_load(self, pointers, mask, *rest):
+        found.read += size(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self, pointers, value, mask, *rest):
+        found.written += size(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def counted_launch(self, *args, **kwargs):
+        found.launches.append((self.fn.__name__, math.prod(self.grid)))
+        operations.launching = True
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            operations.launching = False
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    GridExecutor.__call__ = counted_launch
+    try:
+        with operations:
+            yield found
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        GridExecutor.__call__ = launch
