@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow.triton_kernels.tiles import accumulator, launch, offset, output, readable, sum_slots, tile_indices, tiles, written
+from fastflow.triton_kernels.tiles import accumulator, launch, offset, output, readable, sum_slots, tile_indices, tiles, whole, written
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def actnorm_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, K, P];  log_scale, bias: [K];  log_det: [N]
-    K, P = K * VEC_K, P * VEC_P
+    K, P = K * VEC_K, whole(P, VEC_P)
     block = tl.program_id(0) % blocks
     n = (tl.program_id(0) // blocks).to(tl.int64)
     k, p = tile_indices(block, K, TILE_K, TILE_P)
@@ -53,7 +53,7 @@ def actnorm_backward_kernel(
 ):  # fmt: skip
     # x, dy, dx, x_out: [N, K, P];  slots: [programs / k_blocks, 2, K], of dlog_scale and dbias
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
-    K, P = K * VEC_K, P * VEC_P
+    K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     k = k_block * TILE_K + tl.arange(0, TILE_K)
@@ -97,7 +97,7 @@ def actnorm_statistics_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x: [N, K, P];  slots: [programs / k_blocks, 3, K], of count, mean and sum of squared deviations from it
-    K, P = K * VEC_K, P * VEC_P
+    K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     k = k_block * TILE_K + tl.arange(0, TILE_K)

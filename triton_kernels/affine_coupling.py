@@ -24,6 +24,7 @@ from fastflow.triton_kernels.tiles import (
     sum_slots,
     tile_indices,
     tiles,
+    whole,
     written,
 )
 
@@ -139,7 +140,7 @@ def affine_coupling_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, 2K, P] (checkerboard [N, K, P]);  h: [N, 2K, P] (additive [N, K, P]);  factor: [K];  log_det: [N, split]
-    K, P = K * VEC_K, P * VEC_P
+    K, P = K * VEC_K, whole(P, VEC_P)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     total = tl.zeros([TILE_K, TILE_P], ACC)
@@ -188,7 +189,7 @@ def affine_coupling_backward_kernel(
 ):  # fmt: skip
     # x, dy, x_out, dx: [N, 2K, P] (checkerboard [N, K, P]);  h, dh: [N, 2K, P] (additive [N, K, P]);  dfactor: [programs / k_blocks, K]
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
-    K, P = K * VEC_K, P * VEC_P
+    K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     b_dfactor = tl.zeros([TILE_K, TILE_P], ACC)
@@ -262,7 +263,9 @@ def affine_coupling_backward_kernel(
 def _variant(x: Tensor, mask: str, flip: bool, scale: str, order: str, h_order: str) -> tuple[int, tuple[int, int], dict]:
     """(transformed channels, (W, H), constants) of a coupling."""
     if mask == "checkerboard" and x.ndim > 5:
-        raise ValueError(f"x: got shape {list(x.shape)}, expected at most three spatial dimensions; fastflow.backend('reference') takes more")
+        raise ValueError(
+            f"x: got shape {list(x.shape)}, expected at most three spatial dimensions; fastflow.backend('reference') takes more"
+        )
     k = x.shape[1] if mask == "checkerboard" else x.shape[1] // 2
     width, height = (*x.shape[:1:-1], 1, 1)[:2]
     parity = {2: "channel", 3: "line", 4: "image"}.get(x.ndim, "volume")

@@ -23,6 +23,7 @@ from fastflow.triton_kernels.tiles import (
     sum_slots,
     tile_indices,
     tiles,
+    whole,
     written,
 )
 
@@ -48,7 +49,7 @@ def gaussian_log_prob_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # z: [N, K, P];  mean, log_scale: [N, K, P], [K] or none;  log_prob: [N, split]
-    K, P = K * VEC_K, P * VEC_P
+    K, P = K * VEC_K, whole(P, VEC_P)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     if MEAN == "channel":
@@ -82,7 +83,7 @@ def gaussian_log_prob_backward_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # z, dz: [N, K, P];  mean, log_scale and their gradients: [N, K, P], [K] or none;  slots: [programs / k_blocks, terms of [K], K]
-    K, P = K * VEC_K, P * VEC_P
+    K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     if MEAN == "channel":

@@ -156,16 +156,22 @@ def launch(kernel, programs: int, *args, warps: int, **constants) -> None:
 def offset(n, k, p, stride_n, stride_k, stride_p, UNIT: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr):
     """Where element (n, k, p) of a tensor lies. Strides come in units of a vector, so that the compiler sees what they divide by."""
     if UNIT == "positions":
-        return n * (stride_n * VEC_P) + k * (stride_k * VEC_P) + p
+        return n * stride_n * VEC_P + k * stride_k * VEC_P + p
     elif UNIT == "channels":
-        return n * (stride_n * VEC_K) + p * (stride_p * VEC_K) + k
+        return n * stride_n * VEC_K + p * stride_p * VEC_K + k
     else:
         return n * stride_n + k * stride_k + p * stride_p
 
 
 @triton.jit
+def whole(size, VEC: tl.constexpr):
+    """A size that came in units of a vector; 64 bits, since the units may fit 32 where the size does not."""
+    return tl.cast(size, tl.int64) * VEC
+
+
+@triton.jit
 def tile_indices(block, K, TILE_K: tl.constexpr, TILE_P: tl.constexpr):
-    """Channels ``[TILE_K, 1]`` and positions ``[1, TILE_P]`` of a sample's block; 64 bits, since a sample may exceed 2^31 elements."""
+    """Channels ``[TILE_K, 1]`` and positions ``[1, TILE_P]`` of a sample's block, in 64 bits."""
     k_blocks = tl.cdiv(K, TILE_K)
     k = (block % k_blocks) * TILE_K + tl.arange(0, TILE_K)
     p = (block // k_blocks).to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
