@@ -91,6 +91,8 @@ TABLE = [
     ("affine_coupling_backward", "halves", coupling("backward", "halves", "sigmoid"), 18, 1),
     ("affine_coupling_backward", "factor", coupling("backward", "halves", "soft_clamp"), 18, 2),
     ("affine_coupling_backward", "checkerboard", coupling("backward", "checkerboard", "soft_clamp"), 28, 2),
+    ("affine_coupling_backward", "additive", coupling("backward", "halves", "none"), 10, 1),
+    ("affine_coupling_backward", "additive checkerboard", coupling("backward", "checkerboard", "none"), 12, 1),
     ("affine_coupling_inverse_backward", "halves", coupling("inverse_backward", "halves", "sigmoid"), 24, 1),
     ("affine_coupling_inverse_backward", "factor", coupling("inverse_backward", "halves", "soft_clamp"), 24, 2),
     ("affine_coupling_inverse_backward", "checkerboard", coupling("inverse_backward", "checkerboard", "soft_clamp"), 32, 2),

@@ -19,16 +19,18 @@ def actnorm_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, K, P];  log_scale, bias: [K];  log_det: [N]
+    UNIT_X: tl.constexpr = UNITS[0]
+    UNIT_Y: tl.constexpr = UNITS[1]
     K, P = K * VEC_K, whole(P, VEC_P)
     block = tl.program_id(0) % blocks
     n = (tl.program_id(0) // blocks).to(tl.int64)
     k, p = tile_indices(block, K, TILE_K, TILE_P)
     mask = (k < K) & (p < P)
-    b_x = tl.load(x + offset(n, k, p, x_n, x_k, x_p, UNITS[0], VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+    b_x = tl.load(x + offset(n, k, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     b_s = tl.load(log_scale + k * stride_log_scale, mask=k < K, other=0.0).to(ACC)
     b_b = tl.load(bias + k * stride_bias, mask=k < K, other=0.0).to(ACC)
     b_y = b_x * tl.exp(-b_s) - b_b if INVERSE else (b_x + b_b) * tl.exp(b_s)
-    tl.store(y + offset(n, k, p, y_n, y_k, y_p, UNITS[1], VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + offset(n, k, p, y_n, y_k, y_p, UNIT_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
     # the first program of a sample, and of a block of samples, also writes the log-det
     if (block == 0) | (VECTORS & (block % tl.cdiv(K, TILE_K) == 0)):
         total = tl.zeros([TILE_K], ACC)
@@ -53,6 +55,10 @@ def actnorm_backward_kernel(
 ):  # fmt: skip
     # x, dy, dx, x_out: [N, K, P];  slots: [programs / k_blocks, 2, K], of dlog_scale and dbias
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
+    UNIT_X: tl.constexpr = UNITS[0]
+    UNIT_DY: tl.constexpr = UNITS[1]
+    UNIT_DX: tl.constexpr = UNITS[2]
+    UNIT_X_OUT: tl.constexpr = UNITS[3]
     K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
@@ -66,8 +72,8 @@ def actnorm_backward_kernel(
         n = unit // p_blocks
         k_x, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k_x < K) & (p < P)
-        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, UNITS[0], VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_dy = tl.load(dy + offset(n, k_x, p, dy_n, dy_k, dy_p, UNITS[1], VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_dy = tl.load(dy + offset(n, k_x, p, dy_n, dy_k, dy_p, UNIT_DY, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         if VECTORS:
             b_dlog_det = tl.load(dlog_det + p * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
         else:
@@ -82,9 +88,9 @@ def actnorm_backward_kernel(
             # the log-det holds each channel's log scale once a position
             b_dlog_scale += tl.where(mask, b_dx * b_shifted + b_dlog_det, 0.0)
             b_dbias += b_dx
-        tl.store(dx + offset(n, k_x, p, dx_n, dx_k, dx_p, UNITS[2], VEC_K, VEC_P), b_dx.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx + offset(n, k_x, p, dx_n, dx_k, dx_p, UNIT_DX, VEC_K, VEC_P), b_dx.to(dx.dtype.element_ty), mask=mask)
         if FROM_OUTPUT:
-            at_x_out = x_out + offset(n, k_x, p, x_out_n, x_out_k, x_out_p, UNITS[3], VEC_K, VEC_P)
+            at_x_out = x_out + offset(n, k_x, p, x_out_n, x_out_k, x_out_p, UNIT_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, (b_shifted - b_b).to(x_out.dtype.element_ty), mask=mask)
     row = slots + slot.to(tl.int64) * (2 * K)
     tl.store(row + k, tl.sum(b_dlog_scale, 1), mask=k < K)
@@ -97,6 +103,7 @@ def actnorm_statistics_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x: [N, K, P];  slots: [programs / k_blocks, 3, K], of count, mean and sum of squared deviations from it
+    UNIT_X: tl.constexpr = UNITS[0]
     K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
@@ -108,7 +115,7 @@ def actnorm_statistics_kernel(
     for unit in range(first, tl.minimum(first + loops, units)):
         k_x, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k_x < K) & (p < P)
-        at_x = x + offset(unit // p_blocks, k_x, p, x_n, x_k, x_p, UNITS[0], VEC_K, VEC_P)
+        at_x = x + offset(unit // p_blocks, k_x, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P)
         b_x = tl.load(at_x, mask=mask, other=0.0).to(ACC)
         # a tile's own mean and squares from registers, then merged (Chan et al., 1983): E[x^2] - E[x]^2 would cancel
         tile_count = tl.sum(tl.where(p < P, 1.0, 0.0)).to(ACC)

@@ -3,7 +3,7 @@
 Bytes an element of x in float32, which is the bound (the kernels do some 40 operations for each 12 bytes, a fifth of what a GPU has):
 
     forward, inverse      halves 12 (x 4, h 4, y 4), additive 10 (h 2), checkerboard 16 (h 8)
-    backward              halves 18 (the transformed half of x 2, dy 4, h 4, dx 4, dh 4), checkerboard 28, additive 12 and 16
+    backward              halves 18 (the transformed half of x 2, dy 4, h 4, dx 4, dh 4), checkerboard 28, additive 10 and 12 (no x, no h)
     inverse + backward    halves 24 (y 4, dy 4, h 4, x 4, dx 4, dh 4), additive 20, checkerboard 32, additive 24
 """
 
@@ -140,6 +140,9 @@ def affine_coupling_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, 2K, P] (checkerboard [N, K, P]);  h: [N, 2K, P] (additive [N, K, P]);  factor: [K];  log_det: [N, split]
+    UNIT_X: tl.constexpr = UNITS[0]
+    UNIT_H: tl.constexpr = UNITS[1]
+    UNIT_Y: tl.constexpr = UNITS[2]
     K, P = K * VEC_K, whole(P, VEC_P)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
@@ -150,11 +153,11 @@ def affine_coupling_kernel(
         k_v = k + K if MASK == "halves" and not FLIP else k  # the transformed half, and below the one that passes
         k_pass = k + K if FLIP else k
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
-        b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, UNITS[0], VEC_K, VEC_P), mask=mask, other=0.0)
+        b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
-            b_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, UNITS[0], VEC_K, VEC_P), mask=mask, other=0.0)
+            b_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0)
         b_t, b_raw, b_f = load_h(
-            h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, UNITS[1], VEC_K, VEC_P
+            h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, UNIT_H, VEC_K, VEC_P
         )
         b_v = b_x.to(ACC)
         if SCALE == "none":
@@ -169,9 +172,9 @@ def affine_coupling_kernel(
                 b_s = tl.exp(b_log_s)
                 b_y = b_v * b_s + b_t if ORDER == "scale_first" else (b_v + b_t) * b_s
             total += b_log_s
-        tl.store(y + offset(n, k_v, p, y_n, y_k, y_p, UNITS[2], VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + offset(n, k_v, p, y_n, y_k, y_p, UNIT_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
         if MASK == "halves":
-            tl.store(y + offset(n, k_pass, p, y_n, y_k, y_p, UNITS[2], VEC_K, VEC_P), b_pass, mask=mask)
+            tl.store(y + offset(n, k_pass, p, y_n, y_k, y_p, UNIT_Y, VEC_K, VEC_P), b_pass, mask=mask)
     if VECTORS:
         p = part.to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
         tl.store(log_det + p, tl.sum(total, 0), mask=p < P)
@@ -189,6 +192,12 @@ def affine_coupling_backward_kernel(
 ):  # fmt: skip
     # x, dy, x_out, dx: [N, 2K, P] (checkerboard [N, K, P]);  h, dh: [N, 2K, P] (additive [N, K, P]);  dfactor: [programs / k_blocks, K]
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
+    UNIT_X: tl.constexpr = UNITS[0]
+    UNIT_H: tl.constexpr = UNITS[1]
+    UNIT_DY: tl.constexpr = UNITS[2]
+    UNIT_DX: tl.constexpr = UNITS[3]
+    UNIT_DH: tl.constexpr = UNITS[4]
+    UNIT_X_OUT: tl.constexpr = UNITS[5]
     K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
@@ -201,19 +210,23 @@ def affine_coupling_backward_kernel(
         k_v = k + K if MASK == "halves" and not FLIP else k
         k_pass = k + K if FLIP else k
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
-        b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, UNITS[0], VEC_K, VEC_P), mask=mask, other=0.0)
-        b_dy = tl.load(dy + offset(n, k_v, p, dy_n, dy_k, dy_p, UNITS[2], VEC_K, VEC_P), mask=mask, other=0.0)
+        if SCALE != "none" or FROM_OUTPUT:  # an additive coupling's gradient needs neither x nor h
+            b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0)
+            b_v = b_x.to(ACC)
+        b_dy = tl.load(dy + offset(n, k_v, p, dy_n, dy_k, dy_p, UNIT_DY, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
-            b_dy_pass = tl.load(dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, UNITS[2], VEC_K, VEC_P), mask=mask, other=0.0)
+            b_dy_pass = tl.load(dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, UNIT_DY, VEC_K, VEC_P), mask=mask, other=0.0)
             if FROM_OUTPUT:
-                b_x_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, UNITS[0], VEC_K, VEC_P), mask=mask, other=0.0)
-        b_t, b_raw, b_f = load_h(
-            h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, UNITS[1], VEC_K, VEC_P
-        )
-        b_v, b_g = b_x.to(ACC), b_dy.to(ACC)
+                b_x_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0)
+        if SCALE != "none" or FROM_OUTPUT:
+            b_t, b_raw, b_f = load_h(
+                h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, UNIT_H, VEC_K, VEC_P
+            )
+        b_g = b_dy.to(ACC)
         k_t, k_raw = h_channels(k, K, SCALE, H_ORDER)
         if SCALE == "none":
-            b_v = b_v - b_t
+            if FROM_OUTPUT:
+                b_v = b_v - b_t
             b_dv = b_g
             b_dt = -b_g if INVERSE else b_g
         else:
@@ -242,18 +255,18 @@ def affine_coupling_backward_kernel(
             b_dlog_s = tl.where(mask & active, b_dlog_s, 0.0)
             b_draw, b_df = log_scale_vjp(b_dlog_s, b_raw, b_f, SCALE)
             b_dfactor += b_df
-            tl.store(dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, UNITS[4], VEC_K, VEC_P), b_draw.to(dh.dtype.element_ty), mask=mask)
+            tl.store(dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, UNIT_DH, VEC_K, VEC_P), b_draw.to(dh.dtype.element_ty), mask=mask)
         if MASK == "checkerboard":
             b_dt = tl.where(active, b_dt, 0.0)
-        tl.store(dh + offset(n, k_t, p, dh_n, dh_k, dh_p, UNITS[4], VEC_K, VEC_P), b_dt.to(dh.dtype.element_ty), mask=mask)
-        tl.store(dx + offset(n, k_v, p, dx_n, dx_k, dx_p, UNITS[3], VEC_K, VEC_P), b_dv.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dh + offset(n, k_t, p, dh_n, dh_k, dh_p, UNIT_DH, VEC_K, VEC_P), b_dt.to(dh.dtype.element_ty), mask=mask)
+        tl.store(dx + offset(n, k_v, p, dx_n, dx_k, dx_p, UNIT_DX, VEC_K, VEC_P), b_dv.to(dx.dtype.element_ty), mask=mask)
         if FROM_OUTPUT:
-            at_x_out = x_out + offset(n, k_v, p, x_out_n, x_out_k, x_out_p, UNITS[5], VEC_K, VEC_P)
+            at_x_out = x_out + offset(n, k_v, p, x_out_n, x_out_k, x_out_p, UNIT_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, b_v.to(x_out.dtype.element_ty), mask=mask)
         if MASK == "halves":
-            tl.store(dx + offset(n, k_pass, p, dx_n, dx_k, dx_p, UNITS[3], VEC_K, VEC_P), b_dy_pass, mask=mask)
+            tl.store(dx + offset(n, k_pass, p, dx_n, dx_k, dx_p, UNIT_DX, VEC_K, VEC_P), b_dy_pass, mask=mask)
             if FROM_OUTPUT:
-                at_pass = x_out + offset(n, k_pass, p, x_out_n, x_out_k, x_out_p, UNITS[5], VEC_K, VEC_P)
+                at_pass = x_out + offset(n, k_pass, p, x_out_n, x_out_k, x_out_p, UNIT_X_OUT, VEC_K, VEC_P)
                 tl.store(at_pass, b_x_pass, mask=mask)
     if SCALE == "soft_clamp" or SCALE == "tanh":
         k = k_block * TILE_K + tl.arange(0, TILE_K)

@@ -49,6 +49,9 @@ def gaussian_log_prob_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # z: [N, K, P];  mean, log_scale: [N, K, P], [K] or none;  log_prob: [N, split]
+    UNIT_Z: tl.constexpr = UNITS[0]
+    UNIT_MEAN: tl.constexpr = UNITS[1]
+    UNIT_LOG_SCALE: tl.constexpr = UNITS[2]
     K, P = K * VEC_K, whole(P, VEC_P)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
@@ -60,9 +63,9 @@ def gaussian_log_prob_kernel(
     for i in range(loops):
         k, p = tile_indices(part * loops + i, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
-        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, UNITS[0], VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, UNITS[1], VEC_K, VEC_P)
-        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, UNITS[2], VEC_K, VEC_P)
+        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, UNIT_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, UNIT_MEAN, VEC_K, VEC_P)
+        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, UNIT_LOG_SCALE, VEC_K, VEC_P)
         b_e = b_z - b_m
         if LOG_SCALE != "none":
             b_e = b_e * tl.exp(-b_s)
@@ -83,6 +86,12 @@ def gaussian_log_prob_backward_kernel(
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # z, dz: [N, K, P];  mean, log_scale and their gradients: [N, K, P], [K] or none;  slots: [programs / k_blocks, terms of [K], K]
+    UNIT_Z: tl.constexpr = UNITS[0]
+    UNIT_MEAN: tl.constexpr = UNITS[1]
+    UNIT_LOG_SCALE: tl.constexpr = UNITS[2]
+    UNIT_DZ: tl.constexpr = UNITS[3]
+    UNIT_DMEAN: tl.constexpr = UNITS[4]
+    UNIT_DLOG_SCALE: tl.constexpr = UNITS[5]
     K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
@@ -97,9 +106,9 @@ def gaussian_log_prob_backward_kernel(
         n = unit // p_blocks
         k, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
-        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, UNITS[0], VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, UNITS[1], VEC_K, VEC_P)
-        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, UNITS[2], VEC_K, VEC_P)
+        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, UNIT_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, UNIT_MEAN, VEC_K, VEC_P)
+        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, UNIT_LOG_SCALE, VEC_K, VEC_P)
         if VECTORS:
             b_g = tl.load(dlog_prob + p * stride_dlog_prob, mask=p < P, other=0.0).to(ACC)
         else:
@@ -109,14 +118,14 @@ def gaussian_log_prob_backward_kernel(
         if LOG_SCALE != "none":
             b_r = tl.exp(-b_s)
             b_ge = b_ge * b_r * b_r
-        tl.store(dz + offset(n, k, p, dz_n, dz_k, dz_p, UNITS[3], VEC_K, VEC_P), (-b_ge).to(dz.dtype.element_ty), mask=mask)
+        tl.store(dz + offset(n, k, p, dz_n, dz_k, dz_p, UNIT_DZ, VEC_K, VEC_P), (-b_ge).to(dz.dtype.element_ty), mask=mask)
         if MEAN == "full":
-            at_dmean = dmean + offset(n, k, p, dmean_n, dmean_k, dmean_p, UNITS[4], VEC_K, VEC_P)
+            at_dmean = dmean + offset(n, k, p, dmean_n, dmean_k, dmean_p, UNIT_DMEAN, VEC_K, VEC_P)
             tl.store(at_dmean, b_ge.to(dmean.dtype.element_ty), mask=mask)
         elif MEAN == "channel":
             b_dmean += tl.where(mask, b_ge, 0.0)
         if LOG_SCALE == "full":
-            at_dlog_scale = dlog_scale + offset(n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, UNITS[5], VEC_K, VEC_P)
+            at_dlog_scale = dlog_scale + offset(n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, UNIT_DLOG_SCALE, VEC_K, VEC_P)
             tl.store(at_dlog_scale, (b_ge * b_e - b_g).to(dlog_scale.dtype.element_ty), mask=mask)
         elif LOG_SCALE == "channel":
             b_dlog_scale += tl.where(mask, b_ge * b_e - b_g, 0.0)
