@@ -131,16 +131,15 @@ def test_as_reference(case):
 
 
 @both_directions
-@any_order
 @pytest.mark.parametrize("layout", [["contiguous"], ["channels_last"], ["sliced"], ["channels_last", "sliced"]], ids=" ".join)
 @pytest.mark.parametrize("shape", GLOW, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_glow_as_reference(shape, dtype, layout, order, inverse):
+def test_glow_as_reference(shape, dtype, layout, inverse):
     n, c, h, w = shape
     x = numbers((n, 4 * c, h // 2, w // 2) if inverse else shape, dtype)
     for step in layout:
         x = lay_out(x, step)
-    assert_as_reference(x, order, inverse)
+    assert_as_reference(x, "channel", inverse)
 
 
 @settings(max_examples=60, deadline=None)

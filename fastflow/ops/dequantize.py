@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops.library import register
+from fastflow.ops.library import register, with_kernel
 from fastflow.ops.noise import as_seed
 from fastflow.ops.squeeze import ORDERS, check_even, check_image, squeezed_shape
 
@@ -16,7 +16,8 @@ def _image_like(x: Tensor, squeeze_order: str | None, inverse: bool, dtype: torc
     y = torch.empty_like(x, dtype=dtype)
     if squeeze_order is None:
         return y
-    return torch.empty(squeezed_shape(x, inverse), dtype=dtype, device=x.device, memory_format=reference.memory_format(y))
+    layout = reference.memory_format(x if inverse else y)  # of what is squeezed or unsqueezed
+    return torch.empty(squeezed_shape(x, inverse), dtype=dtype, device=x.device, memory_format=layout)
 
 
 def _fake(x, noise, seed, offset, n_bits, scale, shift, logit, squeeze_order, dtype):
@@ -71,20 +72,20 @@ class DequantizeInverseFunction(torch.autograd.Function):
 register(
     "dequantize",
     f"(Tensor x, Tensor? noise, Tensor? seed, SymInt offset, {MAP}, ScalarType dtype) -> (Tensor, Tensor)",
-    reference.dequantize,
+    with_kernel(reference.dequantize, "dequantize"),
     _fake,
     DequantizeFunction,
 )
 register(
     "dequantize_backward",
     f"(Tensor x, Tensor noise, Tensor dy, Tensor dlog_det, {MAP}) -> Tensor",
-    reference.dequantize_backward,
+    with_kernel(reference.dequantize_backward, "dequantize"),
     _fake_backward,
 )
 register(
     "dequantize_inverse",
     f"(Tensor y, {MAP}) -> (Tensor, Tensor)",
-    reference.dequantize_inverse,
+    with_kernel(reference.dequantize_inverse, "dequantize"),
     _fake_inverse,
     DequantizeInverseFunction,
 )
