@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastflow.triton_kernels.noise import uniform
 from fastflow.triton_kernels.squeeze import squeezed_channel, squeezed_like, steps
-from fastflow.triton_kernels.tiles import LOOPS, PROGRAMS, _block, accumulator, launch, power_of_two, sum_parts
+from fastflow.triton_kernels.tiles import LOOPS, PROGRAMS, _block, accumulator, launch, power_of_two, sum_parts, whole
 
 # Calls of Philox in a tile, one a thread, each for 8 elements: 32 bytes of float32 a thread, which are two vectors. A tile that is
 # given its noise is cut the same way.
@@ -138,7 +138,7 @@ def dequantize_kernel(
     TILE_B: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     # x, noise: [N, C, H, W];  y: the same, or squeezed;  log_det: [N, split], without a logit [N]
-    C, W = C * VEC_C, W * VEC_W
+    C, W = C * VEC_C, whole(W, VEC_W) if WIDE else W * VEC_W
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     total = tl.zeros([TILE_B * 8, TILE_C] if MODE == "channels" else [TILE_B, 8], ACC)
@@ -177,7 +177,7 @@ def dequantize_backward_kernel(
     TILE_B: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     # x, noise, dnoise: [N, C, H, W];  dy: the same, or squeezed;  dlog_det: [N]
-    C, W = C * VEC_C, W * VEC_W
+    C, W = C * VEC_C, whole(W, VEC_W) if WIDE else W * VEC_W
     t = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     _, c, i, j, mask = places(t, C, H, W, 8, MODE, LINE, WIDE, TILE_B, TILE_C)
@@ -203,7 +203,7 @@ def dequantize_inverse_kernel(
     TILE_B: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     # x: [N, C, H, W], written;  y: the same, or squeezed;  log_det: [N, split], without a logit [N]
-    C, W = C * VEC_C, W * VEC_W
+    C, W = C * VEC_C, whole(W, VEC_W) if WIDE else W * VEC_W
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     total = tl.zeros([TILE_B * 8, TILE_C] if MODE == "channels" else [TILE_B, 8], ACC)
