@@ -120,7 +120,7 @@ def gaussian_sample(
     Raises ValueError for other shapes or devices.
     """
     given = next((v for v in (mean, log_scale, seed) if isinstance(v, Tensor)), None)
-    device = torch.device(device or (given.device if given is not None else "cpu"))
+    device = torch.device(device or (given.device if given is not None else torch.get_default_device()))
     for name, v in (("mean", mean), ("log_scale", log_scale)):
         _check_term(name, v, size)
         if v is not None and v.device.type != device.type:

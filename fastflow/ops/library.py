@@ -93,7 +93,7 @@ def with_kernel(reference: Callable, family: str, on: Callable[..., Tensor] = la
         if not _runs_kernels(tensor.device) or not tensor.numel():
             return reference(*args)
         kernel = getattr(_kernels(family), name)
-        if tensor.device.type == "cpu" or tensor.device.index == torch.cuda.current_device():
+        if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
             return kernel(*args)
         with torch.cuda.device(tensor.device):  # Triton launches on the current device
             return kernel(*args)

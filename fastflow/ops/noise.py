@@ -42,11 +42,12 @@ def uniform_noise(
         size: ``[N, ...]``.
         seed: an int, or an int64 tensor without dimensions.
         offset: index of the first sample: samples ``offset ... offset + N - 1`` of a batch, however it is split.
+        device: the seed's where that is a tensor, else torch's default device.
 
     Example:
         >>> whole = uniform_noise((4, 3), seed=1)
         >>> bool((uniform_noise((2, 3), seed=1, offset=2) == whole[2:]).all())
         True
     """
-    device = torch.device(device or (seed.device if isinstance(seed, Tensor) else "cpu"))
+    device = torch.device(device or (seed.device if isinstance(seed, Tensor) else torch.get_default_device()))
     return torch.ops.fastflow.uniform_noise.default(list(size), as_seed(seed, device), offset, dtype)
