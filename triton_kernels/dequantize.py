@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastflow.triton_kernels.noise import uniform
 from fastflow.triton_kernels.squeeze import squeezed_channel, squeezed_like, steps
-from fastflow.triton_kernels.tiles import LOOPS, PROGRAMS, _block, accumulator, launch, power_of_two, sum_parts, whole
+from fastflow.triton_kernels.tiles import LOOPS, PROGRAMS, accumulator, block_size, launch, power_of_two, sum_parts, whole
 
 # Calls of Philox in a tile, one a thread, each for 8 elements: 32 bytes of float32 a thread, which are two vectors. A tile that is
 # given its noise is cut the same way.
@@ -284,7 +284,7 @@ def _cut(shape: tuple[int, ...], images: tuple[tuple[int, ...], ...], squeezed: 
         laid.append(steps((n, 4 * c, h // 2, w // 2), squeezed, inner))
     tile_c = min(power_of_two(c), CHANNELS) if mode == "channels" else 1
     blocks = h * w // 8 if mode == "channels" else -(-d // 8)
-    tile_b = _block(blocks, BLOCKS // tile_c)
+    tile_b = block_size(blocks, BLOCKS // tile_c)
     count = -(-blocks // tile_b) * (-(-c // tile_c) if mode == "channels" else 1)
     loops = -(-count // min(-(-count // LOOPS), -(-PROGRAMS // n))) if reduces else 1
     vec_c, vec_w = math.gcd(16, c), math.gcd(16, w)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow.triton_kernels.tiles import _block, launch
+from fastflow.triton_kernels.tiles import block_size, launch
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Bytes of each of the four pixels of a block in one tile: 16 for each of 128 threads, the widest store there is, so that a thread
@@ -155,7 +155,7 @@ def _plan(itemsize: int, n: int, c: int, h: int, w: int, image: tuple[int, ...],
     vec_image, image = steps((n, c, 2 * h, 2 * w), image, inner)
     vec_squeezed, squeezed = steps((n, 4 * c, h, w), squeezed, inner)
     elements = PIXEL_BYTES // itemsize
-    tile = _block(across, elements)
+    tile = block_size(across, elements)
     tile_r = elements // tile
     programs = -(-rows // tile_r) * -(-across // tile)
     constants = {"WIDE": rows + tile_r > 2**31, "VEC_IMAGE": vec_image, "VEC_SQUEEZED": vec_squeezed, "TILE_R": tile_r}

@@ -88,7 +88,7 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _block(size: int, limit: int) -> int:
+def block_size(size: int, limit: int) -> int:
     """A power of two up to ``limit`` to cut ``size`` into: all at once, or in blocks that leave no more than an eighth idle."""
     if size <= limit:
         return power_of_two(size)
@@ -109,11 +109,11 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     vec = {"positions": vec_p, "channels": vec_k, "none": 1}
     elements = TILE * 4 // max(itemsize, 4)
     if units[0] == "channels":
-        tile_k = _block(k, elements)
-        tile_p = _block(p, elements // tile_k)
+        tile_k = block_size(k, elements)
+        tile_p = block_size(p, elements // tile_k)
     else:
-        tile_p = _block(p, elements)
-        tile_k = _block(k, elements // tile_p)
+        tile_p = block_size(p, elements)
+        tile_k = block_size(k, elements // tile_p)
     k_blocks, p_blocks = -(-k // tile_k), -(-p // tile_p)
     blocks = k_blocks * p_blocks
     if vectors:
