@@ -25,6 +25,8 @@ from fastflow.nn import (
     Squeeze,
 )
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 IMAGE, VECTOR = (3, 4, 2, 4), (3, 4)
 
 FLOWS = {
