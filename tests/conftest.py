@@ -15,6 +15,7 @@ from cases import KERNELS  # noqa: E402
 import fastflow  # noqa: E402
 
 interpreter.round_to_nearest()
+interpreter.count_loops()
 
 
 def pytest_collection_modifyitems(items):

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 try:
     import triton.language as tl
     from triton import knobs
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 except ModuleNotFoundError:
     RUNS = False
@@ -32,6 +33,19 @@ def round_to_nearest() -> None:
         return cast(self, src, dst_type)
 
     InterpreterBuilder.cast_impl = cast_impl
+
+
+def count_loops() -> None:
+    """A kernel's integer can bound a loop also where it is an array of one, which Triton 3.6 leaves to NumPy, and NumPy 2.4 refuses."""
+    if not RUNS:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 @dataclass
