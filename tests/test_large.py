@@ -165,3 +165,21 @@ def test_past_32_bits(count, samples, layout, each_backend):
     assert torch.equal(last(ops.dequantize_inverse(ops.dequantize(images, noise=centre)[0])[0]), last(images))
     noise = ops.gaussian_sample(shape, seed=5, dtype=SHARE)
     assert torch.equal(noise[-1:], ops.gaussian_sample((1, *shape[1:]), seed=5, offset=n - 1, dtype=SHARE))
+
+
+@on_both("width", [601], [2**28 + 1])
+def test_dequantize_rows_that_do_not_merge(width, each_backend):
+    """Each element's row is found by a division, whose operands must not wrap."""
+    x = torch.randint(0, 256, (1, 2, width + 7), dtype=torch.uint8)[:, :, :width]
+    noise = torch.full((), 0.5).expand(x.shape)
+    y, _ = ops.dequantize(x, noise=noise)
+    for end in (slice(0, 9), slice(width - 9, width)):
+        assert torch.equal(y[:, :, end], ops.dequantize(x[:, :, end], noise=noise[:, :, end])[0])
+
+
+@on_both("height", [300], [2**29])
+def test_dequantize_many_rows(height, each_backend):
+    x = torch.randint(0, 256, (1, 4, height, 2), dtype=torch.uint8)
+    y, _ = ops.dequantize(x, seed=1, squeeze_order="channel", dtype=SHARE)
+    unsqueezed, _ = ops.dequantize(x, seed=1, dtype=SHARE)
+    assert torch.equal(ops.unsqueeze(y)[:, :, -50:], unsqueezed[:, :, -50:])

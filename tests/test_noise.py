@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import KERNELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,3 +159,19 @@ def test_opcheck(dtype, size):
 @each_noise
 def test_empty(noise):
     assert noise((0, 3, 2), 1).shape == (0, 3, 2) and noise((3, 0), 1).shape == (3, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("each_backend", KERNELS[1:], indirect=True)
+def test_a_captured_graph_draws_from_its_seed(each_backend):
+    """Nothing waits for the device, and a seed on it is read when the graph runs, not when it is captured."""
+    seed = torch.tensor(1)
+    noise = ops.uniform_noise((4, 3), seed)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, constant = ops.uniform_noise((4, 3), seed), ops.uniform_noise((4, 3), 1)
+    graph.replay()
+    assert torch.equal(captured, noise) and torch.equal(constant, noise)
+    seed.fill_(2)
+    graph.replay()
+    assert torch.equal(captured, ops.uniform_noise((4, 3), 2)) and torch.equal(constant, noise)

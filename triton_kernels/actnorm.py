@@ -11,26 +11,26 @@ from torch import Tensor
 from fastflow.triton_kernels.tiles import accumulator, launch, offset, output, readable, sum_slots, tile_indices, tiles, whole, written
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "positions"])
 def actnorm_kernel(
     x, log_scale, bias, y, log_det, K, P, blocks, positions, stride_log_scale, stride_bias,
     x_n, x_k, x_p, y_n, y_k, y_p,
-    INVERSE: tl.constexpr, ACC: tl.constexpr, UNITS: tl.constexpr,
+    INVERSE: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, K, P];  log_scale, bias: [K];  log_det: [N]
-    UNIT_X: tl.constexpr = UNITS[0]
-    UNIT_Y: tl.constexpr = UNITS[1]
+    SIDE_X: tl.constexpr = SIDES[0]
+    SIDE_Y: tl.constexpr = SIDES[1]
     K, P = K * VEC_K, whole(P, VEC_P)
     block = tl.program_id(0) % blocks
     n = (tl.program_id(0) // blocks).to(tl.int64)
     k, p = tile_indices(block, K, TILE_K, TILE_P)
     mask = (k < K) & (p < P)
-    b_x = tl.load(x + offset(n, k, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+    b_x = tl.load(x + offset(n, k, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     b_s = tl.load(log_scale + k * stride_log_scale, mask=k < K, other=0.0).to(ACC)
     b_b = tl.load(bias + k * stride_bias, mask=k < K, other=0.0).to(ACC)
     b_y = b_x * tl.exp(-b_s) - b_b if INVERSE else (b_x + b_b) * tl.exp(b_s)
-    tl.store(y + offset(n, k, p, y_n, y_k, y_p, UNIT_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
+    tl.store(y + offset(n, k, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
     # the first program of a sample, and of a block of samples, also writes the log-det
     if (block == 0) | (VECTORS & (block % tl.cdiv(K, TILE_K) == 0)):
         total = tl.zeros([TILE_K], ACC)
@@ -46,19 +46,19 @@ def actnorm_kernel(
             tl.store(log_det + n, b_log_det)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "loops"])
 def actnorm_backward_kernel(
     x, log_scale, bias, dy, dlog_det, dx, x_out, slots, units, K, P, loops, stride_log_scale, stride_bias, stride_dlog_det,
     x_n, x_k, x_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p, x_out_n, x_out_k, x_out_p,
-    INVERSE: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr, UNITS: tl.constexpr,
+    INVERSE: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, dy, dx, x_out: [N, K, P];  slots: [programs / k_blocks, 2, K], of dlog_scale and dbias
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
-    UNIT_X: tl.constexpr = UNITS[0]
-    UNIT_DY: tl.constexpr = UNITS[1]
-    UNIT_DX: tl.constexpr = UNITS[2]
-    UNIT_X_OUT: tl.constexpr = UNITS[3]
+    SIDE_X: tl.constexpr = SIDES[0]
+    SIDE_DY: tl.constexpr = SIDES[1]
+    SIDE_DX: tl.constexpr = SIDES[2]
+    SIDE_X_OUT: tl.constexpr = SIDES[3]
     K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
@@ -72,8 +72,8 @@ def actnorm_backward_kernel(
         n = unit // p_blocks
         k_x, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k_x < K) & (p < P)
-        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_dy = tl.load(dy + offset(n, k_x, p, dy_n, dy_k, dy_p, UNIT_DY, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_dy = tl.load(dy + offset(n, k_x, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         if VECTORS:
             b_dlog_det = tl.load(dlog_det + p * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
         else:
@@ -87,23 +87,23 @@ def actnorm_backward_kernel(
             b_shifted = b_x * tl.exp(-b_s) if FROM_OUTPUT else b_x + b_b
             # the log-det holds each channel's log scale once a position
             b_dlog_scale += tl.where(mask, b_dx * b_shifted + b_dlog_det, 0.0)
-            b_dbias += b_dx
-        tl.store(dx + offset(n, k_x, p, dx_n, dx_k, dx_p, UNIT_DX, VEC_K, VEC_P), b_dx.to(dx.dtype.element_ty), mask=mask)
+            b_dbias += tl.where(mask, b_dx, 0.0)
+        tl.store(dx + offset(n, k_x, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P), b_dx.to(dx.dtype.element_ty), mask=mask)
         if FROM_OUTPUT:
-            at_x_out = x_out + offset(n, k_x, p, x_out_n, x_out_k, x_out_p, UNIT_X_OUT, VEC_K, VEC_P)
+            at_x_out = x_out + offset(n, k_x, p, x_out_n, x_out_k, x_out_p, SIDE_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, (b_shifted - b_b).to(x_out.dtype.element_ty), mask=mask)
     row = slots + slot.to(tl.int64) * (2 * K)
     tl.store(row + k, tl.sum(b_dlog_scale, 1), mask=k < K)
     tl.store(row + K + k, tl.sum(b_dbias, 1), mask=k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "loops"])
 def actnorm_statistics_kernel(
-    x, slots, units, K, P, loops, x_n, x_k, x_p, ACC: tl.constexpr, UNITS: tl.constexpr,
+    x, slots, units, K, P, loops, x_n, x_k, x_p, ACC: tl.constexpr, SIDES: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x: [N, K, P];  slots: [programs / k_blocks, 3, K], of count, mean and sum of squared deviations from it
-    UNIT_X: tl.constexpr = UNITS[0]
+    SIDE_X: tl.constexpr = SIDES[0]
     K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
@@ -115,7 +115,7 @@ def actnorm_statistics_kernel(
     for unit in range(first, tl.minimum(first + loops, units)):
         k_x, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k_x < K) & (p < P)
-        at_x = x + offset(unit // p_blocks, k_x, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P)
+        at_x = x + offset(unit // p_blocks, k_x, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P)
         b_x = tl.load(at_x, mask=mask, other=0.0).to(ACC)
         # a tile's own mean and squares from registers, then merged (Chan et al., 1983): E[x^2] - E[x]^2 would cancel
         tile_count = tl.sum(tl.where(p < P, 1.0, 0.0)).to(ACC)
@@ -132,25 +132,25 @@ def actnorm_statistics_kernel(
     tl.store(row + 2 * K + k, squares, mask=k < K)
 
 
-@triton.jit
-def merge_statistics_kernel(slots, mean, var, programs, K, ACC: tl.constexpr, TILE_S: tl.constexpr, TILE_K: tl.constexpr):
-    # slots: [programs, 3, K] -> mean, var: [K]
+@triton.jit(do_not_specialize=["count"])
+def merge_statistics_kernel(slots, mean, var, count, K, ACC: tl.constexpr, TILE_S: tl.constexpr, TILE_K: tl.constexpr):
+    # slots: [count, 3, K] -> mean, var: [K]
     k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
     s = tl.arange(0, TILE_S)
-    count = tl.zeros([TILE_S, TILE_K], ACC)
+    positions = tl.zeros([TILE_S, TILE_K], ACC)
     total = tl.zeros([TILE_S, TILE_K], ACC)
-    for start in range(0, programs, TILE_S):
+    for start in range(0, count, TILE_S):
         at = slots + (start + s).to(tl.int64)[:, None] * (3 * K) + k[None, :]
-        mask = (start + s < programs)[:, None] & (k < K)[None, :]
-        b_count = tl.load(at, mask=mask, other=0.0)
-        count += b_count
-        total += b_count * tl.load(at + K, mask=mask, other=0.0)
-    n = tl.maximum(tl.sum(count, 0), 1.0)
+        mask = (start + s < count)[:, None] & (k < K)[None, :]
+        b_positions = tl.load(at, mask=mask, other=0.0)
+        positions += b_positions
+        total += b_positions * tl.load(at + K, mask=mask, other=0.0)
+    n = tl.maximum(tl.sum(positions, 0), 1.0)
     b_mean = tl.sum(total, 0) / n
     squares = tl.zeros([TILE_S, TILE_K], ACC)
-    for start in range(0, programs, TILE_S):
+    for start in range(0, count, TILE_S):
         at = slots + (start + s).to(tl.int64)[:, None] * (3 * K) + k[None, :]
-        mask = (start + s < programs)[:, None] & (k < K)[None, :]
+        mask = (start + s < count)[:, None] & (k < K)[None, :]
         deviation = tl.load(at + K, mask=mask, other=0.0) - b_mean[None, :]
         squares += tl.load(at + 2 * K, mask=mask, other=0.0) + tl.load(at, mask=mask, other=0.0) * deviation * deviation
     tl.store(mean + k, b_mean, mask=k < K)

@@ -51,7 +51,7 @@ def log_sigmoid(x):
 
 
 @triton.jit
-def log_scale(raw, f, SCALE: tl.constexpr):
+def log_scale_of(raw, f, SCALE: tl.constexpr):
     if SCALE == "exp":
         return raw
     elif SCALE == "sigmoid":
@@ -114,14 +114,14 @@ def h_channels(k, K, SCALE: tl.constexpr, H_ORDER: tl.constexpr):
 def load_h(
     h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p,
     SCALE: tl.constexpr, H_ORDER: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr,
-    UNIT: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+    SIDE: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
 ):  # fmt: skip
     """(shift, raw scale, factor) of a tile; what lies under the mask must not reach a tanh or an exp."""
     k_t, k_raw = h_channels(k, K, SCALE, H_ORDER)
-    b_t = tl.load(h + offset(n, k_t, p, h_n, h_k, h_p, UNIT, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+    b_t = tl.load(h + offset(n, k_t, p, h_n, h_k, h_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     b_raw = b_t
     if SCALE != "none":
-        b_raw = tl.load(h + offset(n, k_raw, p, h_n, h_k, h_p, UNIT, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_raw = tl.load(h + offset(n, k_raw, p, h_n, h_k, h_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     if MASK == "checkerboard":
         b_t = tl.where(active, b_t, 0.0)
         b_raw = tl.where(active, b_raw, 0.0)
@@ -131,18 +131,18 @@ def load_h(
     return b_t, b_raw, b_f
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split", "loops", "W", "H"])
 def affine_coupling_kernel(
     x, h, factor, y, log_det, K, P, W, H, split, loops, stride_factor,
     x_n, x_k, x_p, h_n, h_k, h_p, y_n, y_k, y_p,
     MASK: tl.constexpr, FLIP: tl.constexpr, SCALE: tl.constexpr, ORDER: tl.constexpr, H_ORDER: tl.constexpr, INVERSE: tl.constexpr,
-    PARITY: tl.constexpr, ACC: tl.constexpr, UNITS: tl.constexpr,
+    PARITY: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, 2K, P] (checkerboard [N, K, P]);  h: [N, 2K, P] (additive [N, K, P]);  factor: [K];  log_det: [N, split]
-    UNIT_X: tl.constexpr = UNITS[0]
-    UNIT_H: tl.constexpr = UNITS[1]
-    UNIT_Y: tl.constexpr = UNITS[2]
+    SIDE_X: tl.constexpr = SIDES[0]
+    SIDE_H: tl.constexpr = SIDES[1]
+    SIDE_Y: tl.constexpr = SIDES[2]
     K, P = K * VEC_K, whole(P, VEC_P)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
@@ -153,17 +153,17 @@ def affine_coupling_kernel(
         k_v = k + K if MASK == "halves" and not FLIP else k  # the transformed half, and below the one that passes
         k_pass = k + K if FLIP else k
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
-        b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0)
+        b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
-            b_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0)
+            b_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
         b_t, b_raw, b_f = load_h(
-            h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, UNIT_H, VEC_K, VEC_P
+            h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, SIDE_H, VEC_K, VEC_P
         )
         b_v = b_x.to(ACC)
         if SCALE == "none":
             b_y = b_v - b_t if INVERSE else b_v + b_t
         else:
-            b_log_s = tl.where(mask & active, log_scale(b_raw, b_f, SCALE), 0.0)
+            b_log_s = tl.where(mask & active, log_scale_of(b_raw, b_f, SCALE), 0.0)
             if INVERSE:
                 b_log_s = -b_log_s
                 b_s = tl.exp(b_log_s)
@@ -172,9 +172,9 @@ def affine_coupling_kernel(
                 b_s = tl.exp(b_log_s)
                 b_y = b_v * b_s + b_t if ORDER == "scale_first" else (b_v + b_t) * b_s
             total += b_log_s
-        tl.store(y + offset(n, k_v, p, y_n, y_k, y_p, UNIT_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + offset(n, k_v, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
         if MASK == "halves":
-            tl.store(y + offset(n, k_pass, p, y_n, y_k, y_p, UNIT_Y, VEC_K, VEC_P), b_pass, mask=mask)
+            tl.store(y + offset(n, k_pass, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_pass, mask=mask)
     if VECTORS:
         p = part.to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
         tl.store(log_det + p, tl.sum(total, 0), mask=p < P)
@@ -182,22 +182,22 @@ def affine_coupling_kernel(
         tl.store(log_det + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "loops", "W", "H"])
 def affine_coupling_backward_kernel(
     x, h, factor, dy, dlog_det, dx, dh, x_out, dfactor, units, K, P, W, H, loops, stride_factor, stride_dlog_det,
     x_n, x_k, x_p, h_n, h_k, h_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p, dh_n, dh_k, dh_p, x_out_n, x_out_k, x_out_p,
     MASK: tl.constexpr, FLIP: tl.constexpr, SCALE: tl.constexpr, ORDER: tl.constexpr, H_ORDER: tl.constexpr, INVERSE: tl.constexpr,
-    FROM_OUTPUT: tl.constexpr, PARITY: tl.constexpr, ACC: tl.constexpr, UNITS: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr, PARITY: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, dy, x_out, dx: [N, 2K, P] (checkerboard [N, K, P]);  h, dh: [N, 2K, P] (additive [N, K, P]);  dfactor: [programs / k_blocks, K]
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
-    UNIT_X: tl.constexpr = UNITS[0]
-    UNIT_H: tl.constexpr = UNITS[1]
-    UNIT_DY: tl.constexpr = UNITS[2]
-    UNIT_DX: tl.constexpr = UNITS[3]
-    UNIT_DH: tl.constexpr = UNITS[4]
-    UNIT_X_OUT: tl.constexpr = UNITS[5]
+    SIDE_X: tl.constexpr = SIDES[0]
+    SIDE_H: tl.constexpr = SIDES[1]
+    SIDE_DY: tl.constexpr = SIDES[2]
+    SIDE_DX: tl.constexpr = SIDES[3]
+    SIDE_DH: tl.constexpr = SIDES[4]
+    SIDE_X_OUT: tl.constexpr = SIDES[5]
     K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
@@ -211,16 +211,16 @@ def affine_coupling_backward_kernel(
         k_pass = k + K if FLIP else k
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
         if SCALE != "none" or FROM_OUTPUT:  # an additive coupling's gradient needs neither x nor h
-            b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0)
+            b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
             b_v = b_x.to(ACC)
-        b_dy = tl.load(dy + offset(n, k_v, p, dy_n, dy_k, dy_p, UNIT_DY, VEC_K, VEC_P), mask=mask, other=0.0)
+        b_dy = tl.load(dy + offset(n, k_v, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
-            b_dy_pass = tl.load(dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, UNIT_DY, VEC_K, VEC_P), mask=mask, other=0.0)
+            b_dy_pass = tl.load(dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0)
             if FROM_OUTPUT:
-                b_x_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, UNIT_X, VEC_K, VEC_P), mask=mask, other=0.0)
+                b_x_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
         if SCALE != "none" or FROM_OUTPUT:
             b_t, b_raw, b_f = load_h(
-                h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, UNIT_H, VEC_K, VEC_P
+                h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, SIDE_H, VEC_K, VEC_P
             )
         b_g = b_dy.to(ACC)
         k_t, k_raw = h_channels(k, K, SCALE, H_ORDER)
@@ -234,7 +234,7 @@ def affine_coupling_backward_kernel(
                 b_dl = tl.load(dlog_det + p * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
             else:
                 b_dl = tl.load(dlog_det + n * stride_dlog_det).to(ACC)
-            b_log_s = log_scale(b_raw, b_f, SCALE)
+            b_log_s = log_scale_of(b_raw, b_f, SCALE)
             if MASK == "checkerboard":
                 b_log_s = tl.where(active, b_log_s, 0.0)
             if FROM_OUTPUT:
@@ -255,18 +255,18 @@ def affine_coupling_backward_kernel(
             b_dlog_s = tl.where(mask & active, b_dlog_s, 0.0)
             b_draw, b_df = log_scale_vjp(b_dlog_s, b_raw, b_f, SCALE)
             b_dfactor += b_df
-            tl.store(dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, UNIT_DH, VEC_K, VEC_P), b_draw.to(dh.dtype.element_ty), mask=mask)
+            tl.store(dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, SIDE_DH, VEC_K, VEC_P), b_draw.to(dh.dtype.element_ty), mask=mask)
         if MASK == "checkerboard":
             b_dt = tl.where(active, b_dt, 0.0)
-        tl.store(dh + offset(n, k_t, p, dh_n, dh_k, dh_p, UNIT_DH, VEC_K, VEC_P), b_dt.to(dh.dtype.element_ty), mask=mask)
-        tl.store(dx + offset(n, k_v, p, dx_n, dx_k, dx_p, UNIT_DX, VEC_K, VEC_P), b_dv.to(dx.dtype.element_ty), mask=mask)
+        tl.store(dh + offset(n, k_t, p, dh_n, dh_k, dh_p, SIDE_DH, VEC_K, VEC_P), b_dt.to(dh.dtype.element_ty), mask=mask)
+        tl.store(dx + offset(n, k_v, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P), b_dv.to(dx.dtype.element_ty), mask=mask)
         if FROM_OUTPUT:
-            at_x_out = x_out + offset(n, k_v, p, x_out_n, x_out_k, x_out_p, UNIT_X_OUT, VEC_K, VEC_P)
+            at_x_out = x_out + offset(n, k_v, p, x_out_n, x_out_k, x_out_p, SIDE_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, b_v.to(x_out.dtype.element_ty), mask=mask)
         if MASK == "halves":
-            tl.store(dx + offset(n, k_pass, p, dx_n, dx_k, dx_p, UNIT_DX, VEC_K, VEC_P), b_dy_pass, mask=mask)
+            tl.store(dx + offset(n, k_pass, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P), b_dy_pass, mask=mask)
             if FROM_OUTPUT:
-                at_pass = x_out + offset(n, k_pass, p, x_out_n, x_out_k, x_out_p, UNIT_X_OUT, VEC_K, VEC_P)
+                at_pass = x_out + offset(n, k_pass, p, x_out_n, x_out_k, x_out_p, SIDE_X_OUT, VEC_K, VEC_P)
                 tl.store(at_pass, b_x_pass, mask=mask)
     if SCALE == "soft_clamp" or SCALE == "tanh":
         k = k_block * TILE_K + tl.arange(0, TILE_K)

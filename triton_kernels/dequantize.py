@@ -59,13 +59,13 @@ def places(
             row = b // (W // 8)
             j = (b % (W // 8)) * COLUMNS + k
             c, i = row // H, row % H
-            mask = row < C * H
+            mask = c < C
         else:
             e = b * COLUMNS + k
-            row = e // (W * COLUMNS // 8)
-            j = e % (W * COLUMNS // 8)
+            width = W // (8 // COLUMNS)
+            row, j = e // width, e % width
             c, i = row // H, row % H
-            mask = row < C * H
+            mask = c < C
     return block, c.to(tl.int64), i.to(tl.int64), j.to(tl.int64), mask
 
 
@@ -128,9 +128,9 @@ def elements(C, H, W, ACC: tl.constexpr):
     return tl.cast(C, ACC) * tl.cast(H, ACC) * tl.cast(W, ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sample_offset", "split", "loops"])
 def dequantize_kernel(
-    x, noise, seed, y, log_det, offset, C, H, W, split, loops,
+    x, noise, seed, y, log_det, sample_offset, C, H, W, split, loops,
     x_n, x_c, x_h, x_w, noise_n, noise_c, noise_h, noise_w, y_n, y_c, y_h, y_w,
     BINS: tl.constexpr, SLOPE: tl.constexpr, SHIFT: tl.constexpr, REST: tl.constexpr, LOG_SLOPE: tl.constexpr,
     LOGIT: tl.constexpr, SQUEEZE: tl.constexpr, HAS_NOISE: tl.constexpr, ACC: tl.constexpr,
@@ -149,7 +149,7 @@ def dequantize_kernel(
         if HAS_NOISE:
             u = tl.load(noise + at(n, c, i, j, noise_n, noise_c, noise_h, noise_w, MODE, VECS[1]), mask=mask, other=0.0).to(ACC)
         else:
-            u = uniform(block, offset + n, tl.load(seed), ACC)
+            u = uniform(block, sample_offset + n, tl.load(seed), ACC)
             if MODE == "channels":
                 u = tl.reshape(tl.permute(tl.reshape(u, [TILE_B, TILE_C, 8]), [0, 2, 1]), [TILE_B * 8, TILE_C])
         b_y, q = dequantized(b_x, u, BINS, SLOPE, SHIFT, REST)
@@ -295,7 +295,7 @@ def _cut(shape: tuple[int, ...], images: tuple[tuple[int, ...], ...], squeezed: 
         sizes=(c // vec_c, h, w // vec_w),
         strides=tuple(step for _, s in laid for step in s),
         constants={
-            "MODE": mode, "LINE": h == 1, "WIDE": d > 2**31 - 2**16, "VECS": tuple(vec for vec, _ in laid), "VEC_C": vec_c, "VEC_W": vec_w,
+            "MODE": mode, "LINE": h == 1, "WIDE": d > 2**30, "VECS": tuple(vec for vec, _ in laid), "VEC_C": vec_c, "VEC_W": vec_w,
             "TILE_B": tile_b, "TILE_C": tile_c,
         },
     )  # fmt: skip
@@ -314,7 +314,7 @@ def four(x: Tensor) -> Tensor:
     return x if x.ndim <= 4 else x.flatten(3)
 
 
-def written(result: Tensor, buffer: Tensor) -> Tensor:
+def restored(result: Tensor, buffer: Tensor) -> Tensor:
     """What a kernel wrote to ``four(result)``, in the layout of ``result``."""
     return result if buffer.data_ptr() == result.data_ptr() else result.copy_(buffer.view(result.shape))
 
@@ -342,7 +342,7 @@ def dequantize(
         *t.strides, warps=t.warps, LOGIT=logit, SQUEEZE=squeeze_order, HAS_NOISE=noise is not None, ACC=triton_acc,
         **_map(n_bits, scale, shift), **t.constants,
     )  # fmt: skip
-    return written(y, out), sum_parts(log_det, x.shape[0])
+    return restored(y, out), sum_parts(log_det, x.shape[0])
 
 
 def dequantize_backward(
@@ -356,7 +356,7 @@ def dequantize_backward(
         dequantize_backward_kernel, x.shape[0] * t.split, x, noise, out, dy, dlog_det, *t.sizes, t.split, dlog_det.stride(0), *t.strides,
         warps=t.warps, LOGIT=logit, SQUEEZE=squeeze_order, ACC=accumulator(noise.dtype)[1], **_map(n_bits, scale, shift), **t.constants,
     )  # fmt: skip
-    return written(dnoise, out)
+    return restored(dnoise, out)
 
 
 def dequantize_inverse(y: Tensor, n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None) -> tuple[Tensor, Tensor]:
@@ -371,4 +371,4 @@ def dequantize_inverse(y: Tensor, n_bits: int, scale: float, shift: float, logit
         dequantize_inverse_kernel, y.shape[0] * t.split, out, y, log_det, *t.sizes, t.split, t.loops, *t.strides,
         warps=t.warps, LOGIT=logit, SQUEEZE=squeeze_order, ACC=triton_acc, PER_BIN=2.0**n_bits / scale, **constants, **t.constants,
     )  # fmt: skip
-    return written(x, out), sum_parts(log_det, y.shape[0])
+    return restored(x, out), sum_parts(log_det, y.shape[0])

@@ -30,28 +30,29 @@ from fastflow.triton_kernels.tiles import (
 
 @triton.jit
 def load_term(
-    v, n, k, p, K, mask, v_n, v_k, v_p, TERM: tl.constexpr, ACC: tl.constexpr, UNIT: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr
-):
+    v, n, k, p, K, mask, v_n, v_k, v_p,
+    TERM: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+):  # fmt: skip
     """Mean or log scale of a tile: for each element, for each channel (its stride is v_k), or 0."""
     if TERM == "full":
-        return tl.load(v + offset(n, k, p, v_n, v_k, v_p, UNIT, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        return tl.load(v + offset(n, k, p, v_n, v_k, v_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     elif TERM == "channel":
         return tl.load(v + k * v_k, mask=k < K, other=0.0).to(ACC)
     else:
         return tl.zeros([1, 1], ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split", "loops"])
 def gaussian_log_prob_kernel(
     z, mean, log_scale, log_prob, K, P, split, loops, stride_mean, stride_log_scale,
     z_n, z_k, z_p, mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,
-    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, UNITS: tl.constexpr,
+    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # z: [N, K, P];  mean, log_scale: [N, K, P], [K] or none;  log_prob: [N, split]
-    UNIT_Z: tl.constexpr = UNITS[0]
-    UNIT_MEAN: tl.constexpr = UNITS[1]
-    UNIT_LOG_SCALE: tl.constexpr = UNITS[2]
+    SIDE_Z: tl.constexpr = SIDES[0]
+    SIDE_MEAN: tl.constexpr = SIDES[1]
+    SIDE_LOG_SCALE: tl.constexpr = SIDES[2]
     K, P = K * VEC_K, whole(P, VEC_P)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
@@ -63,9 +64,9 @@ def gaussian_log_prob_kernel(
     for i in range(loops):
         k, p = tile_indices(part * loops + i, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
-        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, UNIT_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, UNIT_MEAN, VEC_K, VEC_P)
-        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, UNIT_LOG_SCALE, VEC_K, VEC_P)
+        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, SIDE_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, SIDE_MEAN, VEC_K, VEC_P)
+        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, SIDE_LOG_SCALE, VEC_K, VEC_P)
         b_e = b_z - b_m
         if LOG_SCALE != "none":
             b_e = b_e * tl.exp(-b_s)
@@ -77,21 +78,21 @@ def gaussian_log_prob_kernel(
         tl.store(log_prob + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units", "loops"])
 def gaussian_log_prob_backward_kernel(
     z, mean, log_scale, dlog_prob, dz, dmean, dlog_scale, slots, units, K, P, loops, stride_mean, stride_log_scale, stride_dlog_prob,
     z_n, z_k, z_p, mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,
     dz_n, dz_k, dz_p, dmean_n, dmean_k, dmean_p, dlog_scale_n, dlog_scale_k, dlog_scale_p,
-    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, UNITS: tl.constexpr,
+    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     # z, dz: [N, K, P];  mean, log_scale and their gradients: [N, K, P], [K] or none;  slots: [programs / k_blocks, terms of [K], K]
-    UNIT_Z: tl.constexpr = UNITS[0]
-    UNIT_MEAN: tl.constexpr = UNITS[1]
-    UNIT_LOG_SCALE: tl.constexpr = UNITS[2]
-    UNIT_DZ: tl.constexpr = UNITS[3]
-    UNIT_DMEAN: tl.constexpr = UNITS[4]
-    UNIT_DLOG_SCALE: tl.constexpr = UNITS[5]
+    SIDE_Z: tl.constexpr = SIDES[0]
+    SIDE_MEAN: tl.constexpr = SIDES[1]
+    SIDE_LOG_SCALE: tl.constexpr = SIDES[2]
+    SIDE_DZ: tl.constexpr = SIDES[3]
+    SIDE_DMEAN: tl.constexpr = SIDES[4]
+    SIDE_DLOG_SCALE: tl.constexpr = SIDES[5]
     K, P = K * VEC_K, whole(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
@@ -106,9 +107,9 @@ def gaussian_log_prob_backward_kernel(
         n = unit // p_blocks
         k, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
-        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, UNIT_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, UNIT_MEAN, VEC_K, VEC_P)
-        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, UNIT_LOG_SCALE, VEC_K, VEC_P)
+        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, SIDE_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, SIDE_MEAN, VEC_K, VEC_P)
+        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, SIDE_LOG_SCALE, VEC_K, VEC_P)
         if VECTORS:
             b_g = tl.load(dlog_prob + p * stride_dlog_prob, mask=p < P, other=0.0).to(ACC)
         else:
@@ -118,14 +119,14 @@ def gaussian_log_prob_backward_kernel(
         if LOG_SCALE != "none":
             b_r = tl.exp(-b_s)
             b_ge = b_ge * b_r * b_r
-        tl.store(dz + offset(n, k, p, dz_n, dz_k, dz_p, UNIT_DZ, VEC_K, VEC_P), (-b_ge).to(dz.dtype.element_ty), mask=mask)
+        tl.store(dz + offset(n, k, p, dz_n, dz_k, dz_p, SIDE_DZ, VEC_K, VEC_P), (-b_ge).to(dz.dtype.element_ty), mask=mask)
         if MEAN == "full":
-            at_dmean = dmean + offset(n, k, p, dmean_n, dmean_k, dmean_p, UNIT_DMEAN, VEC_K, VEC_P)
+            at_dmean = dmean + offset(n, k, p, dmean_n, dmean_k, dmean_p, SIDE_DMEAN, VEC_K, VEC_P)
             tl.store(at_dmean, b_ge.to(dmean.dtype.element_ty), mask=mask)
         elif MEAN == "channel":
             b_dmean += tl.where(mask, b_ge, 0.0)
         if LOG_SCALE == "full":
-            at_dlog_scale = dlog_scale + offset(n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, UNIT_DLOG_SCALE, VEC_K, VEC_P)
+            at_dlog_scale = dlog_scale + offset(n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, SIDE_DLOG_SCALE, VEC_K, VEC_P)
             tl.store(at_dlog_scale, (b_ge * b_e - b_g).to(dlog_scale.dtype.element_ty), mask=mask)
         elif LOG_SCALE == "channel":
             b_dlog_scale += tl.where(mask, b_ge * b_e - b_g, 0.0)
@@ -149,7 +150,7 @@ def load_drawn_term(v, n, e, k, p, mask, v_n, v_k, v_p, TERM: tl.constexpr, FLAT
         return tl.load(v + k * v_k, mask=mask, other=0.0).to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sample_offset", "programs_each"])
 def gaussian_sample_kernel(
     out, mean, log_scale, seed, sample_offset, temperature, temperature_rest, D, P, programs_each,
     mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,

@@ -82,12 +82,12 @@ def normal(block, sample, seed, ACC: tl.constexpr):
     return tl.reshape(tl.join(radius * cos, radius * sin), [block.shape[0], 4])
 
 
-@triton.jit
-def uniform_noise_kernel(out, seed, offset, D, programs_each, ACC: tl.constexpr, BLOCKS: tl.constexpr):
+@triton.jit(do_not_specialize=["sample_offset", "programs_each"])
+def uniform_noise_kernel(out, seed, sample_offset, D, programs_each, ACC: tl.constexpr, BLOCKS: tl.constexpr):
     # out: [N, D]
     n = (tl.program_id(0) // programs_each).to(tl.int64)
     block = (tl.program_id(0) % programs_each).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    u = uniform(block, offset + n, tl.load(seed), ACC)
+    u = uniform(block, sample_offset + n, tl.load(seed), ACC)
     e = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(out + n * D + e, u.to(out.dtype.element_ty), mask=e < D)
 

@@ -31,7 +31,7 @@ def squeezed_channel(c, di, dj, C, ORDER: tl.constexpr):
         return (3 * di + 2 * dj - 4 * di * dj) * C + c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def squeeze_planar_kernel(
     image, squeezed, rows, C, H, W, image_n, image_c, image_h, image_w, squeezed_n, squeezed_c, squeezed_h, squeezed_w,
     ORDER: tl.constexpr, INVERSE: tl.constexpr, WIDE: tl.constexpr,
@@ -78,7 +78,7 @@ def squeeze_planar_kernel(
         tl.store(at_11, b_11, mask=mask_squeezed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def squeeze_channels_last_kernel(
     image, squeezed, rows, C, H, W, image_n, image_h, image_w, squeezed_n, squeezed_h, squeezed_w,
     ORDER: tl.constexpr, INVERSE: tl.constexpr, WIDE: tl.constexpr,

@@ -101,14 +101,14 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     if vectors:
         n, p = 1, n
         layouts = tuple(Strides(0, s.channel, s.sample) for s in layouts)
-    units = tuple("positions" if s.position == 1 else "channels" if s.channel == 1 else "none" for s in layouts)
-    along_p = [(s.sample, s.channel) for s, unit in zip(layouts, units, strict=True) if unit == "positions"]
-    along_k = [(s.sample, s.position) for s, unit in zip(layouts, units, strict=True) if unit == "channels"]
+    adjacent = tuple("positions" if s.position == 1 else "channels" if s.channel == 1 else "none" for s in layouts)
+    along_p = [(s.sample, s.channel) for s, side in zip(layouts, adjacent, strict=True) if side == "positions"]
+    along_k = [(s.sample, s.position) for s, side in zip(layouts, adjacent, strict=True) if side == "channels"]
     vec_p = math.gcd(16, p, *(v for pair in along_p for v in pair)) if along_p else 1
     vec_k = math.gcd(16, k, *(v for pair in along_k for v in pair)) if along_k else 1
     vec = {"positions": vec_p, "channels": vec_k, "none": 1}
     elements = TILE * 4 // max(itemsize, 4)
-    if units[0] == "channels":
+    if adjacent[0] == "channels":
         tile_k = block_size(k, elements)
         tile_p = block_size(p, elements // tile_k)
     else:
@@ -131,8 +131,8 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
         loops=loops,
         warps=min(max(tile_k * tile_p // (32 * per_thread), 1), 8),
         sizes=(k // vec_k, p // vec_p),
-        strides=tuple(v // vec[unit] for s, unit in zip(layouts, units, strict=True) for v in s),
-        constants={"UNITS": units, "VEC_K": vec_k, "VEC_P": vec_p, "TILE_K": tile_k, "TILE_P": tile_p, "VECTORS": vectors},
+        strides=tuple(v // vec[side] for s, side in zip(layouts, adjacent, strict=True) for v in s),
+        constants={"SIDES": adjacent, "VEC_K": vec_k, "VEC_P": vec_p, "TILE_K": tile_k, "TILE_P": tile_p, "VECTORS": vectors},
     )
 
 
@@ -148,16 +148,16 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 def launch(kernel, programs: int, *args, warps: int, **constants) -> None:
-    """Every kernel is launched from here. Multiplications and additions fuse; of what Triton takes by default it would warn."""
+    """Every kernel is launched from here; multiplications and additions fuse, which Triton 3.9 warns about where it is not said."""
     kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True, **constants)
 
 
 @triton.jit
-def offset(n, k, p, stride_n, stride_k, stride_p, UNIT: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr):
+def offset(n, k, p, stride_n, stride_k, stride_p, SIDE: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr):
     """Where element (n, k, p) of a tensor lies. Strides come in units of a vector, so that the compiler sees what they divide by."""
-    if UNIT == "positions":
+    if SIDE == "positions":
         return n * stride_n * VEC_P + k * stride_k * VEC_P + p
-    elif UNIT == "channels":
+    elif SIDE == "channels":
         return n * stride_n * VEC_K + p * stride_p * VEC_K + k
     else:
         return n * stride_n + k * stride_k + p * stride_p
@@ -181,18 +181,18 @@ def tile_indices(block, K, TILE_K: tl.constexpr, TILE_P: tl.constexpr):
 # sums over programs ------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def sum_slots_kernel(slots, out_0, out_1, programs, count, TILE_S: tl.constexpr, TILE_C: tl.constexpr):
-    # slots: [programs, outs, count] -> out_0, out_1: [count]; the grid is outs x blocks of count
+@triton.jit(do_not_specialize=["slot_count"])
+def sum_slots_kernel(slots, out_0, out_1, slot_count, count, TILE_S: tl.constexpr, TILE_C: tl.constexpr):
+    # slots: [slot_count, outs, count] -> out_0, out_1: [count]; the grid is outs x blocks of count
     blocks = tl.cdiv(count, TILE_C)
     which = tl.program_id(0) // blocks
     outs = tl.num_programs(0) // blocks
     c = (tl.program_id(0) % blocks) * TILE_C + tl.arange(0, TILE_C)
     s = tl.arange(0, TILE_S)
     total = tl.zeros([TILE_S, TILE_C], slots.dtype.element_ty)
-    for start in range(0, programs, TILE_S):
+    for start in range(0, slot_count, TILE_S):
         row = ((start + s) * outs + which).to(tl.int64) * count
-        mask = (start + s < programs)[:, None] & (c < count)[None, :]
+        mask = (start + s < slot_count)[:, None] & (c < count)[None, :]
         total += tl.load(slots + row[:, None] + c[None, :], mask=mask, other=0.0)
     b_out = tl.sum(total, 0)
     if which == 0:
@@ -207,7 +207,7 @@ def sum_parts(parts: Tensor, n: int) -> Tensor:
 
 
 def sum_slots(slots: Tensor, *outs: Tensor) -> None:
-    """Sums ``[programs, outs, count]`` over the programs into one or two outputs, in an order that the shape alone decides."""
-    programs, _, count = slots.shape
+    """Sums ``[slots, outs, count]`` over the slots into one or two outputs, in an order that the shape alone decides."""
+    slot_count, _, count = slots.shape
     grid = len(outs) * triton.cdiv(count, 32)
-    launch(sum_slots_kernel, grid, slots, outs[0], outs[-1], programs, count, warps=4, TILE_S=32, TILE_C=32)
+    launch(sum_slots_kernel, grid, slots, outs[0], outs[-1], slot_count, count, warps=4, TILE_S=32, TILE_C=32)

@@ -111,10 +111,10 @@ def _jacobian_error(flow: Flow, x: Tensor, context: Tensor | None) -> float:
 
 def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float = 1e-6) -> dict[str, float]:
     x = x.detach().clone().requires_grad_()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random_like(v: Tensor) -> Tensor:
-        return torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.device)
+        return torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v.device)
 
     z, log_det = flow(x, context)
     weights = [random_like(v) / max(v.numel(), 1) ** 0.5 for v in (z, log_det)]

@@ -121,8 +121,10 @@ def gaussian_sample(
     """
     given = next((v for v in (mean, log_scale, seed) if isinstance(v, Tensor)), None)
     device = torch.device(device or (given.device if given is not None else torch.get_default_device()))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     for name, v in (("mean", mean), ("log_scale", log_scale)):
         _check_term(name, v, size)
-        if v is not None and v.device.type != device.type:
+        if v is not None and v.device != device:
             raise check.error(name, f"device {v.device}", f"{device}, where the sample is drawn")
     return torch.ops.fastflow.gaussian_sample.default(list(size), mean, log_scale, temperature, as_seed(seed, device), offset, dtype)

@@ -20,7 +20,7 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
         if seed.dtype != torch.int64 or seed.ndim:
             raise check.error("seed", f"{seed.dtype} of shape {list(seed.shape)}", "an int, or an int64 tensor without dimensions")
         return seed.to(device)
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # filled there: a copy would wait, and fail in a captured graph
 
 
 def random_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
