@@ -46,7 +46,7 @@ def actnorm_kernel(
             tl.store(log_det + n, b_log_det)
 
 
-@triton.jit(do_not_specialize=["units", "loops"])
+@triton.jit(do_not_specialize=["units"])
 def actnorm_backward_kernel(
     x, log_scale, bias, dy, dlog_det, dx, x_out, slots, units, K, P, loops, stride_log_scale, stride_bias, stride_dlog_det,
     x_n, x_k, x_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p, x_out_n, x_out_k, x_out_p,
@@ -97,7 +97,7 @@ def actnorm_backward_kernel(
     tl.store(row + K + k, tl.sum(b_dbias, 1), mask=k < K)
 
 
-@triton.jit(do_not_specialize=["units", "loops"])
+@triton.jit(do_not_specialize=["units"])
 def actnorm_statistics_kernel(
     x, slots, units, K, P, loops, x_n, x_k, x_p, ACC: tl.constexpr, SIDES: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,

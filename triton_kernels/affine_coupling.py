@@ -131,7 +131,7 @@ def load_h(
     return b_t, b_raw, b_f
 
 
-@triton.jit(do_not_specialize=["split", "loops", "W", "H"])
+@triton.jit(do_not_specialize=["split", "W", "H"])
 def affine_coupling_kernel(
     x, h, factor, y, log_det, K, P, W, H, split, loops, stride_factor,
     x_n, x_k, x_p, h_n, h_k, h_p, y_n, y_k, y_p,
@@ -182,7 +182,7 @@ def affine_coupling_kernel(
         tl.store(log_det + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["units", "loops", "W", "H"])
+@triton.jit(do_not_specialize=["units", "W", "H"])
 def affine_coupling_backward_kernel(
     x, h, factor, dy, dlog_det, dx, dh, x_out, dfactor, units, K, P, W, H, loops, stride_factor, stride_dlog_det,
     x_n, x_k, x_p, h_n, h_k, h_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p, dh_n, dh_k, dh_p, x_out_n, x_out_k, x_out_p,

@@ -128,7 +128,7 @@ def elements(C, H, W, ACC: tl.constexpr):
     return tl.cast(C, ACC) * tl.cast(H, ACC) * tl.cast(W, ACC)
 
 
-@triton.jit(do_not_specialize=["sample_offset", "split", "loops"])
+@triton.jit(do_not_specialize=["sample_offset", "split"])
 def dequantize_kernel(
     x, noise, seed, y, log_det, sample_offset, C, H, W, split, loops,
     x_n, x_c, x_h, x_w, noise_n, noise_c, noise_h, noise_w, y_n, y_c, y_h, y_w,

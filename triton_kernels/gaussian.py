@@ -42,7 +42,7 @@ def load_term(
         return tl.zeros([1, 1], ACC)
 
 
-@triton.jit(do_not_specialize=["split", "loops"])
+@triton.jit(do_not_specialize=["split"])
 def gaussian_log_prob_kernel(
     z, mean, log_scale, log_prob, K, P, split, loops, stride_mean, stride_log_scale,
     z_n, z_k, z_p, mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,
@@ -78,7 +78,7 @@ def gaussian_log_prob_kernel(
         tl.store(log_prob + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["units", "loops"])
+@triton.jit(do_not_specialize=["units"])
 def gaussian_log_prob_backward_kernel(
     z, mean, log_scale, dlog_prob, dz, dmean, dlog_scale, slots, units, K, P, loops, stride_mean, stride_log_scale, stride_dlog_prob,
     z_n, z_k, z_p, mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,
