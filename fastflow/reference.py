@@ -263,7 +263,7 @@ def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
     else:
         blocks.copy_(pixels)
     if order == "realnvp" and not inverse:
-        y = y.view(n, 4, c, h, w)[:, list(REALNVP_PIXELS)].flatten(1, 2).contiguous(memory_format=layout)
+        y.copy_(y.view(n, 4, c, h, w)[:, list(REALNVP_PIXELS)].flatten(1, 2))
     return y
 
 

@@ -67,7 +67,7 @@ def test_opcheck(order, inverse):
 @both_directions
 @any_order
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 8, 4, 2), (1, 4, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 8, 4, 2), (1, 4, 2, 2), (1, 8, 2, 2)], ids=str)
 def test_opcheck_layouts(order, inverse, layout, shape):
     torch.library.opcheck(OP, (leaf(lay_out(torch.randn(shape), layout)), order, inverse), test_utils=STATIC)
 
