@@ -1,6 +1,7 @@
 """Affine coupling in one pass over memory: both directions, the gradient of each, and inverse with gradient.
 
-Bytes an element of x in float32, which is the bound (the kernels do some 40 operations for each 12 bytes, a fifth of what a GPU has):
+Bytes an element of x in float32, which is the bound (compiled for sm_90 the forward takes some 70 instructions for each transformed
+element of soft-clamped halves, which moves 24 bytes):
 
     forward, inverse      halves 12 (x 4, h 4, y 4), additive 10 (h 2), checkerboard 16 (h 8)
     backward              halves 18 (the transformed half of x 2, dy 4, h 4, dx 4, dh 4), checkerboard 28, additive 10 and 12 (no x, no h)
