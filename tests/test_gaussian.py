@@ -137,6 +137,11 @@ def test_sample_is_scaled_noise(mean, log_scale):
     torch.testing.assert_close(cold, broadcast(m, z), rtol=0, atol=0)
 
 
+def test_sample_of_numbers():
+    """Samples without dimensions of their own are the first numbers of vectors."""
+    assert torch.equal(ops.gaussian_sample((5,), seed=3), ops.gaussian_sample((5, 2), seed=3)[:, 0])
+
+
 def test_sample_at_temperature_zero_has_its_gradient():
     s = leaf(torch.randn(3, dtype=torch.float64))
     sample = ops.gaussian_sample((2, 3), None, s, seed=1, temperature=0.0, dtype=torch.float64)

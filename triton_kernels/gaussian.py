@@ -5,6 +5,7 @@ Bytes an element of z in float32, which is the bound: log-density 4, with a mean
 """
 
 import ctypes
+import math
 
 import torch
 import triton
@@ -233,7 +234,7 @@ def gaussian_sample(
     out = torch.empty(size, dtype=dtype, device=seed.device)
     if not out.numel():
         return out
-    d, p = out[0].numel(), out[0, 0].numel()
+    d, p = math.prod(size[1:]), math.prod(size[2:])
     kinds, flat, steps, read = [], [], [], []
     for v in (mean, log_scale):
         kinds.append(_kind(v))
