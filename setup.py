@@ -70,12 +70,12 @@ def extensions() -> list:
     if no_cpp:
         return []
 
-    headers = sorted(str(p) for p in Path("csrc").rglob("*.h"))
+    headers = sorted(str(p) for p in Path("csrc").rglob("*.*h"))
     cuda_version, archs = ("", "") if no_cuda else (cuda_toolkit_version(), os.environ["TORCH_CUDA_ARCH_LIST"])
     built = [
         CppExtension(
             "fastflow._C",
-            ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+            sorted(map(str, Path("csrc").rglob("*.cpp"))),
             include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
             define_macros=[("FASTFLOW_CUDA", f'"{cuda_version}"'), ("FASTFLOW_CUDA_ARCHS", f'"{archs}"')],
             extra_compile_args={"cxx": ["-O3", "-g0"]},

@@ -1,4 +1,4 @@
-"""The checks of arguments: shapes, dtypes and devices, never values."""
+"""The checks of arguments: shapes, dtypes and devices; values only where singular matrices are looked for on the CPU."""
 
 import torch
 from torch import Tensor
@@ -43,3 +43,14 @@ def beside(argument: str, t: Tensor, x_name: str, x: Tensor) -> None:
 def channels(argument: str, t: Tensor, count: int, why: str) -> None:
     if tuple(t.shape) != (count,):
         raise error(argument, shape_of(t), f"[{count}], {why}")
+
+
+def diagonal(op: str, d: Tensor) -> None:
+    """Finite numbers other than 0 on the diagonals ``[K, n]`` of a stack, where the host can look without waiting for a device."""
+    if d.device.type != "cpu":
+        return
+    singular = (d == 0) | ~d.isfinite()
+    if singular.any():
+        matrix, place = singular.nonzero()[0].tolist()
+        found = f"{d[matrix, place].item():g} at place {place} of its diagonal"
+        raise ValueError(f"{op}: matrix {matrix} of the stack has {found}, expected a finite number other than 0")

@@ -6,6 +6,7 @@ are checked by the functions of :mod:`fastflow.ops`, not here.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -425,10 +426,10 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     v = x.to(acc)
     if x.ndim == 2:
         y = F.linear(v, w, b)
-    elif x.ndim == 4 and x.is_cuda:
+    elif x.ndim == 4 and x.is_cuda and memory_format(x) == torch.channels_last:
         # cuDNN takes TF32 by default, whose 10 bits no inverse survives; a product of matrices does not
         y = F.linear(v.movedim(1, -1), w, b).movedim(-1, 1)
-    elif x.ndim == 4:
+    elif x.ndim == 4 and not x.is_cuda:
         y = F.conv2d(v, w[:, :, None, None], b)
     else:
         y = torch.matmul(w, v.flatten(2)).unflatten(2, x.shape[2:])
@@ -454,7 +455,24 @@ def conv1x1_inverse_backward(
     return x, *conv1x1_backward(x, weight, dy)
 
 
-# LU weights and triangular solves ----------------------------------------------------------------------------------------------
+# triangular solves and LU weights ----------------------------------------------------------------------------------------------
+
+Solve = Callable[[Tensor, Tensor, bool, bool, bool], Tensor]  # triangular_solve, or another that does the same
+
+
+def triangular_solve(A: Tensor, B: Tensor, upper: bool, unit_diagonal: bool, transpose: bool) -> Tensor:
+    left, upper = (A.mT, not upper) if transpose else (A, upper)
+    return torch.linalg.solve_triangular(left, B, upper=upper, unitriangular=unit_diagonal).contiguous()
+
+
+def triangular_solve_backward(
+    A: Tensor, X: Tensor, dX: Tensor, upper: bool, unit_diagonal: bool, transpose: bool, solve: Solve = triangular_solve
+) -> tuple[Tensor, Tensor]:
+    """(dA, dB)."""
+    dB = solve(A, dX, upper, unit_diagonal, not transpose)
+    dA = -(X @ dB.mT if transpose else dB @ X.mT)
+    diagonal = 1 if unit_diagonal else 0
+    return (dA.triu(diagonal) if upper else dA.tril(-diagonal)), dB
 
 
 def _lu_factors(lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> tuple[Tensor, Tensor]:
@@ -462,10 +480,12 @@ def _lu_factors(lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> 
     return lower.tril(-1) + unit, upper.triu(1) + torch.diag_embed(sign_s * torch.exp(log_s))
 
 
-def lu_weight(perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lu_weight(
+    perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor, solve: Solve = triangular_solve
+) -> tuple[Tensor, Tensor, Tensor]:
     L, U = _lu_factors(lower, upper, log_s, sign_s)
     unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(L)
-    inverse = torch.linalg.solve_triangular(U, torch.linalg.solve_triangular(L, unit, upper=False, unitriangular=True), upper=True)
+    inverse = solve(U, solve(L, unit, False, True, False), True, False, False)
     rows = perm.unsqueeze(-1).expand_as(L)
     return (L @ U).gather(1, rows), inverse.gather(2, rows.mT).contiguous(), log_s.sum(-1)
 
@@ -481,16 +501,3 @@ def lu_weight_backward(
     dU = L.mT @ dA
     dlog_s = dU.diagonal(dim1=-2, dim2=-1) * sign_s * torch.exp(log_s) + dlog_det.unsqueeze(-1)
     return (dA @ U.mT).tril(-1), dU.triu(1), dlog_s
-
-
-def triangular_solve(A: Tensor, B: Tensor, upper: bool, unit_diagonal: bool, transpose: bool) -> Tensor:
-    left, upper = (A.mT, not upper) if transpose else (A, upper)
-    return torch.linalg.solve_triangular(left, B, upper=upper, unitriangular=unit_diagonal).contiguous()
-
-
-def triangular_solve_backward(A: Tensor, X: Tensor, dX: Tensor, upper: bool, unit_diagonal: bool, transpose: bool) -> tuple[Tensor, Tensor]:
-    """(dA, dB)."""
-    dB = triangular_solve(A, dX, upper, unit_diagonal, not transpose)
-    dA = -(X @ dB.mT if transpose else dB @ X.mT)
-    diagonal = 1 if unit_diagonal else 0
-    return (dA.triu(diagonal) if upper else dA.tril(-diagonal)), dB

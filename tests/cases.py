@@ -10,6 +10,8 @@ import fastflow
 
 # the bodies of ops that are kernels: for @pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
 KERNELS = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+# those of the ops of the C++ extension, likewise: PyTorch, the CPU's, and the CUDA kernels run on the CPU and on a device
+EXTENSION = ["reference", "compiled", "emulated", KERNELS[1]]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 

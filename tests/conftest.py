@@ -13,6 +13,7 @@ import pytest  # noqa: E402
 from cases import KERNELS  # noqa: E402
 
 import fastflow  # noqa: E402
+from fastflow.ops import extension  # noqa: E402
 
 interpreter.round_to_nearest()
 interpreter.count_loops()
@@ -25,17 +26,24 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
+BACKENDS = {"interpreter": "triton", "cuda": "auto", "compiled": "auto"}  # fastflow.backend's name for what runs there
+
+
 @pytest.fixture(
     scope="module",
     params=["reference", *KERNELS],
 )
 def each_backend(request):
-    """Runs a module's tests on every body of its ops: plain PyTorch, Triton's interpreter, and the kernels on a device."""
+    """Runs a module's tests on every body of its ops: plain PyTorch, Triton's interpreter, and the kernels on a device.
+
+    The ops of the C++ extension have others: ``@pytest.mark.parametrize("each_backend", EXTENSION, indirect=True)``.
+    """
     if request.param == "interpreter" and not interpreter.RUNS:
         pytest.skip("kernels are compiled here, not interpreted: the device runs them")
-    device, name = ("cuda", "auto") if request.param == "cuda" else ("cpu", {"interpreter": "triton"}.get(request.param, request.param))
-    torch.set_default_device(device)
-    with fastflow.backend(name):
+    if request.param in ("compiled", "emulated") and not extension.cpu:
+        pytest.skip("the C++ extension was not built here: no compiler")
+    torch.set_default_device("cuda" if request.param == "cuda" else "cpu")
+    with fastflow.backend(BACKENDS.get(request.param, request.param)):
         yield request.param
     torch.set_default_device(None)
 

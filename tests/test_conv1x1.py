@@ -1,11 +1,15 @@
-"""fastflow::conv1x1."""
+"""fastflow::conv1x1 on every body: PyTorch, the CPU's, and the CUDA kernels run on the CPU and on a device."""
+
+import math
 
 import pytest
 import torch
-from cases import LAYOUTS, STATIC, lay_out, leaf
+from cases import EXTENSION, LAYOUTS, STATIC, assert_as_reference, lay_out, leaf, name, pairwise
 from torch.autograd import gradcheck
 
 from fastflow import ops, reference
+
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", EXTENSION, indirect=True)]
 
 OP = torch.ops.fastflow.conv1x1.default
 BACKWARD = torch.ops.fastflow.conv1x1_backward.default
@@ -50,6 +54,39 @@ def test_gradients(shape, bias):
     assert bias or gradients[2] is None
 
 
+# Every width of the kernels from both sides, and the first that a library computes; batches and positions that fill a tile, are less
+# than one, are no multiple of it, and that a vector of pixels does not divide.
+CASES = pairwise(
+    channels=[1, 3, 4, 12, 13, 16, 24, 32, 33, 48, 63, 64, 65],
+    spatial=[(), (7,), (4, 4), (16, 16), (9, 7), (2, 3, 4)],
+    batch=[1, 5, 40],
+    layout=LAYOUTS,
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    bias=[False, True],
+    other_layout=["contiguous", "channels_last", "sliced"],
+)
+cases = pytest.mark.parametrize("case", CASES, ids=name)
+
+
+def given(case):
+    """x, weight, its inverse, bias and dy; weights in the dtype that is computed in, as the modules hold them; dW of order 1."""
+    shape = (case["batch"], case["channels"], *case["spatial"])
+    x, weight, bias = inputs(shape, case["bias"])
+    dy = torch.randn(shape) / (case["batch"] * math.prod(case["spatial"])) ** 0.5
+    x, dy = lay_out(x.to(case["dtype"]), case["layout"]), lay_out(dy.to(case["dtype"]), case["other_layout"])
+    acc = ops.acc_dtype(case["dtype"])
+    weight = torch.linalg.qr(weight).Q
+    return x, weight.to(acc), weight.mT.to(acc), None if bias is None else bias.to(acc), dy
+
+
+@cases
+def test_every_body_is_the_reference(case):
+    x, weight, inverse, bias, dy = given(case)
+    assert_as_reference(OP, x, weight, bias)
+    assert_as_reference(BACKWARD, x, weight, dy)
+    assert_as_reference(INVERSE_BACKWARD, x, weight, inverse, bias, dy)
+
+
 @with_bias
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 2), (2, 3, 5)], ids=str)
 def test_opcheck(shape, bias):
@@ -71,22 +108,36 @@ def test_layouts(layout, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_accumulates_in_float32(dtype):
+@pytest.mark.parametrize("channels", [48, 96])
+def test_half_precision_accumulates_in_float32(channels, dtype):
     """So the only error is that of the last rounding."""
-    x, weight, b = inputs((2, 96, 4, 4), True, dtype)
+    x, weight, b = inputs((2, channels, 4, 4), True, dtype)
     exact = ops.conv1x1(x.double(), weight.double(), b.double())
     found = ops.conv1x1(x, weight, b)
     assert found.dtype == dtype
     assert ((found.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
     mixed = ops.conv1x1(x.float(), weight, b)
     torch.testing.assert_close(mixed.double(), exact, rtol=1e-5, atol=1e-5)
+    gradients = BACKWARD(x, weight, found)
+    assert [g.dtype for g in gradients] == [dtype] * 3
 
 
-def test_same_bits_twice():
-    args = leaves(*inputs((16, 12, 16, 16), True, torch.float32))
+@pytest.mark.parametrize("shape", [(16, 12, 16, 16), (64, 48, 4, 4)], ids=str)
+def test_same_bits_twice(shape):
+    args = leaves(*inputs(shape, True, torch.float32))
 
     def run():
         y = ops.conv1x1(*args)
-        return y, *torch.autograd.grad((y * y).sum(), args)
+        return y, *torch.autograd.grad((y * y).sum(), args), *ops.conv1x1_inverse_backward(y, args[1], args[1], args[2], y)
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_compile():
+    x, weight, bias = leaves(*inputs((2, 4, 4, 4), True, torch.float32))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: ops.conv1x1(*args).square().sum(), fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x, weight, bias), (x, weight, bias))
+    expected = torch.autograd.grad(ops.conv1x1(x, weight, bias).square().sum(), (x, weight, bias))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()

@@ -9,7 +9,7 @@ from fastflow.ops.library import backend
 from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
 from fastflow.ops.squeeze import squeeze, unsqueeze
-from fastflow.ops.triangular_solve import triangular_solve
+from fastflow.ops.triangular_solve import raise_singular, triangular_solve
 from fastflow.reference import acc_dtype, checkerboard_transformed, positions
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "gaussian_sample",
     "lu_weight",
     "positions",
+    "raise_singular",
     "squeeze",
     "triangular_solve",
     "uniform_noise",

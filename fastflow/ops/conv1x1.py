@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops.library import register
+from fastflow.ops.library import register, with_compiled
 
 
 def _fake(x, weight, bias):
@@ -35,17 +35,45 @@ class Conv1x1Function(torch.autograd.Function):
         return dx, dweight, dbias if ctx.with_bias else None
 
 
-register("conv1x1", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", reference.conv1x1, _fake, Conv1x1Function)
-register(
-    "conv1x1_backward",
-    "(Tensor x, Tensor weight, Tensor dy) -> (Tensor, Tensor, Tensor)",
-    reference.conv1x1_backward,
-    _fake_backward,
+MAX_COMPILED = 64  # channels: a pixel's fit a GPU thread's registers; beyond, the library's product of matrices is the better one
+
+
+def _applies(x, *_):
+    double_on_gpu = x.dtype == torch.float64 and x.device.type != "cpu"
+    return 0 < x.shape[1] <= MAX_COMPILED and not double_on_gpu
+
+
+_conv1x1, _conv1x1_backward, _conv1x1_inverse_backward = (
+    with_compiled(f.__name__, f, on=lambda x, *_: x, applies=_applies)
+    for f in (reference.conv1x1, reference.conv1x1_backward, reference.conv1x1_inverse_backward)
 )
+
+
+# Weights go in the dtype that sums are computed in, and their gradients come back in their own.
+def _forward(x, weight, bias):
+    acc = reference.acc_dtype(x.dtype)
+    return _conv1x1(x, weight.to(acc), None if bias is None else bias.to(acc))
+
+
+def _backward(x, weight, dy):
+    acc = reference.acc_dtype(x.dtype)
+    dx, dweight, dbias = _conv1x1_backward(x, weight.to(acc), dy.to(x.dtype))
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _inverse_backward(y, weight, weight_inverse, bias, dy):
+    acc = reference.acc_dtype(y.dtype)
+    given = y, weight.to(acc), weight_inverse.to(acc), None if bias is None else bias.to(acc), dy.to(y.dtype)
+    x, dx, dweight, dbias = _conv1x1_inverse_backward(*given)
+    return x, dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+register("conv1x1", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _forward, _fake, Conv1x1Function)
+register("conv1x1_backward", "(Tensor x, Tensor weight, Tensor dy) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
 register(
     "conv1x1_inverse_backward",
     "(Tensor y, Tensor weight, Tensor weight_inverse, Tensor? bias, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference.conv1x1_inverse_backward,
+    _inverse_backward,
     _fake_inverse_backward,
 )
 

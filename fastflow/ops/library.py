@@ -3,12 +3,15 @@
 import functools
 import importlib
 import os
+import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "triton")
+from fastflow.ops import extension
+
+BACKENDS = ("auto", "reference", "triton", "emulated")
 
 
 def _checked(name: str, source: str) -> str:
@@ -26,6 +29,7 @@ class backend:
     ``"auto"``: the fastest one there is: Triton's kernels for CUDA tensors, compiled code where there is some, else PyTorch.
     ``"reference"``: plain PyTorch. ``"triton"``: every op that has a Triton kernel runs it, CPU tensors in Triton's interpreter, which
     takes ``TRITON_INTERPRET=1`` in the environment before Python starts and serves to test, not to compute; other ops as in ``"auto"``.
+    ``"emulated"``: the ops of the C++ extension run their CUDA kernels on CPU tensors too, block by block, likewise to test.
 
     The environment variable ``FASTFLOW_BACKEND`` sets it for a process. It holds for all threads. Raises ValueError for another name.
 
@@ -46,13 +50,52 @@ class backend:
         _backend = self.previous
 
 
-def with_compiled(reference: Callable, compiled: Callable, applies: Callable[..., bool]) -> Callable:
-    """The body that calls ``compiled`` where it applies to the arguments and the backend allows it, else ``reference``."""
+def _extension(device: torch.device) -> str | None:
+    """The namespace of torch.ops that holds the extension's bodies for tensors of this device; None where PyTorch is to run."""
+    if _backend == "reference" or not (extension.cpu if device.type == "cpu" else extension.cuda and device.type == "cuda"):
+        return None
+    return "fastflow_emulated" if _backend == "emulated" and device.type == "cpu" else "fastflow_C"
+
+
+@functools.cache
+def _compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def with_compiled(name: str, reference: Callable, on: Callable[..., Tensor], applies: Callable[..., bool] = lambda *_: True) -> Callable:
+    """The body that calls the extension's op ``name`` where it is built and ``applies`` to the arguments, else ``reference``.
+
+    ``on`` gives the argument whose device decides.
+    """
 
     def body(*args):
-        return compiled(*args) if _backend != "reference" and applies(*args) else reference(*args)
+        namespace = _extension(on(*args).device)
+        if namespace is None or not applies(*args):
+            return reference(*args)
+        return _call(_compiled_op(namespace, name), *args)
 
     return body
+
+
+def _call(op: torch._ops.OpOverload, *args):
+    """What compiled code says of the values it was given is a ValueError, as in Python; the place in C++ and its trace are left out."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        about_values = re.search(r"\w+: (matrix \d+ of the stack has|perm of matrix \d+ has) .*", str(error))
+        if about_values:
+            raise ValueError(about_values[0]) from None
+        raise
+
+
+def raise_singular() -> None:
+    """See :func:`fastflow.ops.raise_singular`."""
+    if extension.cuda and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(device)
+        _call(torch.ops.fastflow_C.raise_singular.default)
+    if extension.cpu:
+        _call(torch.ops.fastflow_emulated.raise_singular.default)
 
 
 @functools.cache

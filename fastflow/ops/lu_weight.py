@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops.library import register
+from fastflow.ops.library import register, with_compiled
 
 
 def _fake(perm, lower, upper, log_s, sign_s):
@@ -31,10 +31,21 @@ class LUWeightFunction(torch.autograd.Function):
         return None, dlower, dupper, dlog_s, None
 
 
+def _reference(perm, lower, upper, log_s, sign_s):
+    check.diagonal("lu_weight", sign_s * torch.exp(log_s))
+    # large matrices come from here too, with the triangular solve that the device has
+    return reference.lu_weight(perm, lower, upper, log_s, sign_s, solve=torch.ops.fastflow.triangular_solve.default)
+
+
+def _fits_a_block(perm, lower, *_):
+    """Of the compiled bodies a GPU's keeps four matrices in one multiprocessor's shared memory."""
+    return lower.shape[-1] <= (32 if lower.dtype == torch.float64 and not lower.device.type == "cpu" else 64)
+
+
 register(
     "lu_weight",
     "(Tensor perm, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s) -> (Tensor, Tensor, Tensor)",
-    reference.lu_weight,
+    with_compiled("lu_weight", _reference, on=lambda perm, *_: perm, applies=_fits_a_block),
     _fake,
     LUWeightFunction,
 )
@@ -42,7 +53,7 @@ register(
     "lu_weight_backward",
     "(Tensor perm, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor weight_inverse, "
     "Tensor dweight, Tensor dweight_inverse, Tensor dlog_det) -> (Tensor, Tensor, Tensor)",
-    reference.lu_weight_backward,
+    with_compiled("lu_weight_backward", reference.lu_weight_backward, on=lambda perm, *_: perm, applies=_fits_a_block),
     _fake_backward,
 )
 
@@ -58,7 +69,8 @@ def lu_weight(perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s:
         lower, upper, log_s: the parameters; ``sign_s``: fixed signs, 1 or -1.
 
     Shape: lower, upper, W, W_inverse ``[K, C, C]``; perm, log_s, sign_s ``[K, C]``; log_det ``[K]``, nats, :math:`\sum \log s`, that of
-    one position. float32 or float64. Raises ValueError for other shapes, dtypes or devices. Double backward is an error.
+    one position. float32 or float64. Raises ValueError for other shapes, dtypes or devices, and where :math:`e^{\log s}` is 0, inf or
+    NaN, naming the matrix in the stack; on a CUDA device that one comes late, see :func:`raise_singular`. Double backward is an error.
     """
     if lower.ndim != 3 or lower.shape[1] != lower.shape[2]:
         raise check.error("lower", check.shape_of(lower), "a stack [K, C, C]")

@@ -1,11 +1,11 @@
-"""fastflow::triangular_solve: batched, compiled on the CPU where the extension is there."""
+"""fastflow::triangular_solve, batched."""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops import extension
+from fastflow.ops import library
 from fastflow.ops.library import register, with_compiled
 
 
@@ -32,25 +32,30 @@ class TriangularSolveFunction(torch.autograd.Function):
         return *torch.ops.fastflow.triangular_solve_backward.default(*ctx.saved_tensors, dX, *ctx.variant), None, None, None
 
 
-def _compiled(A, B, upper, unit_diagonal, transpose):
-    return torch.ops.fastflow_C.triangular_solve.default(A, B, upper, unit_diagonal, transpose)
+def _reference(A, B, upper, unit_diagonal, transpose):
+    if not unit_diagonal and B.numel():
+        check.diagonal("triangular_solve", A.diagonal(dim1=1, dim2=2))
+    return reference.triangular_solve(A, B, upper, unit_diagonal, transpose)
 
 
-def _has_compiled(A, *_):
-    return (extension.cpu and A.device.type == "cpu") or (extension.cuda and A.device.type == "cuda")
+_body = with_compiled("triangular_solve", _reference, on=lambda A, *_: A)
+
+
+def _backward(A, X, dX, upper, unit_diagonal, transpose):
+    return reference.triangular_solve_backward(A, X, dX, upper, unit_diagonal, transpose, solve=_body)
 
 
 register(
     "triangular_solve",
     "(Tensor A, Tensor B, bool upper, bool unit_diagonal, bool transpose) -> Tensor",
-    with_compiled(reference.triangular_solve, _compiled, _has_compiled),
+    _body,
     _fake,
     TriangularSolveFunction,
 )
 register(
     "triangular_solve_backward",
     "(Tensor A, Tensor X, Tensor dX, bool upper, bool unit_diagonal, bool transpose) -> (Tensor, Tensor)",
-    reference.triangular_solve_backward,
+    _backward,
     _fake_backward,
 )
 
@@ -63,7 +68,8 @@ def triangular_solve(A: Tensor, B: Tensor, *, upper: bool, unit_diagonal: bool =
         unit_diagonal: the diagonal is taken to be 1 and is not read.
 
     Shape: A ``[K, n, n]``; B, X ``[K, n, m]``; float32 or float64; K and m may be 0. Differentiable in A and B.
-    Raises ValueError for other shapes, dtypes or devices. Double backward is an error.
+    Raises ValueError for other shapes, dtypes or devices, and for a diagonal that holds 0, inf or NaN, naming the matrix in the
+    stack; on a CUDA device that one comes late, see :func:`raise_singular`. Double backward is an error.
     """
     if A.ndim != 3 or A.shape[1] != A.shape[2]:
         raise check.error("A", check.shape_of(A), "a stack of square matrices [K, n, n]")
@@ -74,3 +80,13 @@ def triangular_solve(A: Tensor, B: Tensor, *, upper: bool, unit_diagonal: bool =
     if B.dtype != A.dtype or B.device != A.device:
         raise check.error("B", f"{B.dtype} on {B.device}", f"{A.dtype} on {A.device}, like A")
     return torch.ops.fastflow.triangular_solve.default(A, B, upper, unit_diagonal, transpose)
+
+
+def raise_singular() -> None:
+    """Waits for the CUDA devices and raises ValueError where a kernel has met a matrix with 0, inf or NaN on its diagonal since last asked.
+
+    Kernels cannot raise: they leave word in memory that the host reads without waiting, and the next call of
+    :func:`triangular_solve` or :func:`~fastflow.ops.lu_weight` raises it. This function raises it now. What the kernel computed is
+    inf or NaN meanwhile. A captured graph leaves word too when it is replayed.
+    """
+    library.raise_singular()

@@ -1,0 +1,153 @@
+#pragma once
+// What every body asks of its arguments: the message names the argument, what came and what was expected.
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <string>
+
+namespace fastflow {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t MAX_CHANNELS = 64;  // of the small matrices: a larger one is for the library's product of matrices
+
+inline std::string shape(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.size(d);
+  out << "]";
+  return out.str();
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
+  return same;
+}
+
+inline const char* dtype(const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); }
+
+// What a singular matrix is reported with.
+inline std::string singular(const char* op, int64_t matrix, int64_t place, double value) {
+  std::ostringstream out;
+  out << op << ": matrix " << matrix << " of the stack has ";
+  if (std::isnan(value)) out << "nan";  // a stream writes -nan where the sign bit is set
+  else out << value;
+  out << " at place " << place << " of its diagonal, expected a finite number other than 0";
+  return out.str();
+}
+
+// `other`, named `name`, beside `t`, named `of`.
+inline void check_beside(const char* op, const char* name, const Tensor& other, const char* of, const Tensor& t) {
+  STD_TORCH_CHECK(other.scalar_type() == t.scalar_type(), op, ": ", name, " has dtype ", dtype(other), ", expected ", of,
+                  "'s, ", dtype(t));
+  STD_TORCH_CHECK(other.device() == t.device(), op, ": ", of, " and ", name, " are on different devices, expected one");
+}
+
+inline void check_triangular_solve(const Tensor& A, const Tensor& B) {
+  STD_TORCH_CHECK(A.dim() == 3 && A.size(1) == A.size(2), "triangular_solve: A has shape ", shape(A),
+                  ", expected [K, n, n]");
+  STD_TORCH_CHECK(B.dim() == 3 && B.size(0) == A.size(0) && B.size(1) == A.size(1), "triangular_solve: B has shape ",
+                  shape(B), ", expected [K, n, m] with K = ", A.size(0), " and n = ", A.size(1), " of A");
+  STD_TORCH_CHECK(A.scalar_type() == ScalarType::Float || A.scalar_type() == ScalarType::Double,
+                  "triangular_solve: A has dtype ", dtype(A), ", expected Float or Double");
+  check_beside("triangular_solve", "B", B, "A", A);
+}
+
+// `w`, named `name`, of shape [C, C] for x [N, C, ...], in the dtype that x is accumulated in.
+inline void check_weight(const char* op, const char* name, const Tensor& w, const Tensor& x) {
+  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == channels && w.size(1) == channels, op, ": ", name, " has shape ", shape(w),
+                  ", expected [", channels, ", ", channels, "], x has ", channels, " channels");
+  const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(w.scalar_type() == expected, op, ": ", name, " has dtype ", dtype(w), ", expected ",
+                  torch::headeronly::toString(expected), " for x of dtype ", dtype(x));
+  STD_TORCH_CHECK(w.device() == x.device(), op, ": x and ", name, " are on different devices, expected one");
+}
+
+inline void check_images(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() >= 2, op, ": x has shape ", shape(x), ", expected [N, C, ...]");
+  const ScalarType found = x.scalar_type();
+  STD_TORCH_CHECK(found == ScalarType::Float || found == ScalarType::Double || found == ScalarType::BFloat16 ||
+                      found == ScalarType::Half,
+                  op, ": x has dtype ", dtype(x), ", expected Float, Double, BFloat16 or Half");
+  STD_TORCH_CHECK(1 <= x.size(1) && x.size(1) <= MAX_CHANNELS, op, ": x has shape ", shape(x), ", expected 1 to ",
+                  MAX_CHANNELS, " channels");
+  check_weight(op, "weight", weight, x);
+  if (!bias) return;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == x.size(1), op, ": bias has shape ", shape(*bias), ", expected [",
+                  x.size(1), "], one for each channel of x");
+  check_beside(op, "bias", *bias, "weight", weight);
+}
+
+inline void check_gradient(const char* op, const Tensor& dy, const Tensor& x) {
+  STD_TORCH_CHECK(same_shape(dy, x), op, ": dy has shape ", shape(dy), ", expected x's, ", shape(x));
+  check_beside(op, "dy", dy, "x", x);
+}
+
+inline void check_conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_images("conv1x1", x, weight, bias);
+}
+
+inline void check_conv1x1_backward(const Tensor& x, const Tensor& weight, const Tensor& dy) {
+  check_images("conv1x1_backward", x, weight, std::nullopt);
+  check_gradient("conv1x1_backward", dy, x);
+}
+
+inline void check_conv1x1_inverse_backward(const Tensor& y, const Tensor& weight, const Tensor& weight_inverse,
+                                           const std::optional<Tensor>& bias, const Tensor& dy) {
+  check_images("conv1x1_inverse_backward", y, weight, bias);
+  check_weight("conv1x1_inverse_backward", "weight_inverse", weight_inverse, y);
+  check_gradient("conv1x1_inverse_backward", dy, y);
+}
+
+inline void check_lu(const char* op, const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
+                     const Tensor& sign_s) {
+  STD_TORCH_CHECK(lower.dim() == 3 && lower.size(1) == lower.size(2) && lower.size(1) <= MAX_CHANNELS, op,
+                  ": lower has shape ", shape(lower), ", expected [K, C, C] with C up to ", MAX_CHANNELS);
+  STD_TORCH_CHECK(lower.scalar_type() == ScalarType::Float || lower.scalar_type() == ScalarType::Double, op,
+                  ": lower has dtype ", dtype(lower), ", expected Float or Double");
+  STD_TORCH_CHECK(same_shape(upper, lower), op, ": upper has shape ", shape(upper), ", expected lower's, ",
+                  shape(lower));
+  check_beside(op, "upper", upper, "lower", lower);
+  const auto check_vector = [&](const char* name, const Tensor& v) {
+    STD_TORCH_CHECK(v.dim() == 2 && v.size(0) == lower.size(0) && v.size(1) == lower.size(1), op, ": ", name,
+                    " has shape ", shape(v), ", expected [", lower.size(0), ", ", lower.size(1), "]");
+  };
+  check_vector("perm", perm);
+  check_vector("log_s", log_s);
+  check_vector("sign_s", sign_s);
+  check_beside(op, "log_s", log_s, "lower", lower);
+  check_beside(op, "sign_s", sign_s, "lower", lower);
+  STD_TORCH_CHECK(perm.scalar_type() == ScalarType::Long, op, ": perm has dtype ", dtype(perm), ", expected Long");
+  STD_TORCH_CHECK(perm.device() == lower.device(), op, ": lower and perm are on different devices, expected one");
+}
+
+inline void check_lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
+                            const Tensor& sign_s) {
+  check_lu("lu_weight", perm, lower, upper, log_s, sign_s);
+}
+
+inline void check_lu_weight_backward(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
+                                     const Tensor& sign_s, const Tensor& weight_inverse, const Tensor& dweight,
+                                     const Tensor& dweight_inverse, const Tensor& dlog_det) {
+  const char* op = "lu_weight_backward";
+  check_lu(op, perm, lower, upper, log_s, sign_s);
+  const auto check_matrix = [&](const char* name, const Tensor& w) {
+    STD_TORCH_CHECK(same_shape(w, lower), op, ": ", name, " has shape ", shape(w), ", expected lower's, ",
+                    shape(lower));
+    check_beside(op, name, w, "lower", lower);
+  };
+  check_matrix("weight_inverse", weight_inverse);
+  check_matrix("dweight", dweight);
+  check_matrix("dweight_inverse", dweight_inverse);
+  STD_TORCH_CHECK(dlog_det.dim() == 1 && dlog_det.size(0) == lower.size(0), op, ": dlog_det has shape ", shape(dlog_det),
+                  ", expected [", lower.size(0), "]");
+  check_beside(op, "dlog_det", dlog_det, "lower", lower);
+}
+
+}  // namespace fastflow

@@ -1,0 +1,83 @@
+#pragma once
+// The words that the CUDA kernels are written in, so that the CPU can run the very same code block by block.
+//
+// A kernel is a struct: its arguments, THREADS, and `operator()(Block&)`, which does the work of one block in phases. A
+// phase is a function of the thread; a barrier ends it, so threads may read what others wrote in phases before. On a GPU
+// Block is DeviceBlock (cuda/device.cuh); on the CPU it is EmulatedBlock (emulated/emulated.h), which runs the threads
+// of a phase one after the other, in any order that a test asks for: a result that depends on the order is a race.
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#ifdef __CUDACC__
+#define FASTFLOW_HD __host__ __device__ __forceinline__
+#define FASTFLOW_UNROLL _Pragma("unroll")
+#else
+#define FASTFLOW_HD inline
+#define FASTFLOW_UNROLL
+#endif
+
+namespace fastflow {
+
+// N values that move at once. Aligned to their size, so that a GPU takes one instruction.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T value[N];
+};
+
+// Memory that a kernel is given, in elements. On the CPU an access outside it or across its alignment is an error; on a
+// GPU it is the bare pointer.
+template <typename T>
+struct Span {
+  T* data = nullptr;
+  int64_t size = 0;
+
+  FASTFLOW_HD T& operator[](int64_t i) const {
+    check<T>(i, 1);
+    return data[i];
+  }
+  template <int N>
+  FASTFLOW_HD Pack<std::remove_const_t<T>, N> load(int64_t i) const {
+    using Values = Pack<std::remove_const_t<T>, N>;
+    check<Values>(i, N);
+    return *reinterpret_cast<const Values*>(data + i);
+  }
+  template <int N>
+  FASTFLOW_HD void store(int64_t i, const Pack<T, N>& values) const {
+    check<Pack<T, N>>(i, N);
+    *reinterpret_cast<Pack<T, N>*>(data + i) = values;
+  }
+
+ private:
+  template <typename Values>
+  FASTFLOW_HD void check([[maybe_unused]] int64_t i, [[maybe_unused]] int count) const {
+#ifndef __CUDA_ARCH__
+    if (i < 0 || i + count > size) throw std::out_of_range("fastflow: element " + std::to_string(i) + " of a span of " + std::to_string(size));
+    if (reinterpret_cast<uintptr_t>(data + i) % alignof(Values)) throw std::out_of_range("fastflow: a span is misaligned at element " + std::to_string(i));
+#endif
+  }
+};
+
+// A matrix through its strides; transposing is swapping them.
+template <typename T>
+struct Matrix {
+  Span<const T> span;
+  int64_t row, col;
+
+  FASTFLOW_HD T operator()(int64_t i, int64_t j) const { return span[i * row + j * col]; }
+  Matrix transposed() const { return {span, col, row}; }
+};
+
+// What sums are computed in.
+template <typename T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <typename T>
+using accumulator = typename Accumulator<T>::type;
+
+}  // namespace fastflow

@@ -1,0 +1,494 @@
+#pragma once
+// 1x1 convolution of C <= 64 channels in one pass over memory, y = W x + b at every pixel, as CUDA kernels in the words of
+// block.h; the tensors around them are the same on every device.
+//
+// Bound: 8 bytes an element of x in float32 forward (x read, y written), 16 for inverse + backward (y, dy read; x, dx
+// written), 12 for backward from x. Arithmetic: 2 C operations for these 8 bytes, 6 C for 16. An H200 (4.3 TB/s of copy
+// bandwidth, 67 TFLOP/s of float32 by its datasheet) does 15.6 operations a byte: C = 24 asks for 6, C = 48 for 12 and 18.
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "arguments.h"
+#include "images.h"
+#include "stable.h"
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace fastflow {
+
+// A pixel's channels in shared memory: rows this far apart put 8 neighbours' 16 bytes on all 32 banks.
+constexpr int row_stride(int channels) { return 4 * (channels / 4 | 1); }
+
+// W in shared memory, [output][input], with zeros around the C x C that there is.
+template <typename T>
+struct Weight {
+  Matrix<T> matrix;
+
+  template <int CMAX, int THREADS>
+  FASTFLOW_HD void load(int thread, int channels, const Span<T>& w) const {
+    for (int i = thread; i < CMAX * CMAX; i += THREADS) {
+      const int co = i / CMAX, ci = i % CMAX;
+      w[i] = co < channels && ci < channels ? matrix(co, ci) : T(0);
+    }
+  }
+};
+
+// Four outputs of PIXELS pixels whose inputs v a thread holds: s[r][i] += sum over ci of w[co + r][ci] v[ci][i].
+template <int CMAX, int PIXELS, typename T>
+FASTFLOW_HD void multiply(const Span<T>& w, int channels, int co, const T (&v)[CMAX][PIXELS], T (&s)[4][PIXELS]) {
+  FASTFLOW_UNROLL
+  for (int eight = 0; eight < CMAX; eight += 8)
+    if (eight < channels) {
+      FASTFLOW_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        FASTFLOW_UNROLL
+        for (int four = eight; four < eight + 8; four += 4) {
+          const Pack<T, 4> weights = w.template load<4>((co + r) * CMAX + four);
+          FASTFLOW_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            FASTFLOW_UNROLL
+            for (int i = 0; i < PIXELS; ++i) s[r][i] += weights.value[j] * v[four + j][i];
+          }
+        }
+      }
+    }
+}
+
+// Pixels [first, first + TILE) between memory and rows of shared memory, the block's threads over the whole of a row's
+// groups of four channels where rows lie in memory too, else a thread for each pixel, so that both are coalesced.
+template <typename T, int CMAX, int TILE, int THREADS>
+struct Tile {
+  using acc = accumulator<T>;
+  static constexpr int ROW = row_stride(CMAX), GROUPS = CMAX / 4;
+
+  // With bias, v - bias; rows of pixels that there are none of, and channels from C on, are zero.
+  FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first, const Span<acc>& bias, const Span<acc>& rows) {
+    for (int i = thread; i < TILE * GROUPS; i += THREADS) {
+      const int row = x.rows ? i / GROUPS : i % TILE, channel = 4 * (x.rows ? i % GROUPS : i / TILE);
+      Pack<acc, 4> v{};
+      if (first + row < x.pixels && channel < x.channels) {
+        const int64_t at = x.base(first + row) + channel * x.c;
+        if (x.rows && x.packed) {
+          const Pack<T, 4> found = x.span.template load<4>(at);
+          FASTFLOW_UNROLL
+          for (int j = 0; j < 4; ++j) v.value[j] = static_cast<acc>(found.value[j]);
+        } else {
+          FASTFLOW_UNROLL
+          for (int j = 0; j < 4; ++j)
+            if (channel + j < x.channels) v.value[j] = static_cast<acc>(x.span[at + j * x.c]);
+        }
+        if (bias.size) {
+          FASTFLOW_UNROLL
+          for (int j = 0; j < 4; ++j) v.value[j] -= bias[channel + j];
+        }
+      }
+      rows.template store<4>(row * ROW + channel, v);
+    }
+  }
+
+  FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, const Span<acc>& rows) {
+    for (int i = thread; i < TILE * GROUPS; i += THREADS) {
+      const int row = y.rows ? i / GROUPS : i % TILE, channel = 4 * (y.rows ? i % GROUPS : i / TILE);
+      if (first + row >= y.pixels || channel >= y.channels) continue;
+      const Pack<acc, 4> v = rows.template load<4>(row * ROW + channel);
+      const int64_t at = y.base(first + row) + channel * y.c;
+      if (y.rows && y.packed) {
+        Pack<T, 4> found;
+        FASTFLOW_UNROLL
+        for (int j = 0; j < 4; ++j) found.value[j] = static_cast<T>(v.value[j]);
+        y.span.template store<4>(at, found);
+      } else {
+        FASTFLOW_UNROLL
+        for (int j = 0; j < 4; ++j)
+          if (channel + j < y.channels) y.span[at + j * y.c] = static_cast<T>(v.value[j]);
+      }
+    }
+  }
+};
+
+// y = W x + b. A thread holds all channels of its pixels in registers and takes W from shared memory, four weights a
+// load, each for PIXELS products. Planes (NCHW) go straight to registers, PIXELS neighbours at once where they are
+// packed; rows (channels_last) pass through shared memory, where each thread has its pixels' rows for itself.
+template <typename T, int CMAX>
+struct Conv1x1Kernel {
+  using acc = accumulator<T>;
+  static constexpr int THREADS = 128, RESIDENT = CMAX <= 16 ? 4 : CMAX <= 48 ? 3 : 2, PIXELS = CMAX <= 24 ? 4 : 2, TILE = THREADS * PIXELS;
+  using Rows = Tile<T, CMAX, TILE, THREADS>;
+
+  Images<const T> x;
+  Images<T> y;
+  Weight<acc> weight;
+  Span<const acc> bias;
+
+  int64_t shared_bytes() const { return sizeof(acc) * (CMAX * CMAX + CMAX + (x.rows || y.rows ? TILE * Rows::ROW : 0)); }
+
+  template <class Block>
+  FASTFLOW_HD void operator()(Block& block) const {
+    const int channels = x.channels;
+    const Span<acc> w = block.template shared<acc>(CMAX * CMAX), b = block.template shared<acc>(CMAX);
+    const Span<acc> rows = block.template shared<acc>(x.rows || y.rows ? TILE * Rows::ROW : 0);
+    block.phase([&](int thread) {
+      weight.template load<CMAX, THREADS>(thread, channels, w);
+      for (int c = thread; c < CMAX; c += THREADS) b[c] = bias.size && c < channels ? bias[c] : acc(0);
+    });
+    for (int64_t tile = block.index; tile * TILE < x.pixels; tile += block.count) {
+      const int64_t first = tile * TILE;
+      if (x.rows) block.phase([&](int thread) { Rows::load(thread, x, first, {}, rows); });
+      block.phase([&](int thread) { pixels(thread, first, w, b, rows); });
+      if (y.rows) block.phase([&](int thread) { Rows::store(thread, y, first, rows); });
+    }
+  }
+
+ private:
+  FASTFLOW_HD void pixels(int thread, int64_t first, const Span<acc>& w, const Span<acc>& b, const Span<acc>& rows) const {
+    const int channels = x.channels;
+    const bool together = !x.rows && !y.rows && x.packed && y.packed;  // neighbours, else THREADS apart
+    const int begin = together ? thread * PIXELS : thread, step = together ? 1 : THREADS;
+    acc v[CMAX][PIXELS];
+    int64_t x_at[PIXELS], y_at[PIXELS];
+    FASTFLOW_UNROLL
+    for (int i = 0; i < PIXELS; ++i) {
+      const int64_t pixel = first + begin + i * step;
+      x_at[i] = pixel < x.pixels ? x.base(pixel) : -1;
+      y_at[i] = pixel < x.pixels ? y.base(pixel) : -1;
+    }
+    if (x_at[0] < 0) return;
+    FASTFLOW_UNROLL
+    for (int c = 0; c < CMAX; c += 4) {
+      if (x.rows) {
+        FASTFLOW_UNROLL
+        for (int i = 0; i < PIXELS; ++i) {
+          const Pack<acc, 4> found = rows.template load<4>((begin + i * step) * Rows::ROW + c);
+          FASTFLOW_UNROLL
+          for (int j = 0; j < 4; ++j) v[c + j][i] = found.value[j];
+        }
+      } else {
+        FASTFLOW_UNROLL
+        for (int j = 0; j < 4; ++j) load(c + j, together, x_at, v[c + j]);
+      }
+    }
+    for (int co = 0; co < channels; co += 4) {
+      acc s[4][PIXELS];
+      FASTFLOW_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        FASTFLOW_UNROLL
+        for (int i = 0; i < PIXELS; ++i) s[r][i] = b[co + r];
+      }
+      multiply<CMAX>(w, channels, co, v, s);
+      if (y.rows) {
+        FASTFLOW_UNROLL
+        for (int i = 0; i < PIXELS; ++i)
+          rows.template store<4>((begin + i * step) * Rows::ROW + co, {{s[0][i], s[1][i], s[2][i], s[3][i]}});
+      } else {
+        FASTFLOW_UNROLL
+        for (int r = 0; r < 4; ++r)
+          if (co + r < channels) store(co + r, together, y_at, s[r]);
+      }
+    }
+  }
+
+  FASTFLOW_HD void load(int c, bool together, const int64_t (&at)[PIXELS], acc (&v)[PIXELS]) const {
+    const bool there = c < x.channels;
+    if (together) {
+      Pack<T, PIXELS> found{};
+      if (there) found = x.span.template load<PIXELS>(at[0] + c * x.c);
+      FASTFLOW_UNROLL
+      for (int i = 0; i < PIXELS; ++i) v[i] = static_cast<acc>(found.value[i]);
+    } else {
+      FASTFLOW_UNROLL
+      for (int i = 0; i < PIXELS; ++i) v[i] = there && at[i] >= 0 ? static_cast<acc>(x.span[at[i] + c * x.c]) : acc(0);
+    }
+  }
+
+  FASTFLOW_HD void store(int c, bool together, const int64_t (&at)[PIXELS], const acc (&s)[PIXELS]) const {
+    if (together) {
+      Pack<T, PIXELS> found;
+      FASTFLOW_UNROLL
+      for (int i = 0; i < PIXELS; ++i) found.value[i] = static_cast<T>(s[i]);
+      y.span.template store<PIXELS>(at[0] + c * y.c, found);
+    } else {
+      FASTFLOW_UNROLL
+      for (int i = 0; i < PIXELS; ++i)
+        if (at[i] >= 0) y.span[at[i] + c * y.c] = static_cast<T>(s[i]);
+    }
+  }
+};
+
+// dx = W^T dy, and dW = sum of dy x^T, db = sum of dy. FROM_OUTPUT: x is not given but y, and x = W^-1 (y - b) is
+// written too. Tiles of pixels lie as rows in shared memory; a thread has a pixel when a row is multiplied, and a square
+// of dW, for a slice of the tile's pixels, when they are summed. Each block sums its tiles in registers and leaves one
+// slot; SumSlotsKernel adds the slots in their order, which the shape alone decides: the same bits every run.
+template <typename T, int CMAX, bool FROM_OUTPUT>
+struct Conv1x1BackwardKernel {
+  using acc = accumulator<T>;
+  static constexpr int THREADS = 128, RESIDENT = CMAX <= 16 ? 5 : CMAX <= 24 ? 3 : 2, TILE = CMAX <= 48 ? 128 : 96, ROW = row_stride(CMAX);
+  static constexpr int MAX_BLOCKS = 264;  // two for each multiprocessor of an H200
+  // the square: one or two groups of four channels each way, CMAX / GROUPS apart, so that neighbours read neighbours
+  static constexpr int GROUPS = CMAX <= 16 ? 1 : 2, SIDE = CMAX / (4 * GROUPS), SQUARES = SIDE * SIDE;
+  static constexpr int WEIGHTS = CMAX * CMAX, BIAS_SLICES = THREADS / CMAX;
+  // slices of a tile's pixels; what they sum is put where the tiles were
+  static constexpr int SLICES = std::min(THREADS / SQUARES, (2 * TILE * ROW - BIAS_SLICES * CMAX) / WEIGHTS);
+  static_assert(SLICES >= 1);
+  using Rows = Tile<T, CMAX, TILE, THREADS>;
+
+  Images<const T> source, dy;  // x, or y where FROM_OUTPUT
+  Images<T> x, dx;             // x where FROM_OUTPUT
+  Weight<acc> weight_inverse, weight_transposed;
+  Span<const acc> bias;  // where FROM_OUTPUT
+  Span<acc> slots;       // [blocks, C C + C]
+
+  static int64_t blocks(int64_t pixels) { return std::min<int64_t>((pixels + TILE - 1) / TILE, MAX_BLOCKS); }
+  static int64_t shared_bytes() { return sizeof(acc) * (2 * TILE * ROW + CMAX * CMAX * (FROM_OUTPUT ? 2 : 1) + CMAX); }
+
+  template <class Block>
+  FASTFLOW_HD void operator()(Block& block) const {
+    const int channels = dy.channels;
+    const Span<acc> both = block.template shared<acc>(2 * TILE * ROW);
+    const Span<acc> x_rows{both.data, TILE * ROW}, dy_rows{both.data + TILE * ROW, TILE * ROW};
+    const Span<acc> wt = block.template shared<acc>(CMAX * CMAX), b = block.template shared<acc>(CMAX);
+    const Span<acc> inverse = block.template shared<acc>(FROM_OUTPUT ? CMAX * CMAX : 0);
+    block.phase([&](int thread) {
+      weight_transposed.template load<CMAX, THREADS>(thread, channels, wt);
+      if (FROM_OUTPUT) weight_inverse.template load<CMAX, THREADS>(thread, channels, inverse);
+      for (int c = thread; c < CMAX; c += THREADS) b[c] = bias.size && c < channels ? bias[c] : acc(0);
+    });
+    typename Block::template PerThread<Sums> sums(block);
+    for (int64_t tile = block.index; tile * TILE < dy.pixels; tile += block.count) {
+      const int64_t first = tile * TILE;
+      block.phase([&](int thread) {
+        Rows::load(thread, source, first, FROM_OUTPUT ? b : Span<acc>{}, x_rows);
+        Rows::load(thread, dy, first, {}, dy_rows);
+      });
+      if (FROM_OUTPUT) block.phase([&](int thread) { multiply_row(thread, channels, inverse, x_rows); });
+      block.phase([&](int thread) { add(thread, x_rows, dy_rows, sums[thread]); });
+      block.phase([&](int thread) { multiply_row(thread, channels, wt, dy_rows); });
+      block.phase([&](int thread) {
+        if (FROM_OUTPUT) Rows::store(thread, x, first, x_rows);
+        Rows::store(thread, dx, first, dy_rows);
+      });
+    }
+    // the tiles have been used: their memory holds the slices' sums, which are added in order
+    block.phase([&](int thread) { leave(thread, sums[thread], both); });
+    block.phase([&](int thread) {
+      const int size = channels * channels + channels;
+      for (int i = thread; i < size; i += THREADS) {
+        const bool is_bias = i >= channels * channels;
+        const int at = is_bias ? SLICES * WEIGHTS + i - channels * channels : i / channels * CMAX + i % channels;
+        const int slices = is_bias ? BIAS_SLICES : SLICES, step = is_bias ? CMAX : WEIGHTS;
+        acc sum = 0;
+        for (int slice = 0; slice < slices; ++slice) sum += both[at + slice * step];
+        slots[block.index * size + i] = sum;
+      }
+    });
+  }
+
+ private:
+  struct Sums {
+    acc weight[4 * GROUPS][4 * GROUPS], bias;
+  };
+
+  // A pixel's row becomes w times it; four results wait in registers until all were read.
+  FASTFLOW_HD static void multiply_row(int thread, int channels, const Span<acc>& w, const Span<acc>& rows) {
+    if (thread >= TILE) return;
+    acc v[CMAX][1];
+    FASTFLOW_UNROLL
+    for (int c = 0; c < CMAX; c += 4) {
+      const Pack<acc, 4> found = rows.template load<4>(thread * ROW + c);
+      FASTFLOW_UNROLL
+      for (int j = 0; j < 4; ++j) v[c + j][0] = found.value[j];
+    }
+    for (int co = 0; co < channels; co += 4) {
+      acc s[4][1] = {};
+      multiply<CMAX>(w, channels, co, v, s);
+      rows.template store<4>(thread * ROW + co, {{s[0][0], s[1][0], s[2][0], s[3][0]}});
+    }
+  }
+
+  // Channel of the j-th row or column of a square whose place among SIDE is m.
+  FASTFLOW_HD static constexpr int channel(int m, int j) { return j / 4 * (CMAX / GROUPS) + 4 * m + j % 4; }
+
+  FASTFLOW_HD static void add(int thread, const Span<acc>& x_rows, const Span<acc>& dy_rows, Sums& sums) {
+    if (thread < BIAS_SLICES * CMAX)
+      for (int pixel = thread / CMAX; pixel < TILE; pixel += BIAS_SLICES) sums.bias += dy_rows[pixel * ROW + thread % CMAX];
+    const int square = thread % SQUARES, slice = thread / SQUARES;
+    if (slice >= SLICES) return;
+    const int m = square / SIDE, n = square % SIDE;
+    for (int pixel = slice; pixel < TILE; pixel += SLICES) {
+      acc g[4 * GROUPS], v[4 * GROUPS];
+      FASTFLOW_UNROLL
+      for (int group = 0; group < GROUPS; ++group) {
+        const Pack<acc, 4> dy_four = dy_rows.template load<4>(pixel * ROW + channel(m, 4 * group));
+        const Pack<acc, 4> x_four = x_rows.template load<4>(pixel * ROW + channel(n, 4 * group));
+        FASTFLOW_UNROLL
+        for (int j = 0; j < 4; ++j) g[4 * group + j] = dy_four.value[j], v[4 * group + j] = x_four.value[j];
+      }
+      FASTFLOW_UNROLL
+      for (int i = 0; i < 4 * GROUPS; ++i) {
+        FASTFLOW_UNROLL
+        for (int j = 0; j < 4 * GROUPS; ++j) sums.weight[i][j] += g[i] * v[j];
+      }
+    }
+  }
+
+  FASTFLOW_HD static void leave(int thread, const Sums& sums, const Span<acc>& partial) {
+    if (thread < BIAS_SLICES * CMAX) partial[SLICES * WEIGHTS + thread] = sums.bias;
+    const int square = thread % SQUARES, slice = thread / SQUARES;
+    if (slice >= SLICES) return;
+    const int m = square / SIDE, n = square % SIDE;
+    FASTFLOW_UNROLL
+    for (int i = 0; i < 4 * GROUPS; ++i) {
+      FASTFLOW_UNROLL
+      for (int j = 0; j < 4 * GROUPS; ++j) partial[slice * WEIGHTS + channel(m, i) * CMAX + channel(n, j)] = sums.weight[i][j];
+    }
+  }
+};
+
+// dW and db from the blocks' slots: 32 sums a block, 8 threads each, every eighth slot, then the eight in order.
+template <typename acc>
+struct SumSlotsKernel {
+  static constexpr int COLUMNS = 32, SEGMENTS = 8, THREADS = COLUMNS * SEGMENTS, RESIDENT = 1;
+
+  Span<const acc> slots;
+  Span<acc> dweight, dbias;
+  int64_t count;
+
+  int64_t blocks() const { return (dweight.size + dbias.size + COLUMNS - 1) / COLUMNS; }
+  static int64_t shared_bytes() { return sizeof(acc) * THREADS; }
+
+  template <class Block>
+  FASTFLOW_HD void operator()(Block& block) const {
+    const int64_t size = dweight.size + dbias.size, first = block.index * COLUMNS;
+    const Span<acc> sums = block.template shared<acc>(THREADS);
+    block.phase([&](int thread) {
+      const int64_t i = first + thread % COLUMNS;
+      acc sum = 0;
+      if (i < size)
+        for (int64_t slot = thread / COLUMNS; slot < count; slot += SEGMENTS) sum += slots[slot * size + i];
+      sums[thread] = sum;
+    });
+    block.phase([&](int thread) {
+      const int64_t i = first + thread;
+      if (thread >= COLUMNS || i >= size) return;
+      acc sum = 0;
+      for (int segment = 0; segment < SEGMENTS; ++segment) sum += sums[segment * COLUMNS + thread];
+      (i < dweight.size ? dweight[i] : dbias[i - dweight.size]) = sum;
+    });
+  }
+};
+
+// the ops -----------------------------------------------------------------------------------------------------------
+
+// f(T(), width) for x's dtype and the least of 16, 24, 48, 64 that C fits.
+template <class Device, class F>
+void for_kernel(const Tensor& x, F f) {
+  using torch::headeronly::ScalarType;
+  const auto sized = [&](auto value) {
+    const int64_t channels = x.size(1);
+    if (channels <= 16) f(value, std::integral_constant<int, 16>());
+    else if (channels <= 24) f(value, std::integral_constant<int, 24>());
+    else if (channels <= 48) f(value, std::integral_constant<int, 48>());
+    else f(value, std::integral_constant<int, 64>());
+  };
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return sized(float());
+    case ScalarType::BFloat16: return sized(c10::BFloat16());
+    case ScalarType::Half: return sized(c10::Half());
+    default: break;
+  }
+  if constexpr (Device::DOUBLE) return sized(double());
+  else STD_TORCH_CHECK(false, "conv1x1: x has dtype ", torch::headeronly::toString(x.scalar_type()), ", expected Float, BFloat16 or Half");
+}
+
+// As it is where one stride leads through its positions, else a contiguous copy.
+inline Tensor with_positions(const Tensor& x) { return position_stride(x) < 0 ? torch::stable::contiguous(x) : x; }
+
+// What a kernel writes to: `like`'s own layout, or contiguous memory to be copied to it.
+inline Tensor room_like(const Tensor& like) {
+  Tensor y = torch::stable::empty_like(like);
+  return position_stride(y) < 0 ? torch::stable::new_empty(like, like.sizes()) : y;
+}
+inline Tensor laid_out(const Tensor& y, const Tensor& like) {
+  Tensor out = position_stride(like) < 0 ? torch::stable::empty_like(like) : y;
+  if (out.get() != y.get()) torch::stable::copy_(out, y);
+  return out;
+}
+
+template <typename T>
+Matrix<T> matrix_of(const Tensor& w) {
+  const int64_t size = (w.size(0) - 1) * w.stride(0) + (w.size(1) - 1) * w.stride(1) + 1;
+  return {{w.const_data_ptr<T>(), size}, w.stride(0), w.stride(1)};
+}
+template <typename T>
+Span<const T> vector_of(const std::optional<Tensor>& v) {
+  return v ? Span<const T>{v->const_data_ptr<T>(), v->numel()} : Span<const T>{};
+}
+
+template <class Device>
+Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_conv1x1(x, weight, bias);
+  const typename Device::Guard guard(x);
+  const Tensor from = with_positions(x), y = room_like(x);
+  const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  if (x.numel())
+    for_kernel<Device>(x, [&](auto value, auto width) {
+      using T = decltype(value);
+      using Kernel = Conv1x1Kernel<T, width>;
+      using acc = typename Kernel::acc;
+      const Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y, Kernel::PIXELS), {matrix_of<acc>(weight)}, vector_of<acc>(b)};
+      // enough blocks for any device, few enough that W is loaded for several tiles each
+      const int64_t blocks = std::min<int64_t>((kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE, 1056);
+      Device::launch(kernel, blocks, kernel.shared_bytes());
+    });
+  return laid_out(y, x);
+}
+
+template <class Device, bool FROM_OUTPUT>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const Tensor& weight, const Tensor& weight_inverse,
+                                                    const std::optional<Tensor>& bias, const Tensor& dy) {
+  const typename Device::Guard guard(source);
+  const int64_t channels = source.size(1);
+  const Tensor from = with_positions(source), g = with_positions(dy);
+  const Tensor x = FROM_OUTPUT ? room_like(source) : Tensor(), dx = room_like(source);
+  const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
+  if (source.numel() == 0)
+    return {x, dx, torch::stable::new_zeros(weight, {channels, channels}), torch::stable::new_zeros(weight, {channels})};
+  const Tensor dweight = torch::stable::new_empty(weight, {channels, channels}), dbias = torch::stable::new_empty(weight, {channels});
+  for_kernel<Device>(source, [&](auto value, auto width) {
+    using T = decltype(value);
+    using Kernel = Conv1x1BackwardKernel<T, width, FROM_OUTPUT>;
+    using acc = typename Kernel::acc;
+    Kernel kernel{images_of<const T>(from, 1), images_of<const T>(g, 1), {}, images_of<T>(dx, 1), {}, {matrix_of<acc>(weight).transposed()},
+                  vector_of<acc>(b), {}};
+    if constexpr (FROM_OUTPUT) {
+      kernel.x = images_of<T>(x, 1);
+      kernel.weight_inverse = {matrix_of<acc>(weight_inverse)};
+    }
+    const int64_t blocks = Kernel::blocks(kernel.dy.pixels), size = channels * channels + channels;
+    const Tensor slots = torch::stable::new_empty(weight, {blocks, size});
+    kernel.slots = {slots.mutable_data_ptr<acc>(), blocks * size};
+    Device::launch(kernel, blocks, Kernel::shared_bytes());
+    const SumSlotsKernel<acc> sum{{slots.const_data_ptr<acc>(), blocks * size},
+                                  {dweight.mutable_data_ptr<acc>(), channels * channels},
+                                  {dbias.mutable_data_ptr<acc>(), channels},
+                                  blocks};
+    Device::launch(sum, sum.blocks(), sum.shared_bytes());
+  });
+  return {FROM_OUTPUT ? laid_out(x, source) : x, laid_out(dx, source), dweight, dbias};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> conv1x1_backward(const Tensor& x, const Tensor& weight, const Tensor& dy) {
+  check_conv1x1_backward(x, weight, dy);
+  auto [none, dx, dweight, dbias] = backward<Device, false>(x, weight, weight, std::nullopt, dy);
+  return {dx, dweight, dbias};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_inverse_backward(const Tensor& y, const Tensor& weight, const Tensor& weight_inverse,
+                                                                    const std::optional<Tensor>& bias, const Tensor& dy) {
+  check_conv1x1_inverse_backward(y, weight, weight_inverse, bias, dy);
+  return backward<Device, true>(y, weight, weight_inverse, bias, dy);
+}
+
+}  // namespace fastflow

@@ -1,0 +1,91 @@
+#pragma once
+// Runs a kernel of csrc/ on a GPU.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK, which torch 2.11 has only here
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+
+#include "block.h"
+
+namespace fastflow {
+
+class DeviceBlock {
+ public:
+  const int64_t index = blockIdx.x, count = gridDim.x;
+
+  __device__ explicit DeviceBlock(unsigned char* memory) : memory_(memory) {}
+
+  template <class F>
+  __device__ __forceinline__ void phase(F f) {
+    f(static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
+
+  template <typename T>
+  __device__ __forceinline__ Span<T> shared(int64_t size) {
+    Span<T> taken{reinterpret_cast<T*>(memory_), size};
+    memory_ += (size * int64_t(sizeof(T)) + 15) / 16 * 16;
+    return taken;
+  }
+
+  template <typename T>
+  class PerThread {
+   public:
+    __device__ explicit PerThread(const DeviceBlock&) : value_{} {}
+    __device__ __forceinline__ T& operator[](int) { return value_; }
+
+   private:
+    T value_;
+  };
+
+ private:
+  unsigned char* memory_;
+};
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, Kernel::RESIDENT) run(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  DeviceBlock block(memory);
+  kernel(block);
+}
+
+struct Cuda {
+  static constexpr bool DOUBLE = false;  // conv1x1 of float64 is the library's product of matrices
+  struct Guard : torch::stable::accelerator::DeviceGuard {
+    explicit Guard(const torch::stable::Tensor& t) : DeviceGuard(t.get_device_index()) {}
+  };
+
+  // On the current stream of the current device.
+  template <class Kernel>
+  static void launch(const Kernel& kernel, int64_t blocks, int64_t shared_bytes) {
+    int device = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    if (shared_bytes > 48 * 1024)  // beyond it a kernel has to ask
+      STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    run<Kernel><<<static_cast<unsigned>(blocks), Kernel::THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(kernel);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // A word of the host's memory that every device can write: where a kernel says that a matrix is singular, so that the
+  // host can read it without waiting for the device; see singular.h.
+  static int64_t* report() {
+    static int64_t* const slot = [] {
+      // allocating would end a capture of a CUDA graph that is under way, in the usual mode
+      cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+      STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+      void* memory = nullptr;
+      const cudaError_t error = cudaHostAlloc(&memory, sizeof(int64_t), cudaHostAllocPortable | cudaHostAllocMapped);
+      STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+      STD_CUDA_CHECK(error);
+      return static_cast<int64_t*>(std::memset(memory, 0, sizeof(int64_t)));
+    }();
+    return slot;
+  }
+};
+
+}  // namespace fastflow

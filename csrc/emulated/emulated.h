@@ -1,0 +1,93 @@
+#pragma once
+// Runs a CUDA kernel of csrc/ on the CPU, block by block and phase by phase: a device for tests, not for computing.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "block.h"
+
+namespace fastflow {
+
+class EmulatedBlock {
+ public:
+  const int64_t index, count;
+
+  EmulatedBlock(int64_t index, int64_t count, const std::vector<int>& threads, unsigned char* memory, int64_t bytes)
+      : index(index), count(count), threads_(threads), memory_(memory), bytes_(bytes) {}
+
+  template <class F>
+  void phase(F f) {
+    for (int thread : threads_) f(thread);
+  }
+
+  // Taken from the block's shared memory, one after the other.
+  template <typename T>
+  Span<T> shared(int64_t size) {
+    Span<T> taken{reinterpret_cast<T*>(memory_ + used_), size};
+    used_ += (size * int64_t(sizeof(T)) + 15) / 16 * 16;
+    if (used_ > bytes_) throw std::out_of_range("fastflow: a block takes more shared memory than its launch gives");
+    return taken;
+  }
+
+  // What a thread keeps from phase to phase; registers on a GPU.
+  template <typename T>
+  class PerThread {
+   public:
+    explicit PerThread(const EmulatedBlock& block) : values_(block.threads_.size()) {}
+    T& operator[](int thread) { return values_.at(thread); }
+
+   private:
+    std::vector<T> values_;
+  };
+
+ private:
+  const std::vector<int>& threads_;
+  unsigned char* memory_;
+  const int64_t bytes_;
+  int64_t used_ = 0;
+};
+
+struct Emulated {
+  static constexpr bool DOUBLE = true;  // so that float64 can tell a wrong index from rounding
+  struct Guard {
+    template <class Tensor>
+    explicit Guard(const Tensor&) {}
+  };
+
+  // The order of threads and blocks: 0 ascending, 1 descending, another number shuffles them.
+  static inline int64_t order = 0;
+
+  template <class Kernel>
+  static void launch(const Kernel& kernel, int64_t blocks, int64_t shared_bytes) {
+    const std::vector<int> threads = ordered<int>(Kernel::THREADS);
+    std::unique_ptr<unsigned char, decltype(&std::free)> memory(
+        static_cast<unsigned char*>(std::aligned_alloc(64, shared_bytes / 64 * 64 + 64)), &std::free);
+    for (int64_t index : ordered<int64_t>(blocks)) {
+      std::memset(memory.get(), 0xff, shared_bytes);  // NaN, so that what no thread wrote is seen
+      EmulatedBlock block(index, blocks, threads, memory.get(), shared_bytes);
+      kernel(block);
+    }
+  }
+
+  // Where a kernel says that a matrix is singular; see singular.h.
+  static int64_t* report() {
+    static int64_t slot = 0;
+    return &slot;
+  }
+
+ private:
+  template <typename T>
+  static std::vector<T> ordered(int64_t count) {
+    std::vector<T> found(count);
+    std::iota(found.begin(), found.end(), T(0));
+    if (order == 1) std::reverse(found.begin(), found.end());
+    if (order > 1) std::shuffle(found.begin(), found.end(), std::mt19937_64(order));
+    return found;
+  }
+};
+
+}  // namespace fastflow

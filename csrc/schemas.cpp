@@ -1,0 +1,23 @@
+// The schemas of the compiled ops, which are those of the ops in Python. fastflow_C holds the bodies of the CPU and of
+// CUDA, fastflow_emulated the CUDA kernels run on the CPU. A namespace of its own, because fastflow:: is defined in
+// Python and picks between these bodies and others.
+#include "stable.h"
+
+constexpr const char* SCHEMAS[] = {
+    "triangular_solve(Tensor A, Tensor B, bool upper, bool unit_diagonal, bool transpose) -> Tensor",
+    "lu_weight(Tensor perm, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s) -> (Tensor, Tensor, Tensor)",
+    "lu_weight_backward(Tensor perm, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor weight_inverse, "
+    "Tensor dweight, Tensor dweight_inverse, Tensor dlog_det) -> (Tensor, Tensor, Tensor)",
+    "conv1x1(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "conv1x1_backward(Tensor x, Tensor weight, Tensor dy) -> (Tensor, Tensor, Tensor)",
+    "conv1x1_inverse_backward(Tensor y, Tensor weight, Tensor weight_inverse, Tensor? bias, Tensor dy) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+};
+
+// FRAGMENT, not STABLE_TORCH_LIBRARY: a second file with the latter crashes at load.
+STABLE_TORCH_LIBRARY_FRAGMENT(fastflow_C, m) {
+  for (const char* schema : SCHEMAS) m.def(schema);
+}
+STABLE_TORCH_LIBRARY_FRAGMENT(fastflow_emulated, m) {
+  for (const char* schema : SCHEMAS) m.def(schema);
+}
