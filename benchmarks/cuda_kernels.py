@@ -33,7 +33,7 @@ def library() -> Path:
     return found[0]
 
 
-def _cuobjdump(option: str, path: Path) -> str:
+def cuobjdump(option: str, path: Path) -> str:
     return subprocess.run([TOOLS / "cuobjdump", option, path], check=True, capture_output=True, text=True).stdout
 
 
@@ -46,16 +46,16 @@ def _readable(symbols: Iterable[str]) -> dict[str, str]:
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
-    """(architecture, text) of each cubin of what cuobjdump says."""
+    """(architecture, text) of each cubin that cuobjdump describes; it does not say a lone cubin's."""
     for section in text.split("Fatbin elf code:")[1:] or [text]:
-        arch = re.search(r"arch = (sm_\w+)|EF_CUDA_SM(\d+)", section)
-        yield (arch[1] or f"sm_{arch[2]}") if arch else "", section
+        arch = re.search(r"arch = (sm_\w+)", section)
+        yield arch[1] if arch else "cubin", section
 
 
 def resources(path: Path) -> dict[str, dict[str, Resources]]:
     """By kernel and architecture, of a library or a cubin."""
     found = defaultdict(dict)
-    for arch, section in _sections(_cuobjdump("--dump-resource-usage", path)):
+    for arch, section in _sections(cuobjdump("--dump-resource-usage", path)):
         rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", section)
         names = _readable(symbol for symbol, *_ in rows)
         for symbol, registers, stack in rows:
@@ -64,15 +64,13 @@ def resources(path: Path) -> dict[str, dict[str, Resources]]:
 
 
 def spills(found: dict[str, dict[str, Resources]]) -> list[str]:
-    return [
-        f"{kernel} on {arch}: {r.stack} bytes of stack" for kernel, each in found.items() for arch, r in each.items() if r.stack
-    ]
+    return [f"{kernel} on {arch}: {r.stack} bytes of stack" for kernel, each in found.items() for arch, r in each.items() if r.stack]
 
 
 def widest(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """By kernel and architecture the bytes of the widest load and store of a thread."""
     found = defaultdict(dict)
-    for arch, section in _sections(_cuobjdump("--dump-sass", path)):
+    for arch, section in _sections(cuobjdump("--dump-sass", path)):
         functions = re.split(r"Function : (\S+)", section)[1:]
         names = _readable(functions[::2])
         for symbol, body in zip(functions[::2], functions[1::2], strict=True):
@@ -91,12 +89,13 @@ def _order(kernel: str) -> tuple:
 def page(found: dict[str, dict[str, Resources]], widths: dict[str, dict[str, tuple[int, int]]], nvcc: str) -> str:
     text = f"""# What nvcc makes of the CUDA kernels
 
-Each kernel of `csrc/`, compiled for sm_80, sm_90 and sm_100 by nvcc {nvcc}: `python -m benchmarks.cuda_kernels`, which takes no GPU. This says
-what the compiler did, not how fast the result is: nothing here has been timed.
+Each kernel of `csrc/`, compiled for sm_80, sm_90 and sm_100 by nvcc {nvcc}: `python -m benchmarks.cuda_kernels`, which takes no GPU.
+This says what the compiler did, not how fast the result is: nothing here has been timed.
 
-Registers are those of a thread on sm_80, sm_90 and sm_100, of which a multiprocessor has 65,536. Spills are bytes of stack a thread, for what did not
-fit them. Load and store are the widest of a thread in bytes; kernels have narrower ones too, for images whose strides or sizes ask for
-them. The number in a kernel's name is the most channels that it takes; `true` is backward from the output, with the inverse in the same pass.
+Registers are those of a thread on sm_80, sm_90 and sm_100, of which a multiprocessor has 65,536. Spills are bytes of stack a thread,
+for what did not fit them. Load and store are the widest of a thread in bytes; kernels have narrower ones too, for images whose strides
+or sizes ask for them. The number in a kernel's name is the most channels that it takes; `true` is backward from the output, with the
+inverse in the same pass.
 
 | kernel | registers | spills | load | store |
 | --- | --- | --- | --- | --- |
