@@ -7,20 +7,13 @@ for uniform noise and for noise of 0 and 255 alone. Appends a row each to result
 """
 
 import argparse
-import csv
-import datetime
-import platform
-import subprocess
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import fastflow
+from benchmarks import harness
 from fastflow import data
 from fastflow.models import Glow
-
-RESULTS = Path(__file__).parent / "results" / "pixel_exactness.csv"
 
 
 def trained(source, scale: str, steps: int, hidden: int) -> Glow:
@@ -58,8 +51,7 @@ def main() -> None:
         "uniform noise": torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator),
         "0 and 255": torch.randint(0, 2, images.shape, dtype=torch.uint8, generator=generator) * 255,
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    rows = []
+    about, rows = harness.metadata("cpu"), []
     for scale in ("soft_clamp", "tanh", "sigmoid"):
         model = trained(source, scale, options.steps, options.hidden)
         bits = model(images, seed=0).mean().item()
@@ -76,20 +68,10 @@ def main() -> None:
                     "images": name,
                     "values": x.numel(),
                     "differ": wrong,
-                    "device": f"cpu {platform.machine()}, {torch.get_num_threads()} threads",
-                    "torch": torch.__version__,
-                    "fastflow": fastflow.__version__,
-                    "commit": commit,
-                    "date": datetime.date.today().isoformat(),
                 }
+                | about
             )
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    harness.append(harness.RESULTS / "pixel_exactness.csv", rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""The invertible 1x1 convolution, and its inverse + backward, against F.conv2d.
+
+    python -m benchmarks.conv1x1
+
+Rows go to results/conv1x1.csv, shape N x C x H x W. The gradients are those of x, weight and bias. Glow's levels on 32x32 images
+(C = 12, 24, 48 at 16, 8, 4 pixels a side), and larger images.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import harness
+from fastflow import ops, reference
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def conv2d(x, weight, bias):
+    return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def cases(n: int, c: int, side: int, layout: str, compiled: bool) -> list[harness.Case]:
+    def image():
+        return torch.randn(n, c, side, side).contiguous(memory_format=LAYOUTS[layout])
+
+    def rotation():
+        return torch.linalg.qr(torch.randn(c, c)).Q.contiguous()
+
+    def inverse_inputs():
+        weight = rotation()
+        return image(), weight, weight.mT.contiguous(), torch.randn(c), image()
+
+    elements = n * c * side * side
+    about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "layout": layout}
+    providers = {"eager": conv2d, "fastflow": ops.conv1x1}
+    if compiled:
+        providers["compile"] = torch.compile(conv2d, dynamic=False)
+    return [
+        harness.Case(
+            name="conv1x1",
+            inputs=lambda: (image(), rotation(), torch.randn(c)),
+            providers=providers,
+            gradients_of=(0, 1, 2),
+            bytes_moved=8 * elements,
+            **about,
+        ),
+        harness.Case(
+            name="inverse_backward",
+            inputs=inverse_inputs,
+            providers={"eager": reference.conv1x1_inverse_backward, "fastflow": ops.conv1x1_inverse_backward},
+            bytes_moved=16 * elements,
+            **about,
+        ),
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = harness.arguments(__doc__, argv)
+    levels = [(n, c, side) for n in (16, 64) for c, side in ((12, 16), (24, 8), (48, 4))]
+    sizes = [(2, 4, 3)] if options.quick else [*levels, *((64, c, 32) for c in (12, 24, 48))]
+    harness.run("conv1x1", [case for size in sizes for layout in LAYOUTS for case in cases(*size, layout, not options.quick)], options)
+
+
+if __name__ == "__main__":
+    main()

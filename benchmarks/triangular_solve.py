@@ -1,0 +1,49 @@
+"""Batched triangular solves against torch.linalg.solve_triangular.
+
+    python -m benchmarks.triangular_solve
+
+A X = B with A [K, n, n] upper triangular and B [K, n, m]. Rows go to results/triangular_solve.csv, shape K x n x m.
+"""
+
+import torch
+
+from benchmarks import harness
+from fastflow import ops
+
+LARGEST = 1 << 25  # elements of B; K = 32 with n = 512 and m = 16384 would be a GiB
+
+
+def case(k: int, n: int, m: int, dtype: torch.dtype) -> harness.Case:
+    def inputs():
+        return (torch.randn(k, n, n) / n + 2 * torch.eye(n)).to(dtype), torch.randn(k, n, m, dtype=dtype)
+
+    return harness.Case(
+        name="upper",
+        shape=f"{k}x{n}x{m}",
+        dtype=dtype,
+        inputs=inputs,
+        providers={
+            "eager": lambda A, B: torch.linalg.solve_triangular(A, B, upper=True),
+            "fastflow": lambda A, B: ops.triangular_solve(A, B, upper=True),
+        },
+        bytes_moved=dtype.itemsize * k * n * (n + 2 * m),
+    )
+
+
+def sizes(quick: bool) -> list[tuple[int, int, int]]:
+    if quick:
+        return [(1, 4, 1), (2, 5, 7)]
+    glow = [(k, n, m) for k in (1, 32) for n in (4, 12, 24, 48, 64) for m in (1, n, 1024, 16384)]
+    large = [(k, n, m) for k in (1, 32) for n in (128, 512) for m in (1, n, 1024)]
+    # cuBLAS gives up near 524,281 right-hand sides
+    return [(k, n, m) for k, n, m in [*glow, *large, (1, 12, 524289)] if k * n * m <= LARGEST]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = harness.arguments(__doc__, argv)
+    dtypes = (torch.float32, torch.float64)
+    harness.run("triangular_solve", [case(*size, dtype) for size in sizes(options.quick) for dtype in dtypes], options)
+
+
+if __name__ == "__main__":
+    main()
