@@ -1,0 +1,117 @@
+"""The benchmark scripts run on tiny sizes, their rows are complete, and a provider that computes something else is never timed."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import conv1x1, harness, inverse_precision, lu_weight, triangular_solve
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ALWAYS = ("name", "case", "shape", "dtype", "layout", "provider", "mode", "device", "torch", "fastflow", "date")
+NUMBERS = ("p20_us", "p50_us", "p80_us", "error", "tolerance", "ratio")
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def options(tmp_path):
+    return harness.arguments("tiny", ["--quick", "--device", "cpu", "--results", str(tmp_path / "results")])
+
+
+def double(x):
+    return 2 * x
+
+
+def case(provider, **more) -> harness.Case:
+    providers = {"eager": double, "fastflow": provider}
+    return harness.Case("doubling", "5x3", torch.float32, lambda: (torch.randn(5, 3),), providers, **more)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("script, modes", [(conv1x1, 2), (lu_weight, 2), (triangular_solve, 1)], ids=lambda v: getattr(v, "__name__", ""))
+def test_rows_are_complete(script, modes, device, tmp_path, capsys):
+    for _ in range(2):  # the second time to a file that is there
+        script.main(["--quick", "--device", device, "--results", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    rows = rows_of(path)
+    assert path.stem == script.__name__.split(".")[-1] == rows[0]["name"]
+    assert {row["provider"] for row in rows} >= {"eager", "fastflow"}
+    assert len({row["mode"] for row in rows}) == modes
+    for row in rows:
+        assert all(row[column] for column in ALWAYS)
+        assert all(float(row[column]) >= 0 for column in NUMBERS)
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        assert float(row["error"]) <= float(row["tolerance"])
+        assert bool(row["copy_gb_s"]) == (device == "cuda")
+    cases = [tuple(row[column] for column in ("case", "shape", "dtype", "layout", "provider", "mode")) for row in rows]
+    assert cases[: len(rows) // 2] == cases[len(rows) // 2 :] and len(set(cases)) == len(rows) // 2
+    assert "above 1 is slower" in capsys.readouterr().out
+
+
+def wrong_gradient(x):
+    return 2 * x + (x - x.detach())
+
+
+@pytest.mark.parametrize(
+    "provider, gradients_of, what",
+    [
+        (lambda x: x + x, (0,), None),
+        (lambda x: 2 * x + 1e-3, (), "off by .*e-0"),
+        (lambda x: 2 * x[:1], (), "off by inf"),
+        (lambda x: x * torch.nan, (), "off by nan"),
+        (wrong_gradient, (0,), "backward, output 1: fastflow is off"),
+    ],
+    ids=["the same otherwise", "an offset", "another shape", "NaN", "a wrong gradient"],
+)
+def test_a_provider_that_computes_something_else_is_refused(provider, gradients_of, what, options):
+    right = case(double)
+    wrong = case(provider, gradients_of=gradients_of)
+    if what is None:
+        assert len(harness.run("doubling", [right, wrong], options)) == 6
+    else:
+        with pytest.raises(ValueError, match=what):
+            harness.run("doubling", [right, wrong], options)
+        assert not options.results.exists()
+
+
+def test_new_columns_are_empty_in_older_rows(tmp_path):
+    path = tmp_path / "rows.csv"
+    harness.append(path, [{"a": 1, "b": 2}])
+    harness.append(path, [{"a": 3, "c": 4}])
+    assert rows_of(path) == [{"a": "1", "c": "", "b": "2"}, {"a": "3", "c": "4", "b": ""}]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inverse_precision_writes_rows_tables_and_picture(device, tmp_path):
+    page = tmp_path / "precision.md"
+    shutil.copy(harness.ROOT / "docs" / "precision.md", page)
+    inverse_precision.main(["--quick", "--device", device, "--results", str(tmp_path / "results"), "--docs", str(tmp_path)])
+    rows = rows_of(tmp_path / "results" / "inverse_precision.csv")
+    assert {row["dtype"] for row in rows} == {"float32", "float64", "bfloat16", "float16"}
+    assert len({row["way"] for row in rows}) == 5
+    assert all(row[column] for row in rows for column in row if column not in ("triton", "commit"))
+    assert (tmp_path / "pictures" / "inverse_precision.png").stat().st_size > 10_000
+    for name in ("errors", "ratios", "dtypes", "times"):
+        table = page.read_text().split(f"<!-- {name}: ")[1].split(f"<!-- end of {name}")[0]
+        assert "\n| --- | --- |" in table
+
+
+@pytest.mark.parametrize(
+    "kind, setting", [(kind, settings[-1]) for kind, settings in inverse_precision.SETTINGS.items() if kind != "trained"]
+)
+def test_every_way_inverts(kind, setting):
+    """In float64: what a table shows is rounding, not a mistake of the benchmark."""
+    with torch.no_grad():
+        perm, *rest = inverse_precision.parameters(kind, 2, 5, 3)
+        rest = [v.double() for v in rest]
+        L, U = inverse_precision.triangles(perm, *rest)
+        x = torch.randn(3, 5, 7, dtype=torch.float64)
+        y = (L @ U @ x).gather(1, perm.unsqueeze(2).expand_as(x))
+        for way, inverse in inverse_precision.ways(perm, *rest).items():
+            torch.testing.assert_close(inverse(y), x, rtol=1e-9, atol=1e-9, msg=way)
