@@ -55,20 +55,32 @@ FASTFLOW_HD void multiply(const Span<T>& w, int channels, int co, const T (&v)[C
     }
 }
 
-// Pixels [first, first + TILE) between memory and rows of shared memory, the block's threads over the whole of a row's
-// groups of four channels where rows lie in memory too, else a thread for each pixel, so that both are coalesced.
+// Pixels [first, first + TILE) between memory and rows of shared memory. Where a pixel's channels lie side by side in
+// memory too, neighbouring threads take neighbouring groups of four; else a thread takes a pixel. Both are coalesced.
 template <typename T, int CMAX, int TILE, int THREADS>
 struct Tile {
   using acc = accumulator<T>;
   static constexpr int ROW = row_stride(CMAX), GROUPS = CMAX / 4;
 
+  // f(row, channel, place of the pixel in memory) for every group of four channels.
+  template <class Memory, class F>
+  FASTFLOW_HD static void for_groups(int thread, const Images<Memory>& x, int64_t first, F f) {
+    const auto base = [&](int row) { return first + row < x.pixels ? x.base(first + row) : -1; };
+    if (x.rows)
+      for (int i = thread; i < TILE * GROUPS; i += THREADS) f(i / GROUPS, i % GROUPS * 4, base(i / GROUPS));
+    else
+      for (int row = thread; row < TILE; row += THREADS) {
+        const int64_t at = base(row);
+        for (int channel = 0; channel < CMAX; channel += 4) f(row, channel, at);
+      }
+  }
+
   // With bias, v - bias; rows of pixels that there are none of, and channels from C on, are zero.
   FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first, const Span<acc>& bias, const Span<acc>& rows) {
-    for (int i = thread; i < TILE * GROUPS; i += THREADS) {
-      const int row = x.rows ? i / GROUPS : i % TILE, channel = 4 * (x.rows ? i % GROUPS : i / TILE);
+    for_groups(thread, x, first, [&](int row, int channel, int64_t base) {
       Pack<acc, 4> v{};
-      if (first + row < x.pixels && channel < x.channels) {
-        const int64_t at = x.base(first + row) + channel * x.c;
+      if (base >= 0 && channel < x.channels) {
+        const int64_t at = base + channel * x.c;
         if (x.rows && x.packed) {
           const Pack<T, 4> found = x.span.template load<4>(at);
           FASTFLOW_UNROLL
@@ -84,15 +96,14 @@ struct Tile {
         }
       }
       rows.template store<4>(row * ROW + channel, v);
-    }
+    });
   }
 
   FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, const Span<acc>& rows) {
-    for (int i = thread; i < TILE * GROUPS; i += THREADS) {
-      const int row = y.rows ? i / GROUPS : i % TILE, channel = 4 * (y.rows ? i % GROUPS : i / TILE);
-      if (first + row >= y.pixels || channel >= y.channels) continue;
+    for_groups(thread, y, first, [&](int row, int channel, int64_t base) {
+      if (base < 0 || channel >= y.channels) return;
       const Pack<acc, 4> v = rows.template load<4>(row * ROW + channel);
-      const int64_t at = y.base(first + row) + channel * y.c;
+      const int64_t at = base + channel * y.c;
       if (y.rows && y.packed) {
         Pack<T, 4> found;
         FASTFLOW_UNROLL
@@ -103,7 +114,7 @@ struct Tile {
         for (int j = 0; j < 4; ++j)
           if (channel + j < y.channels) y.span[at + j * y.c] = static_cast<T>(v.value[j]);
       }
-    }
+    });
   }
 };
 
@@ -113,7 +124,7 @@ struct Tile {
 template <typename T, int CMAX>
 struct Conv1x1Kernel {
   using acc = accumulator<T>;
-  static constexpr int THREADS = 128, RESIDENT = CMAX <= 16 ? 4 : CMAX <= 48 ? 3 : 2, PIXELS = CMAX <= 24 ? 4 : 2, TILE = THREADS * PIXELS;
+  static constexpr int THREADS = 128, RESIDENT = CMAX <= 48 ? 3 : 2, PIXELS = CMAX <= 24 ? 4 : 2, TILE = THREADS * PIXELS;
   using Rows = Tile<T, CMAX, TILE, THREADS>;
 
   Images<const T> x;

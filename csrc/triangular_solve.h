@@ -3,7 +3,8 @@
 //
 // Bound: 8 bytes an element of B in float32 while n is small, n operations an element beyond. A thread has a column of B
 // and 32 of its rows in registers; A comes through shared memory in blocks of 32 x 32 that all threads read at once, and a
-// block of X that was solved before is read back from memory (the L2 cache), where the same thread wrote it.
+// block of X that was solved before is read back from memory (the L2 cache), where the same thread wrote it. Products are
+// summed from zero and taken from b at last: summing them from b on loses up to four times as much (docs/precision.md).
 #include <algorithm>
 
 #include "arguments.h"
@@ -37,14 +38,10 @@ struct TriangularSolveKernel {
       const int64_t k = task / across, first = task % across * THREADS;
       for (int64_t top = 0; top < n; top += ROWS) {
         for (int64_t left = 0; left < top; left += ROWS) {
-          block.phase([&](int thread) {
-            if (left == 0) start(k, top, first + thread, columns[thread]);
-            load(thread, k, top, left, tile);
-          });
-          block.phase([&](int thread) { subtract(k, left, first + thread, tile, columns[thread]); });
+          block.phase([&](int thread) { load(thread, k, top, left, tile); });
+          block.phase([&](int thread) { add(k, left, first + thread, tile, columns[thread]); });
         }
         block.phase([&](int thread) {
-          if (top == 0) start(k, top, first + thread, columns[thread]);
           load(thread, k, top, top, tile);
           if (thread < ROWS) diagonal[thread] = divisor(k, top + thread);
         });
@@ -55,16 +52,11 @@ struct TriangularSolveKernel {
 
  private:
   struct Column {
-    T x[ROWS];
+    T sum[ROWS];  // of the products with what was solved, for ROWS rows
   };
 
   // Rows are counted in the order in which they are solved: from the last one up where the triangle is an upper one.
   FASTFLOW_HD int64_t row(int64_t i) const { return lower ? i : n - 1 - i; }
-
-  FASTFLOW_HD void start(int64_t k, int64_t top, int64_t column, Column& c) const {
-    FASTFLOW_UNROLL
-    for (int i = 0; i < ROWS; ++i) c.x[i] = top + i < n && column < m ? b.span[k * b_step + row(top + i) * b.row + column * b.col] : T(0);
-  }
 
   // tile[j][i] = op(A)(top + i, left + j), of the strict triangle; 0 elsewhere.
   FASTFLOW_HD void load(int thread, int64_t k, int64_t top, int64_t left, const Span<T>& tile) const {
@@ -83,7 +75,7 @@ struct TriangularSolveKernel {
     return d;
   }
 
-  FASTFLOW_HD void subtract(int64_t k, int64_t left, int64_t column, const Span<T>& tile, Column& c) const {
+  FASTFLOW_HD void add(int64_t k, int64_t left, int64_t column, const Span<T>& tile, Column& c) const {
     if (column >= m) return;
     for (int j = 0; j < ROWS; ++j) {
       const T solved = x[(k * n + row(left + j)) * m + column];
@@ -91,24 +83,28 @@ struct TriangularSolveKernel {
       for (int four = 0; four < ROWS; four += 4) {
         const Pack<T, 4> v = tile.template load<4>(j * STRIDE + four);
         FASTFLOW_UNROLL
-        for (int i = 0; i < 4; ++i) c.x[four + i] -= v.value[i] * solved;
+        for (int i = 0; i < 4; ++i) c.sum[four + i] += v.value[i] * solved;
       }
     }
   }
 
+  // Solves the rows, and leaves sums of zero for the next.
   FASTFLOW_HD void finish(int64_t k, int64_t top, int64_t column, const Span<T>& tile, const Span<T>& diagonal, Column& c) const {
     if (column >= m) return;
     FASTFLOW_UNROLL
     for (int j = 0; j < ROWS; ++j) {
-      const T solved = c.x[j] / diagonal[j];
+      const bool there = top + j < n;
+      const T right = there ? b.span[k * b_step + row(top + j) * b.row + column * b.col] : T(0);
+      const T solved = (right - c.sum[j]) / diagonal[j];
+      c.sum[j] = T(0);
       FASTFLOW_UNROLL
       for (int four = (j + 1) / 4 * 4; four < ROWS; four += 4) {
         const Pack<T, 4> v = tile.template load<4>(j * STRIDE + four);
         FASTFLOW_UNROLL
         for (int i = 0; i < 4; ++i)
-          if (four + i > j) c.x[four + i] -= v.value[i] * solved;
+          if (four + i > j) c.sum[four + i] += v.value[i] * solved;
       }
-      if (top + j < n) x[(k * n + row(top + j)) * m + column] = solved;
+      if (there) x[(k * n + row(top + j)) * m + column] = solved;
     }
   }
 };
