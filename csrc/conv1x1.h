@@ -411,20 +411,6 @@ void for_kernel(const Tensor& x, F f) {
   else STD_TORCH_CHECK(false, "conv1x1: x has dtype ", torch::headeronly::toString(x.scalar_type()), ", expected Float, BFloat16 or Half");
 }
 
-// As it is where one stride leads through its positions, else a contiguous copy.
-inline Tensor with_positions(const Tensor& x) { return position_stride(x) < 0 ? torch::stable::contiguous(x) : x; }
-
-// What a kernel writes to: `like`'s own layout, or contiguous memory to be copied to it.
-inline Tensor room_like(const Tensor& like) {
-  Tensor y = torch::stable::empty_like(like);
-  return position_stride(y) < 0 ? torch::stable::new_empty(like, like.sizes()) : y;
-}
-inline Tensor laid_out(const Tensor& y, const Tensor& like) {
-  Tensor out = position_stride(like) < 0 ? torch::stable::empty_like(like) : y;
-  if (out.get() != y.get()) torch::stable::copy_(out, y);
-  return out;
-}
-
 template <typename T>
 Matrix<T> matrix_of(const Tensor& w) {
   const int64_t size = (w.size(0) - 1) * w.stride(0) + (w.size(1) - 1) * w.stride(1) + 1;
@@ -439,19 +425,20 @@ template <class Device>
 Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_conv1x1(x, weight, bias);
   const typename Device::Guard guard(x);
-  const Tensor from = with_positions(x), y = room_like(x);
+  const Tensor from = with_positions(x);
+  Result y(x);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   if (x.numel())
     for_kernel<Device>(x, [&](auto value, auto width) {
       using T = decltype(value);
       using Kernel = Conv1x1Kernel<T, width>;
       using acc = typename Kernel::acc;
-      const Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y, Kernel::PIXELS), {matrix_of<acc>(weight)}, vector_of<acc>(b)};
+      const Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y.room(), Kernel::PIXELS), {matrix_of<acc>(weight)}, vector_of<acc>(b)};
       // enough blocks for any device, few enough that W is loaded for several tiles each
       const int64_t blocks = std::min<int64_t>((kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE, 1056);
       Device::launch(kernel, blocks, kernel.shared_bytes());
     });
-  return laid_out(y, x);
+  return y.laid_out();
 }
 
 template <class Device, bool FROM_OUTPUT>
@@ -460,19 +447,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const 
   const typename Device::Guard guard(source);
   const int64_t channels = source.size(1);
   const Tensor from = with_positions(source), g = with_positions(dy);
-  const Tensor x = FROM_OUTPUT ? room_like(source) : Tensor(), dx = room_like(source);
+  std::optional<Result> x;  // where FROM_OUTPUT; else it is the source
+  if (FROM_OUTPUT) x.emplace(source);
+  Result dx(source);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
-  if (source.numel() == 0)
-    return {x, dx, torch::stable::new_zeros(weight, {channels, channels}), torch::stable::new_zeros(weight, {channels})};
+  const auto found = [&](const Tensor& dweight, const Tensor& dbias) {
+    return std::tuple(x ? x->laid_out() : source, dx.laid_out(), dweight, dbias);
+  };
+  if (!source.numel()) return found(torch::stable::new_zeros(weight, {channels, channels}), torch::stable::new_zeros(weight, {channels}));
   const Tensor dweight = torch::stable::new_empty(weight, {channels, channels}), dbias = torch::stable::new_empty(weight, {channels});
   for_kernel<Device>(source, [&](auto value, auto width) {
     using T = decltype(value);
     using Kernel = Conv1x1BackwardKernel<T, width, FROM_OUTPUT>;
     using acc = typename Kernel::acc;
-    Kernel kernel{images_of<const T>(from, 1), images_of<const T>(g, 1), {}, images_of<T>(dx, 1), {}, {matrix_of<acc>(weight).transposed()},
+    Kernel kernel{images_of<const T>(from, 1), images_of<const T>(g, 1), {}, images_of<T>(dx.room(), 1), {}, {matrix_of<acc>(weight).transposed()},
                   vector_of<acc>(b), {}};
     if constexpr (FROM_OUTPUT) {
-      kernel.x = images_of<T>(x, 1);
+      kernel.x = images_of<T>(x->room(), 1);
       kernel.weight_inverse = {matrix_of<acc>(weight_inverse)};
     }
     const int64_t blocks = Kernel::blocks(kernel.dy.pixels), size = channels * channels + channels;
@@ -485,13 +476,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const 
                                   blocks};
     Device::launch(sum, sum.blocks(), sum.shared_bytes());
   });
-  return {FROM_OUTPUT ? laid_out(x, source) : x, laid_out(dx, source), dweight, dbias};
+  return found(dweight, dbias);
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> conv1x1_backward(const Tensor& x, const Tensor& weight, const Tensor& dy) {
   check_conv1x1_backward(x, weight, dy);
-  auto [none, dx, dweight, dbias] = backward<Device, false>(x, weight, weight, std::nullopt, dy);
+  auto [same, dx, dweight, dbias] = backward<Device, false>(x, weight, weight, std::nullopt, dy);
   return {dx, dweight, dbias};
 }
 

@@ -1,9 +1,7 @@
 #pragma once
 // A batch of images as the kernels see it: pixels of C channels, through three strides.
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include "block.h"
+#include "positions.h"
 
 namespace fastflow {
 
@@ -22,21 +20,9 @@ struct Images {
   }
 };
 
-// One stride that leads through all the positions, or -1 where there is none.
-inline int64_t position_stride(const torch::stable::Tensor& x) {
-  int64_t stride = 1, next = -1;  // next: what the stride of the next outer dimension has to be
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    if (x.size(d) == 1) continue;
-    if (next < 0) stride = x.stride(d);
-    else if (x.stride(d) != next) return -1;
-    next = x.stride(d) * x.size(d);
-  }
-  return stride;
-}
-
 // Of an x that has elements. `width`: how many pixels of a plane move at once.
 template <typename T>
-Images<T> images_of(const torch::stable::Tensor& x, int width) {
+Images<T> images_of(const Tensor& x, int width) {
   Images<T> found;
   found.channels = static_cast<int>(x.size(1));
   found.positions = 1;

@@ -4,7 +4,6 @@
 // row for each pixel, vectors along channels: channels_last). What lies in memory as the tile has it is read and written
 // there; all else, half precision too, passes through buffers of a tile's size.
 #include "stable.h"
-#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -16,41 +15,14 @@
 
 #include "arguments.h"
 #include "cpu/gemm.h"
+#include "cpu/tensors.h"
+#include "positions.h"
 
 namespace fastflow::cpu {
 namespace {
 
 // Pixels of a tile: of planes, whole vectors for all accumulators of a row; of rows, whole blocks of six rows.
 constexpr int64_t PLANES_TILE = 64, ROWS_TILE = 96;
-
-// One stride that leads through all the positions, or -1 where there is none.
-int64_t position_stride(const Tensor& x) {
-  int64_t stride = 1, next = -1;  // next: what the stride of the next outer dimension has to be
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    if (x.size(d) == 1) continue;
-    if (next < 0) stride = x.stride(d);
-    else if (x.stride(d) != next) return -1;
-    next = x.stride(d) * x.size(d);
-  }
-  return stride;
-}
-
-Tensor with_positions(const Tensor& x) { return position_stride(x) < 0 ? torch::stable::contiguous(x) : x; }
-
-// A result that lies as torch.empty_like(like) does, computed elsewhere where no stride leads through its positions.
-class Result {
- public:
-  explicit Result(const Tensor& like)
-      : out_(torch::stable::empty_like(like)),
-        room(position_stride(out_) < 0 ? torch::stable::new_empty(like, like.sizes()) : out_) {}
-  Tensor laid_out() { return room.get() == out_.get() ? out_ : torch::stable::copy_(out_, room); }
-
- private:
-  Tensor out_;
-
- public:
-  const Tensor room;
-};
 
 // Element (pixel, channel) lies at pixel / positions * n + channel * c + pixel % positions * p.
 template <typename T>
@@ -336,7 +308,7 @@ Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   Result y(x);
   if (x.numel())
     for_dtype(x, [&](auto acc, auto value) {
-      forward<decltype(acc), decltype(value)>(with_positions(x), weight, packed(bias), y.room);
+      forward<decltype(acc), decltype(value)>(with_positions(x), weight, packed(bias), y.room());
     });
   return y.laid_out();
 }
@@ -352,10 +324,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, con
     return std::tuple(x ? x->laid_out() : source, dx.laid_out(), dweight, dbias);
   };
   if (!source.numel()) return found(torch::stable::new_zeros(weight, {channels, channels}), torch::stable::new_zeros(weight, {channels}));
-  const Tensor dweight = torch::stable::new_empty(weight, {channels, channels}), dbias = torch::stable::new_empty(weight, {channels});
+  const Tensor dweight = empty(weight, {channels, channels}), dbias = empty(weight, {channels});
   for_dtype(source, [&](auto acc, auto value) {
     backward<decltype(acc), decltype(value)>(with_positions(source), weight, inverse, packed(bias), with_positions(dy),
-                                             x ? x->room : source, dx.room, dweight, dbias);
+                                             x ? x->room() : source, dx.room(), dweight, dbias);
   });
   return found(dweight, dbias);
 }

@@ -4,7 +4,6 @@
 // the result have their columns side by side, and vectors run along them.
 #include <cstdint>
 #include <memory>
-#include <new>
 
 namespace fastflow::cpu {
 
@@ -58,18 +57,19 @@ struct Transposition {
 void transpose(const Transposition<float>&);
 void transpose(const Transposition<double>&);
 
-// Uninitialised memory that starts on a cache line, as vectors like it.
+// Uninitialised memory that starts on a cache line, as vectors like it. Aligned new would do, but a
+// solve with one right-hand side takes 0.2 of its 3 microseconds longer with it.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), LINE))) {}
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(data_, LINE); }
+  explicit Buffer(int64_t size) : memory_(new unsigned char[size * sizeof(T) + LINE]) {
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + LINE - 1) / LINE * LINE);
+  }
   T* get() const { return data_; }
 
  private:
-  static constexpr std::align_val_t LINE{64};
+  static constexpr uintptr_t LINE = 64;
+  std::unique_ptr<unsigned char[]> memory_;
   T* data_;
 };
 

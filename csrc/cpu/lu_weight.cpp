@@ -1,6 +1,5 @@
 // fastflow_C::lu_weight and its backward on the CPU: W = (L (U + diag s))[perm], its inverse and log|det|, of a stack.
 #include "stable.h"
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <tuple>
@@ -8,6 +7,7 @@
 #include "arguments.h"
 #include "cpu/diagonal.h"
 #include "cpu/gemm.h"
+#include "cpu/tensors.h"
 
 namespace fastflow::cpu {
 namespace {
@@ -90,8 +90,7 @@ void run(const Tensor& perm_, const Tensor& lower_, const Tensor& upper_, const 
       T sum = 0;
       for (int64_t i = 0; i < n; ++i) {
         s[i] = sign_s(k, i) * std::exp(log_s(k, i));
-        if (!usable(s[i])) singular.found(k, i, s[i]);
-        reciprocals[n - 1 - i] = reciprocal(s[i]);
+        reciprocals[n - 1 - i] = singular.reciprocal(s[i], k, i);
         sum += log_s(k, i);
       }
       log_det_ptr[k] = sum;
@@ -163,8 +162,8 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& l
                                              const Tensor& sign_s) {
   check_lu_weight(perm, lower, upper, log_s, sign_s);
   const int64_t K = lower.size(0), n = lower.size(1);
-  Tensor weight = torch::stable::new_empty(lower, {K, n, n}), weight_inverse = torch::stable::new_empty(lower, {K, n, n});
-  Tensor log_det = n ? torch::stable::new_empty(lower, {K}) : torch::stable::new_zeros(lower, {K});
+  Tensor weight = empty(lower, {K, n, n}), weight_inverse = empty(lower, {K, n, n});
+  Tensor log_det = n ? empty(lower, {K}) : torch::stable::new_zeros(lower, {K});
   if (lower.numel())
     (lower.scalar_type() == ScalarType::Float ? run<float> : run<double>)(perm, lower, upper, log_s, sign_s, weight, weight_inverse, log_det);
   return {weight, weight_inverse, log_det};
@@ -175,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& perm, const 
                                                       const Tensor& dweight_inverse, const Tensor& dlog_det) {
   check_lu_weight_backward(perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse, dlog_det);
   const int64_t K = lower.size(0), n = lower.size(1);
-  Tensor dlower = torch::stable::new_empty(lower, {K, n, n}), dupper = torch::stable::new_empty(lower, {K, n, n});
-  Tensor dlog_s = torch::stable::new_empty(lower, {K, n});
+  Tensor dlower = empty(lower, {K, n, n}), dupper = empty(lower, {K, n, n});
+  Tensor dlog_s = empty(lower, {K, n});
   if (lower.numel())
     (lower.scalar_type() == ScalarType::Float ? run_backward<float> : run_backward<double>)(
         perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse, dlog_det, dlower, dupper, dlog_s);
