@@ -1,9 +1,13 @@
-"""The checks of arguments: shapes, dtypes and devices; values only where singular matrices are looked for on the CPU."""
+"""The checks of arguments: shapes, dtypes and devices; of values only that matrices on the CPU are not singular."""
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class SingularError(ValueError):
+    """A triangular matrix with 0, inf or NaN on its diagonal; the message names the op, the matrix of the stack and the place."""
 
 
 def error(argument: str, got: object, expected: str) -> ValueError:
@@ -53,4 +57,4 @@ def diagonal(op: str, d: Tensor) -> None:
     if singular.any():
         matrix, place = singular.nonzero()[0].tolist()
         found = f"{d[matrix, place].item():g} at place {place} of its diagonal"
-        raise ValueError(f"{op}: matrix {matrix} of the stack has {found}, expected a finite number other than 0")
+        raise SingularError(f"{op}: matrix {matrix} of the stack has {found}, expected a finite number other than 0")

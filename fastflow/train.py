@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastflow import checkpoint, data, picture
+from fastflow.check import SingularError
 from fastflow.checkpoint import CheckpointError
 from fastflow.data import derive
 
@@ -138,7 +139,7 @@ def check(config):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not finite; the message names step, layer and largest gradient."""
+    """A loss or gradient that is not finite, or a weight without an inverse; the message names the step and the layer or matrix."""
 
 
 class Interrupted(Exception):
@@ -221,8 +222,13 @@ def train(config):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-            with _autocast(device, config.bf16):
-                loss = model(x, labels, seed=derive(config.seed, _NOISE, step)).mean()
+            try:
+                with _autocast(device, config.bf16):
+                    loss = model(x, labels, seed=derive(config.seed, _NOISE, step)).mean()
+            except SingularError as error:
+                metrics.sync()
+                progress.close()
+                raise NonFiniteError(f"step {step + 1}: {error}; the last good checkpoint is {run / 'last.pt'}") from None
             loss.backward()
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)

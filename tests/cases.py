@@ -1,5 +1,7 @@
 """What the tests of ops and modules share: combinations drawn pairwise, layouts, the Jacobian's log-det."""
 
+import ctypes
+from collections.abc import Callable
 from itertools import combinations, product
 
 import pytest
@@ -107,3 +109,25 @@ def assert_no_worse(found: list[Tensor], eager: list[Tensor], exact: list[Tensor
     for ours, theirs, truth in zip(found, eager, exact, strict=True):
         for size in (torch.Tensor.norm, lambda v: v.abs().max()):
             assert size(ours.double() - truth) <= max(2 * size(theirs.double() - truth), 1e-6 * size(truth))
+
+
+def assert_same_bits_whatever_the_threads(run: Callable[[], tuple[Tensor, ...]]) -> None:
+    threads, expected = torch.get_num_threads(), run()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def assert_writes_everything(run: Callable[[], tuple[Tensor, ...]]) -> None:
+    """The same bits whatever memory held before: compiled bodies take theirs in a way that conftest's poison does not reach."""
+    mallopt, perturb = getattr(ctypes.CDLL(None), "mallopt", None), -6  # glibc's M_PERTURB: a byte to fill memory with
+    if mallopt is None:
+        pytest.skip("memory is poisoned by glibc, which is not here")
+    try:
+        found = [run() for byte in (0x80, 0x7F) if mallopt(perturb, byte)]
+    finally:
+        mallopt(perturb, 0)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

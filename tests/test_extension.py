@@ -1,7 +1,8 @@
-"""The compiled ops as torch.ops.fastflow_C has them: what they refuse, and the same bits for any number of threads."""
+"""The compiled ops as torch.ops.fastflow_C has them: what they refuse, the same bits for any number of threads, all of it written."""
 
 import pytest
 import torch
+from cases import assert_same_bits_whatever_the_threads, assert_writes_everything
 from test_lu_weight import inputs as lu_inputs
 from test_triangular_solve import inputs as solve_inputs
 
@@ -70,32 +71,27 @@ def test_a_perm_that_is_none_is_an_error(wrong):
 
 
 def runs():
-    """(name, function) of calls large enough for several threads."""
+    """Calls by name, large enough for several threads."""
     x, dy, weight = torch.randn(64, 12, 16, 16), torch.randn(64, 12, 16, 16), torch.linalg.qr(torch.randn(12, 12)).Q
     rows = torch.channels_last
-    lu = lu_inputs(32, 48, torch.float32)
-    upstream = torch.randn(32, 48, 48), torch.randn(32, 48, 48), torch.randn(32)
+    lu = lu_inputs(33, 48, torch.float32)
+    upstream = torch.randn(33, 48, 48), torch.randn(33, 48, 48), torch.randn(33)
     A, B = solve_inputs(3, 48, 333, torch.float32)
     return {
         "conv1x1": lambda: (C.conv1x1(x, weight, dy[0, :, 0, 0]),),
         "conv1x1_backward": lambda: C.conv1x1_backward(x, weight, dy),
         "conv1x1_backward of rows": lambda: C.conv1x1_backward(x.to(memory_format=rows), weight, dy.to(memory_format=rows)),
         "conv1x1_inverse_backward": lambda: C.conv1x1_inverse_backward(x, weight, weight.mT, None, dy),
+        "conv1x1_inverse_backward of bfloat16": lambda: C.conv1x1_inverse_backward(x.bfloat16(), weight, weight.mT, None, dy.bfloat16()),
         "lu_weight": lambda: C.lu_weight(*lu),
         "lu_weight_backward": lambda: C.lu_weight_backward(*lu, upstream[0], *upstream),
         "triangular_solve": lambda: (C.triangular_solve(A, B, False, False, False),),
+        "triangular_solve of a column": lambda: (C.triangular_solve(A, B[..., :1], True, False, False),),
     }
 
 
-def test_same_bits_for_any_number_of_threads():
-    threads = torch.get_num_threads()
-    try:
-        for name, run in runs().items():
-            found = []
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                found.append(run())
-            for other in found[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)), name
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize("name", runs())
+def test_same_bits_for_any_number_of_threads_and_all_written(name):
+    run = runs()[name]
+    assert_same_bits_whatever_the_threads(run)
+    assert_writes_everything(run)

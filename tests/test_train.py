@@ -163,7 +163,7 @@ def test_importance_samples_average_probabilities():
 def test_a_non_finite_loss_stops_the_run(arrays, tmp_path, capsys):
     run = tmp_path / "run"
     argv = ["train", "--data", arrays, "--out", str(run), *SMALL, "--steps", "40", "--save-every", "2"]
-    line = failed(capsys, [*argv, "--lr", "1e20"])
+    line = failed(capsys, [*argv, "--lr", "1e20", "--conv1x1", "reverse"])
     found = re.match(r"error: step (\d+): bits/dim (\S+), gradient norm (\S+); (.*)", line)
     assert found, line
     step = int(found[1])
@@ -176,6 +176,15 @@ def test_a_non_finite_loss_stops_the_run(arrays, tmp_path, capsys):
         assert type(dict(model.named_modules()).get(layer[1], model)).__name__ == layer[2]
     assert re.search(r"largest gradient (\S+), of (\S+);", line)[2] in dict(model.named_parameters())
     assert line.endswith(f"the last good checkpoint is {run}/last.pt")
+
+
+def test_a_weight_without_an_inverse_stops_the_run(arrays, tmp_path, capsys):
+    run = tmp_path / "run"
+    line = failed(capsys, ["train", "--data", arrays, "--out", str(run), *SMALL, "--steps", "40", "--save-every", "1", "--lr", "1e20"])
+    singular = r"lu_weight: matrix 0 of the stack has \S+ at place \d+ of its diagonal, expected a finite number other than 0"
+    found = re.match(rf"error: step (\d+): {singular}; the last good checkpoint is (.*)", line)
+    assert found and found[2] == str(run / "last.pt"), line
+    assert checkpoint.read(run / "last.pt")["training"]["step"] == int(found[1]) - 1
 
 
 def test_diagnosis_names_the_layer_and_the_gradient():

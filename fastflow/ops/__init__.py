@@ -1,5 +1,6 @@
 """The ops: checked functions over ``torch.ops.fastflow.*``, which are differentiable and which torch.compile traces as one node."""
 
+from fastflow.check import SingularError
 from fastflow.ops.actnorm import actnorm, actnorm_inverse_backward, actnorm_statistics
 from fastflow.ops.affine_coupling import affine_coupling, affine_coupling_inverse_backward
 from fastflow.ops.conv1x1 import conv1x1, conv1x1_inverse_backward
@@ -13,6 +14,7 @@ from fastflow.ops.triangular_solve import raise_singular, triangular_solve
 from fastflow.reference import acc_dtype, checkerboard_transformed, positions
 
 __all__ = [
+    "SingularError",
     "acc_dtype",
     "actnorm",
     "actnorm_inverse_backward",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastflow import check
 from fastflow.ops import extension
 
 BACKENDS = ("auto", "reference", "triton", "emulated")
@@ -82,9 +83,10 @@ def _call(op: torch._ops.OpOverload, *args):
     try:
         return op(*args)
     except RuntimeError as error:
-        about_values = re.search(r"\w+: (matrix \d+ of the stack has|perm of matrix \d+ has) .*", str(error))
-        if about_values:
-            raise ValueError(about_values[0]) from None
+        if singular := re.search(r"\w+: matrix \d+ of the stack has .*", str(error)):
+            raise check.SingularError(singular[0]) from None
+        if perm := re.search(r"\w+: perm of matrix \d+ has .*", str(error)):
+            raise ValueError(perm[0]) from None
         raise
 
 

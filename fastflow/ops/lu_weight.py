@@ -69,8 +69,9 @@ def lu_weight(perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s:
         lower, upper, log_s: the parameters; ``sign_s``: fixed signs, 1 or -1.
 
     Shape: lower, upper, W, W_inverse ``[K, C, C]``; perm, log_s, sign_s ``[K, C]``; log_det ``[K]``, nats, :math:`\sum \log s`, that of
-    one position. float32 or float64. Raises ValueError for other shapes, dtypes or devices, and where :math:`e^{\log s}` is 0, inf or
-    NaN, naming the matrix in the stack; on a CUDA device that one comes late, see :func:`raise_singular`. Double backward is an error.
+    one position. float32 or float64. Raises ValueError for other shapes, dtypes or devices, and SingularError, a ValueError that names
+    the matrix of the stack, where :math:`e^{\log s}` is 0, inf or NaN; on a CUDA device that one comes late, see
+    :func:`raise_singular`. Double backward is an error.
     """
     if lower.ndim != 3 or lower.shape[1] != lower.shape[2]:
         raise check.error("lower", check.shape_of(lower), "a stack [K, C, C]")

@@ -68,8 +68,8 @@ def triangular_solve(A: Tensor, B: Tensor, *, upper: bool, unit_diagonal: bool =
         unit_diagonal: the diagonal is taken to be 1 and is not read.
 
     Shape: A ``[K, n, n]``; B, X ``[K, n, m]``; float32 or float64; K and m may be 0. Differentiable in A and B.
-    Raises ValueError for other shapes, dtypes or devices, and for a diagonal that holds 0, inf or NaN, naming the matrix in the
-    stack; on a CUDA device that one comes late, see :func:`raise_singular`. Double backward is an error.
+    Raises ValueError for other shapes, dtypes or devices, and SingularError, a ValueError that names the matrix of the stack, for a
+    diagonal that holds 0, inf or NaN; on a CUDA device that one comes late, see :func:`raise_singular`. Double backward is an error.
     """
     if A.ndim != 3 or A.shape[1] != A.shape[2]:
         raise check.error("A", check.shape_of(A), "a stack of square matrices [K, n, n]")
@@ -83,7 +83,7 @@ def triangular_solve(A: Tensor, B: Tensor, *, upper: bool, unit_diagonal: bool =
 
 
 def raise_singular() -> None:
-    """Waits for the CUDA devices and raises ValueError where a kernel has met a matrix with 0, inf or NaN on its diagonal since last asked.
+    """Waits for the CUDA devices; raises SingularError where a kernel has met a matrix with 0, inf or NaN on its diagonal since last asked.
 
     Kernels cannot raise: they leave word in memory that the host reads without waiting, and the next call of
     :func:`triangular_solve` or :func:`~fastflow.ops.lu_weight` raises it. This function raises it now. What the kernel computed is
