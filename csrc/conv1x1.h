@@ -76,7 +76,7 @@ struct Tile {
   }
 
   // With bias, v - bias; rows of pixels that there are none of, and channels from C on, are zero.
-  FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first, const Span<acc>& bias, const Span<acc>& rows) {
+  FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first, const Span<const acc>& bias, const Span<acc>& rows) {
     for_groups(thread, x, first, [&](int row, int channel, int64_t base) {
       Pack<acc, 4> v{};
       if (base >= 0 && channel < x.channels) {
@@ -92,7 +92,8 @@ struct Tile {
         }
         if (bias.size) {
           FASTFLOW_UNROLL
-          for (int j = 0; j < 4; ++j) v.value[j] -= bias[channel + j];
+          for (int j = 0; j < 4; ++j)
+            if (channel + j < x.channels) v.value[j] -= bias[channel + j];
         }
       }
       rows.template store<4>(row * ROW + channel, v);
@@ -136,49 +137,66 @@ struct Conv1x1Kernel {
 
   template <class Block>
   FASTFLOW_HD void operator()(Block& block) const {
-    const int channels = x.channels;
     const Span<acc> w = block.template shared<acc>(CMAX * CMAX), b = block.template shared<acc>(CMAX);
     const Span<acc> rows = block.template shared<acc>(x.rows || y.rows ? TILE * Rows::ROW : 0);
-    block.phase([&](int thread) {
-      weight.template load<CMAX, THREADS>(thread, channels, w);
-      for (int c = thread; c < CMAX; c += THREADS) b[c] = bias.size && c < channels ? bias[c] : acc(0);
-    });
+    typename Block::template PerThread<Inputs> inputs(block);
     for (int64_t tile = block.index; tile * TILE < x.pixels; tile += block.count) {
       const int64_t first = tile * TILE;
-      if (x.rows) block.phase([&](int thread) { Rows::load(thread, x, first, {}, rows); });
-      block.phase([&](int thread) { pixels(thread, first, w, b, rows); });
+      block.phase([&](int thread) {
+        if (x.rows) Rows::load(thread, x, first, {}, rows);
+        else load_planes(thread, first, inputs[thread]);
+        if (tile != block.index) return;  // W is on its way together with the first pixels
+        weight.template load<CMAX, THREADS>(thread, x.channels, w);
+        for (int c = thread; c < CMAX; c += THREADS) b[c] = bias.size && c < x.channels ? bias[c] : acc(0);
+      });
+      block.phase([&](int thread) {
+        if (x.rows) load_rows(thread, rows, inputs[thread]);
+        multiply_pixels(thread, first, w, b, rows, inputs[thread]);
+      });
       if (y.rows) block.phase([&](int thread) { Rows::store(thread, y, first, rows); });
     }
   }
 
  private:
-  FASTFLOW_HD void pixels(int thread, int64_t first, const Span<acc>& w, const Span<acc>& b, const Span<acc>& rows) const {
-    const int channels = x.channels;
-    const bool together = !x.rows && !y.rows && x.packed && y.packed;  // neighbours, else THREADS apart
-    const int begin = together ? thread * PIXELS : thread, step = together ? 1 : THREADS;
+  struct Inputs {
     acc v[CMAX][PIXELS];
-    int64_t x_at[PIXELS], y_at[PIXELS];
+  };
+
+  // A thread's pixels are neighbours where these move at once, else THREADS apart.
+  FASTFLOW_HD bool together() const { return !x.rows && !y.rows && x.packed && y.packed; }
+  FASTFLOW_HD int pixel(int thread, int i) const { return together() ? thread * PIXELS + i : thread + i * THREADS; }
+
+  template <typename Memory>
+  FASTFLOW_HD void places(int thread, int64_t first, const Images<Memory>& images, int64_t (&at)[PIXELS]) const {
     FASTFLOW_UNROLL
-    for (int i = 0; i < PIXELS; ++i) {
-      const int64_t pixel = first + begin + i * step;
-      x_at[i] = pixel < x.pixels ? x.base(pixel) : -1;
-      y_at[i] = pixel < x.pixels ? y.base(pixel) : -1;
-    }
-    if (x_at[0] < 0) return;
+    for (int i = 0; i < PIXELS; ++i) at[i] = first + pixel(thread, i) < x.pixels ? images.base(first + pixel(thread, i)) : -1;
+  }
+
+  FASTFLOW_HD void load_planes(int thread, int64_t first, Inputs& inputs) const {
+    int64_t at[PIXELS];
+    places(thread, first, x, at);
+    FASTFLOW_UNROLL
+    for (int c = 0; c < CMAX; ++c) load(c, together(), at, inputs.v[c]);
+  }
+
+  FASTFLOW_HD void load_rows(int thread, const Span<acc>& rows, Inputs& inputs) const {
     FASTFLOW_UNROLL
     for (int c = 0; c < CMAX; c += 4) {
-      if (x.rows) {
+      FASTFLOW_UNROLL
+      for (int i = 0; i < PIXELS; ++i) {
+        const Pack<acc, 4> found = rows.template load<4>(pixel(thread, i) * Rows::ROW + c);
         FASTFLOW_UNROLL
-        for (int i = 0; i < PIXELS; ++i) {
-          const Pack<acc, 4> found = rows.template load<4>((begin + i * step) * Rows::ROW + c);
-          FASTFLOW_UNROLL
-          for (int j = 0; j < 4; ++j) v[c + j][i] = found.value[j];
-        }
-      } else {
-        FASTFLOW_UNROLL
-        for (int j = 0; j < 4; ++j) load(c + j, together, x_at, v[c + j]);
+        for (int j = 0; j < 4; ++j) inputs.v[c + j][i] = found.value[j];
       }
     }
+  }
+
+  FASTFLOW_HD void multiply_pixels(int thread, int64_t first, const Span<acc>& w, const Span<acc>& b, const Span<acc>& rows,
+                                   const Inputs& inputs) const {
+    const int channels = x.channels;
+    int64_t at[PIXELS];
+    places(thread, first, y, at);
+    if (at[0] < 0) return;
     for (int co = 0; co < channels; co += 4) {
       acc s[4][PIXELS];
       FASTFLOW_UNROLL
@@ -186,15 +204,15 @@ struct Conv1x1Kernel {
         FASTFLOW_UNROLL
         for (int i = 0; i < PIXELS; ++i) s[r][i] = b[co + r];
       }
-      multiply<CMAX>(w, channels, co, v, s);
+      multiply<CMAX>(w, channels, co, inputs.v, s);
       if (y.rows) {
         FASTFLOW_UNROLL
         for (int i = 0; i < PIXELS; ++i)
-          rows.template store<4>((begin + i * step) * Rows::ROW + co, {{s[0][i], s[1][i], s[2][i], s[3][i]}});
+          rows.template store<4>(pixel(thread, i) * Rows::ROW + co, {{s[0][i], s[1][i], s[2][i], s[3][i]}});
       } else {
         FASTFLOW_UNROLL
         for (int r = 0; r < 4; ++r)
-          if (co + r < channels) store(co + r, together, y_at, s[r]);
+          if (co + r < channels) store(co + r, together(), at, s[r]);
       }
     }
   }
@@ -203,7 +221,7 @@ struct Conv1x1Kernel {
     const bool there = c < x.channels;
     if (together) {
       Pack<T, PIXELS> found{};
-      if (there) found = x.span.template load<PIXELS>(at[0] + c * x.c);
+      if (there && at[0] >= 0) found = x.span.template load<PIXELS>(at[0] + c * x.c);
       FASTFLOW_UNROLL
       for (int i = 0; i < PIXELS; ++i) v[i] = static_cast<acc>(found.value[i]);
     } else {
@@ -234,7 +252,7 @@ template <typename T, int CMAX, bool FROM_OUTPUT>
 struct Conv1x1BackwardKernel {
   using acc = accumulator<T>;
   static constexpr int THREADS = 128, RESIDENT = CMAX <= 16 ? 5 : CMAX <= 24 ? 3 : 2, TILE = CMAX <= 48 ? 128 : 96, ROW = row_stride(CMAX);
-  static constexpr int MAX_BLOCKS = 264;  // two for each multiprocessor of an H200
+  static constexpr int MAX_BLOCKS = 132 * RESIDENT;  // an H200 has 132 multiprocessors: one wave
   // the square: one or two groups of four channels each way, CMAX / GROUPS apart, so that neighbours read neighbours
   static constexpr int GROUPS = CMAX <= 16 ? 1 : 2, SIDE = CMAX / (4 * GROUPS), SQUARES = SIDE * SIDE;
   static constexpr int WEIGHTS = CMAX * CMAX, BIAS_SLICES = THREADS / CMAX;
@@ -250,26 +268,24 @@ struct Conv1x1BackwardKernel {
   Span<acc> slots;       // [blocks, C C + C]
 
   static int64_t blocks(int64_t pixels) { return std::min<int64_t>((pixels + TILE - 1) / TILE, MAX_BLOCKS); }
-  static int64_t shared_bytes() { return sizeof(acc) * (2 * TILE * ROW + CMAX * CMAX * (FROM_OUTPUT ? 2 : 1) + CMAX); }
+  static int64_t shared_bytes() { return sizeof(acc) * (2 * TILE * ROW + CMAX * CMAX * (FROM_OUTPUT ? 2 : 1)); }
 
   template <class Block>
   FASTFLOW_HD void operator()(Block& block) const {
     const int channels = dy.channels;
     const Span<acc> both = block.template shared<acc>(2 * TILE * ROW);
     const Span<acc> x_rows{both.data, TILE * ROW}, dy_rows{both.data + TILE * ROW, TILE * ROW};
-    const Span<acc> wt = block.template shared<acc>(CMAX * CMAX), b = block.template shared<acc>(CMAX);
+    const Span<acc> wt = block.template shared<acc>(CMAX * CMAX);
     const Span<acc> inverse = block.template shared<acc>(FROM_OUTPUT ? CMAX * CMAX : 0);
-    block.phase([&](int thread) {
-      weight_transposed.template load<CMAX, THREADS>(thread, channels, wt);
-      if (FROM_OUTPUT) weight_inverse.template load<CMAX, THREADS>(thread, channels, inverse);
-      for (int c = thread; c < CMAX; c += THREADS) b[c] = bias.size && c < channels ? bias[c] : acc(0);
-    });
     typename Block::template PerThread<Sums> sums(block);
     for (int64_t tile = block.index; tile * TILE < dy.pixels; tile += block.count) {
       const int64_t first = tile * TILE;
       block.phase([&](int thread) {
-        Rows::load(thread, source, first, FROM_OUTPUT ? b : Span<acc>{}, x_rows);
+        Rows::load(thread, source, first, bias, x_rows);
         Rows::load(thread, dy, first, {}, dy_rows);
+        if (tile != block.index) return;  // the weights are on their way together with the first pixels
+        weight_transposed.template load<CMAX, THREADS>(thread, channels, wt);
+        if (FROM_OUTPUT) weight_inverse.template load<CMAX, THREADS>(thread, channels, inverse);
       });
       if (FROM_OUTPUT) block.phase([&](int thread) { multiply_row(thread, channels, inverse, x_rows); });
       block.phase([&](int thread) { add(thread, x_rows, dy_rows, sums[thread]); });
@@ -434,9 +450,9 @@ Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor
       using Kernel = Conv1x1Kernel<T, width>;
       using acc = typename Kernel::acc;
       const Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y.room(), Kernel::PIXELS), {matrix_of<acc>(weight)}, vector_of<acc>(b)};
-      // enough blocks for any device, few enough that W is loaded for several tiles each
-      const int64_t blocks = std::min<int64_t>((kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE, 1056);
-      Device::launch(kernel, blocks, kernel.shared_bytes());
+      // many tiles: up to four a block, so that W is loaded once for them; few: as many blocks as there are
+      const int64_t tiles = (kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE, each = std::clamp<int64_t>(tiles / 1584, 1, 4);
+      Device::launch(kernel, std::min<int64_t>((tiles + each - 1) / each, (int64_t(1) << 31) - 1), kernel.shared_bytes());
     });
   return y.laid_out();
 }
