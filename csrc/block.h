@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define FASTFLOW_HD __host__ __device__ __forceinline__

@@ -100,9 +100,10 @@ struct Tile {
     });
   }
 
-  FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, const Span<acc>& rows) {
+  // Every parts-th group of four channels, from `part` on.
+  FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, const Span<acc>& rows, int part = 0, int parts = 1) {
     for_groups(thread, y, first, [&](int row, int channel, int64_t base) {
-      if (base < 0 || channel >= y.channels) return;
+      if (base < 0 || channel >= y.channels || channel / 4 % parts != part) return;
       const Pack<acc, 4> v = rows.template load<4>(row * ROW + channel);
       const int64_t at = base + channel * y.c;
       if (y.rows && y.packed) {
@@ -121,7 +122,8 @@ struct Tile {
 
 // y = W x + b. A thread holds all channels of its pixels in registers and takes W from shared memory, four weights a
 // load, each for PIXELS products. Planes (NCHW) go straight to registers, PIXELS neighbours at once where they are
-// packed; rows (channels_last) pass through shared memory, where each thread has its pixels' rows for itself.
+// packed; rows (channels_last) pass through shared memory, where each thread has its pixels' rows for itself. Where
+// there are too few tiles for all multiprocessors, several blocks share one, each with every parts-th four outputs.
 template <typename T, int CMAX>
 struct Conv1x1Kernel {
   using acc = accumulator<T>;
@@ -132,6 +134,7 @@ struct Conv1x1Kernel {
   Images<T> y;
   Weight<acc> weight;
   Span<const acc> bias;
+  int parts = 1;
 
   int64_t shared_bytes() const { return sizeof(acc) * (CMAX * CMAX + CMAX + (x.rows || y.rows ? TILE * Rows::ROW : 0)); }
 
@@ -140,20 +143,22 @@ struct Conv1x1Kernel {
     const Span<acc> w = block.template shared<acc>(CMAX * CMAX), b = block.template shared<acc>(CMAX);
     const Span<acc> rows = block.template shared<acc>(x.rows || y.rows ? TILE * Rows::ROW : 0);
     typename Block::template PerThread<Inputs> inputs(block);
-    for (int64_t tile = block.index; tile * TILE < x.pixels; tile += block.count) {
+    const int64_t begin = block.index / parts;
+    const int part = static_cast<int>(block.index % parts);
+    for (int64_t tile = begin; tile * TILE < x.pixels; tile += block.count / parts) {
       const int64_t first = tile * TILE;
       block.phase([&](int thread) {
         if (x.rows) Rows::load(thread, x, first, {}, rows);
         else load_planes(thread, first, inputs[thread]);
-        if (tile != block.index) return;  // W is on its way together with the first pixels
+        if (tile != begin) return;  // W is on its way together with the first pixels
         weight.template load<CMAX, THREADS>(thread, x.channels, w);
         for (int c = thread; c < CMAX; c += THREADS) b[c] = bias.size && c < x.channels ? bias[c] : acc(0);
       });
       block.phase([&](int thread) {
         if (x.rows) load_rows(thread, rows, inputs[thread]);
-        multiply_pixels(thread, first, w, b, rows, inputs[thread]);
+        multiply_pixels(thread, first, part, w, b, rows, inputs[thread]);
       });
-      if (y.rows) block.phase([&](int thread) { Rows::store(thread, y, first, rows); });
+      if (y.rows) block.phase([&](int thread) { Rows::store(thread, y, first, rows, part, parts); });
     }
   }
 
@@ -169,11 +174,14 @@ struct Conv1x1Kernel {
   template <typename Memory>
   FASTFLOW_HD void places(int thread, int64_t first, const Images<Memory>& images, int64_t (&at)[PIXELS]) const {
     FASTFLOW_UNROLL
-    for (int i = 0; i < PIXELS; ++i) at[i] = first + pixel(thread, i) < x.pixels ? images.base(first + pixel(thread, i)) : -1;
+    for (int i = 0; i < PIXELS; ++i) {
+      if (i > 0 && together()) continue;  // only the first place is asked for, and a division takes its time
+      at[i] = first + pixel(thread, i) < x.pixels ? images.base(first + pixel(thread, i)) : -1;
+    }
   }
 
   FASTFLOW_HD void load_planes(int thread, int64_t first, Inputs& inputs) const {
-    int64_t at[PIXELS];
+    int64_t at[PIXELS] = {};
     places(thread, first, x, at);
     FASTFLOW_UNROLL
     for (int c = 0; c < CMAX; ++c) load(c, together(), at, inputs.v[c]);
@@ -191,13 +199,13 @@ struct Conv1x1Kernel {
     }
   }
 
-  FASTFLOW_HD void multiply_pixels(int thread, int64_t first, const Span<acc>& w, const Span<acc>& b, const Span<acc>& rows,
+  FASTFLOW_HD void multiply_pixels(int thread, int64_t first, int part, const Span<acc>& w, const Span<acc>& b, const Span<acc>& rows,
                                    const Inputs& inputs) const {
     const int channels = x.channels;
-    int64_t at[PIXELS];
+    int64_t at[PIXELS] = {};
     places(thread, first, y, at);
     if (at[0] < 0) return;
-    for (int co = 0; co < channels; co += 4) {
+    for (int co = 4 * part; co < channels; co += 4 * parts) {
       acc s[4][PIXELS];
       FASTFLOW_UNROLL
       for (int r = 0; r < 4; ++r) {
@@ -245,14 +253,13 @@ struct Conv1x1Kernel {
 };
 
 // dx = W^T dy, and dW = sum of dy x^T, db = sum of dy. FROM_OUTPUT: x is not given but y, and x = W^-1 (y - b) is
-// written too. Tiles of pixels lie as rows in shared memory; a thread has a pixel when a row is multiplied, and a square
+// written too. Tiles of pixels lie as rows in shared memory; a thread has pixels when rows are multiplied, and a square
 // of dW, for a slice of the tile's pixels, when they are summed. Each block sums its tiles in registers and leaves one
-// slot; SumSlotsKernel adds the slots in their order, which the shape alone decides: the same bits every run.
+// slot; SumSlotsKernel adds the slots in their order, which the shape and the device decide: the same bits every run.
 template <typename T, int CMAX, bool FROM_OUTPUT>
 struct Conv1x1BackwardKernel {
   using acc = accumulator<T>;
-  static constexpr int THREADS = 128, RESIDENT = CMAX <= 16 ? 5 : CMAX <= 24 ? 3 : 2, TILE = CMAX <= 48 ? 128 : 96, ROW = row_stride(CMAX);
-  static constexpr int MAX_BLOCKS = 132 * RESIDENT;  // an H200 has 132 multiprocessors: one wave
+  static constexpr int THREADS = 128, RESIDENT = CMAX <= 16 ? 4 : CMAX <= 24 ? 3 : 2, TILE = CMAX <= 48 ? 128 : 96, ROW = row_stride(CMAX);
   // the square: one or two groups of four channels each way, CMAX / GROUPS apart, so that neighbours read neighbours
   static constexpr int GROUPS = CMAX <= 16 ? 1 : 2, SIDE = CMAX / (4 * GROUPS), SQUARES = SIDE * SIDE;
   static constexpr int WEIGHTS = CMAX * CMAX, BIAS_SLICES = THREADS / CMAX;
@@ -267,7 +274,8 @@ struct Conv1x1BackwardKernel {
   Span<const acc> bias;  // where FROM_OUTPUT
   Span<acc> slots;       // [blocks, C C + C]
 
-  static int64_t blocks(int64_t pixels) { return std::min<int64_t>((pixels + TILE - 1) / TILE, MAX_BLOCKS); }
+  // One wave, so that there are as few slots as a device can fill.
+  static int64_t blocks(int64_t pixels, int64_t multiprocessors) { return std::min((pixels + TILE - 1) / TILE, RESIDENT * multiprocessors); }
   static int64_t shared_bytes() { return sizeof(acc) * (2 * TILE * ROW + CMAX * CMAX * (FROM_OUTPUT ? 2 : 1)); }
 
   template <class Block>
@@ -287,9 +295,14 @@ struct Conv1x1BackwardKernel {
         weight_transposed.template load<CMAX, THREADS>(thread, channels, wt);
         if (FROM_OUTPUT) weight_inverse.template load<CMAX, THREADS>(thread, channels, inverse);
       });
-      if (FROM_OUTPUT) block.phase([&](int thread) { multiply_row(thread, channels, inverse, x_rows); });
+      typename Block::template PerThread<Kept> kept(block);
+      if (FROM_OUTPUT) {
+        block.phase([&](int thread) { keep_rows(thread, x_rows, kept[thread]); });
+        block.phase([&](int thread) { multiply_rows(thread, channels, inverse, kept[thread], x_rows); });
+      }
       block.phase([&](int thread) { add(thread, x_rows, dy_rows, sums[thread]); });
-      block.phase([&](int thread) { multiply_row(thread, channels, wt, dy_rows); });
+      block.phase([&](int thread) { keep_rows(thread, dy_rows, kept[thread]); });
+      block.phase([&](int thread) { multiply_rows(thread, channels, wt, kept[thread], dy_rows); });
       block.phase([&](int thread) {
         if (FROM_OUTPUT) Rows::store(thread, x, first, x_rows);
         Rows::store(thread, dx, first, dy_rows);
@@ -315,20 +328,34 @@ struct Conv1x1BackwardKernel {
     acc weight[4 * GROUPS][4 * GROUPS], bias;
   };
 
-  // A pixel's row becomes w times it; four results wait in registers until all were read.
-  FASTFLOW_HD static void multiply_row(int thread, int channels, const Span<acc>& w, const Span<acc>& rows) {
-    if (thread >= TILE) return;
-    acc v[CMAX][1];
+  // Rows become w times them. A thread keeps PIXELS rows in registers and makes every THREADS * PIXELS / TILE-th four
+  // outputs of them, so that a load of weights serves PIXELS products; a barrier between, as others write the rows.
+  static constexpr int PIXELS = CMAX <= 48 ? 2 : 1, APART = TILE / PIXELS, SHARES = THREADS / APART;
+  struct Kept {
+    acc v[CMAX][PIXELS];
+  };
+
+  FASTFLOW_HD static void keep_rows(int thread, const Span<acc>& rows, Kept& kept) {
+    if (thread >= SHARES * APART) return;
     FASTFLOW_UNROLL
     for (int c = 0; c < CMAX; c += 4) {
-      const Pack<acc, 4> found = rows.template load<4>(thread * ROW + c);
       FASTFLOW_UNROLL
-      for (int j = 0; j < 4; ++j) v[c + j][0] = found.value[j];
+      for (int i = 0; i < PIXELS; ++i) {
+        const Pack<acc, 4> found = rows.template load<4>((thread % APART + i * APART) * ROW + c);
+        FASTFLOW_UNROLL
+        for (int j = 0; j < 4; ++j) kept.v[c + j][i] = found.value[j];
+      }
     }
-    for (int co = 0; co < channels; co += 4) {
-      acc s[4][1] = {};
-      multiply<CMAX>(w, channels, co, v, s);
-      rows.template store<4>(thread * ROW + co, {{s[0][0], s[1][0], s[2][0], s[3][0]}});
+  }
+
+  FASTFLOW_HD static void multiply_rows(int thread, int channels, const Span<acc>& w, const Kept& kept, const Span<acc>& rows) {
+    if (thread >= SHARES * APART) return;
+    for (int co = thread / APART * 4; co < channels; co += 4 * SHARES) {
+      acc s[4][PIXELS] = {};
+      multiply<CMAX>(w, channels, co, kept.v, s);
+      FASTFLOW_UNROLL
+      for (int i = 0; i < PIXELS; ++i)
+        rows.template store<4>((thread % APART + i * APART) * ROW + co, {{s[0][i], s[1][i], s[2][i], s[3][i]}});
     }
   }
 
@@ -371,10 +398,10 @@ struct Conv1x1BackwardKernel {
   }
 };
 
-// dW and db from the blocks' slots: 32 sums a block, 8 threads each, every eighth slot, then the eight in order.
+// dW and db from the blocks' slots: 32 sums a block, 32 threads each, every 32nd slot, then the 32 in order.
 template <typename acc>
 struct SumSlotsKernel {
-  static constexpr int COLUMNS = 32, SEGMENTS = 8, THREADS = COLUMNS * SEGMENTS, RESIDENT = 1;
+  static constexpr int COLUMNS = 32, SEGMENTS = 32, THREADS = COLUMNS * SEGMENTS, RESIDENT = 1;
 
   Span<const acc> slots;
   Span<acc> dweight, dbias;
@@ -449,10 +476,12 @@ Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor
       using T = decltype(value);
       using Kernel = Conv1x1Kernel<T, width>;
       using acc = typename Kernel::acc;
-      const Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y.room(), Kernel::PIXELS), {matrix_of<acc>(weight)}, vector_of<acc>(b)};
-      // many tiles: up to four a block, so that W is loaded once for them; few: as many blocks as there are
-      const int64_t tiles = (kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE, each = std::clamp<int64_t>(tiles / 1584, 1, 4);
-      Device::launch(kernel, std::min<int64_t>((tiles + each - 1) / each, (int64_t(1) << 31) - 1), kernel.shared_bytes());
+      Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y.room(), Kernel::PIXELS), {matrix_of<acc>(weight)}, vector_of<acc>(b)};
+      const int64_t tiles = (kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE, processors = Device::multiprocessors();
+      // few tiles are shared by blocks; of many a block takes up to four, so that W is loaded once for them
+      kernel.parts = static_cast<int>(std::clamp<int64_t>(processors / tiles, 1, (x.size(1) + 3) / 4));
+      const int64_t each = std::clamp<int64_t>(tiles / (Kernel::RESIDENT * processors), 1, 4);
+      Device::launch(kernel, std::min<int64_t>((tiles + each - 1) / each * kernel.parts, (int64_t(1) << 31) - 1), kernel.shared_bytes());
     });
   return y.laid_out();
 }
@@ -482,7 +511,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const 
       kernel.x = images_of<T>(x->room(), 1);
       kernel.weight_inverse = {matrix_of<acc>(weight_inverse)};
     }
-    const int64_t blocks = Kernel::blocks(kernel.dy.pixels), size = channels * channels + channels;
+    const int64_t blocks = Kernel::blocks(kernel.dy.pixels, Device::multiprocessors()), size = channels * channels + channels;
     const Tensor slots = torch::stable::new_empty(weight, {blocks, size});
     kernel.slots = {slots.mutable_data_ptr<acc>(), blocks * size};
     Device::launch(kernel, blocks, Kernel::shared_bytes());

@@ -95,7 +95,7 @@ struct LUWeightKernel {
   int64_t* report;
 
   static int stride(int channels) { return channels | 1; }
-  int64_t shared_bytes() const { return sizeof(T) * (4 * channels * stride(channels) + channels + 16) + sizeof(int) * (channels + 4); }
+  int64_t shared_bytes() const { return sizeof(T) * (4 * channels * stride(channels) + 2 * channels + 24) + sizeof(int) * (channels + 4); }
 
   template <class Block>
   FASTFLOW_HD void operator()(Block& block) const {
@@ -104,6 +104,7 @@ struct LUWeightKernel {
     const auto square = [&] { return Square<T>{block.template shared<T>(channels * stride), stride}; };
     const Square<T> l = square(), u = square(), l_inverse = square(), u_inverse = square();
     const Span<T> reciprocal = block.template shared<T>(channels);
+    const Span<T> log_s = block.template shared<T>(channels);
     const Span<int> perm = block.template shared<int>(channels);
     block.phase([&](int thread) {
       for (int at = thread; at < channels * channels; at += THREADS) {
@@ -118,29 +119,39 @@ struct LUWeightKernel {
         reciprocal[i] = T(1) / d;
         perm[i] = factors.row(k, channels, i);
         if (perm[i] != factors.perm(k, i)) *report = word_of(Fault::perm_of_lu_weight, k, i);
-      }
-      if (thread == 0) {
-        T sum = 0;
-        for (int i = 0; i < channels; ++i) sum += factors.log_s(k, i);
-        log_det[k] = sum;
+        log_s[i] = factors.log_s(k, i);
       }
     });
     block.phase([&](int thread) {
       product<THREADS, T>(
           thread, channels, [&](int i, int q) { return l(perm[i], q); }, [&](int q, int j) { return u(q, j); },
           [&](int i, int j, T sum) { weight(k, i * channels + j) = sum; });
+      if (thread == THREADS - 1) {  // the last to get a product, where there are as many
+        T sum = 0;
+        uint64_t named = 0;
+        for (int i = 0; i < channels; ++i) {
+          sum += log_s[i];
+          if (named >> perm[i] & 1) *report = word_of(Fault::perm_of_lu_weight, k, i);
+          named |= uint64_t(1) << perm[i];
+        }
+        log_det[k] = sum;
+      }
     });
     for (int step = 0; step + 1 < channels; ++step)
       block.phase([&](int thread) {
         const int row = thread % HALF / COLUMNS, column = thread % COLUMNS;
         if (thread < HALF) {
-          for (int i = step + 1 + row; i < channels; i += ROWS)
-            for (int j = column; j <= step; j += COLUMNS) l_inverse(i, j) -= l(i, step) * l_inverse(step, j);
+          for (int i = step + 1 + row; i < channels; i += ROWS) {
+            const T factor = l(i, step);
+            for (int j = column; j <= step; j += COLUMNS) l_inverse(i, j) -= factor * l_inverse(step, j);
+          }
         } else {
           const int pivot = channels - 1 - step;
-          for (int i = row; i < pivot; i += ROWS)
-            for (int j = pivot + column; j < channels; j += COLUMNS)
-              u_inverse(i, j) -= u(i, pivot) * (reciprocal[pivot] * u_inverse(pivot, j));
+          const T scale = reciprocal[pivot];
+          for (int i = row; i < pivot; i += ROWS) {
+            const T factor = u(i, pivot);
+            for (int j = pivot + column; j < channels; j += COLUMNS) u_inverse(i, j) -= factor * (scale * u_inverse(pivot, j));
+          }
         }
       });
     block.phase([&](int thread) {

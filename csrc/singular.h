@@ -30,7 +30,7 @@ void raise_singular() {
   *slot = 0;
   const int64_t matrix = word >> 26, place = word >> 2 & 0xffffff;
   const Fault fault = static_cast<Fault>(word & 3);
-  STD_TORCH_CHECK(fault != Fault::perm_of_lu_weight, "lu_weight: perm of matrix ", matrix, " has a number that names no row at place ", place,
+  STD_TORCH_CHECK(fault != Fault::perm_of_lu_weight, "lu_weight: perm of matrix ", matrix, " names no row, or one twice, at place ", place,
                   ", in a call before this one");
   const char* op = fault == Fault::diagonal_of_lu_weight ? "lu_weight" : "triangular_solve";
   STD_TORCH_CHECK(false, op, ": matrix ", matrix, " of the stack has 0 or no finite number at place ", place,

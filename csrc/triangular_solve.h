@@ -26,14 +26,14 @@ struct TriangularSolveKernel {
   bool lower, unit_diagonal;
   int64_t* report;
 
-  int64_t column_blocks() const { return (m + THREADS - 1) / THREADS; }
+  FASTFLOW_HD int64_t column_blocks() const { return (m + THREADS - 1) / THREADS; }
   static int64_t shared_bytes() { return sizeof(T) * (ROWS * STRIDE + ROWS); }
 
   template <class Block>
   FASTFLOW_HD void operator()(Block& block) const {
     const Span<T> tile = block.template shared<T>(ROWS * STRIDE), diagonal = block.template shared<T>(ROWS);
     typename Block::template PerThread<Column> columns(block);
-    const int64_t across = (m + THREADS - 1) / THREADS;
+    const int64_t across = column_blocks();
     for (int64_t task = block.index; task < stack * across; task += block.count) {
       const int64_t k = task / across, first = task % across * THREADS;
       for (int64_t top = 0; top < n; top += ROWS) {

@@ -13,6 +13,7 @@ def main(argv=None):
     """Run one command and give back its exit code; errors that a user can mend are one line on stderr."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        from fastflow.check import SingularError
         from fastflow.checkpoint import CheckpointError
         from fastflow.data import DataError
         from fastflow.train import ConfigError, Interrupted, NonFiniteError
@@ -22,7 +23,7 @@ def main(argv=None):
         return _run(argv)
     except ModuleNotFoundError as error:
         return _missing(error)
-    except (CheckpointError, ConfigError, DataError, NonFiniteError) as error:
+    except (CheckpointError, ConfigError, DataError, NonFiniteError, SingularError) as error:
         line = str(error).strip().splitlines()[-1]  # from a worker process the message is a traceback's last line
         return _fail(line.removeprefix("fastflow.data.DataError: "))
     except Interrupted as error:

@@ -228,7 +228,7 @@ def train(config):
             except SingularError as error:
                 metrics.sync()
                 progress.close()
-                raise NonFiniteError(f"step {step + 1}: {error}; the last good checkpoint is {run / 'last.pt'}") from None
+                raise NonFiniteError(f"step {step + 1}: {error}; the last checkpoint is {run / 'last.pt'}") from None
             loss.backward()
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
@@ -236,8 +236,11 @@ def train(config):
             if not (math.isfinite(bits) and math.isfinite(grad_norm)):
                 metrics.sync()
                 progress.close()
-                with _autocast(device, config.bf16):
-                    reason = diagnose(model, x, labels, derive(config.seed, _NOISE, step))
+                try:
+                    with _autocast(device, config.bf16):
+                        reason = diagnose(model, x, labels, derive(config.seed, _NOISE, step))
+                except SingularError as error:  # which a GPU's kernels can only say now
+                    reason = str(error)
                 raise NonFiniteError(
                     f"step {step + 1}: bits/dim {bits:g}, gradient norm {grad_norm:g}; {reason}; "
                     f"the last good checkpoint is {run / 'last.pt'}"

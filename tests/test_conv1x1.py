@@ -122,6 +122,16 @@ def test_half_precision_accumulates_in_float32(channels, dtype):
     assert [g.dtype for g in gradients] == [dtype] * 3
 
 
+@pytest.mark.parametrize("channels", [48, 96])
+def test_autocast_does_not_round(channels, each_backend):
+    """The op says what it computes in: under autocast, too, whichever body runs."""
+    x, weight, b = inputs((2, channels, 4, 4), True, torch.float32)
+    expected = ops.conv1x1(x, weight, b), *BACKWARD(x, weight, x)
+    with torch.autocast("cuda" if each_backend == "cuda" else "cpu", dtype=torch.bfloat16):
+        found = ops.conv1x1(x, weight, b), *BACKWARD(x, weight, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(16, 12, 16, 16), (64, 48, 4, 4)], ids=str)
 def test_same_bits_twice(shape):
     args = leaves(*inputs(shape, True, torch.float32))

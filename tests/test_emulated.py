@@ -75,17 +75,19 @@ def test_it_sees_what_is_wrong(faulty):
     assert faulty(5) == "fastflow: a block takes more shared memory than its launch gives"
 
 
-def same_in_every_order(run) -> None:
+def same_in_every_order(run, multiprocessors: int = 1) -> tuple[torch.Tensor, ...]:
+    """What ``run`` gives on the CUDA kernels, once in each order of threads and blocks."""
     found = []
     try:
         for order in ORDERS:
-            torch.ops.fastflow_emulated.set_order(order)
+            torch.ops.fastflow_emulated.configure(order, multiprocessors)
             with fastflow.backend("emulated"):
                 found.append(run())
     finally:
-        torch.ops.fastflow_emulated.set_order(0)
+        torch.ops.fastflow_emulated.configure(0, 1)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    return found[0]
 
 
 @needs_extension
@@ -103,6 +105,27 @@ def test_conv1x1_has_no_race(shape, layout):
         )
 
     same_in_every_order(run)
+
+
+@needs_extension
+@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(20, 12, 32, 32), (60, 24, 8, 8), (70, 48, 8, 8), (1, 64, 16, 16)], ids=str)
+def test_conv1x1_of_any_number_of_multiprocessors(shape, layout, multiprocessors):
+    """Blocks that take several tiles, blocks that share one: the result is the reference's, and has no race."""
+    x, dy = lay_out(torch.randn(shape), layout), lay_out(torch.randn(shape) / 150, layout)
+    weight, bias = torch.linalg.qr(torch.randn(shape[1], shape[1])).Q, torch.randn(shape[1])
+
+    def run():
+        return (
+            ops.conv1x1(x, weight, bias),
+            *torch.ops.fastflow.conv1x1_backward(x, weight, dy),
+            *ops.conv1x1_inverse_backward(x, weight, weight.mT, bias, dy),
+        )
+
+    found = same_in_every_order(run, multiprocessors)
+    with fastflow.backend("reference"):
+        torch.testing.assert_close(found, run(), rtol=1e-5, atol=1e-5)
 
 
 @needs_extension

@@ -1,4 +1,4 @@
-"""Every kernel at sizes that count on a device, and past 2^31 elements; the same bodies run small in the interpreter."""
+"""Every kernel at sizes that count on a device, and past 2^31 elements; the same bodies run small without one."""
 
 import math
 
@@ -13,9 +13,10 @@ GLOW = [(512, 12, 16, 16), (512, 24, 8, 8), (512, 48, 4, 4), (16, 12, 128, 128),
 SMALL = [(3, 12, 8, 8), (2, 4, 48, 64)]
 
 
-def on_both(name: str, small: list, large: list):
-    """Parametrizes by backend and ``name``: ``small`` in the interpreter, ``large`` on a device."""
-    cases = [("interpreter", v) for v in small] + [pytest.param("cuda", v, marks=pytest.mark.gpu) for v in large]
+def on_both(name: str, small: list, large: list, backend: str = "interpreter"):
+    """Parametrizes by backend and ``name``: ``small`` where kernels run without a device, ``large`` on one."""
+    small, large = ([v if "," in name else (v,) for v in values] for values in (small, large))
+    cases = [(backend, *v) for v in small] + [pytest.param("cuda", *v, marks=pytest.mark.gpu) for v in large]
     return pytest.mark.parametrize(f"each_backend, {name}", cases, indirect=["each_backend"], ids=str)
 
 
@@ -118,6 +119,78 @@ def test_gaussian(shape, terms, layout, each_backend):
     assert_near([sample], [truth])
 
 
+@each_layout
+@on_both("shape", SMALL, GLOW, "emulated")
+def test_conv1x1(shape, layout, each_backend):
+    x, dy = lay_out(torch.randn(shape), layout), lay_out(torch.randn(shape), layout)
+    weight, bias = torch.linalg.qr(torch.randn(shape[1], shape[1])).Q, torch.randn(shape[1])
+    assert_near(gradients(ops.conv1x1, x, weight, bias), exactly(lambda *a: gradients(ops.conv1x1, *a), x, weight, bias))
+    args = x, weight, weight.mT, bias, dy
+    assert_near(ops.conv1x1_inverse_backward(*args), exactly(ops.conv1x1_inverse_backward, *args))
+
+
+@on_both("k, c", [(3, 48)], [(32, 12), (32, 24), (32, 48), (64, 64), (4, 512)], "emulated")
+def test_lu_weight(k, c, each_backend):
+    lower, upper = torch.randn(k, c, c) / c, torch.randn(k, c, c) / c
+    perm, log_s, sign_s = torch.stack([torch.randperm(c) for _ in range(k)]), 0.3 * torch.randn(k, c), torch.randn(k, c).sign()
+
+    def run(lower, upper, log_s, sign_s):
+        return gradients(lambda *a: ops.lu_weight(perm, *a, sign_s), lower, upper, log_s)
+
+    assert_near(run(lower, upper, log_s, sign_s), exactly(run, lower, upper, log_s, sign_s))
+
+
+@on_both("k, n, m", [(2, 48, 200)], [(32, 48, 48), (1, 12, 524_289), (4, 48, 524_289), (2, 512, 4096)], "emulated")
+def test_triangular_solve(k, n, m, each_backend):
+    A, B = torch.randn(k, n, n) / n + 2 * torch.eye(n), torch.randn(k, n, m)
+    for upper in (False, True):
+        found = gradients(lambda A, B, upper=upper: ops.triangular_solve(A, B, upper=upper), A, B)
+        assert_near(found, exactly(lambda A, B, u=upper: gradients(lambda *a: ops.triangular_solve(*a, upper=u), A, B), A, B))
+
+
+@pytest.mark.parametrize("each_backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_a_captured_graph(each_backend):
+    """Replayed on other values it gives what the ops give; a matrix that became singular is told after the replay."""
+    x, dy = torch.randn(8, 12, 8, 8), torch.randn(8, 12, 8, 8)
+    perm, sign_s = torch.stack([torch.randperm(12) for _ in range(3)]), torch.ones(3, 12)
+    lower, upper, log_s = torch.randn(3, 12, 12) / 12, torch.randn(3, 12, 12) / 12, 0.3 * torch.randn(3, 12)
+
+    def step():
+        weight, inverse, log_det = ops.lu_weight(perm, lower, upper, log_s, sign_s)
+        y = ops.conv1x1(x, weight[1])
+        return (
+            *ops.conv1x1_inverse_backward(y, weight[1], inverse[1], None, dy)[:3],
+            log_det,
+            ops.triangular_solve(weight, inverse, upper=True),
+        )
+
+    if each_backend == "cuda":
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()  # compiles, and allocates what a capture must not
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        for v in (x, lower, log_s):
+            v.mul_(0.5)
+        graph.replay()
+    else:
+        for v in (x, lower, log_s):
+            v.mul_(0.5)
+        found = step()
+    with fastflow.backend("reference"):
+        torch.testing.assert_close(found, step(), rtol=1e-4, atol=1e-4)
+    ops.raise_singular()
+    log_s[2, 5] = torch.nan
+    if each_backend == "cuda":
+        graph.replay()
+    else:
+        ops.lu_weight(perm, lower, upper, log_s, sign_s)
+    with pytest.raises(ops.SingularError, match="matrix 2 of the stack"):
+        ops.raise_singular()
+
+
 # past 2^31 elements ------------------------------------------------------------------------------------------------------------
 
 MANY = on_both("count", [600], [2**31 + 600])  # elements
@@ -165,6 +238,20 @@ def test_past_32_bits(count, samples, layout, each_backend):
     assert torch.equal(last(ops.dequantize_inverse(ops.dequantize(images, noise=centre)[0])[0]), last(images))
     noise = ops.gaussian_sample(shape, seed=5, dtype=SHARE)
     assert torch.equal(noise[-1:], ops.gaussian_sample((1, *shape[1:]), seed=5, offset=n - 1, dtype=SHARE))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@on_both("count", [600], [2**31 + 600], "emulated")
+def test_conv1x1_past_32_bits(count, layout, each_backend):
+    shape = (1, 4, math.ceil(count / 16) * 2, 2)
+    x = torch.empty(shape, dtype=SHARE, memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)).normal_()
+    weight, bias = torch.linalg.qr(torch.randn(4, 4)).Q, torch.randn(4)
+    last = x[:, :, -6:].clone()
+    y = ops.conv1x1(x, weight, bias)
+    assert torch.equal(y[:, :, -6:], ops.conv1x1(last, weight, bias))
+    back, dx, *_ = ops.conv1x1_inverse_backward(y, weight, weight.mT, bias, x)
+    expected = ops.conv1x1_inverse_backward(y[:, :, -6:].clone(), weight, weight.mT, bias, last)
+    assert torch.equal(back[:, :, -6:], expected[0]) and torch.equal(dx[:, :, -6:], expected[1])
 
 
 @on_both("width", [601], [2**28 + 1])

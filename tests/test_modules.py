@@ -201,6 +201,19 @@ def test_lu_and_plain_agree():
     torch.testing.assert_close(lu.inverse(x), plain.inverse(x), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("conv1x1", ["lu", "plain"])
+def test_a_glow_step_under_autocast_comes_back(conv1x1):
+    """The network may be in half precision; the state, and the weights that it is multiplied by, are not."""
+    step = randomize(GlowStep(12, 16, conv1x1=conv1x1), std=0.1).eval()
+    step.actnorm.bias.data += 3  # W b is large
+    x = torch.randn(4, 12, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = step(x)
+        back, _ = step.inverse(y)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+
+
 def test_permute():
     x = batch(IMAGE)
     assert torch.equal(Permute(4)(x)[0], x.flip(1))

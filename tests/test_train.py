@@ -128,11 +128,12 @@ def test_class_conditional(arrays, tmp_path, capsys):
 
 
 def test_bf16_trains(arrays, tmp_path):
-    config = Config(data=arrays, out=str(tmp_path / "run"), steps=3, levels=2, steps_per_level=1, hidden=8, bf16=True)
+    """The networks start at zero, so it takes some steps before their rounding shows."""
+    config = Config(data=arrays, out=str(tmp_path / "run"), steps=12, lr=1e-2, warmup=2, levels=2, steps_per_level=1, hidden=8, bf16=True)
     run, model = train.train(config)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     exact = train.train(train.replace(config, bf16=False, out=str(tmp_path / "exact")))[0]
-    a, b = (read_metrics(r / "metrics.csv")[2]["train_bits_per_dim"] for r in (run, exact))
+    a, b = (read_metrics(r / "metrics.csv")[11]["train_bits_per_dim"] for r in (run, exact))
     assert a != b and a == pytest.approx(b, abs=0.05)
 
 
@@ -182,7 +183,7 @@ def test_a_weight_without_an_inverse_stops_the_run(arrays, tmp_path, capsys):
     run = tmp_path / "run"
     line = failed(capsys, ["train", "--data", arrays, "--out", str(run), *SMALL, "--steps", "40", "--save-every", "1", "--lr", "1e20"])
     singular = r"lu_weight: matrix 0 of the stack has \S+ at place \d+ of its diagonal, expected a finite number other than 0"
-    found = re.match(rf"error: step (\d+): {singular}; the last good checkpoint is (.*)", line)
+    found = re.match(rf"error: step (\d+): {singular}; the last checkpoint is (.*)", line)
     assert found and found[2] == str(run / "last.pt"), line
     assert checkpoint.read(run / "last.pt")["training"]["step"] == int(found[1]) - 1
 

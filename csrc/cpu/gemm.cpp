@@ -12,6 +12,16 @@
 
 #include "clones.h"
 
+// g++ has the second since version 12, clang has no other
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define FASTFLOW_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
+#endif
+#ifndef FASTFLOW_SHUFFLE
+#define FASTFLOW_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, Places{i, j, k, l})
+#endif
+
 namespace fastflow::cpu {
 namespace {
 
@@ -174,7 +184,7 @@ template <int, typename T>
 FASTFLOW_INLINE void transpose_of(const Transposition<T>& t) {
   typedef T V __attribute__((vector_size(4 * sizeof(T))));
   typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> I;
-  typedef I Places __attribute__((vector_size(4 * sizeof(T))));
+  [[maybe_unused]] typedef I Places __attribute__((vector_size(4 * sizeof(T))));
   for (int64_t j = 0; j < t.columns; j += 4) {
     const int64_t width = std::min<int64_t>(4, t.columns - j);
     T* to = t.to + j * t.to_row;
@@ -183,12 +193,12 @@ FASTFLOW_INLINE void transpose_of(const Transposition<T>& t) {
       V r[4];
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) std::memcpy(&r[q], t.from + (i + q) * t.from_row + j, sizeof(V));
-      const V low01 = __builtin_shuffle(r[0], r[1], Places{0, 4, 1, 5}), high01 = __builtin_shuffle(r[0], r[1], Places{2, 6, 3, 7});
-      const V low23 = __builtin_shuffle(r[2], r[3], Places{0, 4, 1, 5}), high23 = __builtin_shuffle(r[2], r[3], Places{2, 6, 3, 7});
-      r[0] = __builtin_shuffle(low01, low23, Places{0, 1, 4, 5});
-      r[1] = __builtin_shuffle(low01, low23, Places{2, 3, 6, 7});
-      r[2] = __builtin_shuffle(high01, high23, Places{0, 1, 4, 5});
-      r[3] = __builtin_shuffle(high01, high23, Places{2, 3, 6, 7});
+      const V low01 = FASTFLOW_SHUFFLE(r[0], r[1], 0, 4, 1, 5), high01 = FASTFLOW_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
+      const V low23 = FASTFLOW_SHUFFLE(r[2], r[3], 0, 4, 1, 5), high23 = FASTFLOW_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+      r[0] = FASTFLOW_SHUFFLE(low01, low23, 0, 1, 4, 5);
+      r[1] = FASTFLOW_SHUFFLE(low01, low23, 2, 3, 6, 7);
+      r[2] = FASTFLOW_SHUFFLE(high01, high23, 0, 1, 4, 5);
+      r[3] = FASTFLOW_SHUFFLE(high01, high23, 2, 3, 6, 7);
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) std::memcpy(to + q * t.to_row + i, &r[q], sizeof(V));
     }

@@ -64,9 +64,15 @@ void load_factors(int64_t k, int64_t n, const Stack<T>& lower, const Stack<T>& u
 int64_t grain_of(int64_t n) { return std::max<int64_t>(1, (1 << 17) / (n * n * (n + 16))); }
 
 void check_permutation(const char* op, const Stack<int64_t>& perm, int64_t K, int64_t n) {
-  for (int64_t k = 0; k < K; ++k)
-    for (int64_t i = 0; i < n; ++i)
-      STD_TORCH_CHECK(0 <= perm(k, i) && perm(k, i) < n, op, ": perm of matrix ", k, " has ", perm(k, i), ", expected 0 to ", n - 1);
+  for (int64_t k = 0; k < K; ++k) {
+    uint64_t named = 0;  // n is at most 64
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = perm(k, i);
+      STD_TORCH_CHECK(0 <= row && row < n && !(named >> row & 1), op, ": perm of matrix ", k, " has ", row, " at place ", i,
+                      ", expected each of 0 to ", n - 1, " once");
+      named |= uint64_t(1) << row;
+    }
+  }
 }
 
 template <typename T>

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK, which torch 2.11 has only here
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "block.h"
@@ -47,7 +48,7 @@ class DeviceBlock {
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::THREADS, Kernel::RESIDENT) run(const __grid_constant__ Kernel kernel) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(32) unsigned char memory[];
   DeviceBlock block(memory);
   kernel(block);
 }
@@ -58,17 +59,40 @@ struct Cuda {
     explicit Guard(const torch::stable::Tensor& t) : DeviceGuard(t.get_device_index()) {}
   };
 
+  static int device() {
+    int device = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    return device;
+  }
+
+  static int64_t multiprocessors() {
+    int count = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device()));
+    return count;
+  }
+
   // On the current stream of the current device.
   template <class Kernel>
   static void launch(const Kernel& kernel, int64_t blocks, int64_t shared_bytes) {
-    int device = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
+    const int here = device();
+    if (shared_bytes > 48 * 1024) take_shared_memory<Kernel>(here);
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    if (shared_bytes > 48 * 1024)  // beyond it a kernel has to ask
-      STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(here, &stream));
     run<Kernel><<<static_cast<unsigned>(blocks), Kernel::THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(kernel);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // More than 48 KB a block has to be asked for, once a kernel and device: all there is, since a kernel's need varies.
+  template <class Kernel>
+  static void take_shared_memory(int device) {
+    static std::atomic<uint64_t> asked{0};  // a bit for each device
+    const uint64_t bit = uint64_t(1) << (device % 64);
+    if (asked.load(std::memory_order_acquire) & bit) return;
+    int most = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    asked.fetch_or(bit, std::memory_order_release);
   }
 
   // A word of the host's memory that every device can write: where a kernel says that a matrix is singular, so that the

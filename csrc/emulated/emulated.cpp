@@ -1,4 +1,4 @@
-// fastflow_emulated::order and raise_singular: what a test asks of the emulation itself.
+// fastflow_emulated::configure and raise_singular: what a test asks of the emulation itself.
 #include "stable.h"
 
 #include "emulated.h"
@@ -6,15 +6,18 @@
 
 namespace fastflow {
 
-void set_order(int64_t order) { Emulated::order = order; }
+void configure(int64_t order, int64_t multiprocessors) {
+  Emulated::order = order;
+  Emulated::processors = multiprocessors;
+}
 
 }  // namespace fastflow
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastflow_emulated, m) {
-  m.def("set_order(int order) -> ()");
+  m.def("configure(int order, int multiprocessors) -> ()");
   m.def("raise_singular() -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastflow_emulated, CompositeExplicitAutograd, m) {
-  m.impl("set_order", TORCH_BOX(&fastflow::set_order));
+  m.impl("configure", TORCH_BOX(&fastflow::configure));
   m.impl("raise_singular", TORCH_BOX(&fastflow::raise_singular<fastflow::Emulated>));
 }

@@ -58,6 +58,10 @@ struct Emulated {
     explicit Guard(const Tensor&) {}
   };
 
+  // One, so that blocks take several tiles of small tensors too; a test sets another number.
+  static inline int64_t processors = 1;
+  static int64_t multiprocessors() { return processors; }
+
   // The order of threads and blocks: 0 ascending, 1 descending, another number shuffles them.
   static inline int64_t order = 0;
 

@@ -62,7 +62,8 @@ def folded(steps: list[GlowStep]) -> list[Linear]:
     weight = weight.to(bias.dtype) * log_scale.exp().unsqueeze(1)
     inverse = inverse.to(bias.dtype) * (-log_scale).exp().unsqueeze(2)
     log_det = log_det.to(bias.dtype) + log_scale.sum(1)
-    parts = (weight, (weight @ bias.unsqueeze(2)).squeeze(2), inverse, -bias, log_det)
+    # a sum of products and no product of matrices, which autocast would round: the inverse would not take back what was added
+    parts = (weight, (weight * bias.unsqueeze(1)).sum(2), inverse, -bias, log_det)
     return list(zip(*(v.unbind() for v in parts), strict=True))
 
 

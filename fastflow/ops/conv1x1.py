@@ -107,6 +107,7 @@ def conv1x1_inverse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(x, dx, dweight, dbias)`` of :func:`conv1x1` from its output y. Arguments, shapes and errors as there; ``dy`` like y."""
     _check("y", y, {"weight": weight, "weight_inverse": weight_inverse}, bias)
+    check.beside("dy", dy, "y", y)
     check.same_shape("dy", dy, y.shape, "like y")
     x, dx, dweight, dbias = torch.ops.fastflow.conv1x1_inverse_backward.default(y, weight, weight_inverse, bias, dy)
     return x, dx, dweight, None if bias is None else dbias

@@ -53,9 +53,16 @@ class backend:
 
 def _extension(device: torch.device) -> str | None:
     """The namespace of torch.ops that holds the extension's bodies for tensors of this device; None where PyTorch is to run."""
-    if _backend == "reference" or not (extension.cpu if device.type == "cpu" else extension.cuda and device.type == "cuda"):
+    if _backend == "reference" or not (extension.cpu if device.type == "cpu" else device.type == "cuda" and _has_code_for(device)):
         return None
     return "fastflow_emulated" if _backend == "emulated" and device.type == "cpu" else "fastflow_C"
+
+
+@functools.cache
+def _has_code_for(device: torch.device) -> bool:
+    """Whether the CUDA extension was compiled for this GPU: for its generation, or an earlier one's PTX."""
+    oldest = min(re.findall(r"\d+\.\d+", extension.build["cuda_archs"]), key=float, default="0.0") if extension.cuda else None
+    return oldest is not None and torch.cuda.get_device_capability(device) >= tuple(map(int, oldest.split(".")))
 
 
 @functools.cache
@@ -85,7 +92,7 @@ def _call(op: torch._ops.OpOverload, *args):
     except RuntimeError as error:
         if singular := re.search(r"\w+: matrix \d+ of the stack has .*", str(error)):
             raise check.SingularError(singular[0]) from None
-        if perm := re.search(r"\w+: perm of matrix \d+ has .*", str(error)):
+        if perm := re.search(r"\w+: perm of matrix \d+ .*", str(error)):
             raise ValueError(perm[0]) from None
         raise
 
@@ -94,7 +101,8 @@ def raise_singular() -> None:
     """See :func:`fastflow.ops.raise_singular`."""
     if extension.cuda and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(device)
+            if torch._C._cuda_hasPrimaryContext(device):  # a synchronisation would make one, of hundreds of MB
+                torch.cuda.synchronize(device)
         _call(torch.ops.fastflow_C.raise_singular.default)
     if extension.cpu:
         _call(torch.ops.fastflow_emulated.raise_singular.default)
@@ -154,7 +162,19 @@ def register(name: str, signature: str, body: Callable, fake: Callable, function
     """
     qualified = f"fastflow::{name}"
     torch.library.define(qualified, signature)
-    torch.library.impl(qualified, "CompositeExplicitAutograd", body)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", _without_autocast(body))
     torch.library.register_fake(qualified, fake)
     if function is not None:
         torch.library.impl(qualified, "Autograd", function.apply)
+
+
+def _without_autocast(body: Callable) -> Callable:
+    """An op computes in the dtypes that it says: under autocast PyTorch's products of matrices in it would be rounded to half precision."""
+
+    def exact(*args):
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return body(*args)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return body(*args)
+
+    return exact

@@ -1,5 +1,7 @@
 """fastflow::lu_weight: the weights of a stack of LU-parameterized 1x1 convolutions."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -37,9 +39,17 @@ def _reference(perm, lower, upper, log_s, sign_s):
     return reference.lu_weight(perm, lower, upper, log_s, sign_s, solve=torch.ops.fastflow.triangular_solve.default)
 
 
+MAX_COMPILED = 64  # rows: of larger ones a GPU's multiprocessor does not hold four
+
+
+@functools.cache
+def _fits(size: int, device: torch.device) -> bool:
+    return device.type != "cuda" or size <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _fits_a_block(perm, lower, *_):
-    """Of the compiled bodies a GPU's keeps four matrices in one multiprocessor's shared memory."""
-    return lower.shape[-1] <= (32 if lower.dtype == torch.float64 and not lower.device.type == "cpu" else 64)
+    c = lower.shape[-1]
+    return c <= MAX_COMPILED and _fits(4 * c * (c | 1) * lower.element_size() + 4096, lower.device)
 
 
 register(

@@ -85,8 +85,9 @@ def triangular_solve(A: Tensor, B: Tensor, *, upper: bool, unit_diagonal: bool =
 def raise_singular() -> None:
     """Waits for the CUDA devices; raises SingularError where a kernel has met a matrix with 0, inf or NaN on its diagonal since last asked.
 
-    Kernels cannot raise: they leave word in memory that the host reads without waiting, and the next call of
-    :func:`triangular_solve` or :func:`~fastflow.ops.lu_weight` raises it. This function raises it now. What the kernel computed is
-    inf or NaN meanwhile. A captured graph leaves word too when it is replayed.
+    Kernels cannot raise: they leave word in memory that the host reads without waiting, and a later call of
+    :func:`triangular_solve` or :func:`~fastflow.ops.lu_weight` raises it. This function raises it now. Results of the singular matrix are
+    worthless meanwhile, most of them inf or NaN. Kernels that were queued before the error was raised may leave word again, and so does
+    a captured graph each time that it is replayed.
     """
     library.raise_singular()
