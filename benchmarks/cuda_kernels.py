@@ -100,19 +100,27 @@ inverse in the same pass.
 | kernel | registers | spills | load | store |
 | --- | --- | --- | --- | --- |
 """
+    measured = cells(found)
     for kernel in sorted(found, key=_order):
-        each = [found[kernel][arch] for arch in ARCHITECTURES]
-        loads, stores = zip(*(widths[kernel][arch] for arch in ARCHITECTURES), strict=True)
-        cells = (
-            " / ".join(str(r.registers) for r in each),
-            *(str(v[0]) if len(set(v)) == 1 else " / ".join(map(str, v)) for v in ([r.stack for r in each], loads, stores)),
-        )
-        text += f"| `{kernel}` | {' | '.join(cells)} |\n"
+        wide = [_three(v) for v in zip(*(widths[kernel][arch] for arch in ARCHITECTURES), strict=True)]
+        text += f"| `{kernel}` | {' | '.join((*measured[kernel], *wide))} |\n"
     return text
 
 
-def listed(text: str) -> set[str]:
-    return set(re.findall(r"^\| `(.*?)` \|", text, re.MULTILINE))
+def _three(values: Iterable) -> str:
+    values = [str(v) for v in values]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def cells(found: dict[str, dict[str, Resources]]) -> dict[str, tuple[str, str]]:
+    """The cells of each kernel's row for registers and spills."""
+    each = {kernel: [archs[arch] for arch in ARCHITECTURES] for kernel, archs in found.items()}
+    return {kernel: (" / ".join(str(r.registers) for r in rs), _three(r.stack for r in rs)) for kernel, rs in each.items()}
+
+
+def listed(text: str) -> dict[str, tuple[str, str]]:
+    """What a page has in these cells."""
+    return {kernel: (registers, stack) for kernel, registers, stack in re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \|", text, re.MULTILINE)}
 
 
 def main() -> None:

@@ -30,8 +30,12 @@ def test_no_kernel_spills_on_any_architecture(found):
     assert ptx.count(".ptx") == len(SOURCES) and ptx.count("sm_100") == len(SOURCES)  # so that later chips start too
 
 
-def test_every_kernel_is_on_the_page(found):
-    assert cuda_kernels.listed(cuda_kernels.PAGE.read_text()) == set(found), "python -m benchmarks.cuda_kernels writes the page"
+def test_the_page_says_what_was_built(found):
+    text = cuda_kernels.PAGE.read_text()
+    listed, built = cuda_kernels.listed(text), cuda_kernels.cells(found)
+    assert listed.keys() == built.keys(), "python -m benchmarks.cuda_kernels writes the page"
+    if f"by nvcc {extension.build['cuda']}:" in text:  # another one allots other registers
+        assert listed == built, "python -m benchmarks.cuda_kernels writes the page"
 
 
 def compile_cubin(source: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
