@@ -18,8 +18,8 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) strides[d] = stride, stride *= sizes.begin()[d];
   int32_t dtype;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
