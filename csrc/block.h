@@ -53,8 +53,10 @@ struct Span {
   template <typename Values>
   FASTFLOW_HD void check([[maybe_unused]] int64_t i, [[maybe_unused]] int count) const {
 #ifndef __CUDA_ARCH__
-    if (i < 0 || i + count > size) throw std::out_of_range("fastflow: element " + std::to_string(i) + " of a span of " + std::to_string(size));
-    if (reinterpret_cast<uintptr_t>(data + i) % alignof(Values)) throw std::out_of_range("fastflow: a span is misaligned at element " + std::to_string(i));
+    if (i < 0 || i + count > size)
+      throw std::out_of_range("fastflow: element " + std::to_string(i) + " of a span of " + std::to_string(size));
+    if (reinterpret_cast<uintptr_t>(data + i) % alignof(Values))
+      throw std::out_of_range("fastflow: a span is misaligned at element " + std::to_string(i));
 #endif
   }
 };

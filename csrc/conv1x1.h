@@ -275,7 +275,9 @@ struct Conv1x1BackwardKernel {
   Span<acc> slots;       // [blocks, C C + C]
 
   // One wave, so that there are as few slots as a device can fill.
-  static int64_t blocks(int64_t pixels, int64_t multiprocessors) { return std::min((pixels + TILE - 1) / TILE, RESIDENT * multiprocessors); }
+  static int64_t blocks(int64_t pixels, int64_t multiprocessors) {
+    return std::min((pixels + TILE - 1) / TILE, RESIDENT * multiprocessors);
+  }
   static int64_t shared_bytes() { return sizeof(acc) * (2 * TILE * ROW + CMAX * CMAX * (FROM_OUTPUT ? 2 : 1)); }
 
   template <class Block>
@@ -476,7 +478,8 @@ Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor
       using T = decltype(value);
       using Kernel = Conv1x1Kernel<T, width>;
       using acc = typename Kernel::acc;
-      Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y.room(), Kernel::PIXELS), {matrix_of<acc>(weight)}, vector_of<acc>(b)};
+      Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y.room(), Kernel::PIXELS), {matrix_of<acc>(weight)},
+                    vector_of<acc>(b)};
       const int64_t tiles = (kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE, processors = Device::multiprocessors();
       // few tiles are shared by blocks; of many a block takes up to four, so that W is loaded once for them
       kernel.parts = static_cast<int>(std::clamp<int64_t>(processors / tiles, 1, (x.size(1) + 3) / 4));
@@ -505,8 +508,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const 
     using T = decltype(value);
     using Kernel = Conv1x1BackwardKernel<T, width, FROM_OUTPUT>;
     using acc = typename Kernel::acc;
-    Kernel kernel{images_of<const T>(from, 1), images_of<const T>(g, 1), {}, images_of<T>(dx.room(), 1), {}, {matrix_of<acc>(weight).transposed()},
-                  vector_of<acc>(b), {}};
+    Kernel kernel{images_of<const T>(from, 1), images_of<const T>(g, 1), {}, images_of<T>(dx.room(), 1), {},
+                  {matrix_of<acc>(weight).transposed()}, vector_of<acc>(b), {}};
     if constexpr (FROM_OUTPUT) {
       kernel.x = images_of<T>(x->room(), 1);
       kernel.weight_inverse = {matrix_of<acc>(weight_inverse)};

@@ -229,11 +229,13 @@ Stack<T> stack_of(const Tensor& dense) {
 
 template <typename T>
 Factors<T> factors_of(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s, const Tensor& sign_s) {
-  return {stack_of<const int64_t>(perm), stack_of<const T>(lower), stack_of<const T>(upper), stack_of<const T>(log_s), stack_of<const T>(sign_s)};
+  return {stack_of<const int64_t>(perm), stack_of<const T>(lower), stack_of<const T>(upper), stack_of<const T>(log_s),
+          stack_of<const T>(sign_s)};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s, const Tensor& sign_s) {
+std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
+                                             const Tensor& sign_s) {
   using torch::stable::contiguous;
   check_lu_weight(perm, lower, upper, log_s, sign_s);
   const typename Device::Guard guard(lower);
@@ -244,8 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& l
   const Tensor weight = room({stack, channels, channels}), weight_inverse = room({stack, channels, channels}), log_det = room({stack});
   const auto launch = [&](auto value) {
     using T = decltype(value);
-    const LUWeightKernel<T> kernel{factors_of<T>(p, l, u, s, sign), stack_of<T>(weight), stack_of<T>(weight_inverse), stack_of<T>(log_det).span,
-                                   static_cast<int>(channels), Device::report()};
+    const LUWeightKernel<T> kernel{factors_of<T>(p, l, u, s, sign), stack_of<T>(weight), stack_of<T>(weight_inverse),
+                                   stack_of<T>(log_det).span, static_cast<int>(channels), Device::report()};
     Device::launch(kernel, stack, kernel.shared_bytes());
   };
   if (stack) lower.scalar_type() == torch::headeronly::ScalarType::Float ? launch(float()) : launch(double());
@@ -266,8 +268,9 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& perm, const 
   const Tensor dlower = room({stack, channels, channels}), dupper = room({stack, channels, channels}), dlog_s = room({stack, channels});
   const auto launch = [&](auto value) {
     using T = decltype(value);
-    const LUWeightBackwardKernel<T> kernel{factors_of<T>(p, l, u, s, sign), stack_of<const T>(v), stack_of<const T>(dw), stack_of<const T>(dv),
-                                           stack_of<const T>(dlog).span, stack_of<T>(dlower), stack_of<T>(dupper), stack_of<T>(dlog_s),
+    const LUWeightBackwardKernel<T> kernel{factors_of<T>(p, l, u, s, sign), stack_of<const T>(v), stack_of<const T>(dw),
+                                           stack_of<const T>(dv), stack_of<const T>(dlog).span, stack_of<T>(dlower),
+                                           stack_of<T>(dupper), stack_of<T>(dlog_s),
                                            static_cast<int>(channels)};
     Device::launch(kernel, stack, kernel.shared_bytes());
   };

@@ -17,7 +17,8 @@ namespace fastflow {
 
 template <typename T>
 struct TriangularSolveKernel {
-  static constexpr int THREADS = 128, RESIDENT = sizeof(T) == 4 ? 4 : 2, ROWS = 32, STRIDE = ROWS + 4;  // rows of 16-byte loads, fewer bank conflicts
+  static constexpr int THREADS = 128, RESIDENT = sizeof(T) == 4 ? 4 : 2, ROWS = 32;
+  static constexpr int STRIDE = ROWS + 4;  // rows of 16-byte loads, fewer bank conflicts
 
   Matrix<T> a, b;  // of matrix 0; b is [n, m]
   int64_t a_step, b_step;

@@ -14,8 +14,8 @@ class InvertibleConv1x1(Flow):
     r"""Invertible 1x1 convolution :math:`y = W x` at every position (Glow, arXiv:1807.03039, section 3.2).
 
     W starts as a random rotation. With ``lu``, :math:`W = P L (U + \operatorname{diag}(s))` (eq. 10) with P and the signs of s fixed, so
-    that the log-det is a sum and the inverse comes from triangles; without, W is a free matrix, and a determinant and an inverse
-    are computed in each pass.
+    that the log-det is a sum and the inverse matrix comes from triangles; without, W is a free matrix, and a determinant and an inverse
+    are computed in each pass. The inverse direction multiplies by :math:`W^{-1}`: docs/precision.md measures it against two solves.
 
     Args:
         num_features: C.
