@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("
 
 OP = torch.ops.fastflow.lu_weight.default
 BACKWARD = torch.ops.fastflow.lu_weight_backward.default
-SIZES = [(1, 1), (3, 2), (2, 5), (4, 12), (0, 3), (1, 48), (2, 33), (2, 64), (2, 65), (1, 130)]
+SIZES = [(1, 1), (3, 2), (2, 5), (4, 12), (0, 3), (1, 48), (2, 33), (2, 64), (2, 65), (1, 130), (1, 512)]
 sizes = pytest.mark.parametrize("k, c", SIZES)
 
 
