@@ -7,7 +7,7 @@ namespace fastflow {
 
 // Element (sample, channel, position) lies at sample * n + channel * c + position * p. Pixels are numbered through the
 // batch. `rows`: a pixel's channels lie side by side (channels_last, and vectors [N, C]). `packed`: four channels of a
-// row, or `Images::PIXELS` neighbours of a plane, may move at once.
+// row, or `width` neighbours of a plane, may move at once.
 template <typename T>
 struct Images {
   Span<T> span;

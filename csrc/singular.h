@@ -3,7 +3,7 @@
 //
 // A kernel writes into a word that host and device share (`Device::report()`); the host looks at it whenever it is about
 // to launch such a kernel again, and when Python asks (`raise_singular`, after a synchronisation). The error is late, as
-// CUDA's own are, and names the op, the matrix and the place; the values that the kernel computed are inf or NaN.
+// CUDA's own are, and names the op, the matrix and the place; what the kernel computed is worthless.
 #include "block.h"
 #include "stable.h"
 

@@ -70,6 +70,14 @@ def test_a_perm_that_is_none_is_an_error(wrong):
             ops.raise_singular()
 
 
+@pytest.mark.skipif(not extension.cuda, reason="the CUDA extension was not built here: no nvcc, or no CUDA build of torch")
+@pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+def test_a_gpu_that_nothing_was_compiled_for_runs_pytorch(capability, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(extension.build, "cuda_archs", "8.0;9.0;10.0+PTX")
+    assert ops.library._has_code_for.__wrapped__(torch.device("cuda", 0)) is runs
+
+
 def runs():
     """Calls by name, large enough for several threads."""
     x, dy, weight = torch.randn(64, 12, 16, 16), torch.randn(64, 12, 16, 16), torch.linalg.qr(torch.randn(12, 12)).Q

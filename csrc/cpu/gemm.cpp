@@ -113,7 +113,7 @@ FASTFLOW_INLINE void gemm_of(const Gemm<T>& g) {
   }
 }
 
-// Products are summed from zero and taken from b at last: summing them from b on loses up to four times as much.
+// Products are summed from zero and taken from b at last, which loses less than summing from b on.
 template <typename T, int BYTES, int ROWS, int VECTORS>
 FASTFLOW_INLINE void substitute_tile(const Substitution<T>& s, int64_t i, int64_t j) {
   using V = Vector<T, BYTES>;
