@@ -23,6 +23,11 @@ def one_of(argument: str, value: str, choices: tuple[str, ...]) -> None:
         raise error(argument, repr(value), f"one of {', '.join(map(repr, choices))}")
 
 
+def count(argument: str, value: int | None, optional: bool = False) -> None:
+    if not (value is None and optional) and not (isinstance(value, int) and value >= 1):
+        raise error(argument, repr(value), f"a positive integer{' or None' if optional else ''}")
+
+
 def floating(argument: str, t: Tensor, min_dim: int = 2) -> None:
     if t.dtype not in FLOATING:
         raise error(argument, f"dtype {t.dtype}", "a floating point tensor (float64, float32, bfloat16, float16)")

@@ -40,8 +40,8 @@ FLOWS = {
     "AffineCoupling, checkerboard": (lambda: AffineCoupling(nn.Conv2d(4, 8, 1), mask="checkerboard", scale="tanh"), IMAGE),
     "AdditiveCoupling": (lambda: AdditiveCoupling(GlowNetwork(2, 2, hidden=4)), IMAGE),
     "Squeeze": (lambda: Squeeze("realnvp"), IMAGE),
-    "Sequential": (lambda: Sequential(ActNorm(4), Permute(4), AffineCoupling(nn.Conv2d(2, 4, 1)), Squeeze()), IMAGE),
-    "GlowLevel": (lambda: GlowLevel([GlowStep(16, 2), GlowStep(16, 2)]), IMAGE),
+    "Sequential": (lambda: Sequential(ActNorm(4), Permute(4), AffineCoupling(nn.Conv2d(2, 4, 1)), Squeeze(), reversible=False), IMAGE),
+    "GlowLevel": (lambda: GlowLevel([GlowStep(16, 2), GlowStep(16, 2)], reversible=False), IMAGE),
 }
 
 

@@ -25,7 +25,9 @@ class Glow(Model):
         scale: of the affine coupling, see :func:`fastflow.ops.affine_coupling`. ``"sigmoid"`` is the paper's code; the default bounds the
             scale, so that images unlike the training data come back from their latents too.
         logit: dequantize through RealNVP's logit (alpha 0.05) instead of to [-1/2, 1/2).
-        reversible, checkpoint_every: accepted and without effect as yet: activations are stored.
+        reversible: recompute activations in backward instead of keeping them: what is kept does not grow with ``steps``, and a training
+            step takes up to a third longer (docs/memory.md). False keeps them, as torch.compile of the whole model wants it.
+        checkpoint_every: keep the activation after every so many steps all the same; rounding then adds up over no more steps than these.
 
     Raises ValueError for an argument outside these, naming the levels that fit an image.
 
@@ -70,7 +72,8 @@ class Glow(Model):
         flows, splits = [], []
         for level in range(levels):
             c, h, w = 4 * c, h // 2, w // 2
-            flows.append(GlowLevel([GlowStep(c, hidden, coupling, conv1x1, scale) for _ in range(steps)]))
+            level_steps = [GlowStep(c, hidden, coupling, conv1x1, scale) for _ in range(steps)]
+            flows.append(GlowLevel(level_steps, reversible, checkpoint_every))
             if level < levels - 1:
                 splits.append(Split(c))
                 c //= 2
@@ -86,9 +89,7 @@ def _check_config(
     check.one_of("scale", scale, SCALES)
     counts = {"levels": levels, "steps": steps, "hidden": hidden, "classes": classes, "checkpoint_every": checkpoint_every}
     for name, value in counts.items():
-        optional = name in ("classes", "checkpoint_every")
-        if not (value is None and optional) and not (isinstance(value, int) and value >= 1):
-            raise check.error(name, repr(value), f"a positive integer{' or None' if optional else ''}")
+        check.count(name, value, optional=name in ("classes", "checkpoint_every"))
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise check.error("image_shape", tuple(image_shape), "(C, H, W)")
     _, h, w = image_shape

@@ -1,10 +1,13 @@
 """Activation normalization."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.nn.flow import Flow, check_channels
+from fastflow.reversible import Gradients, vjp
 
 
 class ActNorm(Flow):
@@ -59,6 +62,14 @@ class ActNorm(Flow):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(z, self.num_features)
         return ops.actnorm(z, self.log_scale, self.bias, inverse=True)
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        with torch.enable_grad():
+            parameters = self.log_scale, self.bias
+        x, dx, *gradients = ops.actnorm_inverse_backward(z, *(p.detach() for p in parameters), dz, dlog_det)
+        return x, dx, vjp(parameters, gradients, wanted)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)

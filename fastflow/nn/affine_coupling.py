@@ -1,5 +1,7 @@
 """Affine and additive coupling."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from fastflow import check, ops
 from fastflow.nn.flow import Flow
 from fastflow.ops import checkerboard_transformed
 from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
+from fastflow.reversible import Gradients, vjp
 
 
 class AffineCoupling(Flow):
@@ -61,26 +64,39 @@ class AffineCoupling(Flow):
         factor = self.log_factor.exp()
         return factor.expand(transformed) if factor.shape[0] == 1 else factor
 
+    def _network(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.net(x) if context is None else self.net(x, context)
+
+    def _variant(self) -> dict:
+        return {"mask": self.mask, "flip": self.flip, "scale": self.scale, "order": self.order, "h_order": self.h_order}
+
     def _couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        x_a = self.network_input(x)
-        h = self.net(x_a) if context is None else self.net(x_a, context)
-        return ops.affine_coupling(
-            x,
-            h,
-            self.factor(x),
-            mask=self.mask,
-            flip=self.flip,
-            scale=self.scale,
-            order=self.order,
-            h_order=self.h_order,
-            inverse=inverse,
-        )
+        h = self._network(self.network_input(x), context)
+        return ops.affine_coupling(x, h, self.factor(x), **self._variant(), inverse=inverse)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._couple(x, context, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._couple(z, context, inverse=True)
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        with torch.enable_grad():
+            x_a = self.network_input(z).detach().requires_grad_()
+            h, factor = self._network(x_a, context), self.factor(z)
+        x, dx, dh, dfactor = ops.affine_coupling_inverse_backward(
+            z, h.detach(), None if factor is None else factor.detach(), dz, dlog_det, **self._variant()
+        )
+        gradients = vjp((h, factor), (dh, dfactor), [x_a, *wanted])
+        dx_a = gradients.pop(x_a, None)
+        if dx_a is not None:
+            if self.mask == "halves":
+                self.network_input(dx).add_(dx_a)
+            else:
+                dx.add_(self.network_input(dx_a))
+        return x, dx, gradients
 
     def extra_repr(self) -> str:
         return f"mask={self.mask!r}, flip={self.flip}, scale={self.scale!r}"

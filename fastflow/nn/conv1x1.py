@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastflow import ops
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.ops import acc_dtype, positions
+from fastflow.reversible import Gradients, vjp
 
 
 class InvertibleConv1x1(Flow):
@@ -55,6 +56,14 @@ class InvertibleConv1x1(Flow):
         check_channels(z, self.num_features)
         _, weight_inverse, log_det = self.weights()
         return ops.conv1x1(z, weight_inverse), -_per_sample(log_det, z)
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        with torch.enable_grad():
+            weight, weight_inverse, log_det = self.weights()
+        x, dx, dweight, _ = ops.conv1x1_inverse_backward(z, weight.detach(), weight_inverse.detach(), None, dz)
+        return x, dx, vjp((weight, log_det), (dweight, (positions(z) * dlog_det.sum()).to(log_det.dtype)), wanted)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, lu={self.lu}"

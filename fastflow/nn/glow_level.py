@@ -1,9 +1,11 @@
 """One level of Glow: its steps, and the weights of all of them at once."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops
+from fastflow import check, ops
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.conv1x1 import InvertibleConv1x1, stacked_weights
@@ -11,6 +13,7 @@ from fastflow.nn.flow import Flow
 from fastflow.nn.glow_network import GlowNetwork
 from fastflow.nn.permute import Permute
 from fastflow.nn.squeeze import Squeeze
+from fastflow.reversible import Gradients, add, reversible, stored, vjp
 
 Linear = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -40,7 +43,7 @@ class GlowStep(Flow):
         else:
             self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, linear: Linear | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None, *linear: Tensor) -> tuple[Tensor, Tensor]:
         """``linear`` are the step's own weights from :func:`folded`, where the level has them already."""
         self.actnorm.initialize_once(x)
         weight, bias, _, _, log_det = linear or folded([self])[0]
@@ -48,10 +51,21 @@ class GlowStep(Flow):
         x, coupling_log_det = self.coupling(x, context)
         return x, coupling_log_det + ops.positions(x) * log_det
 
-    def inverse(self, z: Tensor, context: Tensor | None = None, linear: Linear | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None, *linear: Tensor) -> tuple[Tensor, Tensor]:
         _, _, weight, bias, log_det = linear or folded([self])[0]
         z, coupling_log_det = self.coupling.inverse(z, context)
         return ops.conv1x1(z, weight, bias), coupling_log_det - ops.positions(z) * log_det
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None, *linear: Tensor
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        y, dy, gradients = self.coupling.inverse_backward(z, dz, dlog_det, wanted, context)
+        with torch.enable_grad():
+            weight, bias, weight_inverse, _, log_det = linear or folded([self])[0]
+        x, dx, dweight, dbias = ops.conv1x1_inverse_backward(y, weight.detach(), weight_inverse.detach(), bias.detach(), dy)
+        dlog_det = (ops.positions(z) * dlog_det.sum()).to(log_det.dtype)
+        add(gradients, vjp((weight, bias, log_det), (dweight, dbias, dlog_det), wanted))
+        return x, dx, gradients
 
 
 def folded(steps: list[GlowStep]) -> list[Linear]:
@@ -70,27 +84,35 @@ def folded(steps: list[GlowStep]) -> list[Linear]:
 class GlowLevel(Flow):
     """One level of Glow: squeeze, then K steps (arXiv:1807.03039, figure 2b); the weights of all its steps are computed at once.
 
+    Args:
+        steps: the K steps.
+        reversible: recompute activations in backward instead of keeping them, see docs/memory.md.
+        checkpoint_every: keep them after every so many steps all the same.
+
     Shape: ``[N, C, H, W]`` to ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
     """
 
-    def __init__(self, steps: list[GlowStep]) -> None:
+    def __init__(self, steps: list[GlowStep], reversible: bool = True, checkpoint_every: int | None = None) -> None:
         super().__init__()
+        check.count("checkpoint_every", checkpoint_every, optional=True)
         self.squeeze = Squeeze()
         self.steps = nn.ModuleList(steps)
+        self.reversible, self.checkpoint_every = reversible, checkpoint_every
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.squeeze(x)
         # a step that has yet to initialise its ActNorm can only compute its weights once x has reached it
         pending = self.training and not all(step.actnorm._initialized for step in self.steps)
-        linear = [None] * len(self.steps) if pending else folded(list(self.steps))
-        for step, weights in zip(self.steps, linear, strict=True):
-            x, step_log_det = step(x, context, weights)
-            log_det = log_det + step_log_det
-        return x, log_det
+        weights = None if pending else folded
+        if self.reversible:
+            x, steps_log_det = reversible(self.steps, x, context, weights=weights, checkpoint_every=self.checkpoint_every)
+        else:
+            x, steps_log_det = stored(self.steps, x, context, weights=weights)
+        return x, log_det + steps_log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = 0.0
         for step, weights in zip(reversed(self.steps), reversed(folded(list(self.steps))), strict=True):
-            z, step_log_det = step.inverse(z, context, weights)
+            z, step_log_det = step.inverse(z, context, *weights)
             log_det = log_det + step_log_det
         return self.squeeze.inverse(z)[0], log_det

@@ -1,11 +1,14 @@
 """Fixed permutations of the channels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastflow import check
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.ops import acc_dtype
+from fastflow.reversible import Gradients
 
 
 class Permute(Flow):
@@ -38,6 +41,11 @@ class Permute(Flow):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(z, self.num_features)
         return z.index_select(1, torch.argsort(self.perm)), _zeros(z)
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        return self.inverse(z)[0], self.inverse(dz)[0], {}
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, order={self.order!r}"

@@ -5,14 +5,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from fastflow import check
 from fastflow.nn.flow import Flow
 from fastflow.ops import acc_dtype
+from fastflow.reversible import has_hooks, reversible, stored
 
 
 class Sequential(Flow):
     r"""A chain of flows, :math:`z = f_K(\dots f_1(x))`; its log-det is the sum of theirs.
 
-    Every flow gets the same ``context``. Raises TypeError for a module that is no :class:`Flow` (a ``Split`` has three outputs and
+    Every flow gets the same ``context``. Its backward pass recomputes activations from z instead of keeping them, which takes the flows'
+    inverses at their word: see docs/memory.md.
+
+    Args:
+        flows: of which one after the other runs; for those of a Sequential in this one, what is said here holds.
+        reversible: False keeps every activation, as a flow without an inverse wants it, and torch.compile of the whole chain.
+        checkpoint_every: keep the activation after every so many flows all the same; rounding then adds up over no more than these.
+
+    Raises TypeError for a module that is no :class:`Flow` (a ``Split`` has three outputs and
     belongs into a model).
 
     Example:
@@ -20,25 +30,34 @@ class Sequential(Flow):
         >>> z, log_det = flow(torch.randn(8, 4))
     """
 
-    def __init__(self, *flows: Flow) -> None:
+    def __init__(self, *flows: Flow, reversible: bool = True, checkpoint_every: int | None = None) -> None:
         super().__init__()
+        check.count("checkpoint_every", checkpoint_every, optional=True)
         for i, flow in enumerate(flows):
             if not isinstance(flow, Flow):
                 raise TypeError(f"flows[{i}]: got {type(flow).__name__}, expected a Flow")
         self.flows = nn.ModuleList(flows)
+        self.reversible, self.checkpoint_every = reversible, checkpoint_every
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._chain(x, context, inverse=False)
+        if self.reversible:
+            return reversible(list(self._flat()), x, context, checkpoint_every=self.checkpoint_every)
+        return stored(self.flows, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._chain(z, context, inverse=True)
-
-    def _chain(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        log_det = torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)
-        for flow in reversed(self.flows) if inverse else self.flows:
-            x, step = flow.inverse(x, context) if inverse else flow(x, context)
+        log_det = torch.zeros(z.shape[0], dtype=acc_dtype(z.dtype), device=z.device)
+        for flow in reversed(self.flows):
+            z, step = flow.inverse(z, context)
             log_det = log_det + step
-        return x, log_det
+        return z, log_det
+
+    def _flat(self) -> Iterator[Flow]:
+        """The flows, and in place of a Sequential among them its own, so that each is recomputed alone."""
+        for flow in self.flows:
+            if type(flow) is Sequential and flow.reversible and not has_hooks(flow):
+                yield from flow._flat()
+            else:
+                yield flow
 
     def __len__(self) -> int:
         return len(self.flows)

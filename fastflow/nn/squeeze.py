@@ -1,5 +1,7 @@
 """Squeeze."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from fastflow import check, ops
 from fastflow.nn.flow import Flow
 from fastflow.ops import acc_dtype
 from fastflow.ops.squeeze import ORDERS
+from fastflow.reversible import Gradients
 
 
 class Squeeze(Flow):
@@ -28,6 +31,11 @@ class Squeeze(Flow):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.unsqueeze(z, self.order), torch.zeros(z.shape[0], dtype=acc_dtype(z.dtype), device=z.device)
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        return self.inverse(z)[0], self.inverse(dz)[0], {}
 
     def extra_repr(self) -> str:
         return f"order={self.order!r}"

@@ -1,0 +1,305 @@
+r"""Backprop through a chain of invertible steps from its output: what is kept for it does not grow with the chain's length.
+
+The forward pass keeps the chain's output. The backward pass walks from there to the input: each step gives
+:math:`(x, \partial x, \text{gradients})` from :math:`(z, \partial z, \partial \log\det)`, by inverting itself, running again and
+differentiating that, or by a rule of its own, its method ``inverse_backward`` (the idea: RevNet, arXiv:1707.04585, section 3.2).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Gradients = dict[Tensor, Tensor]
+Weights = Callable[[list[nn.Module]], list[tuple[Tensor, ...]]]
+NO_INVERSE = 0.05  # of the largest value: no rounding takes an inverse so far from what it inverts
+
+
+def stored(
+    steps: Sequence[nn.Module], x: Tensor, context: Tensor | None = None, *, weights: Weights | None = None
+) -> tuple[Tensor, Tensor]:
+    """The chain as PyTorch runs it, every activation kept for backward. Arguments as :func:`reversible`."""
+    steps = list(steps)
+    log_det = _zeros(x)
+    for step, given in zip(steps, _given(steps, weights), strict=True):
+        x, step_log_det = step(x, context, *given)
+        log_det = log_det + step_log_det
+    return x, log_det
+
+
+def reversible(
+    steps: Sequence[nn.Module],
+    x: Tensor,
+    context: Tensor | None = None,
+    *,
+    weights: Weights | None = None,
+    checkpoint_every: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(z, log_det)`` of a chain of flows, differentiable in x, context and parameters, of which z alone is kept for backward.
+
+    Where no gradient is asked for, this is :func:`stored`. In backward the steps find autocast, training mode, random numbers and
+    buffers as they were, and running statistics do not move again. A step that draws random numbers has to draw the same ones in its
+    inverse.
+
+    Args:
+        steps: flows.
+        weights: gives the arguments of each step after the context, for work that the steps share: called with the steps once forward
+            and once backward, where it is differentiated.
+        checkpoint_every: keep the activation after every so many steps, too: rounding then adds up over no more steps than these.
+
+    Raises ValueError for a step without an inverse. Backward raises RuntimeError for a parameter that changed since, for second
+    derivatives, and for an inverse that is none (in steps without a rule of their own, on the CPU, where looking is free).
+    """
+    steps = list(steps)
+    if not torch.is_grad_enabled():
+        return stored(steps, x, context, weights=weights)
+    run = _reversible
+    if torch.compiler.is_compiling():  # decorating it would have `import fastflow` import the compiler, which takes a second
+        run = torch.compiler.disable(run, reason="a reversible chain's backward pass is a program of its own; reversible=False is traced")
+    return run(steps, x, context, weights, checkpoint_every or max(1, len(steps)))
+
+
+def _reversible(steps: list[nn.Module], x: Tensor, context: Tensor | None, weights: Weights | None, length: int) -> tuple[Tensor, Tensor]:
+    chains = [_Chain(steps[start : start + length], weights, start) for start in range(0, len(steps), length)]
+    if not any(t is not None and t.requires_grad for t in (x, context, *(p for chain in chains for p in chain.distinct))):
+        return stored(steps, x, context, weights=weights)
+    for i, step in enumerate(steps):
+        if getattr(getattr(step, "inverse", None), "__isabstractmethod__", not hasattr(step, "inverse")):
+            raise ValueError(f"steps[{i}]: {type(step).__name__} has no inverse, expected a step that has; reversible=False does without")
+    log_det = _zeros(x)
+    for chain in chains:
+        x, part = _Reversible.apply(chain, x, context, *chain.distinct)
+        log_det = log_det + part
+    return x, log_det
+
+
+def vjp(outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> Gradients:
+    """The gradients of those of ``wanted`` that the outputs depend on."""
+    pairs = [(v, g) for v, g in zip(outputs, cotangents, strict=True) if v is not None and v.requires_grad]
+    if not pairs or not wanted:
+        return {}
+    found = torch.autograd.grad([v for v, _ in pairs], list(wanted), [g for _, g in pairs], allow_unused=True)
+    return {v: g for v, g in zip(wanted, found, strict=True) if g is not None}
+
+
+def add(gradients: Gradients, more: Gradients) -> None:
+    """Adds to ``gradients``; what several steps share has one from each."""
+    for v, g in more.items():
+        gradients[v] = gradients[v] + g if v in gradients else g
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+
+
+def _given(steps: list[nn.Module], weights: Weights | None) -> list[tuple[Tensor, ...]]:
+    return [()] * len(steps) if weights is None else weights(steps)
+
+
+class _Reversible(torch.autograd.Function):
+    """Parameters are inputs of it, so that their hooks run, and gradients of all of them come back at once."""
+
+    @staticmethod
+    def forward(ctx, chain: "_Chain", x: Tensor, context: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = chain.forward(x, context)
+        ctx.chain = chain
+        ctx.save_for_backward(z, context)
+        return z, log_det
+
+    @staticmethod
+    def backward(ctx, dz: Tensor, dlog_det: Tensor):
+        z, context = ctx.saved_tensors
+        with torch.no_grad():
+            dx, dcontext, gradients = ctx.chain.backward(z, context, dz, dlog_det, ctx.needs_input_grad[1])
+        found = (dx, dcontext, *(gradients.get(p) for p in ctx.chain.distinct))
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _Once.apply(*(None if g is None else g.requires_grad_() for g in found))
+        return None, *found
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that say so when they are to be differentiated."""
+
+    @staticmethod
+    def forward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the gradients of a reversible chain cannot be differentiated again: there are no second derivatives")
+
+
+class _Chain:
+    """One pass through some steps: what they have to find as it was when they run again."""
+
+    def __init__(self, steps: list[nn.Module], weights: Weights | None, start: int) -> None:
+        self.steps, self.weights, self.start = steps, weights, start
+        self.modules = [list(step.modules()) for step in steps]
+        self.parameters = [list(step.parameters()) for step in steps]
+        self.distinct = list(dict.fromkeys(p for each in self.parameters for p in each))
+
+    def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.modes = {m: m.training for each in self.modules for m in each}
+        self.autocast = {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in {"cpu", x.device.type}}
+        self.generators = _generators(x.device, self.modes)
+        self.replays: list[_Replay] = []
+        log_det = _zeros(x)
+        with self._as_autocast():
+            for step, modules, given in zip(self.steps, self.modules, _given(self.steps, self.weights), strict=True):
+                replay = _Replay(self.generators, modules)
+                x, step_log_det = step(x, context, *given)
+                replay.keep_what_moved(self.generators)
+                self.replays.append(replay)
+                log_det = log_det + step_log_det
+        self.versions = [_version(p) for p in self.distinct]  # now: ActNorm may have initialised itself
+        return x, log_det
+
+    def backward(self, z, context, dz, dlog_det, need_dx) -> tuple[Tensor | None, Tensor | None, Gradients]:
+        """``(dx, dcontext, gradients of parameters)``."""
+        self._assert_unchanged()
+        context = None if context is None else context.detach().requires_grad_(context.requires_grad)
+        gradients: Gradients = {}
+
+        with self._as_it_was():
+            with torch.enable_grad():
+                given = _given(self.steps, self.weights)
+            leaves = [tuple(v.detach().requires_grad_(v.requires_grad) for v in each) for each in given]
+            for i in reversed(range(0 if need_dx else self._first(context), len(self.steps))):
+                args = (context, *leaves[i])
+                wanted = [v for v in (*self.parameters[i], *args) if v is not None and v.requires_grad]
+                rule = self.steps[i].inverse_backward if self._has_its_own_rule(i) else self._general_rule(i)
+                self.replays[i].restore(self.generators)
+                z, dz, found = rule(z, dz, dlog_det, wanted, *args)
+                add(gradients, found)
+            if self.weights is not None:
+                pairs = [
+                    (v, gradients.pop(leaf, None)) for vs, ls in zip(given, leaves, strict=True) for v, leaf in zip(vs, ls, strict=True)
+                ]
+                pairs = [(v, g) for v, g in pairs if g is not None]
+                add(gradients, vjp([v for v, _ in pairs], [g for _, g in pairs], [p for p in self.distinct if p.requires_grad]))
+        return dz if need_dx else None, None if context is None else gradients.pop(context, None), gradients
+
+    def _first(self, context: Tensor | None) -> int:
+        """The first step in which something wants a gradient."""
+        if self.weights is not None or (context is not None and context.requires_grad):
+            return 0
+        return next(i for i, parameters in enumerate(self.parameters) if any(p.requires_grad for p in parameters))
+
+    def _has_its_own_rule(self, i: int) -> bool:
+        """Not where a flow within it has none, or has hooks, which the rule would pass by."""
+        flows = [m for m in self.modules[i] if hasattr(m, "inverse_backward")]
+        return self.steps[i] in flows and all(m.inverse_backward is not None and not has_hooks(m) for m in flows)
+
+    def _general_rule(self, i: int) -> Callable[..., tuple[Tensor, Tensor, Gradients]]:
+        """Its inverse, then its forward pass again, differentiated."""
+        step = self.steps[i]
+
+        def rule(z, dz, dlog_det, wanted, *args):
+            x = step.inverse(z, *args)[0].detach()
+            x.requires_grad_(x.is_floating_point())
+            self.replays[i].restore(self.generators)
+            with torch.enable_grad():
+                z_again, log_det = step(x, *args)
+            self._assert_inverse(i, z_again.detach(), z)
+            found = vjp((z_again, log_det), (dz, dlog_det), [x, *wanted] if x.requires_grad else wanted)
+            dx = found.pop(x, None)
+            return x.detach(), torch.zeros_like(x) if dx is None else dx, found
+
+        return rule
+
+    def _assert_inverse(self, i: int, z_again: Tensor, z: Tensor) -> None:
+        if z.device.type != "cpu" or not z.numel():
+            return
+        error, largest = (z_again - z).abs().max().item(), z.abs().max().item()
+        if error > NO_INVERSE * (1 + largest):
+            raise RuntimeError(
+                f"steps[{self.start + i}]: the inverse of {type(self.steps[i]).__name__} is none: forward(inverse(z)) is off by "
+                f"{error:.1e}, where the largest |z| is {largest:.1e}; reversible=False does without it"
+            )
+
+    def _assert_unchanged(self) -> None:
+        for p, version in zip(self.distinct, self.versions, strict=True):
+            if _version(p) != version:
+                i, name = next((i, n) for i, step in enumerate(self.steps) for n, v in step.named_parameters() if v is p)
+                raise RuntimeError(
+                    f"steps[{self.start + i}].{name} of a reversible chain changed between forward and backward, which recomputes "
+                    "activations from it: call backward before the optimizer's step, or build the flow with reversible=False"
+                )
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Steps run as they did in the forward pass, and leave nothing behind but gradients."""
+        states = [get() for get, _ in self.generators]
+        modes = {m: m.training for m, training in self.modes.items() if m.training is not training}
+        moved = {(m, name): m._buffers[name] for replay in self.replays for m, name, _ in replay.buffers}
+        hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.distinct if p._backward_hooks]
+        with self._as_autocast():
+            try:
+                for m in modes:
+                    m.training = self.modes[m]
+                for tensor_hooks, _ in hooks:  # they are for the gradient that leaves the chain, and run then
+                    tensor_hooks.clear()
+                yield
+            finally:
+                for m, training in modes.items():
+                    m.training = training
+                for tensor_hooks, kept in hooks:
+                    tensor_hooks.update(kept)
+                for (m, name), buffer in moved.items():
+                    m._buffers[name] = buffer
+                for (_, put), state in zip(self.generators, states, strict=True):
+                    put(state)
+
+    @contextmanager
+    def _as_autocast(self) -> Iterator[None]:
+        """Without its cache, which would hold casts of parameters through which no gradient passes."""
+        with ExitStack() as stack:
+            for device, (enabled, dtype) in self.autocast.items():
+                if enabled or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
+class _Replay:
+    """What one step found and changed in the forward pass: states of generators, buffers of modules in training mode."""
+
+    def __init__(self, generators: list, modules: list[nn.Module]) -> None:
+        self.states = [get() for get, _ in generators]
+        # those of a flow with a rule of its own stay as they are, or the rule could not be
+        watched = [m for m in modules if m.training and m._buffers and getattr(m, "inverse_backward", None) is None]
+        self.buffers = [(m, name, (b, b._version, b.clone())) for m in watched for name, b in m._buffers.items() if b is not None]
+
+    def keep_what_moved(self, generators: list) -> None:
+        if all(torch.equal(get(), state) for (get, _), state in zip(generators, self.states, strict=True)):
+            self.states = []
+        self.buffers = [(m, name, before) for m, name, (b, v, before) in self.buffers if m._buffers[name] is not b or b._version != v]
+
+    def restore(self, generators: list) -> None:
+        for (_, put), state in zip(generators, self.states, strict=False):
+            put(state)
+        for m, name, before in self.buffers:
+            m._buffers[name] = before.clone()
+
+
+def _generators(device: torch.device, modules) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """What reads and what sets the state of the generators that steps on this device draw from."""
+    generators = [(torch.get_rng_state, torch.set_rng_state)]
+    if device.type in ("cpu", "meta"):
+        return generators
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a graph keeps its generator's state to itself
+        for m in modules:
+            if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0:
+                raise RuntimeError(f"{m} in a reversible chain cannot be replayed in a captured graph: reversible=False does without")
+        return generators
+    of_device = torch.get_device_module(device)
+    where = () if device.type == "mps" else (device,)
+    return [*generators, (lambda: of_device.get_rng_state(*where), lambda state: of_device.set_rng_state(state, *where))]
+
+
+def has_hooks(m: nn.Module) -> bool:
+    return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+
+
+def _version(p: Tensor) -> tuple[int, int]:
+    return p._version, p.data_ptr()
