@@ -9,28 +9,17 @@ for uniform noise and for noise of 0 and 255 alone. Appends a row each to result
 import argparse
 
 import torch
-from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import harness, training
 from fastflow import data
 from fastflow.models import Glow
 
 
 def trained(source, scale: str, steps: int, hidden: int) -> Glow:
     torch.manual_seed(0)
-    batches = data.Batches(source, 16, seed=0)
     model = Glow(image_shape=source.image_shape, levels=3, steps=8, hidden=hidden, scale=scale)
-    model.initialize(batches[0][0], seed=0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for step in (bar := tqdm(range(steps), desc=scale)):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 20)
-        loss = model(batches[step][0], seed=step).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
-        optimizer.step()
-        bar.set_postfix_str(f"{loss.item():.3f} bits/dim")
+    for _ in training.train(model, source, steps, desc=scale):
+        pass
     return model.eval()
 
 

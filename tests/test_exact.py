@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import training
 from fastflow import data
 from fastflow.models import Glow
 
@@ -15,19 +16,9 @@ def trained(source: str, steps: int, hidden: int) -> tuple[Glow, torch.Tensor]:
     """A Glow L=3 K=8 after some steps of Adam, and test images."""
     torch.manual_seed(0)
     images = data.load(source, str(CIFAR10.parent))
-    batches = data.Batches(images, 16, seed=0)
     model = Glow(levels=3, steps=8, hidden=hidden)
-    model.initialize(batches[0][0], seed=0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    first = None
-    for step in range(steps):
-        loss = model(batches[step][0], seed=step).mean()
-        first = loss.item() if first is None else first
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 100.0)
-        optimizer.step()
-    assert loss.item() < first - 0.5, "the model did not train"
+    losses = list(training.train(model, images, steps))
+    assert losses[-1] < losses[0] - 0.5, "the model did not train"
     return model.eval(), images.test
 
 
