@@ -268,12 +268,13 @@ class _Replay:
         self.states = [get() for get, _ in generators]
         # those of a flow with a rule of its own stay as they are, or the rule could not be
         watched = [m for m in modules if m.training and m._buffers and getattr(m, "inverse_backward", None) is None]
-        self.buffers = [(m, name, (b, b._version, b.clone())) for m in watched for name, b in m._buffers.items() if b is not None]
+        self.buffers = [(m, name, b.clone()) for m in watched for name, b in m._buffers.items() if b is not None]
 
     def keep_what_moved(self, generators: list) -> None:
         if all(torch.equal(get(), state) for (get, _), state in zip(generators, self.states, strict=True)):
             self.states = []
-        self.buffers = [(m, name, before) for m, name, (b, v, before) in self.buffers if m._buffers[name] is not b or b._version != v]
+        # a look at what lies on another device would wait for it; and batch norm moves its buffers without a new version
+        self.buffers = [(m, name, b) for m, name, b in self.buffers if b.device.type != "cpu" or not torch.equal(m._buffers[name], b)]
 
     def restore(self, generators: list) -> None:
         for (_, put), state in zip(generators, self.states, strict=False):

@@ -22,7 +22,8 @@ class FlowReport:
     log_det_error: float | None
     """Largest difference between log_det and autograd's Jacobian, relative to 1 + |log_det|."""
     gradient_errors: dict[str, float] = field(default_factory=dict)
-    """Of x and each parameter: difference between autograd and a central difference along a random direction, relative."""
+    """Of x and each parameter: difference between autograd and a central difference along a random direction, relative; and by
+    the layer's own inverse_backward, where it has one, the largest difference to autograd, relative to 1 + the largest value."""
     tolerance: float = 1e-8
     gradient_tolerance: float = 1e-5
 
@@ -74,7 +75,8 @@ class Flow(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
     def check(self, x: Tensor, context: Tensor | None = None, *, tolerance: float = 1e-8, gradient_tolerance: float = 1e-5) -> FlowReport:
-        """Measures the inverse, the log-det against autograd's Jacobian, and the gradients against central differences.
+        """Measures the inverse, the log-det against autograd's Jacobian, and the gradients against central differences, those of its own
+        ``inverse_backward`` against autograd.
 
         A float64 copy of the layer is checked, in eval mode, after one pass in the layer's own mode (so that ActNorm is initialised
         in it); the layer itself does not change. The Jacobian costs a backward pass for each element of a sample: give a small x.
@@ -150,6 +152,12 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
             v.copy_(start)
         numeric, exact = ((up - down) / (2 * step)).item(), (gradient * direction).sum().item()
         errors[name] = abs(numeric - exact) / max(1.0, abs(numeric))
+    if flow.inverse_backward is not None:
+        with torch.no_grad():
+            _, dx, found = flow.inverse_backward(z.detach(), *weights, list(variables.values())[1:], context)
+        for (name, v), gradient in zip(variables.items(), gradients, strict=True):
+            by_rule = dx if v is x else found.get(v, torch.zeros_like(v))
+            errors[f"{name} by inverse_backward"] = _largest((by_rule - gradient) / (1 + gradient.abs().max()))
     return errors
 
 
