@@ -17,7 +17,6 @@ the times of both ways to results/inverse_time.csv, rewrites the tables of docs/
 import argparse
 import functools
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import harness, page
 from benchmarks.pixel_exactness import trained
 from fastflow import data, ops
 from fastflow.models import Glow
@@ -221,10 +220,6 @@ def time_cases(quick: bool) -> list[harness.Case]:
 # the page ----------------------------------------------------------------------------------------------------------------------
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
-
-
 def _settings(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     """The rows of each setting in one dtype, by way."""
     found = {}
@@ -258,7 +253,7 @@ def tables(rows: list[dict], times: list[dict]) -> dict[str, str]:
             cells = [f"{by_way[name]['round_trip_2']} / {by_way[name]['inverse_2']}" for name in names]
             lines.append([f"{kind} {setting}", about["condition"], about["condition_lower"], about["condition_upper"], *cells])
     head = [f"W, C = {shown}", "κ(W)", "κ(L)", "κ(U)", *names]
-    result = {"errors": _table(head, lines)}
+    result = {"errors": page.table(head, lines)}
 
     def ratios(settings: list[dict[str, dict]]) -> list[str]:
         over = [(other, error) for other in (SOLVES, LINALG) for error in ("round_trip_2", "inverse_2")]
@@ -270,7 +265,7 @@ def tables(rows: list[dict], times: list[dict]) -> dict[str, str]:
     groups["all whose round trip loses less than 1e-2", ""] = [w for w in single.values() if float(w[EXPLICIT]["round_trip_2"]) < 1e-2]
     head = [f"{error}, explicit / {other}" for other in (SOLVES, LINALG) for error in ("round trip", "inverse alone")]
     lines = [[*group, str(len(settings)), *ratios(settings)] for group, settings in groups.items()]
-    result["ratios"] = _table(["", "W", "settings", *head], lines)
+    result["ratios"] = page.table(["", "W", "settings", *head], lines)
 
     by_dtype = {}
     for row in rows:
@@ -280,25 +275,15 @@ def tables(rows: list[dict], times: list[dict]) -> dict[str, str]:
     for (kind, setting), found in by_dtype.items():
         cells = [found[dtype]["round_trip_max"] for dtype in ("float64", "float32", "bfloat16", "float16")]
         lines.append([f"{kind} {setting}", found["float32"]["condition"], *cells])
-    result["dtypes"] = _table([f"W, C = {shown}", "κ(W)", "float64", "float32", "bfloat16", "float16"], lines)
+    result["dtypes"] = page.table([f"W, C = {shown}", "κ(W)", "float64", "float32", "bfloat16", "float16"], lines)
 
     by_case = {}
     for row in times:
         by_case.setdefault((row["case"], row["shape"]), {})[row["provider"]] = row
     lines = [[*case, f[EXPLICIT]["p50_us"], f[SOLVES]["p50_us"], f[SOLVES]["ratio"]] for case, f in by_case.items()]
     about = f"p50 in µs on {times[0]['device']}, torch {times[0]['torch']}, commit {times[0]['commit']}"
-    result["times"] = f"{_table(['', 'N x C x H x W', EXPLICIT, SOLVES, 'solves / explicit'], lines)}\n\n({about})"
+    result["times"] = f"{page.table(['', 'N x C x H x W', EXPLICIT, SOLVES, 'solves / explicit'], lines)}\n\n({about})"
     return result
-
-
-def write_page(page: Path, found: dict[str, str]) -> None:
-    text = page.read_text()
-    for name, table in found.items():
-        begin, end = f"<!-- {name}: written by benchmarks/inverse_precision.py -->", f"<!-- end of {name} -->"
-        text, count = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, t=f"{begin}\n{table}\n{end}": t, text, flags=re.S)
-        if count != 1:
-            raise ValueError(f"{page.name}: got {count} of {begin}, expected one")
-    page.write_text(text)
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -341,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = precision(options.quick)
     times = harness.run("inverse_time", time_cases(options.quick), options)
     harness.append(options.results / "inverse_precision.csv", rows)
-    write_page(options.docs / "precision.md", tables(rows, times))
+    page.write(options.docs / "precision.md", "inverse_precision", tables(rows, times))
     plot(rows, options.docs / "pictures" / "inverse_precision.png")
 
 

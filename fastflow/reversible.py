@@ -135,14 +135,14 @@ class _Chain:
 
     def __init__(self, steps: list[nn.Module], weights: Weights | None, start: int) -> None:
         self.steps, self.weights, self.start = steps, weights, start
-        self.modules = [list(step.modules()) for step in steps]
-        self.parameters = [list(step.parameters()) for step in steps]
-        self.distinct = list(dict.fromkeys(p for each in self.parameters for p in each))
+        self.modules = [tuple(step.modules()) for step in steps]
+        self.parameters = [tuple(step.parameters()) for step in steps]
+        self.distinct = tuple(dict.fromkeys(p for each in self.parameters for p in each))
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        self.modes = {m: m.training for each in self.modules for m in each}
+        self.modes = tuple(m.training for each in self.modules for m in each)
         self.autocast = {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in {"cpu", x.device.type}}
-        self.generators = _generators(x.device, self.modes)
+        self.generators = _generators(x.device, self.modules)
         self.replays: list[_Replay] = []
         log_det = _zeros(x)
         with self._as_autocast():
@@ -152,7 +152,7 @@ class _Chain:
                 replay.keep_what_moved(self.generators)
                 self.replays.append(replay)
                 log_det = log_det + step_log_det
-        self.versions = [_version(p) for p in self.distinct]  # now: ActNorm may have initialised itself
+        self.versions = _versions(self.distinct)  # now: ActNorm may have initialised itself
         return x, log_det
 
     def backward(self, z, context, dz, dlog_det, need_dx) -> tuple[Tensor | None, Tensor | None, Gradients]:
@@ -219,8 +219,8 @@ class _Chain:
             )
 
     def _assert_unchanged(self) -> None:
-        for p, version in zip(self.distinct, self.versions, strict=True):
-            if _version(p) != version:
+        for p, *versions in zip(self.distinct, *self.versions, *_versions(self.distinct), strict=True):
+            if versions[:2] != versions[2:]:
                 i, name = next((i, n) for i, step in enumerate(self.steps) for n, v in step.named_parameters() if v is p)
                 raise RuntimeError(
                     f"steps[{self.start + i}].{name} of a reversible chain changed between forward and backward, which recomputes "
@@ -231,18 +231,19 @@ class _Chain:
     def _as_it_was(self) -> Iterator[None]:
         """Steps run as they did in the forward pass, and leave nothing behind but gradients."""
         states = [get() for get, _ in self.generators]
-        modes = {m: m.training for m, training in self.modes.items() if m.training is not training}
+        modules = [m for each in self.modules for m in each]
+        changed = [(m, m.training) for m, training in zip(modules, self.modes, strict=True) if m.training is not training]
         moved = {(m, name): m._buffers[name] for replay in self.replays for m, name, _ in replay.buffers}
         hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.distinct if p._backward_hooks]
         with self._as_autocast():
             try:
-                for m in modes:
-                    m.training = self.modes[m]
+                for m, training in changed:
+                    m.training = not training
                 for tensor_hooks, _ in hooks:  # they are for the gradient that leaves the chain, and run then
                     tensor_hooks.clear()
                 yield
             finally:
-                for m, training in modes.items():
+                for m, training in changed:
                     m.training = training
                 for tensor_hooks, kept in hooks:
                     tensor_hooks.update(kept)
@@ -289,7 +290,7 @@ def _generators(device: torch.device, modules) -> list[tuple[Callable[[], Tensor
     if device.type in ("cpu", "meta"):
         return generators
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a graph keeps its generator's state to itself
-        for m in modules:
+        for m in (m for each in modules for m in each):
             if isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0:
                 raise RuntimeError(f"{m} in a reversible chain cannot be replayed in a captured graph: reversible=False does without")
         return generators
@@ -302,5 +303,6 @@ def has_hooks(m: nn.Module) -> bool:
     return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
 
 
-def _version(p: Tensor) -> tuple[int, int]:
-    return p._version, p.data_ptr()
+def _versions(parameters: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What changes with them: writing into one gives it a new version, and another tensor in its place another address."""
+    return tuple(p._version for p in parameters), tuple(p.data_ptr() for p in parameters)

@@ -48,10 +48,11 @@ class GlowNetwork(nn.Sequential):
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 512) -> None:
+        relu = nn.ReLU(inplace=True)  # one for both: a module is some 3 KB, of each step
         super().__init__(
             ActNormConv2d(in_channels, hidden, 3),
-            nn.ReLU(inplace=True),
+            relu,
             ActNormConv2d(hidden, hidden, 1),
-            nn.ReLU(inplace=True),
+            relu,
             ZeroConv2d(hidden, out_channels),
         )
