@@ -136,8 +136,11 @@ class _Chain:
     def __init__(self, steps: list[nn.Module], weights: Weights | None, start: int) -> None:
         self.steps, self.weights, self.start = steps, weights, start
         self.modules = [tuple(step.modules()) for step in steps]
-        self.parameters = [tuple(step.parameters()) for step in steps]
-        self.distinct = tuple(dict.fromkeys(p for each in self.parameters for p in each))
+        # not step.parameters(), which takes as long as a kernel does: {id: p} is each once, as that has them
+        self.parameters = [
+            tuple({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()) for modules in self.modules
+        ]
+        self.distinct = tuple({id(p): p for each in self.parameters for p in each}.values())
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         self.modes = tuple(m.training for each in self.modules for m in each)
@@ -146,11 +149,12 @@ class _Chain:
         self.replays: list[_Replay] = []
         log_det = _zeros(x)
         with self._as_autocast():
+            states = [get() for get, _ in self.generators]
             for step, modules, given in zip(self.steps, self.modules, _given(self.steps, self.weights), strict=True):
-                replay = _Replay(self.generators, modules)
+                buffers = _buffers(modules)
                 x, step_log_det = step(x, context, *given)
-                replay.keep_what_moved(self.generators)
-                self.replays.append(replay)
+                before, states = states, [get() for get, _ in self.generators]
+                self.replays.append(_Replay(before, states, buffers))
                 log_det = log_det + step_log_det
         self.versions = _versions(self.distinct)  # now: ActNorm may have initialised itself
         return x, log_det
@@ -188,7 +192,7 @@ class _Chain:
 
     def _has_its_own_rule(self, i: int) -> bool:
         """Not where a flow within it has none, or has hooks, which the rule would pass by."""
-        flows = [m for m in self.modules[i] if hasattr(m, "inverse_backward")]
+        flows = [m for m in self.modules[i] if hasattr(type(m), "inverse_backward")]
         return self.steps[i] in flows and all(m.inverse_backward is not None and not has_hooks(m) for m in flows)
 
     def _general_rule(self, i: int) -> Callable[..., tuple[Tensor, Tensor, Gradients]]:
@@ -263,25 +267,24 @@ class _Chain:
 
 
 class _Replay:
-    """What one step found and changed in the forward pass: states of generators, buffers of modules in training mode."""
+    """What one step changed in the forward pass, as it was before: states of generators, buffers of modules in training mode."""
 
-    def __init__(self, generators: list, modules: list[nn.Module]) -> None:
-        self.states = [get() for get, _ in generators]
-        # those of a flow with a rule of its own stay as they are, or the rule could not be
-        watched = [m for m in modules if m.training and m._buffers and getattr(m, "inverse_backward", None) is None]
-        self.buffers = [(m, name, b.clone()) for m in watched for name, b in m._buffers.items() if b is not None]
-
-    def keep_what_moved(self, generators: list) -> None:
-        if all(torch.equal(get(), state) for (get, _), state in zip(generators, self.states, strict=True)):
-            self.states = []
+    def __init__(self, before: list[Tensor], after: list[Tensor], buffers: list[tuple[nn.Module, str, Tensor]]) -> None:
+        self.states = [] if all(map(torch.equal, before, after)) else before
         # a look at what lies on another device would wait for it; and batch norm moves its buffers without a new version
-        self.buffers = [(m, name, b) for m, name, b in self.buffers if b.device.type != "cpu" or not torch.equal(m._buffers[name], b)]
+        self.buffers = [(m, name, b) for m, name, b in buffers if b.device.type != "cpu" or not torch.equal(m._buffers[name], b)]
 
     def restore(self, generators: list) -> None:
         for (_, put), state in zip(generators, self.states, strict=False):
             put(state)
         for m, name, before in self.buffers:
             m._buffers[name] = before.clone()
+
+
+def _buffers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Copies of the buffers that a forward pass may move; those of a flow with a rule of its own stay, or the rule could not be."""
+    watched = [m for m in modules if m.training and m._buffers and getattr(type(m), "inverse_backward", None) is None]
+    return [(m, name, b.clone()) for m in watched for name, b in m._buffers.items() if b is not None]
 
 
 def _generators(device: torch.device, modules) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
