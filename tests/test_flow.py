@@ -1,11 +1,14 @@
 """The contract of a flow: Flow.check finds a layer that breaks it, and Sequential keeps it."""
 
+import math
+
 import pytest
 import torch
 from cases import randomize
 from torch import nn
 
-from fastflow.nn import ActNorm, AffineCoupling, Dequantize, Flow, InvertibleConv1x1, LogitDequantize, Permute, Sequential, Split
+from fastflow.nn import ActNorm, AffineCoupling, Dequantize, Flow, GlowStep, InvertibleConv1x1, LogitDequantize, Permute, Sequential, Split
+from fastflow.reversible import vjp
 
 
 class Scale(Flow):
@@ -136,7 +139,46 @@ def test_check_of_images(flow):
 
 
 def test_check_of_an_empty_batch():
-    assert Scale().check(torch.randn(0, 3)).inverse_error == 0
+    for layer in (Scale(), ActNorm(3)):
+        assert layer.check(torch.randn(0, 3)).inverse_error == 0
+
+
+class Walk(Scale):
+    """A rule of its own for reversible backprop."""
+
+    x_off, dx_off, ds_off = 0.0, 0.0, 0.0
+
+    def inverse_backward(self, z, dz, dlog_det, wanted, context=None):
+        x, _ = self.inverse(z)
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            found = vjp(self(again), (dz, dlog_det), [again, *wanted])
+        dx = found.pop(again)
+        return x + self.x_off, dx + self.dx_off, {v: g + self.ds_off for v, g in found.items()}
+
+
+@pytest.mark.parametrize("off, said", [("x_off", "gradient of x by"), ("dx_off", "gradient of x by"), ("ds_off", "gradient of s by")])
+def test_a_wrong_rule_is_caught(off, said):
+    layer = Walk()
+    assert {"x by inverse_backward", "s by inverse_backward"} <= set(layer.check(torch.randn(4, 3)).gradient_errors)
+    setattr(layer, off, 0.01)
+    with pytest.raises(ValueError, match=f"{said} inverse_backward\n"):
+        layer.check(torch.randn(4, 3))
+
+
+def test_check_of_a_step_whose_part_has_no_rule():
+    class Doubled(AffineCoupling):
+        def forward(self, x, context=None):
+            z, log_det = super().forward(2 * x, context)
+            return z, log_det + x[0].numel() * math.log(2)
+
+        def inverse(self, z, context=None):
+            x, log_det = super().inverse(z, context)
+            return x / 2, log_det - z[0].numel() * math.log(2)
+
+    step = GlowStep(4, 3)
+    step.coupling = Doubled(nn.Conv2d(2, 4, 1))
+    assert not any("by inverse_backward" in name for name in step.check(torch.randn(2, 4, 2, 2)).gradient_errors)
 
 
 def test_sequential_is_the_chain():

@@ -10,6 +10,7 @@ from cases import name, pairwise, randomize
 from test_modules import WithContext, batch, conv, mlp, trained
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastflow.models import Glow
 from fastflow.nn import (
@@ -24,6 +25,7 @@ from fastflow.nn import (
     Permute,
     Sequential,
 )
+from fastflow.reversible import _generators as generators
 from fastflow.reversible import reversible, stored
 
 
@@ -339,6 +341,16 @@ def test_hooks_of_modules():
     assert seen == {"step": 2, "step backward": 1, "network": 2, "network backward": 1, "chain": 1, "chain backward": 1}
 
 
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_one_hook_alone(kind):
+    """A step with one goes by the general rule, which calls it; gradients are the same."""
+    steps, x, seen = chain(2), batch((4,)).requires_grad_(), []
+    expected = assert_as_stored(steps, x)
+    getattr(steps[2], f"register_{kind}_hook")(lambda *_: seen.append(kind))
+    torch.testing.assert_close(outputs_and_gradients(lambda: reversible(steps, x), [x])[1][0], expected[1][0], rtol=1e-10, atol=1e-10)
+    assert len(seen) == (2 if "forward" in kind else 1)
+
+
 def test_no_grad_and_inference_mode():
     flow, x = Sequential(*chain()), batch((4,))
     expected = flow(x)
@@ -497,6 +509,115 @@ def test_autocast_caches_no_cast_without_its_gradient():
     torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
 
 
+INTO_IT, IN_ITS_PLACE = (lambda p, v: p.data.copy_(v), lambda p, v: setattr(p, "data", v))
+
+
+@pytest.mark.parametrize("write, flag", [(INTO_IT, False), (IN_ITS_PLACE, False), (IN_ITS_PLACE, 0.0)])
+def test_a_flow_of_another_library_that_initialises_itself(write, flag):
+    """It does so in the first forward pass, and not again in the walk back, which calls its inverse and its forward."""
+
+    class Init(Flow):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(4))
+            self.register_buffer("done", torch.tensor(flag))
+
+        def initialize(self, x):
+            if not self.done:
+                write(self.shift, -x.mean(0).to(self.shift.dtype))
+                self.done.fill_(1)
+
+        def forward(self, x, context=None):
+            self.initialize(x)
+            return x.tanh() + self.shift + x, (2 - x.tanh() ** 2).log().sum(1)
+
+        def inverse(self, z, context=None):
+            self.initialize(z)
+            y, x = z - self.shift, z.clone()
+            for _ in range(60):
+                x = x - (x + x.tanh() - y) / (2 - x.tanh() ** 2)
+            return x, -(2 - x.tanh() ** 2).log().sum(1)
+
+    steps, x = [Init().double(), ActNorm(4).double()], 3 + batch((4,))
+    other = copy.deepcopy(steps)
+    expected = outputs_and_gradients(lambda: stored(other, x), [p for s in other for p in s.parameters()])
+    found = outputs_and_gradients(lambda: reversible(steps, x), [p for s in steps for p in s.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(steps[0].shift, other[0].shift, rtol=0, atol=0)
+    z, _ = reversible(steps, x)
+    for _ in range(2):
+        z.sum().backward(retain_graph=True)
+
+
+def test_parametrizations_and_their_cache():
+    """Weight norm, within a region that caches what it makes; and a network used beside the chain there."""
+    net, x, results = mlp(2, 4).double(), batch((4,)), []
+    nn.utils.parametrizations.weight_norm(net[0])
+    step = AffineCoupling(net).double()
+    nn.utils.parametrize.register_parametrization(step, "log_factor", nn.Softplus())
+    for run in (stored, reversible):
+        with nn.utils.parametrize.cached():
+            z, _ = run([step], x)
+            beside = net(x[:, :2])
+            results.append(torch.autograd.grad(z.square().sum() + beside.square().sum(), list(step.parameters())))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+
+
+def test_functional_call_and_replaced_parameters():
+    flow, x = Sequential(*chain(2)), batch((4,))
+    given = {name: p.detach().clone().mul_(1.1).requires_grad_() for name, p in flow.named_parameters()}
+    results = []
+    for flow.reversible in (False, True):
+        z, log_det = torch.func.functional_call(flow, given, (x,))
+        results.append(torch.autograd.grad(z.square().sum() + log_det.sum(), list(given.values())))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
+    p = flow[2].net[0].bias
+    z, _ = flow(x)
+    flow[2].net[0].bias = nn.Parameter(torch.zeros_like(p))
+    z.square().sum().backward()
+    assert p.grad.abs().sum() > 0 and flow[2].net[0].bias is not p and flow[2].net[0].bias.grad is None
+
+
+def test_replicas_of_data_parallel_are_stored():
+    """They have no parameters of their own, only attributes."""
+    layer, x = trained(lambda: ActNorm(4)), batch((4,)).requires_grad_()
+    replica = layer._replicate_for_data_parallel()
+    replica.log_scale, replica.bias = 1 * layer.log_scale, 1 * layer.bias
+    dx = torch.autograd.grad(reversible([replica, replica], x)[1].sum(), list(layer.parameters()), allow_unused=True)[0]
+    torch.testing.assert_close(dx, torch.full((4,), 6.0, dtype=torch.float64))
+
+
+def test_lazy_networks_and_meta_tensors():
+    steps, x = [AffineCoupling(nn.LazyLinear(4))], torch.randn(3, 4)
+    for _ in range(2):  # the first pass gives the network its parameters
+        assert_as_stored(steps, x, tolerance=1e-4)
+    steps = [step.to("meta") for step in chain(1)]
+    assert reversible(steps, torch.empty(3, 4, dtype=torch.float64, device="meta"))[0].shape == (3, 4)
+
+
+def test_flops_are_counted():
+    """The counter hooks what comes into modules; a walk back costs a forward pass of each network more."""
+
+    def flops(run):
+        with FlopCounterMode(display=False) as counter:
+            z, log_det = run([trained(lambda: AffineCoupling(mlp(2, 4)))], batch((4,)).requires_grad_())
+            (z.sum() + log_det.sum()).backward()
+        return counter.get_total_flops()
+
+    forward = 2 * 3 * (2 * 5 + 5 * 4)
+    assert flops(reversible) == flops(stored) + forward == 4 * forward
+
+
+def test_random_numbers_of_others_are_left_alone():
+    """Where no step drew any, backward leaves the generator as others move it meanwhile, here a hook on a network in the walk."""
+    steps = chain(1)
+    z, _ = reversible(steps, batch((4,)))
+    state, drawn = torch.get_rng_state(), []
+    steps[2].net.register_forward_hook(lambda *_: drawn.append(torch.rand(1)))
+    z.sum().backward()
+    assert len(drawn) == 1 and not torch.equal(torch.get_rng_state(), state)
+
+
 # refusals ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -531,9 +652,7 @@ def test_an_inverse_that_is_none_is_refused():
             return z / 3, z.new_full((z.shape[0],), -4 * 0.6931)
 
     z, _ = reversible([ActNorm(4).double().eval(), Wrong()], batch((4,)).requires_grad_(), checkpoint_every=1)
-    with pytest.raises(
-        RuntimeError, match=r"steps\[1\]: the inverse of Wrong is none: forward\(inverse\(z\)\) is off by .*reversible=False"
-    ):
+    with pytest.raises(RuntimeError, match=r"steps\[1\]: forward\(inverse\(z\)\) of Wrong is off by .*reversible=False"):
         z.sum().backward()
 
 
@@ -553,6 +672,61 @@ def test_a_parameter_that_changed_is_refused():
                 change(p)
             with pytest.raises(RuntimeError, match=r"steps\[4\].lower of a reversible chain changed between forward and backward"):
                 z.sum().backward()
+
+
+def test_a_fused_optimizer_is_seen():
+    flow = Sequential(*[step.float() for step in chain(1)])
+    optimizer = torch.optim.Adam(flow.parameters(), fused=True)
+    flow(torch.randn(3, 4))[0].sum().backward()
+    z, _ = flow(torch.randn(3, 4))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        z.sum().backward()
+
+
+def test_a_buffer_that_changed_is_refused():
+    """Here by a pass in training mode in between, which moves the statistics that the first pass in eval mode used."""
+    step, x = randomize(AffineCoupling(Noisy())).eval(), torch.randn(5, 4, 2, 4)
+    z, _ = reversible([step], x)
+    reversible([step.train()], x)
+    with pytest.raises(RuntimeError, match=r"steps\[0\].net.net.1.* changed between forward and backward"):
+        z.sum().backward()
+
+
+def test_frozen_in_between():
+    steps, x = chain(1), batch((4,))
+    z, _ = reversible(steps, x)
+    for step in steps:
+        step.requires_grad_(False)
+    z.sum().backward()
+
+
+def test_other_contexts_and_log_dets_are_refused():
+    class LogDet(ActNorm):
+        def forward(self, x, context=None):
+            return super().forward(x)[0], self.log_det
+
+        def inverse(self, z, context=None):
+            return super().inverse(z)
+
+    x = batch((4,)).requires_grad_()
+    with pytest.raises(TypeError, match="context: got tuple, expected a tensor or None"):
+        reversible(chain(1), x, (x,))
+    for log_det, got in ((torch.tensor(0.0), r"\[\]"), (torch.zeros(1), r"\[1\]"), (0.0, "float")):
+        with pytest.raises(ValueError, match=rf"log_det of steps\[0\] \(LogDet\): got {got}, expected \[3\]"):
+            step = LogDet(4).double().eval()
+            step.log_det = log_det
+            reversible([step], x)
+
+
+def test_dropout_in_a_captured_graph_is_refused(monkeypatch):
+    """A step that has been seen to draw, as the passes before a capture show."""
+    steps = [AffineCoupling(Noisy()), AffineCoupling(conv(2, 4))]
+    reversible(steps, torch.randn(5, 4, 2, 4))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert len(generators(torch.device("cuda"), steps[1:])) == 1
+    with pytest.raises(RuntimeError, match="AffineCoupling draws random numbers .* captured CUDA graph"):
+        generators(torch.device("cuda"), steps)
 
 
 def test_what_fails_in_backward_leaves_all_as_it_was():

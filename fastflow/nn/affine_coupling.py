@@ -70,22 +70,20 @@ class AffineCoupling(Flow):
     def _variant(self) -> dict:
         return {"mask": self.mask, "flip": self.flip, "scale": self.scale, "order": self.order, "h_order": self.h_order}
 
-    def _couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        h = self._network(self.network_input(x), context)
-        return ops.affine_coupling(x, h, self.factor(x), **self._variant(), inverse=inverse)
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(x, context, inverse=False)
+        h = self._network(self.network_input(x), context)
+        return ops.affine_coupling(x, h, self.factor(x), **self._variant())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(z, context, inverse=True)
+        h = self._network(self.network_input(z), context)
+        return ops.affine_coupling(z, h, self.factor(z), **self._variant(), inverse=True)
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Gradients]:
         with torch.enable_grad():
             x_a = self.network_input(z).detach().requires_grad_()
-            h, factor = self._network(x_a, context), self.factor(z)
+            h, factor = self._network(x_a.view_as(x_a), context), self.factor(z)  # a view, since hooks on what comes in want no leaf
         x, dx, dh, dfactor = ops.affine_coupling_inverse_backward(
             z, h.detach(), None if factor is None else factor.detach(), dz, dlog_det, **self._variant()
         )

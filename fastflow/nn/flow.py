@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check
+from fastflow.reversible import has_its_own_rule
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class FlowReport:
     log_det_error: float | None
     """Largest difference between log_det and autograd's Jacobian, relative to 1 + |log_det|."""
     gradient_errors: dict[str, float] = field(default_factory=dict)
-    """Of x and each parameter: difference between autograd and a central difference along a random direction, relative; and by
-    the layer's own inverse_backward, where it has one, the largest difference to autograd, relative to 1 + the largest value."""
+    """Of x, each parameter and the context: difference between autograd and a central difference along a random direction, relative;
+    and by the layer's own inverse_backward, where it has one, the largest difference to autograd, relative to 1 + the largest value, to
+    which that of the x it gives is added."""
     tolerance: float = 1e-8
     gradient_tolerance: float = 1e-5
 
@@ -51,7 +53,7 @@ class Flow(nn.Module):
     """An invertible layer with a log-det: write :meth:`forward` and :meth:`inverse`, then run :meth:`check`.
 
     Both directions return ``(output, log_det)`` with log_det ``[N]`` in nats, of that direction, float32 (float64 for float64
-    input); ``context`` is whatever the layer conditions on, and is ignored by layers that do not. See docs/own_layer.md.
+    input); ``context`` is a tensor that the layer conditions on, and is ignored by layers that do not. See docs/own_layer.md.
 
     ``inverse_backward(z, dz, dlog_det, wanted, context=None)``, where a layer has it, gives ``(x, dx, gradients)`` of its forward pass
     from its output, with the gradients of those of ``wanted`` that it depends on in a dict: faster in a reversible chain than what works
@@ -129,6 +131,8 @@ def _jacobian_error(flow: Flow, x: Tensor, context: Tensor | None) -> float:
 
 def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float = 1e-6) -> dict[str, float]:
     x = x.detach().clone().requires_grad_()
+    if context is not None and context.is_floating_point():
+        context = context.detach().clone().requires_grad_()
     generator = torch.Generator("cpu").manual_seed(0)
 
     def random_like(v: Tensor) -> Tensor:
@@ -141,6 +145,8 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
         return sum((w * v).sum() for w, v in zip(weights, flow(x, context), strict=True))
 
     variables = {"x": x} | {name: p for name, p in flow.named_parameters() if p.requires_grad}
+    if context is not None and context.is_floating_point():
+        variables["context"] = context
     gradients = torch.autograd.grad(loss(), list(variables.values()), allow_unused=True, materialize_grads=True)
     errors = {}
     for (name, v), gradient in zip(variables.items(), gradients, strict=True):
@@ -152,12 +158,13 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
             v.copy_(start)
         numeric, exact = ((up - down) / (2 * step)).item(), (gradient * direction).sum().item()
         errors[name] = abs(numeric - exact) / max(1.0, abs(numeric))
-    if flow.inverse_backward is not None:
+    if has_its_own_rule(flow):
         with torch.no_grad():
-            _, dx, found = flow.inverse_backward(z.detach(), *weights, list(variables.values())[1:], context)
+            back, dx, found = flow.inverse_backward(z.detach(), *weights, list(variables.values())[1:], context)
         for (name, v), gradient in zip(variables.items(), gradients, strict=True):
             by_rule = dx if v is x else found.get(v, torch.zeros_like(v))
-            errors[f"{name} by inverse_backward"] = _largest((by_rule - gradient) / (1 + gradient.abs().max()))
+            errors[f"{name} by inverse_backward"] = _largest(by_rule - gradient) / (1 + _largest(gradient))
+        errors["x by inverse_backward"] += _largest(back - x) / (1 + _largest(x))
     return errors
 
 

@@ -18,7 +18,7 @@ class Sequential(Flow):
     inverses at their word: see docs/memory.md.
 
     Args:
-        flows: of which one after the other runs; for those of a Sequential in this one, what is said here holds.
+        flows: of which one after the other runs; a Sequential among them counts as its own, unless it says otherwise below.
         reversible: False keeps every activation, as a flow without an inverse wants it, and torch.compile of the whole chain.
         checkpoint_every: keep the activation after every so many flows all the same; rounding then adds up over no more than these.
 
@@ -54,7 +54,8 @@ class Sequential(Flow):
     def _flat(self) -> Iterator[Flow]:
         """The flows, and in place of a Sequential among them its own, so that each is recomputed alone."""
         for flow in self.flows:
-            if type(flow) is Sequential and flow.reversible and not has_hooks(flow):
+            alike = type(flow) is Sequential and flow.reversible and flow.checkpoint_every in (None, self.checkpoint_every)
+            if alike and not has_hooks(flow) and flow._compiled_call_impl is None:
                 yield from flow._flat()
             else:
                 yield flow
