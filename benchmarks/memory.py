@@ -264,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.quick:
         sizes, timed_sizes = [(8, 4, 16, (1, 2))], [(8, 4, 16, 2)]
     else:
-        sizes = [(32, 32, 512, (2, 4, 8, 16, 32)), (128, 4, 512, (2, 8)), (256, 1, 512, (2, 8))]
+        sizes = [(32, 32, 512, (2, 4, 8, 16, 32)), (128, 4, 64, (2, 8)), (256, 4, 64, (2, 8))]
         timed_sizes = [(32, 32, 64, 8), (32, 32, 512, 4)]
     options.side, options.batch, options.hidden = 8, 2, 16
     errors = check(options)
