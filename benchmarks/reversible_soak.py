@@ -97,9 +97,9 @@ def plot(rows: list[dict], path: Path) -> None:
             apart.plot(column(rows, way, "step")[0], differences(rows, way), **style)
     losses.set_title("training bits/dim, means of 5 steps")
     apart.set_title("difference from stored, bits/dim")
-    drifts.set_title("walked back to the input: largest difference over largest value")
+    drifts.set_title("drift: what is walked back to, from what was there")
     memory.set_title("resident memory, MiB")
-    memory.set_ylim(bottom=0)
+    memory.set_ylim(0, 1.2 * memory.get_ylim()[1])
     for axes in (losses, apart, drifts, memory):
         axes.grid(alpha=0.3)
         axes.set_xlabel("step")

@@ -57,15 +57,17 @@ def reversible(
     steps without a rule of their own, on the CPU, where looking is free).
     """
     steps = list(steps)
-    if not torch.is_grad_enabled() or x.is_meta or torch.compiler.is_exporting():
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()  # torch 2.11 says both of compiling
+    if not torch.is_grad_enabled() or x.is_meta or exporting:
         return stored(steps, x, context, weights=weights)
-    run = _reversible
-    if torch.compiler.is_compiling():  # decorating it would have `import fastflow` import the compiler, which takes a second
-        run = torch.compiler.disable(run, reason="a reversible chain's backward pass is a program of its own; reversible=False is traced")
+    run = run_chains
+    if torch.compiler.is_compiling():
+        from fastflow.untraced import run_chains as run
     return run(steps, x, context, weights, checkpoint_every or max(1, len(steps)))
 
 
-def _reversible(steps: list[nn.Module], x: Tensor, context: Tensor | None, weights: Weights | None, length: int) -> tuple[Tensor, Tensor]:
+def run_chains(steps: list[nn.Module], x: Tensor, context: Tensor | None, weights: Weights | None, length: int) -> tuple[Tensor, Tensor]:
+    """What :func:`reversible` does where gradients are wanted: chains of ``length`` steps, each of which keeps its output."""
     chains = [_Chain(steps[start : start + length], weights, start) for start in range(0, len(steps), length)]
     if context is not None and not isinstance(context, Tensor):
         raise TypeError(f"context: got {type(context).__name__}, expected a tensor or None; reversible=False hands on whatever it is")

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "reference": {"torch"},
     "check": {"torch"},
     "ops": {"torch", "reference", "check", "triton_kernels"},
-    "reversible": {"torch"},
+    "reversible": {"torch", "untraced"},
+    "untraced": {"torch", "reversible"},
     "nn": {"torch", "ops", "check", "reversible"},
     "models": {"torch", "nn", "check"},
 }
