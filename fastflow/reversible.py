@@ -288,7 +288,8 @@ class _Chain:
 
     @contextmanager
     def _uncached(self) -> Iterator[None]:
-        """Autocast as in the forward pass, and no caches: of casts, of parametrizations. They would hold what no gradient passes."""
+        """Autocast as in the forward pass, and no caches: of casts, which would keep one of each weight, and of parametrizations, where
+        what is made without gradients would be taken for what has them."""
         with ExitStack() as stack:
             for device, (enabled, dtype) in self.autocast.items():
                 if enabled or torch.is_autocast_enabled(device):
