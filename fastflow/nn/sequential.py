@@ -22,8 +22,7 @@ class Sequential(Flow):
         reversible: False keeps every activation, as a flow without an inverse wants it, and torch.compile of the whole chain.
         checkpoint_every: keep the activation after every so many flows all the same; rounding then adds up over no more than these.
 
-    Raises TypeError for a module that is no :class:`Flow` (a ``Split`` has three outputs and
-    belongs into a model).
+    Raises TypeError for a module that is no :class:`Flow` (a ``Split`` has three outputs and belongs into a model).
 
     Example:
         >>> flow = Sequential(ActNorm(4), InvertibleConv1x1(4), AffineCoupling(torch.nn.Linear(2, 4)))
