@@ -86,7 +86,7 @@ def folded(steps: list[GlowStep]) -> list[Linear]:
 def _correction(weight: Tensor, inverse: Tensor) -> Tensor | float:
     """What makes ``inverse`` that of float32 weights as they were rounded: a step of Newton's method in float64, V (1 - W V).
 
-    Without it a walk back through 32 steps ends up about twice as far from where the forward pass was (docs/precision.md).
+    Without it a walk back through 32 steps ends up about twice as far from where the forward pass was (docs/memory.md).
     """
     if weight.dtype != torch.float32 or weight.device.type not in ("cpu", "cuda"):  # others may have no float64
         return 0.0
