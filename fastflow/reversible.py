@@ -183,7 +183,7 @@ class _Chain:
         self.watched = (*self.distinct, *{id(b): b for b in still if not b.is_inference()}.values())
         self.versions = _versions(self.watched)
         if any(m._parameters.get(name) is not p for m, name, p in self.places):
-            raise RuntimeError("parameters of a reversible chain were exchanged for others while it ran (a hook?); reversible=False allows it")
+            raise RuntimeError("parameters of a reversible chain were exchanged for others while it ran; reversible=False allows it")
         return x, log_det
 
     def backward(self, z, context, dz, dlog_det, need_dx) -> tuple[Tensor | None, Tensor | None, Gradients]:
