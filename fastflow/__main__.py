@@ -1,6 +1,7 @@
 """The command line: ``python -m fastflow train | evaluate | sample``, also installed as ``fastflow``."""
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +16,30 @@ def main(argv=None):
     try:
         from fastflow.check import SingularError
         from fastflow.checkpoint import CheckpointError
+        from fastflow.config import ConfigError
         from fastflow.data import DataError
-        from fastflow.train import ConfigError, Interrupted, NonFiniteError
+        from fastflow.ranks import LostRankError
+        from fastflow.train import Interrupted, NonFiniteError
     except ModuleNotFoundError as error:
         return _missing(error)
     try:
         return _run(argv)
     except ModuleNotFoundError as error:
         return _missing(error)
-    except (CheckpointError, ConfigError, DataError, NonFiniteError, SingularError) as error:
+    except (CheckpointError, ConfigError, DataError, LostRankError, NonFiniteError, SingularError) as error:
         line = str(error).strip().splitlines()[-1]  # from a worker process the message is a traceback's last line
         return _fail(line.removeprefix("fastflow.data.DataError: "))
     except Interrupted as error:
-        print(error)
+        if not int(os.environ.get("RANK", 0)):
+            print(error)
         return 128 + error.signum
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
 
 def _fail(line, code=1):
-    print(f"error: {line}", file=sys.stderr)
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"error: {rank}{line}", file=sys.stderr)
     return code
 
 
@@ -47,7 +52,8 @@ def _missing(error):
 def _run(argv):
     import tyro
 
-    from fastflow.train import Config, resumed, train
+    from fastflow.config import Config
+    from fastflow.train import resumed, train
 
     @dataclass(frozen=True)
     class Evaluate:
@@ -115,7 +121,8 @@ def _run(argv):
 
 def _evaluate(options):
     from fastflow import checkpoint, data, picture
-    from fastflow.train import ConfigError, evaluate, report
+    from fastflow.config import ConfigError
+    from fastflow.evaluate import evaluate, report
 
     path = _file(options.checkpoint)
     contents = checkpoint.read(path)
@@ -154,7 +161,8 @@ def _sample(options):
     import torch
 
     from fastflow import checkpoint, picture
-    from fastflow.train import ConfigError, sample
+    from fastflow.config import ConfigError
+    from fastflow.evaluate import sample
 
     path = _file(options.checkpoint)
     model = checkpoint.load(path, options.device)

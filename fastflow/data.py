@@ -2,8 +2,9 @@
 
 A source has ``name``, ``image_shape``, ``length`` (training images in an epoch), ``classes`` (None without labels),
 ``flip`` (whether mirroring is usual for it), ``test`` (uint8 tensor), ``test_labels`` (int64 tensor or None) and
-``draw(indices, rng)``, which gives training images and labels as arrays.  :class:`Batches` makes batches of it, each a
-pure function of (seed, step): a resumed run needs no loader state, and no global generator is touched.
+``draw(indices, uniform)``, which gives training images and labels; what is random in an image comes from its three
+numbers in [0, 1).  :class:`Batches` makes batches of it, each a pure function of (seed, step), whatever part of it is
+asked for: a resumed run needs no loader state, no global generator is touched, and ranks draw what one process would.
 """
 
 import hashlib
@@ -87,14 +88,14 @@ class Photos:
         self.length = 2 * (427 // size) * (512 // size)  # an epoch: as many crops as tiles would cover the columns
         self._windows = np.lib.stride_tricks.sliding_window_view(photos[..., :512], (size, size), axis=(2, 3))
 
-    def draw(self, indices, rng):
+    def draw(self, indices, uniform):
         photos, _, rows, columns = self._windows.shape[:4]
-        photo, row, column = (rng.integers(bound, size=len(indices)) for bound in (photos, rows, columns))
-        return self._windows[photo, :, row, column], None
+        photo, row, column = (uniform * (photos, rows, columns)).astype(np.int64).T
+        return torch.from_numpy(self._windows[photo, :, row, column]), None
 
 
 class Images:
-    """Images in memory, uint8 arrays ``[N, C, H, W]``, with or without labels."""
+    """Images in memory, of the machine or of a GPU: uint8 arrays ``[N, C, H, W]``, with or without labels."""
 
     def __init__(self, name, train, test, labels=None, test_labels=None, flip=False):
         self.name, self.flip, self.length = name, flip, len(train)
@@ -102,9 +103,21 @@ class Images:
         self.classes = None if labels is None else int(labels.max()) + 1
         self.test = torch.from_numpy(np.ascontiguousarray(test))
         self.test_labels = None if test_labels is None else torch.from_numpy(test_labels.astype(np.int64))
-        self._train, self._labels = train, labels
+        self._train = torch.from_numpy(np.ascontiguousarray(train))
+        self._labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
-    def draw(self, indices, rng):
+    def to(self, device):
+        """Moves the training images to a device, where batches are then made."""
+        self._train = self._train.to(device)
+        self._labels = None if self._labels is None else self._labels.to(device)
+        return self
+
+    @property
+    def nbytes(self):
+        return self._train.nbytes
+
+    def draw(self, indices, uniform):
+        indices = torch.from_numpy(indices).to(self._train.device)
         return self._train[indices], None if self._labels is None else self._labels[indices]
 
 
@@ -141,14 +154,14 @@ class Folder:
             number = {name: i for i, name in enumerate(classes)}
             test = [f for f in test if f.relative_to(roots[1]).parts[0] in number]
             self.classes = len(classes)
-            self._labels = np.array([number[parts[0]] for parts in names])
+            self._labels = torch.tensor([number[parts[0]] for parts in names])
             self.test_labels = torch.tensor([number[f.relative_to(roots[1]).parts[0]] for f in test])
         self._files, self.length = train, len(train)
         self.test = torch.from_numpy(np.stack([_decode(f, size) for f in test]))
 
-    def draw(self, indices, rng):
+    def draw(self, indices, uniform):
         images = np.stack([_decode(self._files[i], self.image_shape[1]) for i in indices])
-        return images, None if self._labels is None else self._labels[indices]
+        return torch.from_numpy(images), None if self._labels is None else self._labels[indices]
 
 
 def _images_in(path):
@@ -263,22 +276,23 @@ class Batches(Dataset):
     """Training batches of a source: item ``step`` is ``(x, labels)``, a pure function of (seed, step).
 
     x: uint8 ``[size, C, H, W]``, values in ``[0, 2^n_bits)``; labels: int64 ``[size]``, or None.  Images are taken in
-    the order of a permutation drawn anew each epoch; a batch may end one epoch and begin the next.
+    the order of a permutation drawn anew each epoch; a batch may end one epoch and begin the next.  ``part``: only
+    the samples from its first to before its second number, the same ones as in the whole batch.
     """
 
-    def __init__(self, source, size, seed, n_bits=8, flip=None):
+    def __init__(self, source, size, seed, n_bits=8, flip=None, part=None):
         self.source, self.size, self.seed, self.n_bits = source, size, seed, n_bits
         self.flip = source.flip if flip is None else flip
+        self.part = slice(*(part or (0, size)))
         self._epoch, self._order = None, None
 
     def __getitem__(self, step):
-        rng = np.random.default_rng(derive(self.seed, _BATCH, step))
-        x, labels = self.source.draw(self._indices(step), rng)
+        uniform = np.random.default_rng(derive(self.seed, _BATCH, step)).random((self.size, 4))[self.part]
+        x, labels = self.source.draw(self._indices(step)[self.part], uniform[:, :3])
         if self.flip:
-            mirrored = rng.random(len(x)) < 0.5
-            x = np.where(mirrored[:, None, None, None], x[..., ::-1], x)
-        x = torch.from_numpy(np.ascontiguousarray(x)) >> (8 - self.n_bits)
-        return x, None if labels is None else torch.from_numpy(labels.astype(np.int64))
+            mirrored = torch.from_numpy(uniform[:, 3] < 0.5).to(x.device)
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        return (x >> (8 - self.n_bits)).contiguous(), labels
 
     def _indices(self, step):
         epochs, places = np.divmod(np.arange(step * self.size, (step + 1) * self.size), self.source.length)
@@ -291,13 +305,15 @@ class Batches(Dataset):
             indices[here] = self._order[places[here]]
         return indices
 
-    def stream(self, start, stop, workers=None, pin_memory=False):
-        """Iterate over the batches of steps ``start`` to ``stop - 1``, drawn ahead by worker processes.
+    def stream(self, start, stop, workers=None):
+        """Iterate over the batches of steps ``start`` to ``stop - 1``, drawn ahead by worker processes into pinned memory.
 
         ``workers=None``: none for images in memory, up to four for a folder.
         """
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if isinstance(self.source, Folder) else 0
+        if not workers:
+            return map(self.__getitem__, range(start, stop))
         return iter(
             DataLoader(
                 self,
@@ -305,7 +321,7 @@ class Batches(Dataset):
                 sampler=range(start, stop),
                 num_workers=workers,
                 worker_init_fn=_leave_signals,
-                pin_memory=pin_memory,
+                pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # or the loader draws from the global one
             )
         )

@@ -56,7 +56,7 @@ def trained(module):
     for layer in module.modules():
         if isinstance(layer, ActNorm):
             layer.initialized.fill_(True)
-            layer._initialized = True
+            layer._set_read(True)
     return randomize(module, std=0.1)
 
 

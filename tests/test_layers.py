@@ -15,13 +15,14 @@ MAY_IMPORT = {
     "reference": {"torch"},
     "check": {"torch"},
     "ops": {"torch", "reference", "check", "triton_kernels"},
+    "ranks": {"torch"},
     "reversible": {"torch", "untraced"},
     "untraced": {"torch", "reversible"},
-    "nn": {"torch", "ops", "check", "reversible"},
+    "nn": {"torch", "ops", "check", "ranks", "reversible"},
     "models": {"torch", "nn", "check"},
 }
 LAYERS = {*MAY_IMPORT, "trainer"}
-FORBIDDEN_ABOVE = {"trainer": LAYERS - {"trainer", "models", "check"} | {"triton"}, "facade": {"triton"}}
+FORBIDDEN_ABOVE = {"trainer": LAYERS - {"trainer", "models", "check", "ranks"} | {"triton"}, "facade": {"triton"}}
 NOWHERE = {"tests", "benchmarks", "conftest"}
 
 

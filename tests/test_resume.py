@@ -163,7 +163,7 @@ def assert_same_end(training, undisturbed):
 
 
 def test_the_undisturbed_run_is_one_worth_comparing(undisturbed):
-    from fastflow.train import read_metrics
+    from fastflow.progress import read_metrics
 
     rows = read_metrics(undisturbed.run / "metrics.csv")
     assert rows[-1]["train_bits_per_dim"] < rows[0]["train_bits_per_dim"] - 1

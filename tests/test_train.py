@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,13 @@ import torch
 
 import fastflow
 from fastflow import checkpoint, train
+from fastflow import progress as progress_module
 from fastflow.__main__ import main
+from fastflow.config import Config, ConfigError
+from fastflow.data import derive
+from fastflow.evaluate import evaluate, sample
 from fastflow.models import Glow
-from fastflow.train import Config, ConfigError, read_metrics
+from fastflow.progress import Metrics, Progress, read_metrics
 
 pytest.importorskip("tyro")
 Image = pytest.importorskip("PIL.Image")
@@ -119,7 +124,7 @@ def test_class_conditional(arrays, tmp_path, capsys):
     assert main([*argv, "--n-bits", "6"]) == 0
     model = fastflow.load(run / "last.pt")
     assert model.classes == 2 and model.n_bits == 6
-    dark, bright = (train.sample(model, 32, labels=torch.full((32,), c)).float().mean() for c in (0, 1))
+    dark, bright = (sample(model, 32, labels=torch.full((32,), c)).float().mean() for c in (0, 1))
     assert bright > dark + 10
     assert main(["sample", str(run), "--out", str(tmp_path / "s.png"), "--classes", "1", "0", "--n", "4"]) == 0
     assert main(["evaluate", str(run)]) == 0
@@ -132,7 +137,7 @@ def test_bf16_trains(arrays, tmp_path):
     config = Config(data=arrays, out=str(tmp_path / "run"), steps=12, lr=1e-2, warmup=2, levels=2, steps_per_level=1, hidden=8, bf16=True)
     run, model = train.train(config)
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    exact = train.train(train.replace(config, bf16=False, out=str(tmp_path / "exact")))[0]
+    exact = train.train(replace(config, bf16=False, out=str(tmp_path / "exact")))[0]
     a, b = (read_metrics(r / "metrics.csv")[11]["train_bits_per_dim"] for r in (run, exact))
     assert a != b and a == pytest.approx(b, abs=0.05)
 
@@ -142,7 +147,7 @@ def test_learning_rate():
     rates = [train.learning_rate(config, step, 14) for step in range(14)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[9] == pytest.approx(1.0)
     assert all(a > b > 0 for a, b in zip(rates[4:], rates[5:], strict=False))
-    constant = train.replace(config, schedule="constant")
+    constant = replace(config, schedule="constant")
     assert {train.learning_rate(constant, step, 14) for step in range(3, 14)} == {2.0}
 
 
@@ -152,13 +157,13 @@ def test_importance_samples_average_probabilities():
     model.initialize(x, seed=0)
     for actnorm in model.flows[0].steps:
         actnorm.actnorm.log_scale.data += 4  # a density so narrow that noise matters
-    bounds = train.evaluate(model, x, samples=4, seed=7, batch_size=2, each=True)
-    nats = torch.stack([model.log_prob(x, seed=train.derive(7, 12, k)).double() for k in range(4)]).detach()
+    bounds = evaluate(model, x, samples=4, seed=7, batch_size=2, each=True)
+    nats = torch.stack([model.log_prob(x, seed=derive(7, 12, k)).double() for k in range(4)]).detach()
     expected = (math.log(4) - nats.logsumexp(0)) / (192 * math.log(2))
     assert torch.allclose(bounds[-1], expected, atol=1e-6)
     assert torch.allclose(bounds[0], -nats[0] / (192 * math.log(2)), atol=1e-6)
     assert (expected < -nats.mean(0) / (192 * math.log(2)) - 1e-3).all()  # tighter than the mean of the bounds
-    assert torch.equal(bounds[-1], train.evaluate(model, x, samples=4, seed=7, batch_size=2))
+    assert torch.equal(bounds[-1], evaluate(model, x, samples=4, seed=7, batch_size=2))
 
 
 def test_a_non_finite_loss_stops_the_run(arrays, tmp_path, capsys):
@@ -240,13 +245,13 @@ def test_what_a_resumed_run_may_change(finished, capsys, tmp_path, arrays):
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.csv"
-    metrics = train.Metrics(path, 0)
+    metrics = Metrics(path, 0)
     for step in range(1, 6):
         metrics.write(step, 0, 0.1, 4.0 + step, 1.0, None)
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole) + "6,0,0.")
-    train.Metrics(path, 3).write(4, 0, 0.1, 8.0, 1.0, 7.5)
-    assert path.read_text() == "".join(whole[:4]) + "4,0,0.1,8.000000,1,7.500000\n"
+    Metrics(path, 3).write(4, 0, 0.1, 8.0, 1.0, 7.5)
+    assert path.read_text() == "".join(whole[:4]) + "4,0,0.1,8,1,7.5\n"
     assert [f.name for f in tmp_path.iterdir()] == ["metrics.csv"]
 
 
@@ -292,10 +297,10 @@ def test_minutes_end_a_run_in_time(arrays, tmp_path):
     config = Config(data=arrays, out=str(tmp_path / "run"), steps=10**6, levels=2, steps_per_level=1, hidden=8, minutes=0.01)
     run, _ = train.train(config)
     rows = read_metrics(run / "metrics.csv")
-    assert len(rows) == 50 and rows[-1]["test_bits_per_dim"] is not None  # the first look at the clock
-    assert json.loads((run / "result.json").read_text())["step"] == 50
+    assert len(rows) == 51 and rows[-1]["test_bits_per_dim"] is not None  # one after the first look at the clock
+    assert json.loads((run / "result.json").read_text())["step"] == 51
     state = checkpoint.read(run / "last.pt")["training"]
-    assert state["total"] == 50 and state["config"]["steps"] == 10**6
+    assert state["total"] == 51 and state["config"]["steps"] == 10**6
 
 
 def test_how_many_steps_fit():
@@ -307,18 +312,18 @@ def test_how_many_steps_fit():
 
 def test_progress_on_a_terminal_and_off(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = train.Progress(20, 10, batch_size=4)
+    progress = Progress(20, 10, batch_size=4)
     for bits in (5.0, 4.0):
-        progress.update(bits)
+        progress.update(bits, 20)
     progress.close()
     bar = capsys.readouterr().err
     assert re.search(r"step 12/20 \|.*\| 4\.950 bits/dim, \d+ images/s, \d\d:\d\d left", bar)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
-    progress = train.Progress(20, 0, batch_size=8)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    progress = Progress(20, 0, batch_size=8)
     for _ in range(6):
-        progress.update(3.0)
+        progress.update(3.0, 20)
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["step 3/20: 3.000 bits/dim, 2 images/s, 68 s left", "step 6/20: 3.000 bits/dim, 2 images/s, 56 s left"]
 

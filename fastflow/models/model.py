@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check
-from fastflow.nn import Dequantize, Flow, GaussianPrior, Split
+from fastflow.nn import AffineCoupling, Dequantize, Flow, GaussianPrior, Split
 
 
 class Model(nn.Module):
@@ -64,13 +64,27 @@ class Model(nn.Module):
         """:meth:`bits_per_dim`, so that DDP and torch.compile wrap training."""
         return self.bits_per_dim(x, context, seed=seed, offset=offset)
 
-    def initialize(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None) -> None:
-        """Initialises every ActNorm that has not been, from a batch of images, as the first forward pass in training mode does."""
+    def initialize(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> None:
+        """Initialises every ActNorm that has not been, from a batch of images, as the first forward pass in training mode does.
+
+        Where torch.distributed is initialised every rank has to, each with its own share of a batch: see :class:`fastflow.nn.ActNorm`.
+        """
         training = self.training
         self.train()
         with torch.no_grad():
-            self.log_prob(x, context, seed=seed)
+            self.log_prob(x, context, seed=seed, offset=offset)
         self.train(training)
+
+    def compile_networks(self) -> None:
+        """Compiles every coupling network where it is (``torch.compile``), which the reversible chains around them allow.
+
+        Each batch size, and each of training, evaluation and sampling, is compiled when it first comes. Raises torch's errors.
+        """
+        # of one kind are the networks of a level, in each mode and batch size; torch gives up after 8 kinds unless told
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(self.flows))
+        for module in self.modules():
+            if isinstance(module, AffineCoupling):
+                module.net.compile(dynamic=False)
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:

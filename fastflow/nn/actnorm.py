@@ -1,13 +1,18 @@
 """Activation normalization."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastflow import ops
 from fastflow.nn.flow import Flow, check_channels
+from fastflow.ranks import pooled
 from fastflow.reversible import Gradients, vjp
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ActNorm(Flow):
@@ -17,8 +22,12 @@ class ActNorm(Flow):
     training mode. Until then it is the identity, in eval mode and in the inverse too. The flag is a buffer: a loaded checkpoint
     is never initialised again. A channel that is constant keeps scale 1. An empty batch initialises nothing.
 
+    Where torch.distributed is initialised, the statistics are those of the batches of all ranks, and every rank has to take part, even with
+    an empty batch: all then have the same scale and bias, bit for bit.
+
     Args:
         num_features: C.
+        process_group: whose ranks share statistics; None: all.
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the positions of a sample (H W of an image).
     Raises ValueError when C differs from ``num_features``.
@@ -26,28 +35,41 @@ class ActNorm(Flow):
 
     initialized: Tensor
 
-    def __init__(self, num_features: int) -> None:
+    def __init__(self, num_features: int, process_group: "ProcessGroup | None" = None) -> None:
         super().__init__()
-        self.num_features = num_features
+        self.num_features, self.process_group = num_features, process_group
         self.log_scale = nn.Parameter(torch.zeros(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("initialized", torch.tensor(False))
-        self._initialized = False  # the flag in Python, so that no forward waits for the device to read it
+        self._set_read(False)
+
+    def _set_read(self, initialized: bool) -> None:
+        """Keeps the flag in Python, so that no forward waits for the device, beside the state of the buffer that it was read in."""
+        self._read, self._read_from = initialized, _state_of(self.initialized)
+
+    @property
+    def _initialized(self) -> bool:
+        if not torch.compiler.is_compiling() and not self.initialized.is_meta:
+            read, now = self._read_from, _state_of(self.initialized)
+            if read[0] is not now[0] or read[1] != now[1]:  # written since: DistributedDataParallel broadcasts buffers
+                self._set_read(bool(self.initialized))
+        return self._read
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Sets scale and bias from the statistics of ``x``, whether or not it was done before."""
         check_channels(x, self.num_features)
-        if x.numel() == 0:
+        mean, var = ops.actnorm_statistics(x) if x.numel() else (torch.zeros_like(self.bias), torch.zeros_like(self.bias))
+        count, mean, var = pooled(x.numel() // self.num_features, mean, var, self.process_group)
+        if not count:
             return
-        mean, var = ops.actnorm_statistics(x)
         std = var.sqrt()
         # below this, what varies is rounding: scaling it up would give noise or infinities
         constant = std <= 1e-6 * mean.abs() + torch.finfo(std.dtype).tiny
         self.log_scale.copy_(torch.where(constant, torch.zeros_like(std), -torch.log(torch.where(constant, 1.0, std))))
         self.bias.copy_(-mean)
         self.initialized.fill_(True)
-        self._initialized = True
+        self._set_read(True)
 
     def initialize_once(self, x: Tensor) -> None:
         """What the first forward pass in training mode does."""
@@ -73,7 +95,11 @@ class ActNorm(Flow):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._initialized = bool(self.initialized)
+        self._set_read(bool(self.initialized))
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"
+
+
+def _state_of(buffer: Tensor) -> tuple[Tensor, int | None]:
+    return buffer, None if buffer.is_inference() else buffer._version
