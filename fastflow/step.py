@@ -1,6 +1,7 @@
 """One training step over static buffers: the same code uncaptured on any device and captured in a CUDA graph."""
 
 from contextlib import nullcontext
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastflow.ranks import share
 
 WARM_UP = 3  # steps before a capture: libraries choose their kernels and take their memory
+# a step changes no buffer; torch 2.14 has given the option another name
+BROADCAST_BUFFERS = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters)
 WARM_UP_OF_RANKS = 11  # DistributedDataParallel measures the order of gradients in its first steps, and rebuilds its buckets
 
 
@@ -60,12 +63,8 @@ class Step:
         self.forward = model
         if ranks.count > 1:
             with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-                self.forward = DistributedDataParallel(
-                    model,
-                    device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                    broadcast_buffers=False,  # none changes
-                    gradient_as_bucket_view=True,
-                )
+                device_ids = [self.device.index] if self.device.type == "cuda" else None
+                self.forward = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **{BROADCAST_BUFFERS: False})
 
     def __call__(self, x, labels, seed, lr, wishes=(0.0, 0.0)):
         """Takes one step; gives bits/dim and gradient norm of the whole batch, and the sums of the ranks' ``wishes``, as floats.

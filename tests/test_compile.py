@@ -56,7 +56,7 @@ def trained(module):
     for layer in module.modules():
         if isinstance(layer, ActNorm):
             layer.initialized.fill_(True)
-            layer._set_read(True)
+            assert layer._initialized
     return randomize(module, std=0.1)
 
 

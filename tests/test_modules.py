@@ -86,7 +86,7 @@ def trained(make):
     for layer in module.modules():
         if isinstance(layer, ActNorm):
             layer.initialized.fill_(True)
-            layer._set_read(True)
+            assert layer._initialized
     return module.eval()
 
 

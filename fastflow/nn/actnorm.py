@@ -41,18 +41,13 @@ class ActNorm(Flow):
         self.log_scale = nn.Parameter(torch.zeros(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("initialized", torch.tensor(False))
-        self._set_read(False)
-
-    def _set_read(self, initialized: bool) -> None:
-        """Keeps the flag in Python, so that no forward waits for the device, beside the state of the buffer that it was read in."""
-        self._read, self._read_from = initialized, _state_of(self.initialized)
+        self._read = False  # the flag in Python, so that no forward waits for the device to read it
 
     @property
     def _initialized(self) -> bool:
-        if not torch.compiler.is_compiling() and not self.initialized.is_meta:
-            read, now = self._read_from, _state_of(self.initialized)
-            if read[0] is not now[0] or read[1] != now[1]:  # written since: DistributedDataParallel broadcasts buffers
-                self._set_read(bool(self.initialized))
+        # read until it is true: DistributedDataParallel broadcasts it, and who loads weights by hand may set it
+        if not self._read and not torch.compiler.is_compiling() and not self.initialized.is_meta:
+            self._read = bool(self.initialized)
         return self._read
 
     @torch.no_grad()
@@ -69,7 +64,7 @@ class ActNorm(Flow):
         self.log_scale.copy_(torch.where(constant, torch.zeros_like(std), -torch.log(torch.where(constant, 1.0, std))))
         self.bias.copy_(-mean)
         self.initialized.fill_(True)
-        self._set_read(True)
+        self._read = True
 
     def initialize_once(self, x: Tensor) -> None:
         """What the first forward pass in training mode does."""
@@ -95,11 +90,7 @@ class ActNorm(Flow):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._set_read(bool(self.initialized))
+        self._read = bool(self.initialized)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"
-
-
-def _state_of(buffer: Tensor) -> tuple[Tensor, int | None]:
-    return buffer, None if buffer.is_inference() else buffer._version
