@@ -29,6 +29,10 @@ def main(argv=None):
     except (CheckpointError, ConfigError, DataError, LostRankError, NonFiniteError, SingularError) as error:
         line = str(error).strip().splitlines()[-1]  # from a worker process the message is a traceback's last line
         return _fail(line.removeprefix("fastflow.data.DataError: "))
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
     except Interrupted as error:
         if not int(os.environ.get("RANK", 0)):
             print(error)

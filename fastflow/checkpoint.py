@@ -56,7 +56,7 @@ def save(path, model, training=None):
     import fastflow
     import fastflow.models
 
-    name = type(model).__name__
+    path, name = Path(path), type(model).__name__
     if name not in fastflow.models.__all__:
         raise CheckpointError(f"{path}: model is a {name}, expected one of {', '.join(fastflow.models.__all__)}")
     contents = {
@@ -67,8 +67,16 @@ def save(path, model, training=None):
         "state_dict": model.state_dict(),
         "training": training,
     }
-    with replacing(path) as file:
-        torch.save(contents, file)
+    try:
+        with replacing(path) as file:
+            torch.save(contents, file)
+    except (OSError, RuntimeError) as error:  # where a write fails torch's own error may come last, and hide the disk's
+        disk = error
+        while disk is not None and not isinstance(disk, OSError):
+            disk = disk.__context__
+        if disk is None:
+            raise
+        raise OSError(disk.errno, f"not written, {path.name} is what it was before: {disk.strerror}", str(path)) from error
 
 
 def read(path, device="cpu"):

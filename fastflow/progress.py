@@ -31,7 +31,10 @@ class Metrics:
 
     def write(self, step, epoch, lr, bits, grad_norm, test_bits):
         test = "" if test_bits is None else f"{test_bits:.12g}"
-        self._file.write(f"{step},{epoch},{lr:.6g},{bits:.12g},{grad_norm:.12g},{test}\n".encode())
+        try:
+            self._file.write(f"{step},{epoch},{lr:.6g},{bits:.12g},{grad_norm:.12g},{test}\n".encode())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def sync(self):
         os.fsync(self._file.fileno())

@@ -4,6 +4,7 @@ A batch of B samples is shared by all ranks: rank r of W has samples ``r B // W`
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             if self.count > 1 and _is_of_a_collective(error):
-                reason = (str(error).strip().splitlines() or [""])[0][:160]
+                reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().split("\n")[0]).split(". ")[0][:160]  # less its place in gloo
                 raise LostRankError(f"another rank has died or does not answer; its own error says why ({reason})") from None
             raise
 

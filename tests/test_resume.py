@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")
 STEPS = 80
 # shuffled batches that straddle epochs, noise, warm-up, a clip that bites, mirrored images, evaluations and checkpoints out of step
 SETTINGS = f"--steps {STEPS} --batch-size 6 --warmup 20 --clip 2 --flip True --eval-every 9 --save-every 7 --lr 3e-3"
-SETTINGS += " --levels 2 --steps-per-level 1 --hidden 8 --final-samples 2 --samples 4"
+SETTINGS += " --levels 2 --steps-per-level 1 --hidden 8 --final-samples 2 --samples 4 --ema 0.9"
 
 # One server imports torch once and forks the training processes: each is a process of its own to kill, at no cost.
 processes = multiprocessing.get_context("forkserver")
@@ -155,7 +155,7 @@ def assert_same_end(training, undisturbed):
         a, b = checkpoint.read(training.run / name), checkpoint.read(undisturbed.run / name)
         assert_equal_trees(a["state_dict"], b["state_dict"], name)
         if name == "last.pt":
-            for key in ("optimizer", "rng", "step", "total", "best", "data"):
+            for key in ("optimizer", "trained", "rng", "step", "total", "best", "data"):
                 assert_equal_trees(a["training"][key], b["training"][key], key)
     for name in ("samples.png", "result.json"):
         assert (training.run / name).read_bytes() == (undisturbed.run / name).read_bytes(), name
