@@ -63,18 +63,22 @@ def test_a_loaded_model_never_initialises_again(tmp_path):
     assert same_state(model, loaded)
 
 
-def test_a_failing_write_leaves_the_former_file_and_nothing_beside(tmp_path, monkeypatch):
+@pytest.mark.parametrize("after", [0, 10, 5_000, 20_000, "all but a byte"])
+def test_a_full_disk_leaves_the_former_file_and_nothing_beside(after, tmp_path):
+    """The disk is a limit on the size of a file: a write past it fails as one on a full disk does."""
+    resource = pytest.importorskip("resource")
     path, model = tmp_path / "model.pt", tiny()
     fastflow.save(path, model, {"step": 1})
-    before = path.read_bytes()
-
-    def full_disk(contents, file):
-        file.write(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        fastflow.save(path, model, {"step": 2})
+    before, kept = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    after = len(before) - 1 if after == "all but a byte" else after
+    assert after < len(before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, kept[1]))
+    try:
+        with pytest.raises(OSError, match="not written, model.pt is what it was before: File too large") as error:
+            fastflow.save(path, model, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert error.value.filename == str(path)
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["model.pt"]
 
 
