@@ -157,7 +157,7 @@ def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], flo
     return errors, tolerance
 
 
-def _microseconds(calls: dict[str, Callable], seconds: float, device: str) -> dict[str, list[float]]:
+def microseconds(calls: dict[str, Callable], seconds: float, device: str) -> dict[str, list[float]]:
     """p20, p50, p80 of each call."""
     if device == "cuda":
         from triton.testing import do_bench
@@ -180,7 +180,7 @@ def _copy_bandwidth() -> float:
     """GB/s, read and written, of a copy of 1 GiB on the GPU."""
     x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
-    p50 = _microseconds({"copy": lambda: y.copy_(x)}, 0.2, "cuda")["copy"][1]
+    p50 = microseconds({"copy": lambda: y.copy_(x)}, 0.2, "cuda")["copy"][1]
     return 2 * x.nbytes / p50 / 1e3
 
 
@@ -203,7 +203,7 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
         errors, tolerance = _errors(case, mode, sets[0])
         cycles = {provider: itertools.cycle(sets) for provider in case.providers}
         calls = {p: lambda f=f, c=cycles[p]: _compute(f, *next(c)) for p, f in case.providers.items()}
-        times = _microseconds(calls, options.seconds, device)
+        times = microseconds(calls, options.seconds, device)
         reference = next(iter(times.values()))[1]
         for provider, (p20, p50, p80) in times.items():
             row = {"name": name, "case": case.name, "shape": case.shape, "dtype": str(case.dtype)[6:], "layout": case.layout}

@@ -1,0 +1,249 @@
+"""A Glow beside plain PyTorch, torch.compile of that, and nflows: forward and backward, and sampling.
+
+    pip install --no-deps nflows    # to compare with; left out where it is not installed
+    python -m benchmarks.glow
+
+All have the same weights and compute the same: bits/dim, gradients and samples are compared with plain PyTorch's in float64, gradients
+in float32 too, before anything is timed. ``plain`` is benchmarks/plain_glow.py, and has to be no slower than nflows in the same run:
+a straw man would void the rows. ``nflows`` has its ActNorm, OneByOneConvolution and AffineCouplingTransform (with this scale function)
+around the same networks, squeezes and splits. ``fastflow`` is the library with stored activations, as the others have them,
+``reversible`` its default, ``networks compiled`` after ``model.compile_networks()``; channels_last, as the trainer has it.
+
+Rows go to results/glow.csv, and the table of docs/training.md is written anew.
+"""
+
+import argparse
+import copy
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks import harness, page, plain_glow
+from fastflow import ops
+from fastflow.models import Glow
+from fastflow.ops.noise import random_seed
+
+SIZES = {"L=3 K=8 hidden 128 batch 16": (32, 3, 8, 128, 16)}
+ON_A_GPU = {"L=3 K=32 hidden 512 batch 64": (32, 3, 32, 512, 64), "L=3 K=32 hidden 512 batch 256": (32, 3, 32, 512, 256)}
+QUICK = {"L=2 K=2 hidden 8 batch 3": (8, 2, 2, 8, 3)}
+TOLERANCE = 1e-9  # of float64, over the largest value
+
+
+def build(side: int, levels: int, steps: int, hidden: int, batch: int) -> Glow:
+    """A Glow with weights that nflows can have too: no permutation, and positive diagonals."""
+    torch.manual_seed(0)
+    model = Glow((3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=False)
+    for level in model.flows:
+        for step in level.steps:
+            step.conv1x1.perm.copy_(torch.arange(step.conv1x1.num_features))
+            step.conv1x1.sign_s.fill_(1)
+    model.initialize(torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8), seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.01)
+    return model.train()
+
+
+class NflowsStep(nn.Module):
+    """A step of nflows' own layers, with the weights of ``like``; its ActNorm shifts after it scales."""
+
+    def __init__(self, like) -> None:
+        from nflows import transforms
+
+        class Coupling(transforms.AffineCouplingTransform):
+            def _scale_and_shift(coupling, raw):
+                shift, scale = raw.chunk(2, dim=1)
+                factor = coupling.log_factor.exp().view(1, -1, 1, 1)
+                return torch.exp(factor * torch.tanh(scale / factor)), shift
+
+        class Network(plain_glow.Network):
+            def forward(network, x, context=None):
+                return super().forward(x)
+
+        super().__init__()
+        c = like.conv1x1.num_features
+        actnorm, conv = transforms.ActNorm(c), transforms.OneByOneConvolution(c)
+        coupling = Coupling(torch.arange(c) >= c // 2, lambda i, o: Network(like.coupling.net))
+        coupling.log_factor = like.coupling.log_factor
+        dtype = like.actnorm.bias.dtype
+        self.transform = transforms.CompositeTransform([actnorm, conv, coupling]).to(dtype)
+        with torch.no_grad():
+            actnorm.log_scale.copy_(like.actnorm.log_scale)
+            actnorm.shift.copy_(like.actnorm.bias * like.actnorm.log_scale.exp())
+            actnorm.initialized.fill_(True)
+            conv.permutation._permutation.copy_(torch.arange(c))
+            conv.lower_entries.copy_(like.conv1x1.lower[conv.lower_indices[0], conv.lower_indices[1]])
+            conv.upper_entries.copy_(like.conv1x1.upper[conv.upper_indices[0], conv.upper_indices[1]])
+            conv.unconstrained_upper_diag.copy_(torch.log(torch.expm1(like.conv1x1.log_s.exp() - conv.eps)))
+
+    def forward(self, x):
+        return self.transform(x)
+
+    def inverse(self, y):
+        return self.transform.inverse(y)[0]
+
+
+class Provider:
+    """``bits(x, noise, seed)``, ``sample(n, generator)`` and the parameters that it has by a Glow's names."""
+
+    def __init__(self, made: nn.Module, names: dict[str, nn.Parameter]) -> None:
+        self.made, self.names = made, names
+        self.parameters = list(made.parameters())
+
+    def bits(self, x, noise, seed):
+        return self.made(x, seed=seed)
+
+    def sample(self, n, generator):
+        return self.made.sample(n, generator=generator)
+
+
+class Plain(Provider):
+    """A PlainGlow, of steps of one kind or another; ``same_noise`` is that of a Glow's samples, in place of torch.randn."""
+
+    def __init__(self, model: Glow, step=plain_glow.Step, compiled: bool = False) -> None:
+        made = plain_glow.PlainGlow(model, step).train()
+        own = {id(p) for p in made.parameters()}
+        super().__init__(made, {name: p for name, p in model.named_parameters() if id(p) in own})
+        self.shapes, self.like, self.same_noise = model.latent_shapes(), model.dequantize.like, False
+        self.forward, self.decode = made, made.sample
+        if compiled:
+            self.forward, self.decode = (torch.compile(f, dynamic=False) for f in (made, made.sample))
+
+    def bits(self, x, noise, seed):
+        return self.forward(x, noise)
+
+    def sample(self, n, generator):
+        about = {"dtype": self.like.dtype, "device": self.like.device}
+        if not self.same_noise:
+            return self.decode([torch.randn(n, *shape, **about) for shape in self.shapes])
+        noise = [
+            ops.gaussian_sample((n, *shape), None, None, seed=random_seed(self.like.device, generator), **about)
+            for shape in reversed(self.shapes)
+        ]
+        return self.decode(noise[::-1])
+
+
+def fastflow(model: Glow, reversible: bool = False) -> Provider:
+    made = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for flow in made.flows:
+        flow.reversible = reversible
+    return Provider(made, dict(made.named_parameters()))
+
+
+def providers(model: Glow, compiled: bool) -> dict[str, Provider]:
+    """Plain PyTorch first."""
+    found = {"plain": Plain(model)}
+    if importlib.util.find_spec("nflows"):
+        found["nflows"] = Plain(model, NflowsStep)
+    found |= {"fastflow": fastflow(model), "fastflow, reversible": fastflow(model, reversible=True)}
+    if compiled:
+        found["torch.compile of plain"] = Plain(copy.deepcopy(model), compiled=True)
+        found["fastflow, networks compiled"] = fastflow(model)
+        found["fastflow, networks compiled"].made.compile_networks()
+    return found
+
+
+def inputs(side: int, batch: int, device: str, dtype: torch.dtype) -> tuple:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8).to(device)
+    return x, ops.uniform_noise(tuple(x.shape), seed=1, dtype=dtype, device=device), 1
+
+
+def step(provider: Provider, given: tuple) -> None:
+    for p in provider.parameters:
+        p.grad = None
+    provider.bits(*given).mean().backward()
+
+
+def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[str, float]:
+    """The largest error of bits/dim and of any gradient that a provider shares with the first, over the largest value. Raises
+    ValueError for one above the tolerance, and for a sample that is off by more than a value of a pixel, or in more than 1 in 1000."""
+    errors, expected, pixels = {}, None, None
+    for name, provider in found.items():
+        step(provider, given)
+        results = {"bits/dim": provider.bits(*given).detach().double()} | {n: p.grad.double() for n, p in provider.names.items()}
+        if isinstance(provider, Plain):
+            provider.same_noise = True
+        sample = provider.sample(len(given[0]), torch.Generator(given[0].device).manual_seed(5)).int()
+        if isinstance(provider, Plain):
+            provider.same_noise = False
+        if expected is None:
+            expected, pixels = results, sample
+        each = {n: harness.relative_error(v, expected[n]).item() for n, v in results.items()}
+        worst = max(each, key=each.get)
+        errors[name] = each[worst]
+        off = (sample - pixels).abs()
+        if not each[worst] <= tolerance or off.max() > 1 or (off > 0).float().mean() > 1e-3:
+            raise ValueError(f"{name}: {worst} is off by {each[worst]:.1e} of its largest value, a pixel by {off.max()}; no row is written")
+    return errors
+
+
+def times(found: dict[str, Provider], given: tuple, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds, p20, p50 and p80, of each provider in both modes."""
+    generator = torch.Generator(given[0].device)
+    calls = {
+        "forward+backward": {name: lambda p=p: step(p, given) for name, p in found.items()},
+        "sample": {name: lambda p=p: p.sample(len(given[0]), generator) for name, p in found.items()},
+    }
+    for each in calls.values():
+        for call in tqdm(list(each.values()) * 2, desc="warm-up, compiling", leave=False):
+            call()
+    seconds = options.seconds * len(found)
+    return {
+        mode: {name: [us / 1e3 for us in q] for name, q in harness.microseconds(each, seconds, options.device).items()}
+        for mode, each in calls.items()
+    }
+
+
+def measure(size: str, shape: tuple, options: argparse.Namespace) -> list[dict]:
+    side, *_, batch = shape
+    model = build(*shape)
+    exact = copy.deepcopy(model).double().to(options.device)
+    errors = check(providers(exact, compiled=False), inputs(side, batch, options.device, torch.float64), TOLERANCE)
+    found = providers(model.to(options.device), compiled=not options.quick)
+    measured = times(found, inputs(side, batch, options.device, torch.float32), options)
+    about, rows = harness.metadata(options.device), []
+    for mode, each in measured.items():
+        plain, nflows = each["plain"][1], each.get("nflows", each["plain"])[1]
+        if plain > nflows and not options.quick:
+            raise ValueError(f"{size}, {mode}: plain PyTorch takes {plain:.1f} ms, nflows {nflows:.1f}: a straw man; no row is written")
+        for name, (p20, p50, p80) in each.items():
+            row = {"size": size, "mode": mode, "provider": name, "p20_ms": f"{p20:.2f}", "p50_ms": f"{p50:.2f}", "p80_ms": f"{p80:.2f}"}
+            row |= {"images_s": f"{1e3 * batch / p50:.1f}", "ratio": f"{p50 / plain:.3f}"}
+            # compiled ones are the same modules as those that were compared
+            row |= {"error": f"{errors.get(name, max(errors.values())):.1e}", "tolerance": f"{TOLERANCE:.0e}"}
+            rows.append(row | about)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = {}
+    for row in rows:
+        lines.setdefault((row["size"], row["provider"]), {})[row["mode"]] = f"{float(row['p50_ms']):.1f} ({float(row['ratio']):.2f})"
+    body = [[*key, *(found.get(mode, "") for mode in ("forward+backward", "sample"))] for key, found in lines.items()]
+    about = f"p50 in ms, in parentheses over plain PyTorch's, on {rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
+    return f"{page.table(['Glow', 'provider', 'forward + backward', 'a batch of samples'], body)}\n\n({about})"
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of training.md")
+        parser.set_defaults(seconds=20.0)
+
+    options = harness.arguments(__doc__, argv, add)
+    warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows'
+    sizes = QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
+    rows = [row for size, shape in sizes.items() for row in measure(size, shape, options)]
+    harness.append(options.results / "glow.csv", rows)
+    found = table(rows)
+    page.write(options.docs / "training.md", "glow", {"glow": found})
+    print(found)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
