@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastflow.nn.actnorm import ActNorm
+from fastflow.reversible import has_hooks
 
 
 class ActNormConv2d(nn.Module):
@@ -56,3 +58,78 @@ class GlowNetwork(nn.Sequential):
             relu,
             ZeroConv2d(hidden, out_channels),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._runs_as_one():
+            return super().forward(x)
+        first, _, second, _, last = self
+        parameters = (
+            *(first.conv.weight, first.actnorm.log_scale, first.actnorm.bias),
+            *(second.conv.weight, second.actnorm.log_scale, second.actnorm.bias),
+            *(last.weight, 3 * last.logs, last.bias),
+        )
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
+        if torch.is_grad_enabled():
+            return _Network.apply(x, dtype, *parameters)
+        return _forward(x, dtype, *parameters)[0]
+
+    def _runs_as_one(self) -> bool:
+        """Whether the network is the one of above as it stands: not one that is compiled, which fuses by itself, nor one that has been
+        changed or is listened to, nor one yet to be initialised."""
+        kinds = (ActNormConv2d, nn.ReLU, ActNormConv2d, nn.ReLU, ZeroConv2d)
+        if torch.compiler.is_compiling() or tuple(map(type, self)) != kinds or any(has_hooks(m) or "forward" in vars(m) for m in self):
+            return False
+        norms = (self[0].actnorm, self[2].actnorm)
+        return not self.training or all(norm._initialized for norm in norms)
+
+
+def _forward(x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """The network's output, and what its derivative needs: the layers' inputs, the scales and the scaled weights, of each layer."""
+    a, inputs, scales, weights = x.to(dtype), [], [], []
+    for i in range(0, len(parameters), 3):
+        weight, log_scale, bias = parameters[i : i + 3]
+        scale = log_scale.exp()
+        weights.append((weight * scale.view(-1, 1, 1, 1)).to(dtype))
+        scales.append(scale)
+        inputs.append(a)
+        a = F.conv2d(a, weights[-1], (bias * scale).to(dtype), padding=weight.shape[2] // 2)
+        if i + 3 < len(parameters):
+            a.relu_()
+    return a, *inputs, *scales, *weights
+
+
+class _Network(torch.autograd.Function):
+    """The network as one node of the graph: autograd would have some thirty, most of them for scaling weights, and a new tensor for
+    the gradient behind each ReLU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+        y, *kept = _forward(x, dtype, *parameters)
+        ctx.save_for_backward(*kept, *parameters)
+        ctx.dtype_of_x = x.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        n = len(ctx.saved_tensors) // 6
+        inputs, scales, weights = (ctx.saved_tensors[i * n : (i + 1) * n] for i in range(3))
+        gradients: list[Tensor | None] = []
+        for i in reversed(range(n)):
+            weight, _, bias = ctx.saved_tensors[3 * (n + i) : 3 * (n + i + 1)]
+            wanted = ctx.needs_input_grad[2 + 3 * i : 5 + 3 * i]
+            mask = [i > 0 or ctx.needs_input_grad[0], wanted[0] or wanted[1], wanted[1] or wanted[2]]
+            pad = weight.shape[2] // 2
+            dx, dweight, dbias = torch.ops.aten.convolution_backward(
+                dy, inputs[i], weights[i], [len(bias)], [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask
+            )
+            dlog_scale = None
+            if wanted[1]:
+                dscale = (dweight * weight).flatten(1).sum(1) + dbias * bias
+                dlog_scale = dscale * scales[i]
+            dweight = dweight.to(weight.dtype).mul_(scales[i].view(-1, 1, 1, 1)) if wanted[0] else None
+            gradients = [dweight, dlog_scale, dbias * scales[i] if wanted[2] else None, *gradients]
+            if i:
+                dy = torch.ops.aten.threshold_backward.grad_input(dx, inputs[i], 0, grad_input=dx)
+        return None if dx is None else dx.to(ctx.dtype_of_x), None, *gradients
