@@ -4,6 +4,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -69,12 +70,16 @@ inline void check_weight(const char* op, const char* name, const Tensor& w, cons
   STD_TORCH_CHECK(w.device() == x.device(), op, ": x and ", name, " are on different devices, expected one");
 }
 
-inline void check_images(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(x.dim() >= 2, op, ": x has shape ", shape(x), ", expected [N, C, ...]");
-  const ScalarType found = x.scalar_type();
+inline void check_floating(const char* op, const char* name, const Tensor& t) {
+  const ScalarType found = t.scalar_type();
   STD_TORCH_CHECK(found == ScalarType::Float || found == ScalarType::Double || found == ScalarType::BFloat16 ||
                       found == ScalarType::Half,
-                  op, ": x has dtype ", dtype(x), ", expected Float, Double, BFloat16 or Half");
+                  op, ": ", name, " has dtype ", dtype(t), ", expected Float, Double, BFloat16 or Half");
+}
+
+inline void check_images(const char* op, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() >= 2, op, ": x has shape ", shape(x), ", expected [N, C, ...]");
+  check_floating(op, "x", x);
   STD_TORCH_CHECK(1 <= x.size(1) && x.size(1) <= MAX_CHANNELS, op, ": x has shape ", shape(x), ", expected 1 to ",
                   MAX_CHANNELS, " channels");
   check_weight(op, "weight", weight, x);
@@ -103,6 +108,52 @@ inline void check_conv1x1_inverse_backward(const Tensor& y, const Tensor& weight
   check_images("conv1x1_inverse_backward", y, weight, bias);
   check_weight("conv1x1_inverse_backward", "weight_inverse", weight_inverse, y);
   check_gradient("conv1x1_inverse_backward", dy, y);
+}
+
+inline void check_named(const char* op, const char* name, const std::string& value, std::initializer_list<const char*> known) {
+  std::string expected;
+  for (const char* one : known) {
+    if (value == one) return;
+    expected += (expected.empty() ? "" : ", ") + std::string(one);
+  }
+  STD_TORCH_CHECK(false, op, ": ", name, " is ", value, ", expected one of ", expected);
+}
+
+// x, named `name`; its network's output h may have another dtype.
+inline void check_affine_coupling(const char* op, const char* name, const Tensor& x, const Tensor& h, const std::optional<Tensor>& factor,
+                                  const std::string& mask, const std::string& scale, const std::string& order,
+                                  const std::string& h_order) {
+  check_named(op, "mask", mask, {"halves", "checkerboard"});
+  check_named(op, "scale", scale, {"exp", "sigmoid", "soft_clamp", "tanh", "none"});
+  check_named(op, "order", order, {"scale_first", "shift_first"});
+  check_named(op, "h_order", h_order, {"shift_scale", "scale_shift", "interleaved"});
+  const bool halves = mask == "halves", has_factor = scale == "soft_clamp" || scale == "tanh";
+  STD_TORCH_CHECK(x.dim() >= 2 && (!halves || x.size(1) % 2 == 0), op, ": ", name, " has shape ", shape(x),
+                  halves ? ", expected [N, C, ...] with an even C" : ", expected [N, C, ...]");
+  check_floating(op, name, x);
+  check_floating(op, "h", h);
+  const int64_t transformed = halves ? x.size(1) / 2 : x.size(1);
+  bool fits = h.dim() == x.dim() && h.size(1) == (scale == "none" ? transformed : 2 * transformed);
+  for (int64_t d = 0; fits && d < x.dim(); ++d) fits = d == 1 || h.size(d) == x.size(d);
+  STD_TORCH_CHECK(fits, op, ": h has shape ", shape(h), ", expected that of ", name, ", ", shape(x), ", with ",
+                  scale == "none" ? transformed : 2 * transformed, " channels");
+  STD_TORCH_CHECK(factor.has_value() == has_factor, op, ": factor is ", factor ? "given" : "None", ", scale is ", scale);
+  if (!factor) return;
+  check_floating(op, "factor", *factor);
+  STD_TORCH_CHECK(factor->dim() == 1 && factor->size(0) == transformed, op, ": factor has shape ", shape(*factor), ", expected [",
+                  transformed, "], one for each transformed channel");
+}
+
+inline void check_affine_coupling_backward(const char* op, const char* name, const Tensor& x, const Tensor& h,
+                                           const std::optional<Tensor>& factor, const Tensor& dy, const Tensor& dlog_det,
+                                           const std::string& mask, const std::string& scale, const std::string& order,
+                                           const std::string& h_order) {
+  check_affine_coupling(op, name, x, h, factor, mask, scale, order, h_order);
+  STD_TORCH_CHECK(same_shape(dy, x), op, ": dy has shape ", shape(dy), ", expected ", name, "'s, ", shape(x));
+  check_floating(op, "dy", dy);
+  STD_TORCH_CHECK(dlog_det.dim() == 1 && dlog_det.size(0) == x.size(0), op, ": dlog_det has shape ", shape(dlog_det), ", expected [",
+                  x.size(0), "]");
+  check_floating(op, "dlog_det", dlog_det);
 }
 
 inline void check_lu(const char* op, const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,

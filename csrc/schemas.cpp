@@ -14,9 +14,20 @@ constexpr const char* SCHEMAS[] = {
     "(Tensor, Tensor, Tensor, Tensor)",
 };
 
+// On a GPU these are Triton's, so there is no CUDA kernel to emulate.
+#define FASTFLOW_VARIANT "str mask, bool flip, str scale, str order, str h_order"
+constexpr const char* CPU_SCHEMAS[] = {
+    "affine_coupling(Tensor x, Tensor h, Tensor? factor, " FASTFLOW_VARIANT ", bool inverse) -> (Tensor, Tensor)",
+    "affine_coupling_backward(Tensor x, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, " FASTFLOW_VARIANT
+    ", bool inverse) -> (Tensor, Tensor, Tensor)",
+    "affine_coupling_inverse_backward(Tensor y, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, " FASTFLOW_VARIANT
+    ") -> (Tensor, Tensor, Tensor, Tensor)",
+};
+
 // FRAGMENT, not STABLE_TORCH_LIBRARY: a second file with the latter crashes at load.
 STABLE_TORCH_LIBRARY_FRAGMENT(fastflow_C, m) {
   for (const char* schema : SCHEMAS) m.def(schema);
+  for (const char* schema : CPU_SCHEMAS) m.def(schema);
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(fastflow_emulated, m) {
   for (const char* schema : SCHEMAS) m.def(schema);

@@ -14,6 +14,8 @@ import fastflow
 KERNELS = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
 # those of the ops of the C++ extension, likewise: PyTorch, the CPU's, and the CUDA kernels run on the CPU and on a device
 EXTENSION = ["reference", "compiled", "emulated", KERNELS[1]]
+# those of an op that Triton has for GPUs and C++ for the CPU, likewise
+TRITON_AND_CPU = ["reference", "compiled", *KERNELS]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import KERNELS, LAYOUTS, STATIC, assert_as_reference, assert_no_worse, lay_out, leaf, name, pairwise
+from cases import LAYOUTS, STATIC, TRITON_AND_CPU, assert_as_reference, assert_no_worse, lay_out, leaf, name, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 from fastflow import ops, reference
 from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
 
-pytestmark = pytest.mark.usefixtures("each_backend")
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
 
 AXES = {"mask": MASKS, "flip": [False, True], "scale": SCALES, "order": ORDERS, "h_order": H_ORDERS, "inverse": [False, True]}
 FULL = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
@@ -175,7 +175,7 @@ def test_half_precision(dtype, h_dtype, scale, inverse):
     assert_no_worse(ours, theirs, exact)
 
 
-def assert_kernels(x, h, factor, dy, dlog_det, variant, inverse):
+def assert_all_three(x, h, factor, dy, dlog_det, variant, inverse):
     """All three ops beside the reference."""
     assert_as_reference(OP, x, h, factor, *variant, inverse)
     assert_as_reference(BACKWARD, x, h, factor, dy, dlog_det, *variant, inverse)
@@ -187,30 +187,28 @@ DTYPES = [("float64",) * 2, ("float32",) * 2, ("bfloat16",) * 2, ("float16",) * 
 SHAPES = [(1, 2, 1, 1), (3, 6, 5, 7), (2, 12, 16, 16), (2, 2, 70, 33), (5, 10), (2, 34, 3)]
 
 
-@pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
 @pytest.mark.parametrize(
     "case", pairwise(**AXES, dtypes=DTYPES, x=LAYOUTS, h=LAYOUTS, dy=LAYOUTS, shape=SHAPES), ids=lambda c: name(c).replace(" ", "")
 )
-def test_kernels(case, each_backend):
+def test_every_body_is_the_reference(case):
     dtype, h_dtype = (getattr(torch, v) for v in case["dtypes"])
     x, h, factor = inputs(case["mask"], case["scale"], case["shape"], dtype, h_dtype)
     x, h, dy = (lay_out(v, case[layout]) for v, layout in ((x, "x"), (h, "h"), (torch.randn(case["shape"]).to(dtype), "dy")))
     dlog_det = torch.randn(case["shape"][0], dtype=reference.acc_dtype(dtype))
-    assert_kernels(x, h, factor, dy, dlog_det, [case[k] for k in list(AXES)[:-1]], case["inverse"])
+    assert_all_three(x, h, factor, dy, dlog_det, [case[k] for k in list(AXES)[:-1]], case["inverse"])
 
 
-@pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("h_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(2, 12, 16, 16), (2, 24, 8, 8), (2, 48, 4, 4)], ids=str)
-def test_kernels_as_glow_calls_them(shape, layout, h_dtype, scale, each_backend):
+def test_as_glow_calls_them(shape, layout, h_dtype, scale):
     x, h, factor = inputs("halves", scale, shape, torch.float32, getattr(torch, h_dtype))
     x, h, dy = (lay_out(v, layout) for v in (x, h, torch.randn(shape)))
     factor = None if factor is None else factor[:1].expand(shape[1] // 2)
     dlog_det = torch.randn(1).expand(shape[0])
     for inverse in (False, True):
-        assert_kernels(x, h, factor, dy, dlog_det, ["halves", False, scale, "scale_first", "shift_scale"], inverse)
+        assert_all_three(x, h, factor, dy, dlog_det, ["halves", False, scale, "scale_first", "shift_scale"], inverse)
 
 
 @settings(max_examples=40, deadline=None)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops.library import register, with_kernel
+from fastflow.ops.library import register, with_cpu, with_kernel
 
 MASKS = ("halves", "checkerboard")
 SCALES = ("exp", "sigmoid", "soft_clamp", "tanh", "none")
@@ -51,20 +51,20 @@ class AffineCouplingFunction(torch.autograd.Function):
 register(
     "affine_coupling",
     f"(Tensor x, Tensor h, Tensor? factor, {VARIANT}, bool inverse) -> (Tensor, Tensor)",
-    with_kernel(reference.affine_coupling, "affine_coupling"),
+    with_kernel(with_cpu(reference.affine_coupling), "affine_coupling"),
     _fake,
     AffineCouplingFunction,
 )
 register(
     "affine_coupling_backward",
     f"(Tensor x, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, {VARIANT}, bool inverse) -> (Tensor, Tensor, Tensor)",
-    with_kernel(reference.affine_coupling_backward, "affine_coupling"),
+    with_kernel(with_cpu(reference.affine_coupling_backward), "affine_coupling"),
     _fake_backward,
 )
 register(
     "affine_coupling_inverse_backward",
     f"(Tensor y, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, {VARIANT}) -> (Tensor, Tensor, Tensor, Tensor)",
-    with_kernel(reference.affine_coupling_inverse_backward, "affine_coupling"),
+    with_kernel(with_cpu(reference.affine_coupling_inverse_backward), "affine_coupling"),
     _fake_inverse_backward,
 )
 

@@ -85,6 +85,22 @@ def with_compiled(name: str, reference: Callable, on: Callable[..., Tensor], app
     return body
 
 
+def with_cpu(reference: Callable) -> Callable:
+    """The body that calls the extension's op named as the reference is, on CPU tensors where it is built, else ``reference``.
+
+    For :func:`with_kernel`: an op that Triton has for GPUs, and C++ for the CPU. Their first argument decides.
+    """
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def body(x, *args):
+        if x.device.type != "cpu" or _extension(x.device) is None:
+            return reference(x, *args)
+        return _compiled_op("fastflow_C", name)(x, *args)
+
+    return body
+
+
 def _call(op: torch._ops.OpOverload, *args):
     """What compiled code says of the values it was given is a ValueError, as in Python; the place in C++ and its trace are left out."""
     try:

@@ -1,0 +1,436 @@
+// fastflow_C::affine_coupling, its backward and its inverse + backward on the CPU.
+//
+// The transformed channels and the network's output are taken a tile of some hundred elements at a time, either as planes
+// (a line for each channel, along the positions: NCHW) or as rows (a line for each position, along the channels:
+// channels_last, and vectors). What lies in memory as the tile has it is read and written there; all else, half precision
+// too, passes through buffers of a tile's size, so that the arithmetic (coupling.h) sees one layout and one dtype.
+#include "stable.h"
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#include "arguments.h"
+#include "cpu/coupling.h"
+#include "cpu/gemm.h"
+#include "cpu/tensors.h"
+#include "positions.h"
+
+namespace fastflow::cpu {
+namespace {
+
+constexpr int64_t TILE = 512;   // elements; a row is never cut, however long
+constexpr int64_t GRAIN = 16;   // tiles that are worth a thread: waking one costs some 10 us
+constexpr int64_t SLOTS = 32;   // at most so many sums of a factor's gradient are made side by side
+
+struct Variant {
+  bool checkerboard, flip, scale_first, inverse;
+  Scale scale;
+  int64_t shift_first, raw_first, step;  // channels of h: where shift and raw scale begin, and from one to the next
+};
+
+template <typename F>
+void for_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
+    default: return f(torch::headeronly::Half());
+  }
+}
+
+struct Tile {
+  int64_t sample, line, from, lines, length;  // of each line `length` elements, beginning with `from`
+  int64_t count() const { return lines * length; }
+};
+
+// How samples of `channels` transformed channels are cut into tiles. Vectors are the positions of one sample.
+struct Grid {
+  int64_t samples, channels, positions;
+  bool vectors, rows;
+  int64_t lines, length, pieces, groups;  // of a sample; a group of lines is a tile, or a piece of a line is
+
+  Grid(const Tensor& x, int64_t channels_, const Tensor& y) : samples(x.size(0)), channels(channels_), positions(1) {
+    for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
+    vectors = positions == 1;
+    if (vectors) std::swap(samples, positions);
+    rows = vectors || (y.stride(1) == 1 && channels > 1);
+    lines = rows ? positions : channels, length = rows ? channels : positions;
+    pieces = rows ? 1 : (length + TILE - 1) / TILE;
+    const int64_t together = length && pieces == 1 ? std::max<int64_t>(1, TILE / length) : 1;
+    groups = length ? (lines + together - 1) / together : 0;
+  }
+  int64_t tiles_of_sample() const { return groups * pieces; }
+  int64_t tiles() const { return samples * tiles_of_sample(); }
+  int64_t capacity() const { return padded(rows ? std::max(TILE, length) : TILE); }
+  Tile operator[](int64_t i) const {
+    const int64_t sample = i / tiles_of_sample(), group = i % tiles_of_sample() / pieces, piece = i % pieces;
+    const int64_t line = lines * group / groups, from = length * piece / pieces;
+    return {sample, line, from, lines * (group + 1) / groups - line, length * (piece + 1) / pieces - from};
+  }
+};
+
+// Some channels of a tensor [N, C, ...] as tiles see them.
+struct Channels {
+  char* data;
+  ScalarType dtype;
+  int64_t sample, line, step;
+
+  Channels(const Tensor& x, int64_t first, int64_t channel_step, const Grid& grid) : dtype(x.scalar_type()) {
+    const int64_t c = x.stride(1) * channel_step, p = grid.vectors ? x.stride(0) : position_stride(x);
+    sample = grid.vectors ? 0 : x.stride(0), line = grid.rows ? p : c, step = grid.rows ? c : p;
+    for_dtype(dtype, [&](auto value) { data = static_cast<char*>(x.data_ptr()) + first * x.stride(1) * sizeof(value); });
+  }
+  template <typename T>
+  T* at(const Tile& t) const { return reinterpret_cast<T*>(data) + t.sample * sample + t.line * line + t.from * step; }
+
+  // Where a tile lies in memory as it would in a buffer of T, else null.
+  template <typename T>
+  T* in_place(const Tile& t) const {
+    constexpr ScalarType SAME = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+    const bool dense = step == 1 && (t.lines == 1 || line == t.length) && t.count() % 16 == 0;
+    return dense && dtype == SAME ? at<T>(t) : nullptr;
+  }
+};
+
+template <typename To, typename From>
+void copy_line(To* to, int64_t to_step, const From* from, int64_t from_step, int64_t count) {
+  int64_t i = 0;
+  if (to_step == 1 && from_step == 1) {
+    if constexpr (std::is_same_v<To, From>)
+      for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(To));  // most lines are too short for a call
+    for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
+  } else {
+    for (; i < count; ++i) to[i * to_step] = static_cast<To>(from[i * from_step]);
+  }
+}
+
+template <typename To, typename From>
+void copy_lines(To* to, int64_t to_line, int64_t to_step, const From* from, int64_t from_line, int64_t from_step, const Tile& t) {
+  int64_t lines = t.lines, length = t.length;
+  if (length < 4 && length < lines) std::swap(lines, length), std::swap(to_line, to_step), std::swap(from_line, from_step);
+  for (int64_t l = 0; l < lines; ++l) copy_line(to + l * to_line, to_step, from + l * from_line, from_step, length);
+}
+
+// What passes is the same in `to`, which has the dtype of `from`.
+void pass(const Channels& from, const Channels& to, const Tile& t) {
+  for_dtype(from.dtype, [&](auto value) {
+    using T = decltype(value);
+    copy_lines(to.at<T>(t), to.line, to.step, from.at<T>(t), from.line, from.step, t);
+  });
+}
+
+// A thread's buffers, one after the other.
+template <typename T>
+class Buffers {
+ public:
+  Buffers(int64_t count, const Grid& grid) : size_(grid.capacity()), memory_(count * size_), next_(memory_.get()) {
+    std::fill_n(next_, count * size_, T(0));  // vectors read beyond what a tile fills
+  }
+  T* next() { return (next_ += size_) - size_; }
+
+ private:
+  const int64_t size_;
+  Buffer<T> memory_;
+  T* next_;
+};
+
+// An operand, or a result, of the arithmetic.
+template <typename acc>
+class Operand {
+ public:
+  Operand(const Channels& channels, Buffers<acc>& buffers) : channels_(channels), buffer_(buffers.next()) {}
+  const acc* load(const Tile& t) const {
+    if (const acc* there = channels_.in_place<acc>(t)) return there;
+    for_dtype(channels_.dtype, [&](auto value) {
+      copy_lines(buffer_, t.length, 1, channels_.at<decltype(value)>(t), channels_.line, channels_.step, t);
+    });
+    return buffer_;
+  }
+  acc* room(const Tile& t) const {
+    acc* there = channels_.in_place<acc>(t);
+    return there ? there : buffer_;
+  }
+  void store(const Tile& t) const {
+    if (channels_.in_place<acc>(t)) return;
+    for_dtype(channels_.dtype, [&](auto value) {
+      copy_lines(channels_.at<decltype(value)>(t), channels_.line, channels_.step, buffer_, t.length, 1, t);
+    });
+  }
+
+ private:
+  const Channels& channels_;
+  acc* const buffer_;
+};
+
+// Values for each channel or for each position, spread over a tile; null where there are none.
+template <typename T>
+class Spread {
+ public:
+  Spread(const T* values, bool along_lines, Buffers<T>& buffers) : values_(values), along_(along_lines), buffer_(values ? buffers.next() : nullptr) {}
+  const T* operator()(const Tile& t) const {
+    for (int64_t l = 0; values_ && l < t.lines; ++l) {
+      T* to = buffer_ + l * t.length;
+      if (along_) copy_line(to, 1, values_ + t.from, 1, t.length);
+      else std::fill_n(to, t.length, values_[t.line + l]);
+    }
+    return buffer_;
+  }
+
+ private:
+  const T* values_;
+  const bool along_;
+  T* const buffer_;
+};
+
+template <typename T>
+Buffer<T> values_of(const Tensor& v) {
+  Buffer<T> values(v.numel());
+  for_dtype(v.scalar_type(), [&](auto value) {
+    const auto* from = static_cast<const decltype(value)*>(v.const_data_ptr());
+    copy_line(values.get(), 1, from, v.stride(0), v.numel());
+  });
+  return values;
+}
+
+template <typename To>
+void write(const Tensor& v, const double* from) {
+  copy_line(static_cast<To*>(v.mutable_data_ptr()), 1, from, 1, v.numel());
+}
+
+template <typename T>
+double sum(const T* v, int64_t count) {
+  double parts[8] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int64_t j = 0; j < 8; ++j) parts[j] += v[i + j];
+  for (; i < count; ++i) total += v[i];
+  for (double part : parts) total += part;
+  return total;
+}
+
+// Which positions of a checkerboard are transformed, or of vectors which channels.
+template <typename acc>
+Buffer<Mask<acc>> active_of(const Tensor& x, const Variant& variant, const Grid& grid) {
+  const int64_t first = x.dim() > 2 ? 2 : 1;
+  int64_t count = 1;
+  for (int64_t d = first; d < x.dim(); ++d) count *= x.size(d);
+  Buffer<Mask<acc>> active(std::max(count, grid.vectors ? grid.channels : grid.positions));
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t parity = 0, rest = i;
+    for (int64_t d = x.dim() - 1; d >= first; --d) parity += rest % x.size(d), rest /= x.size(d);
+    active.get()[i] = parity % 2 == variant.flip ? -1 : 0;
+  }
+  if (grid.vectors && x.dim() > 2) std::fill_n(active.get(), grid.channels, variant.flip ? 0 : -1);  // their one position is even
+  return active;
+}
+
+// What a tensor like x has of channels that are transformed, and of those that pass.
+struct Halves {
+  Channels transformed;
+  std::optional<Channels> passing;
+
+  Halves(const Tensor& x, const Variant& variant, const Grid& grid)
+      : transformed(x, variant.checkerboard || variant.flip ? 0 : grid.channels, 1, grid) {
+    if (!variant.checkerboard) passing.emplace(x, variant.flip ? grid.channels : 0, 1, grid);
+  }
+};
+
+struct Output {
+  Channels shift, raw;
+
+  Output(const Tensor& h, const Variant& variant, const Grid& grid)
+      : shift(h, variant.shift_first, variant.step, grid), raw(h, variant.raw_first, variant.step, grid) {}
+};
+
+// What is given for each channel, position or sample of a call.
+template <typename acc>
+struct Given {
+  std::optional<Buffer<acc>> factor, dlog_det;
+  std::optional<Buffer<Mask<acc>>> active;
+  const bool active_along_lines;
+
+  Given(const Tensor& x, const std::optional<Tensor>& factor_, const Variant& variant, const Grid& grid)
+      : active_along_lines(grid.vectors || !grid.rows) {
+    if (factor_) factor.emplace(values_of<acc>(*factor_));
+    if (variant.checkerboard) active.emplace(active_of<acc>(x, variant, grid));
+  }
+};
+
+template <typename T>
+const T* pointer(const std::optional<Buffer<T>>& v) { return v ? v->get() : nullptr; }
+
+template <typename acc>
+void forward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& factor_, const Variant& variant, const Grid& grid,
+             const Tensor& y_, const Tensor& log_det) {
+  const Halves x(x_, variant, grid), y(y_, variant, grid);
+  const Output h(h_, variant, grid);
+  const Given<acc> given(x_, factor_, variant, grid);
+  const bool additive = variant.scale == Scale::none;
+  const int64_t tiles = grid.tiles();
+  const Buffer<double> sums(tiles);
+  acc* log_det_ptr = log_det.mutable_data_ptr<acc>();
+  torch::stable::parallel_for(0, tiles, GRAIN, [&](int64_t begin, int64_t end) {
+    Buffers<acc> buffers(6, grid);
+    Buffers<Mask<acc>> masks(1, grid);
+    const Operand<acc> v(x.transformed, buffers), out(y.transformed, buffers), shift(h.shift, buffers), raw(h.raw, buffers);
+    const Spread<acc> factor(pointer(given.factor), grid.rows, buffers);
+    const Spread<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
+    acc* log_s = buffers.next();
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile tile = grid[i];
+      couple({variant.scale, variant.scale_first, variant.inverse, tile.count(), v.load(tile), shift.load(tile),
+              additive ? nullptr : raw.load(tile), factor(tile), active(tile), out.room(tile), log_s});
+      out.store(tile);
+      if (x.passing) pass(*x.passing, *y.passing, tile);
+      if (additive) continue;
+      if (!grid.vectors) sums.get()[i] = sum(log_s, tile.count());
+      for (int64_t l = 0; grid.vectors && l < tile.lines; ++l)
+        log_det_ptr[tile.line + l] = static_cast<acc>(sum(log_s + l * tile.length, tile.length));
+    }
+  });
+  if (additive || !tiles) std::fill_n(log_det_ptr, log_det.numel(), acc(0));
+  else if (!grid.vectors)
+    for (int64_t n = 0, each = grid.tiles_of_sample(); n < grid.samples; ++n)
+      log_det_ptr[n] = static_cast<acc>(sum(sums.get() + n * each, each));
+}
+
+// Adds a tile of a factor's gradient to the sums of its channels.
+template <typename acc>
+void add(const acc* tile_sums, const Tile& t, const Grid& grid, double* sums) {
+  for (int64_t l = 0; l < t.lines; ++l) {
+    const acc* line = tile_sums + l * t.length;
+    if (!grid.rows) sums[t.line + l] += sum(line, t.length);
+    else
+      for (int64_t i = 0; i < t.length; ++i) sums[i] += line[i];
+  }
+}
+
+// `x_out`: x_ is the forward direction's output, and x_out becomes its input.
+template <typename acc>
+void backward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& factor_, const Tensor& dy_, const Tensor& dlog_det_,
+              const Variant& variant, const Grid& grid, const std::optional<Tensor>& x_out_, const Tensor& dx_, const Tensor& dh_,
+              double* dfactor) {
+  const Halves x(x_, variant, grid), dy(dy_, variant, grid), dx(dx_, variant, grid), x_out(x_out_ ? *x_out_ : x_, variant, grid);
+  const Output h(h_, variant, grid), dh(dh_, variant, grid);
+  Given<acc> given(x_, factor_, variant, grid);
+  given.dlog_det.emplace(values_of<acc>(dlog_det_));
+  const bool additive = variant.scale == Scale::none, reads_h = !additive || x_out_;
+  // The sums of a slot are made in order by one thread and those of all slots are added in order: neither how many there
+  // are nor which tiles they take depends on the number of threads.
+  const int64_t tiles = grid.tiles(), slots = dfactor ? std::min(SLOTS, tiles) : tiles;
+  const Buffer<double> sums(dfactor ? slots * grid.channels : 0);
+  torch::stable::parallel_for(0, slots, slots ? std::max<int64_t>(1, GRAIN * slots / tiles / 2) : 1, [&](int64_t begin, int64_t end) {
+    Buffers<acc> buffers(11, grid);
+    Buffers<Mask<acc>> masks(1, grid);
+    const Operand<acc> v(x.transformed, buffers), shift(h.shift, buffers), raw(h.raw, buffers), dout(dy.transformed, buffers);
+    const Operand<acc> back(x_out.transformed, buffers), dv(dx.transformed, buffers), dshift(dh.shift, buffers), draw(dh.raw, buffers);
+    const Spread<acc> factor(pointer(given.factor), grid.rows, buffers), dlog_det(pointer(given.dlog_det), false, buffers);
+    const Spread<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
+    acc* factors = dfactor ? buffers.next() : nullptr;
+    for (int64_t slot = begin; slot < end; ++slot) {
+      double* sum_of_slot = dfactor ? sums.get() + slot * grid.channels : nullptr;
+      if (dfactor) std::fill_n(sum_of_slot, grid.channels, 0.);
+      for (int64_t i = tiles * slot / slots; i < tiles * (slot + 1) / slots; ++i) {
+        const Tile tile = grid[i];
+        Tile of_sample = tile;  // where a sample has one dlog_det, it is that of a line as long as the tile
+        if (!grid.vectors) of_sample = {0, tile.sample, 0, 1, tile.count()};
+        couple_backward({variant.scale, variant.scale_first, variant.inverse, tile.count(), reads_h ? v.load(tile) : nullptr,
+                         reads_h ? shift.load(tile) : nullptr, additive ? nullptr : raw.load(tile), factor(tile), active(tile),
+                         dout.load(tile), dlog_det(of_sample), x_out_ ? back.room(tile) : nullptr, dv.room(tile), dshift.room(tile),
+                         additive ? nullptr : draw.room(tile), factors});
+        dv.store(tile);
+        dshift.store(tile);
+        if (!additive) draw.store(tile);
+        if (x_out_) back.store(tile);
+        if (dx.passing) pass(*dy.passing, *dx.passing, tile);
+        if (x_out_ && x.passing) pass(*x.passing, *x_out.passing, tile);
+        if (dfactor) add(factors, tile, grid, sum_of_slot);
+      }
+    }
+  });
+  if (!dfactor) return;
+  std::fill_n(dfactor, grid.channels, 0.);
+  for (int64_t slot = 0; slot < slots; ++slot)
+    for (int64_t k = 0; k < grid.channels; ++k) dfactor[k] += sums.get()[slot * grid.channels + k];
+}
+
+Variant variant_of(const Tensor& x, const std::string& mask, bool flip, const std::string& scale, const std::string& order,
+                   const std::string& h_order, bool inverse) {
+  const bool checkerboard = mask == "checkerboard", interleaved = h_order == "interleaved", additive = scale == "none";
+  const int64_t channels = checkerboard ? x.size(1) : x.size(1) / 2, second = interleaved ? 1 : channels;
+  const Scale scales = additive ? Scale::none : scale == "exp" ? Scale::exp : scale == "sigmoid" ? Scale::sigmoid
+                                 : scale == "soft_clamp" ? Scale::soft_clamp : Scale::tanh;
+  const bool raw_first = h_order == "scale_shift";
+  return {checkerboard, flip, order == "scale_first", inverse, scales, additive || !raw_first ? 0 : second,
+          additive || raw_first ? 0 : second, interleaved && !additive ? 2 : 1};
+}
+
+template <typename F>
+void for_accumulator(const Tensor& x, const F& f) { x.scalar_type() == ScalarType::Double ? f(double()) : f(float()); }
+
+ScalarType accumulator_of(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& h, const std::optional<Tensor>& factor, const std::string& mask,
+                                           bool flip, const std::string& scale, const std::string& order, const std::string& h_order,
+                                           bool inverse) {
+  check_affine_coupling("affine_coupling", "x", x, h, factor, mask, scale, order, h_order);
+  const Variant variant = variant_of(x, mask, flip, scale, order, h_order, inverse);
+  Result y(x);
+  Tensor log_det = empty(x, {x.size(0)}, accumulator_of(x));
+  const Grid grid(x, variant.checkerboard ? x.size(1) : x.size(1) / 2, y.room());
+  for_accumulator(x, [&](auto acc) {
+    forward<decltype(acc)>(with_positions(x), with_positions(h), factor, variant, grid, y.room(), log_det);
+  });
+  return {y.laid_out(), log_det};
+}
+
+// x where `from_output`, dx, dh, dfactor.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& h, const std::optional<Tensor>& factor,
+                                                       const Tensor& dy, const Tensor& dlog_det, const Variant& variant, bool from_output) {
+  Result dx(dy), dh(h);
+  std::optional<Result> x;
+  if (from_output) x.emplace(source);
+  const Grid grid(source, variant.checkerboard ? source.size(1) : source.size(1) / 2, dx.room());
+  const Tensor dfactor = factor ? empty(*factor, {grid.channels}) : empty(source, {0}, accumulator_of(source));
+  const Buffer<double> sums(grid.channels);
+  for_accumulator(source, [&](auto acc) {
+    backward<decltype(acc)>(with_positions(source), with_positions(h), factor, with_positions(dy), dlog_det, variant, grid,
+                            x ? std::optional(x->room()) : std::nullopt, dx.room(), dh.room(), factor ? sums.get() : nullptr);
+  });
+  if (factor) for_dtype(factor->scalar_type(), [&](auto value) { write<decltype(value)>(dfactor, sums.get()); });
+  return {x ? x->laid_out() : source, dx.laid_out(), dh.laid_out(), dfactor};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& x, const Tensor& h, const std::optional<Tensor>& factor,
+                                                            const Tensor& dy, const Tensor& dlog_det, const std::string& mask, bool flip,
+                                                            const std::string& scale, const std::string& order,
+                                                            const std::string& h_order, bool inverse) {
+  check_affine_coupling_backward("affine_coupling_backward", "x", x, h, factor, dy, dlog_det, mask, scale, order, h_order);
+  auto [same, dx, dh, dfactor] =
+      backward_of(x, h, factor, dy, dlog_det, variant_of(x, mask, flip, scale, order, h_order, inverse), false);
+  return {dx, dh, dfactor};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> affine_coupling_inverse_backward(const Tensor& y, const Tensor& h,
+                                                                            const std::optional<Tensor>& factor, const Tensor& dy,
+                                                                            const Tensor& dlog_det, const std::string& mask, bool flip,
+                                                                            const std::string& scale, const std::string& order,
+                                                                            const std::string& h_order) {
+  check_affine_coupling_backward("affine_coupling_inverse_backward", "y", y, h, factor, dy, dlog_det, mask, scale, order, h_order);
+  return backward_of(y, h, factor, dy, dlog_det, variant_of(y, mask, flip, scale, order, h_order, false), true);
+}
+
+}  // namespace
+}  // namespace fastflow::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastflow_C, CPU, m) {
+  m.impl("affine_coupling", TORCH_BOX(&fastflow::cpu::affine_coupling));
+  m.impl("affine_coupling_backward", TORCH_BOX(&fastflow::cpu::affine_coupling_backward));
+  m.impl("affine_coupling_inverse_backward", TORCH_BOX(&fastflow::cpu::affine_coupling_inverse_backward));
+}

@@ -1,0 +1,111 @@
+#pragma once
+// exp, tanh and log1p of whole vectors, for bodies compiled for each instruction set (clones.h). Of float they are
+// polynomials within 2.5 units in the last place, infinities, NaN and denormal numbers included; of double, the library's.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "clones.h"
+
+// Vectors are passed between functions that are always inlined, so no ABI is at stake.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+namespace fastflow::cpu {
+
+template <typename T, int BYTES>
+struct Lanes {
+  static constexpr int64_t COUNT = BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(BYTES)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integer;
+  typedef Integer I __attribute__((vector_size(BYTES)));
+
+  static FASTFLOW_INLINE V load(const T* p) {
+    V v;
+    std::memcpy(&v, p, BYTES);
+    return v;
+  }
+  static FASTFLOW_INLINE void store(T* p, const V& v) { std::memcpy(p, &v, BYTES); }
+  static FASTFLOW_INLINE V all(T value) { return V{} + value; }
+  // A NaN stays one.
+  static FASTFLOW_INLINE V at_most(const V& x, T bound) { return x > bound ? all(bound) : x; }
+  static FASTFLOW_INLINE V at_least(const V& x, T bound) { return x < bound ? all(bound) : x; }
+};
+
+template <typename T, int BYTES>
+struct Elementary;
+
+template <int BYTES>
+struct Elementary<float, BYTES> : Lanes<float, BYTES> {
+  using Base = Lanes<float, BYTES>;
+  using typename Base::I;
+  using typename Base::V;
+  static constexpr int32_t SIGN = INT32_MIN;
+
+  static FASTFLOW_INLINE V abs(const V& x) { return (V)((I)x & ~SIGN); }
+
+  // e^x = 2^n (1 + p), |x| up to some 100: n is x / log 2 rounded, what is left of x has a polynomial.
+  static FASTFLOW_INLINE void reduce(const V& x, I& n, V& p) {
+    constexpr float ROUND = 0x1.8p23f;  // added, it leaves the nearest integer in the last bits
+    constexpr int32_t ROUND_BITS = 0x4b400000;
+    const V rounded = x * 1.44269504f + ROUND;
+    n = (I)rounded - ROUND_BITS;
+    const V whole = rounded - ROUND;
+    const V r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;  // log 2 in two parts, products with the first are exact
+    V q = r * 1.9901623e-4f + 1.3935446e-3f;
+    q = q * r + 8.3332956e-3f;
+    q = q * r + 4.1666448e-2f;
+    q = q * r + 1.6666667e-1f;
+    q = q * r + 0.5f;
+    p = r * r * q + r;
+  }
+  static FASTFLOW_INLINE V power_of_two(const I& n) { return (V)((n + 127) << 23); }
+
+  static FASTFLOW_INLINE V exp(const V& x) {
+    I n;
+    V p;
+    reduce(Base::at_least(Base::at_most(x, 89.f), -104.f), n, p);
+    const I half = n >> 1;  // 2^n itself may be too large, or denormal
+    return (p + 1.f) * power_of_two(half) * power_of_two(n - half);
+  }
+  // (e^2|x| - 1) / (e^2|x| + 1), the numerator without cancellation.
+  static FASTFLOW_INLINE V tanh(const V& x) {
+    const V magnitude = abs(x);
+    I n;
+    V p;
+    reduce(Base::at_most(magnitude + magnitude, 20.f), n, p);
+    const V power = power_of_two(n);
+    const V less_one = power * p + (power - 1.f);
+    return (V)((I)(less_one / (less_one + 2.f)) | ((I)x & SIGN));
+  }
+  // 0 <= x <= 1: twice the area tangent of x / (2 + x).
+  static FASTFLOW_INLINE V log1p(const V& x) {
+    const V s = x / (x + 2.f), w = s * s;
+    V q = w * 0.23239051f + 0.21703315f;
+    q = q * w + 0.28592584f;
+    q = q * w + 0.39999703f;
+    q = q * w + 0.66666669f;
+    return s * w * q + (s + s);
+  }
+};
+
+template <int BYTES>
+struct Elementary<double, BYTES> : Lanes<double, BYTES> {
+  using Base = Lanes<double, BYTES>;
+  using typename Base::V;
+
+  template <typename F>
+  static FASTFLOW_INLINE V each(const V& x, const F& f) {
+    V y;
+    for (int64_t i = 0; i < Base::COUNT; ++i) y[i] = f(x[i]);
+    return y;
+  }
+  static FASTFLOW_INLINE V abs(const V& x) { return x < 0. ? -x : x; }
+  static FASTFLOW_INLINE V exp(const V& x) { return each(x, [](double v) { return std::exp(v); }); }
+  static FASTFLOW_INLINE V tanh(const V& x) { return each(x, [](double v) { return std::tanh(v); }); }
+  static FASTFLOW_INLINE V log1p(const V& x) { return each(x, [](double v) { return std::log1p(v); }); }
+};
+
+}  // namespace fastflow::cpu
