@@ -12,7 +12,6 @@ from fastflow.ops import extension
 
 pytestmark = pytest.mark.skipif(not extension.cpu, reason="the C++ extension was not built here: no compiler")
 C = torch.ops.fastflow_C
-bodies = pytest.mark.parametrize("namespace", ["fastflow_C", "fastflow_emulated"])
 
 X, W, PERM, LU = torch.zeros(2, 3, 4, 4), torch.zeros(3, 3), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 3)
 V = torch.zeros(2, 3)
@@ -49,10 +48,37 @@ ERRORS = [
     ("lu_weight_backward", (PERM, LU, LU, V, V, LU, LU, LU, V), "dlog_det has shape [2, 3], expected [2]"),
 ]
 
+H, F, DL, VARIANT = torch.zeros(2, 4, 4, 4), torch.ones(2), torch.zeros(2), ("halves", False, "exp", "scale_first", "shift_scale")
+SOFT = ("halves", False, "soft_clamp", "scale_first", "shift_scale")
+CPU_ERRORS = [
+    ("affine_coupling", (H, H, None, "thirds", *VARIANT[1:], False), "mask is thirds, expected one of halves, checkerboard"),
+    ("affine_coupling", (H, H, None, *VARIANT[:2], "cosh", *VARIANT[3:], False), "scale is cosh, expected one of exp, sigmoid, "),
+    ("affine_coupling", (H, H, None, *VARIANT[:3], "last", VARIANT[4], False), "order is last, expected one of scale_first, shift_first"),
+    ("affine_coupling", (H, H, None, *VARIANT[:4], "mixed", False), "h_order is mixed, expected one of shift_scale, scale_shift, "),
+    ("affine_coupling", (X, H, None, *VARIANT, False), "x has shape [2, 3, 4, 4], expected [N, C, ...] with an even C"),
+    ("affine_coupling", (F, H, None, "checkerboard", *VARIANT[1:], False), "x has shape [2], expected [N, C, ...]"),
+    ("affine_coupling", (H.int(), H, None, *VARIANT, False), "x has dtype Int, expected Float, Double, BFloat16 or Half"),
+    ("affine_coupling", (H, H.int(), None, *VARIANT, False), "h has dtype Int, expected Float, Double, BFloat16 or Half"),
+    (
+        "affine_coupling",
+        (H, H[:, 1:], None, *VARIANT, False),
+        "h has shape [2, 3, 4, 4], expected that of x, [2, 4, 4, 4], with 4 ",
+    ),
+    ("affine_coupling", (H, H[:, :, 1:], None, *VARIANT, False), "h has shape [2, 4, 3, 4], expected that of x, [2, 4, 4, 4], with 4 "),
+    ("affine_coupling", (H, H, None, *SOFT, False), "factor is None, scale is soft_clamp"),
+    ("affine_coupling", (H, H, F, *VARIANT, False), "factor is given, scale is exp"),
+    ("affine_coupling", (H, H, DL.new_zeros(3), *SOFT, False), "factor has shape [3], expected [2], one for each transformed channel"),
+    ("affine_coupling_backward", (H, H, None, X, DL, *VARIANT, False), "dy has shape [2, 3, 4, 4], expected x's, [2, 4, 4, 4]"),
+    ("affine_coupling_backward", (H, H, None, H, V, *VARIANT, False), "dlog_det has shape [2, 3], expected [2]"),
+    ("affine_coupling_inverse_backward", (X, H, None, X, DL, *VARIANT), "y has shape [2, 3, 4, 4], expected [N, C, ...] with an even C"),
+    ("affine_coupling_inverse_backward", (H, H, None, X, DL, *VARIANT), "dy has shape [2, 3, 4, 4], expected y's, [2, 4, 4, 4]"),
+]
+EVERY_ERROR = [(namespace, *error) for namespace in ("fastflow_C", "fastflow_emulated") for error in ERRORS]
+EVERY_ERROR += [("fastflow_C", *error) for error in CPU_ERRORS]
 
-@bodies
-@pytest.mark.parametrize("op, args, message", ERRORS, ids=[f"{op}: {message}" for op, _, message in ERRORS])
-def test_errors_say_what_came_and_what_was_expected(op, args, message, namespace):
+
+@pytest.mark.parametrize("namespace, op, args, message", EVERY_ERROR, ids=[f"{n}-{op}: {m}" for n, op, _, m in EVERY_ERROR])
+def test_errors_say_what_came_and_what_was_expected(namespace, op, args, message):
     with pytest.raises(RuntimeError) as error:
         getattr(getattr(torch.ops, namespace), op)(*args)
     assert f"{op}: {message}" in str(error.value)
@@ -85,7 +111,37 @@ def runs():
     lu = lu_inputs(33, 48, torch.float32)
     upstream = torch.randn(33, 48, 48), torch.randn(33, 48, 48), torch.randn(33)
     A, B = solve_inputs(3, 48, 333, torch.float32)
+    h, factor, dlog_det = torch.randn(64, 12, 16, 16), torch.rand(6) + 0.5, torch.randn(64)
+    coupling, checkerboard = SOFT, ("checkerboard", True, "tanh", "shift_first", "interleaved")
+    vectors = torch.randn(9000, 6), torch.randn(9000, 6), torch.rand(3) + 0.5, torch.randn(9000, 6), torch.randn(9000)
+    wide, full = torch.randn(64, 24, 16, 16), torch.rand(12) + 0.5
+
+    def coupled(layout, dtype=torch.float32):
+        """Forward, backward, inverse + backward."""
+        laid_out = [v.to(dtype).to(memory_format=layout) for v in (x, h, dy)]
+        given = (laid_out[0], laid_out[1], factor, laid_out[2], dlog_det, *coupling)
+        return (
+            *C.affine_coupling(*given[:3], *coupling, True),
+            *C.affine_coupling_backward(*given, False),
+            *C.affine_coupling_inverse_backward(*given),
+        )
+
     return {
+        "affine_coupling": lambda: coupled(torch.contiguous_format),
+        "affine_coupling of rows": lambda: coupled(rows),
+        "affine_coupling of bfloat16": lambda: coupled(rows, torch.bfloat16),
+        "affine_coupling of vectors": lambda: (
+            *C.affine_coupling(*vectors[:3], *coupling, False),
+            *C.affine_coupling_inverse_backward(*vectors, *coupling),
+        ),
+        "affine_coupling of a checkerboard": lambda: (
+            *C.affine_coupling(x, wide, full, *checkerboard, True),
+            *C.affine_coupling_inverse_backward(x, wide, full, dy, dlog_det, *checkerboard),
+        ),
+        "affine_coupling, additive": lambda: (
+            *C.affine_coupling(x, h[:, :6], None, "halves", True, "none", *coupling[3:], False),
+            *C.affine_coupling_backward(x, h[:, :6], None, dy, dlog_det, "halves", True, "none", *coupling[3:], False),
+        ),
         "conv1x1": lambda: (C.conv1x1(x, weight, dy[0, :, 0, 0]),),
         "conv1x1_backward": lambda: C.conv1x1_backward(x, weight, dy),
         "conv1x1_backward of rows": lambda: C.conv1x1_backward(x.to(memory_format=rows), weight, dy.to(memory_format=rows)),
@@ -103,3 +159,26 @@ def test_same_bits_for_any_number_of_threads_and_all_written(name):
     run = runs()[name]
     assert_same_bits_whatever_the_threads(run)
     assert_writes_everything(run)
+
+
+# what a coupling of vectors with one transformed channel makes of raw scales: f, and 1 where it is in y
+FUNCTIONS = {"exp": torch.exp, "tanh": torch.tanh, "sigmoid": lambda raw: torch.nn.functional.logsigmoid(raw + 2)}
+
+
+@pytest.mark.parametrize("scale", FUNCTIONS)
+def test_scale_functions_are_exact_for_every_float(scale):
+    """Within 3 units in the last place of what float64 gives, infinities, NaN and denormal numbers too."""
+    bits = torch.randint(-(2**31), 2**31, (1_000_000,)).to(torch.int32)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-40, 88.7, 88.8, -103.9, -87.5, 9.0, -9.1])
+    raw = torch.cat([bits.view(torch.float32), special, torch.linspace(-110, 95, 500_000), torch.linspace(-3, 3, 500_000)])
+    if scale == "sigmoid":
+        raw = raw + 2 - 2  # so that adding 2 is exact
+    x, h = torch.ones(len(raw), 2), torch.stack([torch.zeros_like(raw), raw], dim=1)
+    factor = torch.ones(1) if scale == "tanh" else None
+    y, log_det = C.affine_coupling(x, h, factor, "halves", False, scale, "scale_first", "shift_scale", False)
+    found, exact = y[:, 1] if scale == "exp" else log_det, FUNCTIONS[scale](raw.double())
+    expected = exact.float()
+    finite = expected.isfinite() & found.isfinite()
+    torch.testing.assert_close(found[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
+    unit = torch.nextafter(expected.abs(), torch.tensor(torch.inf)) - expected.abs()
+    assert ((found.double() - exact).abs() <= 3 * unit.double())[finite].all()
