@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import conv1x1, harness, inverse_precision, lu_weight, memory, reversible_gradients, reversible_soak, triangular_solve
+from benchmarks import (
+    affine_coupling,
+    conv1x1,
+    harness,
+    inverse_precision,
+    lu_weight,
+    memory,
+    reversible_gradients,
+    reversible_soak,
+    triangular_solve,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALWAYS = ("name", "case", "shape", "dtype", "layout", "provider", "mode", "device", "torch", "fastflow", "date")
@@ -35,7 +45,9 @@ def case(provider, **more) -> harness.Case:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("script, modes", [(conv1x1, 2), (lu_weight, 2), (triangular_solve, 1)], ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    "script, modes", [(affine_coupling, 2), (conv1x1, 2), (lu_weight, 2), (triangular_solve, 1)], ids=lambda v: getattr(v, "__name__", "")
+)
 def test_rows_are_complete(script, modes, device, tmp_path, capsys):
     for _ in range(2):  # the second time to a file that is there
         script.main(["--quick", "--device", device, "--results", str(tmp_path)])
