@@ -181,7 +181,19 @@ def register(name: str, signature: str, body: Callable, fake: Callable, function
     torch.library.impl(qualified, "CompositeExplicitAutograd", _without_autocast(body))
     torch.library.register_fake(qualified, fake)
     if function is not None:
-        torch.library.impl(qualified, "Autograd", function.apply)
+        torch.library.impl(qualified, "Autograd", _with_gradient(name, function))
+
+
+def _with_gradient(name: str, function: type[torch.autograd.Function]) -> Callable:
+    """``function.apply``, past which an op goes where no gradient is wanted: it takes 7 us, half as long as a small op."""
+
+    def body(*args):
+        if torch.is_grad_enabled():
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.fastflow, name).default(*args)
+
+    return body
 
 
 def _without_autocast(body: Callable) -> Callable:
