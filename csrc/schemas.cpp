@@ -22,6 +22,8 @@ constexpr const char* CPU_SCHEMAS[] = {
     ", bool inverse) -> (Tensor, Tensor, Tensor)",
     "affine_coupling_inverse_backward(Tensor y, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, " FASTFLOW_VARIANT
     ") -> (Tensor, Tensor, Tensor, Tensor)",
+    "uniform_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
+    "normal_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
 };
 
 // FRAGMENT, not STABLE_TORCH_LIBRARY: a second file with the latter crashes at load.

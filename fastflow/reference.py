@@ -317,11 +317,12 @@ def normal_noise(size: list[int], seed: Tensor, offset: int, dtype: torch.dtype)
 
 
 def _dequantized(
-    x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, n_bits: int, scale: float, shift: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, n_bits: int, scale: float, shift: float, dtype: torch.dtype,
+    uniform: Callable = uniform_noise,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """p = scale v + shift and 1 - p, with v = (x + u) / 2^n_bits; 1 - p from 1 - v, so that it keeps its digits where p is near 1."""
     acc = acc_dtype(dtype)
-    u = uniform_noise(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
+    u = uniform(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
     bins = 2.0**n_bits
     xf = x.to(acc)
     p = (xf + u) * (scale / bins) + shift
@@ -332,8 +333,9 @@ def _dequantized(
 def dequantize(
     x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int,
     n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None, dtype: torch.dtype,
+    uniform: Callable = uniform_noise,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    p, q = _dequantized(x, noise, seed, offset, n_bits, scale, shift, dtype)
+    p, q = _dequantized(x, noise, seed, offset, n_bits, scale, shift, dtype, uniform)
     log_det = p.new_full((x.shape[0],), math.prod(x.shape[1:]) * math.log(scale / 2.0**n_bits))
     if logit:
         log_p, log_q = torch.log(p), torch.log(q)
@@ -407,10 +409,11 @@ def gaussian_log_prob_backward(
 
 
 def gaussian_sample(
-    size: list[int], mean: Tensor | None, log_scale: Tensor | None, temperature: float, seed: Tensor, offset: int, dtype: torch.dtype
-) -> Tensor:
+    size: list[int], mean: Tensor | None, log_scale: Tensor | None, temperature: float, seed: Tensor, offset: int, dtype: torch.dtype,
+    normal: Callable = normal_noise,
+) -> Tensor:  # fmt: skip
     acc = acc_dtype(dtype)
-    z = normal_noise(size, seed, offset, acc) * temperature
+    z = normal(size, seed, offset, acc) * temperature
     m, s = gaussian_terms(z, mean, log_scale, acc)
     if log_scale is not None:
         z = z * torch.exp(s)

@@ -72,6 +72,8 @@ CPU_ERRORS = [
     ("affine_coupling_backward", (H, H, None, H, V, *VARIANT, False), "dlog_det has shape [2, 3], expected [2]"),
     ("affine_coupling_inverse_backward", (X, H, None, X, DL, *VARIANT), "y has shape [2, 3, 4, 4], expected [N, C, ...] with an even C"),
     ("affine_coupling_inverse_backward", (H, H, None, X, DL, *VARIANT), "dy has shape [2, 3, 4, 4], expected y's, [2, 4, 4, 4]"),
+    ("uniform_noise", (2, 3, DL, 0, False), "seed has dtype Float and shape [2], expected Long without dimensions"),
+    ("normal_noise", (2, 3, PERM, 0, True), "seed has dtype Long and shape [2, 3], expected Long without dimensions"),
 ]
 EVERY_ERROR = [(namespace, *error) for namespace in ("fastflow_C", "fastflow_emulated") for error in ERRORS]
 EVERY_ERROR += [("fastflow_C", *error) for error in CPU_ERRORS]
@@ -126,7 +128,10 @@ def runs():
             *C.affine_coupling_inverse_backward(*given),
         )
 
+    seed = torch.tensor(5)
     return {
+        "uniform_noise": lambda: (C.uniform_noise(9, 3001, seed, 2**40, False), C.uniform_noise(3001, 9, seed, 0, True)),
+        "normal_noise": lambda: (C.normal_noise(9, 3001, seed, 2**40, False), C.normal_noise(3001, 9, seed, 0, True)),
         "affine_coupling": lambda: coupled(torch.contiguous_format),
         "affine_coupling of rows": lambda: coupled(rows),
         "affine_coupling of bfloat16": lambda: coupled(rows, torch.bfloat16),

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from cases import KERNELS
+from cases import TRITON_AND_CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastflow import ops, reference
 
-pytestmark = pytest.mark.usefixtures("each_backend")
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
 
 OP = torch.ops.fastflow.uniform_noise.default
 
@@ -161,7 +161,6 @@ def test_empty(noise):
     assert noise((0, 3, 2), 1).shape == (0, 3, 2) and noise((3, 0), 1).shape == (3, 0)
 
 
-@pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
 def test_a_captured_graph_draws_from_its_seed(each_backend):
     """Nothing waits for the device, and a seed on it is read when the graph runs; without a device, calls stand for the graph."""
     seed = torch.tensor(1)

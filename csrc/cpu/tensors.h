@@ -3,6 +3,7 @@
 #include "stable.h"
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <initializer_list>
 #include <optional>
@@ -16,7 +17,7 @@ using torch::stable::Tensor;
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<torch::headeronly::ScalarType> type = {}) {
   std::array<int64_t, 3> strides{};
   int64_t stride = 1;
-  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) strides[d] = stride, stride *= sizes.begin()[d];
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) strides[d] = stride, stride *= std::max<int64_t>(1, sizes.begin()[d]);
   int32_t dtype;
   AtenTensorHandle made;
   if (type) dtype = *type == torch::headeronly::ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();

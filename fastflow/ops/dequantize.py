@@ -1,12 +1,14 @@
 """fastflow::dequantize, the gradient of its noise, and its inverse."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
 from fastflow.ops.library import register, with_kernel
-from fastflow.ops.noise import as_seed
+from fastflow.ops.noise import as_seed, drawn_uniform
 from fastflow.ops.squeeze import ORDERS, check_even, check_image, squeezed_shape
 
 MAP = "int n_bits, float scale, float shift, bool logit, str? squeeze_order"
@@ -69,10 +71,12 @@ class DequantizeInverseFunction(torch.autograd.Function):
         return dy, None, None, None, None, None
 
 
+_dequantize = functools.wraps(reference.dequantize)(functools.partial(reference.dequantize, uniform=drawn_uniform))
+
 register(
     "dequantize",
     f"(Tensor x, Tensor? noise, Tensor? seed, SymInt offset, {MAP}, ScalarType dtype) -> (Tensor, Tensor)",
-    with_kernel(reference.dequantize, "dequantize"),
+    with_kernel(_dequantize, "dequantize"),
     _fake,
     DequantizeFunction,
 )

@@ -1,12 +1,14 @@
 """fastflow::gaussian_log_prob with its backward, and fastflow::gaussian_sample."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
 from fastflow.ops.library import register, with_kernel
-from fastflow.ops.noise import as_seed
+from fastflow.ops.noise import as_seed, drawn_normal
 
 
 def _fake(z, mean, log_scale):
@@ -58,6 +60,8 @@ class GaussianSampleFunction(torch.autograd.Function):
         return None, gradient(mean, dz), gradient(log_scale, dz * (z - m)), None, None, None, None
 
 
+_sample = functools.wraps(reference.gaussian_sample)(functools.partial(reference.gaussian_sample, normal=drawn_normal))
+
 register(
     "gaussian_log_prob",
     "(Tensor z, Tensor? mean, Tensor? log_scale) -> Tensor",
@@ -74,7 +78,7 @@ register(
 register(
     "gaussian_sample",
     "(SymInt[] size, Tensor? mean, Tensor? log_scale, float temperature, Tensor seed, SymInt offset, ScalarType dtype) -> Tensor",
-    with_kernel(reference.gaussian_sample, "gaussian", on=lambda size, mean, log_scale, temperature, seed, *_: seed),
+    with_kernel(_sample, "gaussian", on=lambda size, mean, log_scale, temperature, seed, *_: seed),
     _fake_sample,
     GaussianSampleFunction,
 )

@@ -85,18 +85,22 @@ def with_compiled(name: str, reference: Callable, on: Callable[..., Tensor], app
     return body
 
 
+def cpu_op(name: str, tensor: Tensor) -> Callable | None:
+    """The extension's op for the CPU alone, where ``tensor`` lies there and the op is to run; else None."""
+    if tensor.device.type != "cpu" or _extension(tensor.device) is None:
+        return None
+    return _compiled_op("fastflow_C", name)
+
+
 def with_cpu(reference: Callable) -> Callable:
     """The body that calls the extension's op named as the reference is, on CPU tensors where it is built, else ``reference``.
 
     For :func:`with_kernel`: an op that Triton has for GPUs, and C++ for the CPU. Their first argument decides.
     """
-    name = reference.__name__
 
     @functools.wraps(reference)
-    def body(x, *args):
-        if x.device.type != "cpu" or _extension(x.device) is None:
-            return reference(x, *args)
-        return _compiled_op("fastflow_C", name)(x, *args)
+    def body(*args):
+        return (cpu_op(reference.__name__, args[0]) or reference)(*args)
 
     return body
 

@@ -1,15 +1,36 @@
 """fastflow::uniform_noise: counter-based noise that depends on (seed, sample index, element) alone."""
 
+import functools
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastflow import check, reference
-from fastflow.ops.library import register, with_kernel
+from fastflow.ops.library import cpu_op, register, with_kernel
+
+
+def _drawn(plain: Callable) -> Callable:
+    """``plain``, or the extension's function of that name, which draws rows in the dtype that is computed in."""
+
+    @functools.wraps(plain)
+    def draw(size: list[int], seed: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+        compiled = cpu_op(plain.__name__, seed)
+        if compiled is None:
+            return plain(size, seed, offset, dtype)
+        rows = compiled(size[0], math.prod(size[1:]), seed, offset, reference.acc_dtype(dtype) == torch.float64)
+        return rows.to(dtype).reshape(size)
+
+    return draw
+
+
+drawn_uniform, drawn_normal = _drawn(reference.uniform_noise), _drawn(reference.normal_noise)
 
 register(
     "uniform_noise",
     "(SymInt[] size, Tensor seed, SymInt offset, ScalarType dtype) -> Tensor",
-    with_kernel(reference.uniform_noise, "noise", on=lambda size, seed, *_: seed),
+    with_kernel(drawn_uniform, "noise", on=lambda size, seed, *_: seed),
     lambda size, seed, offset, dtype: seed.new_empty(size, dtype=dtype),
 )
 
