@@ -102,8 +102,12 @@ template <typename To, typename From>
 void copy_line(To* to, int64_t to_step, const From* from, int64_t from_step, int64_t count) {
   int64_t i = 0;
   if (to_step == 1 && from_step == 1) {
-    if constexpr (std::is_same_v<To, From>)
-      for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(To));  // most lines are too short for a call
+    if constexpr (std::is_same_v<To, From>) {
+      // by fours, the last of which may overlap its neighbour: most lines are too short for a call
+      if (count >= 4) std::memcpy(to + count - 4, from + count - 4, 4 * sizeof(To));
+      for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(To));
+      if (count >= 4) return;
+    }
     for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
   } else {
     for (; i < count; ++i) to[i * to_step] = static_cast<To>(from[i * from_step]);
@@ -172,13 +176,17 @@ class Operand {
 template <typename T>
 class Spread {
  public:
-  Spread(const T* values, bool along_lines, Buffers<T>& buffers) : values_(values), along_(along_lines), buffer_(values ? buffers.next() : nullptr) {}
-  const T* operator()(const Tile& t) const {
-    for (int64_t l = 0; values_ && l < t.lines; ++l) {
+  Spread(const T* values, bool along_lines, Buffers<T>& buffers)
+      : values_(values), along_(along_lines), buffer_(values ? buffers.next() : nullptr) {}
+  const T* operator()(const Tile& t) {
+    if (!values_) return nullptr;
+    const bool there = along_ && t.lines <= last_.lines && t.from == last_.from && t.length == last_.length;  // as of all rows
+    for (int64_t l = 0; !there && l < t.lines; ++l) {
       T* to = buffer_ + l * t.length;
       if (along_) copy_line(to, 1, values_ + t.from, 1, t.length);
       else std::fill_n(to, t.length, values_[t.line + l]);
     }
+    if (!there) last_ = t;
     return buffer_;
   }
 
@@ -186,6 +194,7 @@ class Spread {
   const T* values_;
   const bool along_;
   T* const buffer_;
+  Tile last_{};
 };
 
 template <typename T>
@@ -279,8 +288,8 @@ void forward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& fa
     Buffers<acc> buffers(6, grid);
     Buffers<Mask<acc>> masks(1, grid);
     const Operand<acc> v(x.transformed, buffers), out(y.transformed, buffers), shift(h.shift, buffers), raw(h.raw, buffers);
-    const Spread<acc> factor(pointer(given.factor), grid.rows, buffers);
-    const Spread<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
+    Spread<acc> factor(pointer(given.factor), grid.rows, buffers);
+    Spread<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
     acc* log_s = buffers.next();
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = grid[i];
@@ -330,8 +339,8 @@ void backward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& f
     Buffers<Mask<acc>> masks(1, grid);
     const Operand<acc> v(x.transformed, buffers), shift(h.shift, buffers), raw(h.raw, buffers), dout(dy.transformed, buffers);
     const Operand<acc> back(x_out.transformed, buffers), dv(dx.transformed, buffers), dshift(dh.shift, buffers), draw(dh.raw, buffers);
-    const Spread<acc> factor(pointer(given.factor), grid.rows, buffers), dlog_det(pointer(given.dlog_det), false, buffers);
-    const Spread<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
+    Spread<acc> factor(pointer(given.factor), grid.rows, buffers), dlog_det(pointer(given.dlog_det), false, buffers);
+    Spread<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
     acc* factors = dfactor ? buffers.next() : nullptr;
     for (int64_t slot = begin; slot < end; ++slot) {
       double* sum_of_slot = dfactor ? sums.get() + slot * grid.channels : nullptr;

@@ -47,8 +47,9 @@ FASTFLOW_INLINE void couple_of(const Coupling<T>& c) {
       M::store(c.out + i, c.inverse ? v - shift : v + shift);
       continue;
     }
+    const V raw = masked<M>(c.active, i, M::load(c.raw + i)), f = c.factor ? M::load(c.factor + i) : V{};
     V log_s, by_raw{}, by_factor{};
-    log_scale<false, M>(c.scale, masked<M>(c.active, i, M::load(c.raw + i)), c.factor ? M::load(c.factor + i) : V{}, log_s, by_raw, by_factor);
+    log_scale<false, M>(c.scale, raw, f, log_s, by_raw, by_factor);
     log_s = masked<M>(c.active, i, c.inverse ? -log_s : log_s);
     const V s = M::exp(log_s);
     M::store(c.log_s + i, log_s);
@@ -71,8 +72,9 @@ FASTFLOW_INLINE void couple_backward_of(const CouplingBackward<T>& c) {
     }
     V v = M::load(c.v + i);
     const V shift = masked<M>(c.active, i, M::load(c.shift + i)), dlog_det = M::load(c.dlog_det + i);
+    const V raw = masked<M>(c.active, i, M::load(c.raw + i)), f = c.factor ? M::load(c.factor + i) : V{};
     V log_s, by_raw{}, by_factor{};
-    log_scale<true, M>(c.scale, masked<M>(c.active, i, M::load(c.raw + i)), c.factor ? M::load(c.factor + i) : V{}, log_s, by_raw, by_factor);
+    log_scale<true, M>(c.scale, raw, f, log_s, by_raw, by_factor);
     log_s = masked<M>(c.active, i, log_s);
     if (c.x) {
       const V inverse_s = M::exp(-log_s);
