@@ -5,8 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastflow import ops
 from fastflow.nn.actnorm import ActNorm
 from fastflow.reversible import has_hooks
+
+LOGS_FACTOR = 3.0  # of the last convolution's log scale: it learns faster for it
 
 
 class ActNormConv2d(nn.Module):
@@ -21,9 +24,8 @@ class ActNormConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and not self.actnorm._initialized:
             self.actnorm.initialize(self.conv(x))
-        scale = self.actnorm.log_scale.exp()
-        weight = self.conv.weight * scale.view(-1, 1, 1, 1)
-        return F.conv2d(x, weight, self.actnorm.bias * scale, padding=self.conv.padding)
+        weight, bias = ops.scaled_weight(self.conv.weight, self.actnorm.log_scale, self.actnorm.bias)
+        return F.conv2d(x, weight, bias, padding=self.conv.padding)
 
 
 class ZeroConv2d(nn.Module):
@@ -36,8 +38,8 @@ class ZeroConv2d(nn.Module):
         self.logs = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = (3 * self.logs).exp()
-        return F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), self.bias * scale, padding=1)
+        weight, bias = ops.scaled_weight(self.weight, self.logs, self.bias, LOGS_FACTOR)
+        return F.conv2d(x, weight, bias, padding=1)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
@@ -66,13 +68,11 @@ class GlowNetwork(nn.Sequential):
         parameters = (
             *(first.conv.weight, first.actnorm.log_scale, first.actnorm.bias),
             *(second.conv.weight, second.actnorm.log_scale, second.actnorm.bias),
-            *(last.weight, 3 * last.logs, last.bias),
+            *(last.weight, last.logs, last.bias),
         )
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
-        if torch.is_grad_enabled():
-            return _Network.apply(x, dtype, *parameters)
-        return _forward(x, dtype, *parameters)[0]
+        return _Network.apply(x, dtype, *parameters) if torch.is_grad_enabled() else _forward(x, dtype, *parameters)[0]
 
     def _runs_as_one(self) -> bool:
         """Whether the network is the one of above as it stands: not one that is compiled, which fuses by itself, nor one that has been
@@ -84,19 +84,20 @@ class GlowNetwork(nn.Sequential):
         return not self.training or all(norm._initialized for norm in norms)
 
 
+_FACTORS = (1.0, 1.0, LOGS_FACTOR)
+
+
 def _forward(x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """The network's output, and what its derivative needs: the layers' inputs, the scales and the scaled weights, of each layer."""
-    a, inputs, scales, weights = x.to(dtype), [], [], []
-    for i in range(0, len(parameters), 3):
-        weight, log_scale, bias = parameters[i : i + 3]
-        scale = log_scale.exp()
-        weights.append((weight * scale.view(-1, 1, 1, 1)).to(dtype))
-        scales.append(scale)
+    """The network's output, and what its derivative needs: the input and the scaled weight of each layer."""
+    a, inputs, weights = x.to(dtype), [], []
+    for i, factor in enumerate(_FACTORS):
+        weight, bias = ops.scaled_weight(*parameters[3 * i : 3 * i + 3], factor)
+        weights.append(weight.to(dtype))
         inputs.append(a)
-        a = F.conv2d(a, weights[-1], (bias * scale).to(dtype), padding=weight.shape[2] // 2)
-        if i + 3 < len(parameters):
+        a = F.conv2d(a, weights[-1], bias.to(dtype), padding=weight.shape[2] // 2)
+        if i < len(_FACTORS) - 1:
             a.relu_()
-    return a, *inputs, *scales, *weights
+    return a, *inputs, *weights
 
 
 class _Network(torch.autograd.Function):
@@ -113,23 +114,21 @@ class _Network(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        n = len(ctx.saved_tensors) // 6
-        inputs, scales, weights = (ctx.saved_tensors[i * n : (i + 1) * n] for i in range(3))
+        n = len(_FACTORS)
+        inputs, weights, parameters = ctx.saved_tensors[:n], ctx.saved_tensors[n : 2 * n], ctx.saved_tensors[2 * n :]
         gradients: list[Tensor | None] = []
         for i in reversed(range(n)):
-            weight, _, bias = ctx.saved_tensors[3 * (n + i) : 3 * (n + i + 1)]
-            wanted = ctx.needs_input_grad[2 + 3 * i : 5 + 3 * i]
-            mask = [i > 0 or ctx.needs_input_grad[0], wanted[0] or wanted[1], wanted[1] or wanted[2]]
-            pad = weight.shape[2] // 2
+            layer, wanted = parameters[3 * i : 3 * i + 3], any(ctx.needs_input_grad[2 + 3 * i : 5 + 3 * i])
+            pad = layer[0].shape[2] // 2
             dx, dweight, dbias = torch.ops.aten.convolution_backward(
-                dy, inputs[i], weights[i], [len(bias)], [1, 1], [pad, pad], [1, 1], False, [0, 0], 1, mask
+                *(dy, inputs[i], weights[i], [len(layer[2])], [1, 1], [pad, pad], [1, 1], False, [0, 0], 1),
+                [i > 0 or ctx.needs_input_grad[0], wanted, wanted],
             )
-            dlog_scale = None
-            if wanted[1]:
-                dscale = (dweight * weight).flatten(1).sum(1) + dbias * bias
-                dlog_scale = dscale * scales[i]
-            dweight = dweight.to(weight.dtype).mul_(scales[i].view(-1, 1, 1, 1)) if wanted[0] else None
-            gradients = [dweight, dlog_scale, dbias * scales[i] if wanted[2] else None, *gradients]
+            found = (None,) * 3
+            if wanted:
+                dweight, dbias = dweight.to(layer[0].dtype), dbias.to(layer[2].dtype)
+                found = torch.ops.fastflow.scaled_weight_backward.default(*layer, _FACTORS[i], dweight, dbias)
+            gradients = [*found, *gradients]
             if i:
                 dy = torch.ops.aten.threshold_backward.grad_input(dx, inputs[i], 0, grad_input=dx)
         return None if dx is None else dx.to(ctx.dtype_of_x), None, *gradients
