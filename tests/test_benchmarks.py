@@ -11,12 +11,14 @@ import torch
 from benchmarks import (
     affine_coupling,
     conv1x1,
+    glow,
     harness,
     inverse_precision,
     lu_weight,
     memory,
     reversible_gradients,
     reversible_soak,
+    training_speed,
     triangular_solve,
 )
 
@@ -188,3 +190,44 @@ def test_soak_compares_runs(tmp_path, capsys):
     assert max(reversible_soak.column(rows, "reversible", "drift")[1]) < 1e-4
     assert (tmp_path / "pictures" / "reversible_soak.png").stat().st_size > 10_000
     assert "MiB" in capsys.readouterr().out
+
+
+@pytest.fixture
+def training_page(tmp_path):
+    return Path(shutil.copy(harness.ROOT / "docs" / "training.md", tmp_path))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_glow_beside_plain_pytorch(device, training_page, tmp_path, capsys):
+    rows = glow.main(["--quick", "--device", device, "--results", str(tmp_path), "--docs", str(tmp_path)])
+    assert rows_of(tmp_path / "glow.csv") == [{k: str(v) for k, v in row.items()} for row in rows]
+    found = {row["provider"] for row in rows}
+    assert found >= {"plain", "fastflow", "fastflow, reversible"} and len(rows) == 2 * len(found)
+    assert all(float(row["error"]) <= float(row["tolerance"]) for row in rows)
+    assert_tables(training_page, "glow")
+    assert "(1.00)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["a gradient", "a pixel"])
+def test_a_glow_that_computes_something_else_is_refused(wrong, monkeypatch):
+    model = glow.build(8, 2, 1, 4, 2).double()
+    found, given = glow.providers(model, compiled=False), glow.inputs(8, 2, "cpu", torch.float64)
+    assert max(glow.check(found, given, glow.TOLERANCE).values()) <= glow.TOLERANCE
+    if wrong == "a gradient":
+        last = found["fastflow"].made.flows[1].steps[0].coupling
+        last.net.register_full_backward_hook(lambda m, grad_in, grad_out: (1.001 * grad_in[0],))
+    else:
+        monkeypatch.setattr(found["fastflow"].made, "sample", lambda n, generator: torch.zeros(n, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="fastflow: .* no row is written"):
+        glow.check(found, given, glow.TOLERANCE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_speed_turns_on_one_after_the_other(device, training_page, tmp_path):
+    rows = training_speed.main(["--quick", "--device", device, "--results", str(tmp_path), "--docs", str(tmp_path)])
+    assert rows_of(tmp_path / "training_speed.csv") == [{k: str(v) for k, v in row.items()} for row in rows]
+    expected = [f"+ {name}" for name in training_speed.IN_TURN if name != "compile" and (name != "graph" or device == "cuda")]
+    assert [row["way"] for row in rows if row["way"].startswith("+")] == expected
+    assert all(float(row["error"]) <= float(row["tolerance"]) and float(row["images_s_p50"]) > 0 for row in rows)
+    assert len(rows_of(tmp_path / "loader.csv")) == 4 and all(float(row["images_s"]) > 0 for row in rows_of(tmp_path / "loader.csv"))
+    assert_tables(training_page, "speed", "loader")
