@@ -75,16 +75,17 @@ class Model(nn.Module):
             self.log_prob(x, context, seed=seed, offset=offset)
         self.train(training)
 
-    def compile_networks(self) -> None:
-        """Compiles every coupling network where it is (``torch.compile``), which the reversible chains around them allow.
+    def compile_networks(self, **options) -> None:
+        """Compiles every coupling network where it is (``torch.compile`` with ``options``), which the reversible chains around them allow.
 
-        Each batch size, and each of training, evaluation and sampling, is compiled when it first comes. Raises torch's errors.
+        Networks of one level are compiled once for all of them, anew for each batch size and for training, evaluation and sampling, when
+        these first come.
         """
-        # of one kind are the networks of a level, in each mode and batch size; torch gives up after 8 kinds unless told
+        # torch would give up after 8 of these kinds
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(self.flows))
         for module in self.modules():
             if isinstance(module, AffineCoupling):
-                module.net.compile(dynamic=False)
+                module.net.compile(**{"dynamic": False} | options)
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
