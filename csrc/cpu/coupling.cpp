@@ -50,10 +50,11 @@ FASTFLOW_INLINE void couple_of(const Coupling<T>& c) {
     const V raw = masked<M>(c.active, i, M::load(c.raw + i)), f = c.factor ? M::load(c.factor + i) : V{};
     V log_s, by_raw{}, by_factor{};
     log_scale<false, M>(c.scale, raw, f, log_s, by_raw, by_factor);
-    log_s = masked<M>(c.active, i, c.inverse ? -log_s : log_s);
+    log_s = masked<M>(c.active, i, log_s);
     const V s = M::exp(log_s);
-    M::store(c.log_s + i, log_s);
-    if (c.inverse) M::store(c.out + i, c.scale_first ? (v - shift) * s : v * s - shift);
+    M::store(c.log_s + i, c.inverse ? -log_s : log_s);
+    // divided by what was multiplied by: e^-log_s has an error of its own
+    if (c.inverse) M::store(c.out + i, c.scale_first ? (v - shift) / s : v / s - shift);
     else M::store(c.out + i, c.scale_first ? v * s + shift : (v + shift) * s);
   }
 }
@@ -76,12 +77,12 @@ FASTFLOW_INLINE void couple_backward_of(const CouplingBackward<T>& c) {
     V log_s, by_raw{}, by_factor{};
     log_scale<true, M>(c.scale, raw, f, log_s, by_raw, by_factor);
     log_s = masked<M>(c.active, i, log_s);
+    const V s = M::exp(c.inverse ? -log_s : log_s);
     if (c.x) {
-      const V inverse_s = M::exp(-log_s);
-      v = c.scale_first ? (v - shift) * inverse_s : v * inverse_s - shift;
+      v = c.scale_first ? (v - shift) / s : v / s - shift;
       M::store(c.x + i, v);
     }
-    const V dv = g * M::exp(c.inverse ? -log_s : log_s);
+    const V dv = g * s;
     V dshift, dlog_s;
     if (c.inverse) {
       dshift = c.scale_first ? -dv : -g;
