@@ -23,9 +23,6 @@ constexpr const char* CPU_SCHEMAS[] = {
     "affine_coupling_inverse_backward(Tensor y, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, " FASTFLOW_VARIANT
     ") -> (Tensor, Tensor, Tensor, Tensor)",
     "uniform_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
-    "scaled_weight(Tensor weight, Tensor log_scale, Tensor bias, float factor) -> (Tensor, Tensor)",
-    "scaled_weight_backward(Tensor weight, Tensor log_scale, Tensor bias, float factor, Tensor dweight, Tensor dbias) -> "
-    "(Tensor, Tensor, Tensor)",
     "normal_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
 };
 

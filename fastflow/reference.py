@@ -504,20 +504,3 @@ def lu_weight_backward(
     dU = L.mT @ dA
     dlog_s = dU.diagonal(dim1=-2, dim2=-1) * sign_s * torch.exp(log_s) + dlog_det.unsqueeze(-1)
     return (dA @ U.mT).tril(-1), dU.triu(1), dlog_s
-
-
-# a convolution's weight and bias, scaled ---------------------------------------------------------------------------------------
-
-
-def scaled_weight(weight: Tensor, log_scale: Tensor, bias: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    scale = torch.exp(factor * log_scale)
-    return dense_like(weight * sample_view(scale, weight), weight), bias * scale
-
-
-def scaled_weight_backward(
-    weight: Tensor, log_scale: Tensor, bias: Tensor, factor: float, dweight: Tensor, dbias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dweight, dlog_scale, dbias)."""
-    scale = torch.exp(factor * log_scale)
-    dlog_scale = factor * scale * ((dweight * weight).flatten(1).sum(1) + dbias * bias)
-    return dense_like(dweight * sample_view(scale, weight), weight), dlog_scale, dbias * scale

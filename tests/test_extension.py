@@ -51,12 +51,6 @@ ERRORS = [
 H, F, DL, VARIANT = torch.zeros(2, 4, 4, 4), torch.ones(2), torch.zeros(2), ("halves", False, "exp", "scale_first", "shift_scale")
 SOFT = ("halves", False, "soft_clamp", "scale_first", "shift_scale")
 CPU_ERRORS = [
-    ("scaled_weight", (X, V[0], V[0, :2], 1.0), "log_scale has shape [3], expected [2], one for each output channel"),
-    ("scaled_weight", (X.half(), V[0], V[0], 1.0), "weight has dtype Half, expected Float or Double"),
-    ("scaled_weight", (X, V[0, :2], V[0, :2].double(), 1.0), "bias has dtype Double, expected weight's, Float"),
-    ("scaled_weight", (X[:, :2], V[0, :2], V[0, :2], 1.0), "weight lies apart, expected the part of each output channel in one piece"),
-    ("scaled_weight_backward", (X, V[0, :2], V[0, :2], 1.0, X[:, :2], V[0, :2]), "dweight has shape [2, 2, 4, 4], expected weight's, "),
-    ("scaled_weight_backward", (X, V[0, :2], V[0, :2], 1.0, X, V[0]), "dbias has shape [3], expected bias's, [2]"),
     ("affine_coupling", (H, H, None, "thirds", *VARIANT[1:], False), "mask is thirds, expected one of halves, checkerboard"),
     ("affine_coupling", (H, H, None, *VARIANT[:2], "cosh", *VARIANT[3:], False), "scale is cosh, expected one of exp, sigmoid, "),
     ("affine_coupling", (H, H, None, *VARIANT[:3], "last", VARIANT[4], False), "order is last, expected one of scale_first, shift_first"),
@@ -134,7 +128,7 @@ def runs():
             *C.affine_coupling_inverse_backward(*given),
         )
 
-    seed, scaled = torch.tensor(5), (torch.randn(300, 33, 3, 3), torch.randn(300), torch.randn(300))
+    seed = torch.tensor(5)
     return {
         "uniform_noise": lambda: (C.uniform_noise(9, 3001, seed, 2**40, False), C.uniform_noise(3001, 9, seed, 0, True)),
         "normal_noise": lambda: (C.normal_noise(9, 3001, seed, 2**40, False), C.normal_noise(3001, 9, seed, 0, True)),
@@ -160,7 +154,6 @@ def runs():
         "conv1x1_inverse_backward of bfloat16": lambda: C.conv1x1_inverse_backward(x.bfloat16(), weight, weight.mT, None, dy.bfloat16()),
         "lu_weight": lambda: C.lu_weight(*lu),
         "lu_weight_backward": lambda: C.lu_weight_backward(*lu, upstream[0], *upstream),
-        "scaled_weight": lambda: (*C.scaled_weight(*scaled, 3.0), *C.scaled_weight_backward(*scaled, 3.0, 2 * scaled[0], scaled[1])),
         "triangular_solve": lambda: (C.triangular_solve(A, B, False, False, False),),
         "triangular_solve of a column": lambda: (C.triangular_solve(A, B[..., :1], True, False, False),),
     }

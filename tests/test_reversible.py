@@ -271,7 +271,6 @@ def test_two_network_evaluations_and_one_inverse_a_step():
         "lu_weight_backward": 1,
         "conv1x1_inverse_backward": k,
         "affine_coupling_inverse_backward": k,
-        "scaled_weight_backward": 3 * k,  # of each of a network's convolutions
     }
 
 

@@ -9,7 +9,6 @@ from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.library import backend
 from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
-from fastflow.ops.scaled_weight import scaled_weight
 from fastflow.ops.squeeze import squeeze, unsqueeze
 from fastflow.ops.triangular_solve import raise_singular, triangular_solve
 from fastflow.reference import acc_dtype, checkerboard_transformed, positions
@@ -33,7 +32,6 @@ __all__ = [
     "lu_weight",
     "positions",
     "raise_singular",
-    "scaled_weight",
     "squeeze",
     "triangular_solve",
     "uniform_noise",
