@@ -7,7 +7,8 @@ All have the same weights and compute the same: bits/dim, gradients and samples 
 in float32 too, before anything is timed. ``plain`` is benchmarks/plain_glow.py, and has to be no slower than nflows in the same run:
 a straw man would void the rows. ``nflows`` has its ActNorm, OneByOneConvolution and AffineCouplingTransform (with this scale function)
 around the same networks, squeezes and splits. ``fastflow`` is the library with stored activations, as the others have them,
-``reversible`` its default, ``networks compiled`` after ``model.compile_networks()``; channels_last, as the trainer has it.
+``reversible`` its default, ``networks compiled`` after ``model.compile_networks()``, ``torch.compile of fastflow`` the whole model; all in
+channels_last, as the trainer has it.
 
 Rows go to results/glow.csv, and the table of docs/training.md is written anew.
 """
@@ -90,15 +91,18 @@ class NflowsStep(nn.Module):
 class Provider:
     """``bits(x, noise, seed)``, ``sample(n, generator)`` and the parameters that it has by a Glow's names."""
 
-    def __init__(self, made: nn.Module, names: dict[str, nn.Parameter]) -> None:
+    def __init__(self, made: nn.Module, names: dict[str, nn.Parameter], compiled: bool = False) -> None:
         self.made, self.names = made, names
         self.parameters = list(made.parameters())
+        self.forward, self.decode = made, made.sample
+        if compiled:
+            self.forward, self.decode = (torch.compile(f, dynamic=False) for f in (made, made.sample))
 
     def bits(self, x, noise, seed):
-        return self.made(x, seed=seed)
+        return self.forward(x, seed=torch.tensor(seed, device=x.device))
 
     def sample(self, n, generator):
-        return self.made.sample(n, generator=generator)
+        return self.decode(n) if self.forward is not self.made else self.decode(n, generator=generator)
 
 
 class Plain(Provider):
@@ -107,11 +111,8 @@ class Plain(Provider):
     def __init__(self, model: Glow, step=plain_glow.Step, compiled: bool = False) -> None:
         made = plain_glow.PlainGlow(model, step).train()
         own = {id(p) for p in made.parameters()}
-        super().__init__(made, {name: p for name, p in model.named_parameters() if id(p) in own})
+        super().__init__(made, {name: p for name, p in model.named_parameters() if id(p) in own}, compiled)
         self.shapes, self.like, self.same_noise = model.latent_shapes(), model.dequantize.like, False
-        self.forward, self.decode = made, made.sample
-        if compiled:
-            self.forward, self.decode = (torch.compile(f, dynamic=False) for f in (made, made.sample))
 
     def bits(self, x, noise, seed):
         return self.forward(x, noise)
@@ -127,11 +128,11 @@ class Plain(Provider):
         return self.decode(noise[::-1])
 
 
-def fastflow(model: Glow, reversible: bool = False) -> Provider:
+def fastflow(model: Glow, reversible: bool = False, compiled: bool = False) -> Provider:
     made = copy.deepcopy(model).to(memory_format=torch.channels_last)
     for flow in made.flows:
         flow.reversible = reversible
-    return Provider(made, dict(made.named_parameters()))
+    return Provider(made, dict(made.named_parameters()), compiled)
 
 
 def providers(model: Glow, compiled: bool) -> dict[str, Provider]:
@@ -144,6 +145,7 @@ def providers(model: Glow, compiled: bool) -> dict[str, Provider]:
         found["torch.compile of plain"] = Plain(copy.deepcopy(model), compiled=True)
         found["fastflow, networks compiled"] = fastflow(model)
         found["fastflow, networks compiled"].made.compile_networks()
+        found["torch.compile of fastflow"] = fastflow(model, compiled=True)
     return found
 
 
