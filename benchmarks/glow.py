@@ -38,10 +38,12 @@ def build(side: int, levels: int, steps: int, hidden: int, batch: int) -> Glow:
     """A Glow with weights that nflows can have too: no permutation, and positive diagonals."""
     torch.manual_seed(0)
     model = Glow((3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=False)
-    for level in model.flows:
-        for step in level.steps:
-            step.conv1x1.perm.copy_(torch.arange(step.conv1x1.num_features))
-            step.conv1x1.sign_s.fill_(1)
+    with torch.no_grad():
+        for conv in (step.conv1x1 for level in model.flows for step in level.steps):
+            conv.perm.copy_(torch.arange(conv.num_features))
+            conv.sign_s.fill_(1)
+            for p in (conv.lower, conv.upper, conv.log_s):  # near the identity: without its pivots a rotation's L U has a poor inverse
+                p.mul_(0.1)
     model.initialize(torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8), seed=0)
     with torch.no_grad():
         for p in model.parameters():
