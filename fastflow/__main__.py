@@ -18,7 +18,7 @@ def main(argv=None):
         from fastflow.checkpoint import CheckpointError
         from fastflow.config import ConfigError
         from fastflow.data import DataError
-        from fastflow.ranks import LostRankError
+        from fastflow.ranks import DeviceError, LostRankError
         from fastflow.train import Interrupted, NonFiniteError
     except ModuleNotFoundError as error:
         return _missing(error)
@@ -26,7 +26,7 @@ def main(argv=None):
         return _run(argv)
     except ModuleNotFoundError as error:
         return _missing(error)
-    except (CheckpointError, ConfigError, DataError, LostRankError, NonFiniteError, SingularError) as error:
+    except (CheckpointError, ConfigError, DataError, DeviceError, LostRankError, NonFiniteError, SingularError) as error:
         line = str(error).strip().splitlines()[-1]  # from a worker process the message is a traceback's last line
         return _fail(line.removeprefix("fastflow.data.DataError: "))
     except OSError as error:

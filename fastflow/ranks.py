@@ -17,6 +17,10 @@ from torch import Tensor
 PATIENCE = timedelta(hours=2)  # for what one rank does alone: a download, a folder's pictures, a checkpoint
 
 
+class DeviceError(ValueError):
+    """A device that a rank cannot have; the message is one line."""
+
+
 class LostRankError(RuntimeError):
     """Another rank has died or does not answer; its own error says why."""
 
@@ -72,13 +76,22 @@ class Ranks:
     @contextmanager
     def losing(self) -> Iterator[None]:
         """Errors of a collective are those of another rank: LostRankError."""
-        try:
+        if self.count == 1:
             yield
-        except RuntimeError as error:
-            if self.count > 1 and _is_of_a_collective(error):
-                reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().split("\n")[0]).split(". ")[0][:160]  # less its place in gloo
-                raise LostRankError(f"another rank has died or does not answer; its own error says why ({reason})") from None
-            raise
+            return
+        with _losing():
+            yield
+
+
+@contextmanager
+def _losing() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_of_a_collective(error):
+            reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().split("\n")[0]).split(". ")[0][:160]  # less its place in gloo
+            raise LostRankError(f"another rank has died or does not answer; its own error says why ({reason})") from None
+        raise
 
 
 def _is_of_a_collective(error: RuntimeError) -> bool:
@@ -95,9 +108,14 @@ def join(device: str = "cpu", timeout: float = 60.0) -> Iterator[tuple[Ranks, to
     ``device``: cpu, or cuda, which becomes that of the rank's place on its machine. A collective that waits for longer than ``timeout``
     seconds is an error. A process group that is there already is used, and left as it is.
 
-    Raises ValueError where a machine has more ranks than GPUs.
+    Raises DeviceError for a device that torch does not know, and where a machine has more ranks than GPUs.
     """
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"device is {device!r}, expected cpu, cuda or another that torch knows") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device is {device}, but torch sees no GPU")
     local = int(os.environ.get("LOCAL_RANK", 0))
     mine = not dist.is_initialized()
     if mine and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
@@ -107,17 +125,16 @@ def join(device: str = "cpu", timeout: float = 60.0) -> Iterator[tuple[Ranks, to
         if chosen.index is None:
             chosen = torch.device("cuda", local)
         if chosen.index >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} of this machine has no GPU, of which it sees {torch.cuda.device_count()}: start fewer ranks")
+            raise DeviceError(f"rank {local} of this machine has no GPU, of which it sees {torch.cuda.device_count()}: start fewer ranks")
         torch.cuda.set_device(chosen)
-    if mine:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local, dist.new_group(backend="gloo", timeout=PATIENCE)), chosen
-    except BaseException:  # the others may wait for what will not come: no farewell, the process ends
-        raise
-    else:
+    with _losing():
         if mine:
-            dist.destroy_process_group()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local, dist.new_group(backend="gloo", timeout=PATIENCE))
+        ranks.wait()  # or a rank with an error might be gone before another has found it, which could then not tell its own
+    yield ranks, chosen
+    if mine:  # after an error the others may wait for what will not come: no farewell, the process ends
+        dist.destroy_process_group()
 
 
 def pooled(count: int, mean: Tensor, var: Tensor, group: "dist.ProcessGroup | None" = None) -> tuple[int, Tensor, Tensor]:

@@ -50,7 +50,7 @@ class Interrupted(Exception):
 def train(config):
     """Train as ``config`` says and give back the run's folder and the model that was evaluated.
 
-    Raises ConfigError, DataError or CheckpointError (each a ValueError of one line) for what cannot be started,
+    Raises ConfigError, DataError, DeviceError or CheckpointError (each a ValueError of one line) for what cannot be started,
     NonFiniteError when the loss diverges, LostRankError when another rank died, Interrupted after SIGINT or SIGTERM (in
     the main thread).
     """
@@ -124,6 +124,7 @@ def _train(config, ranks, device):
     if config.compile and ranks.count > 1:
         take_step.alone()  # compiling may take one rank longer than the others would wait in a step
         ranks.wait()
+    averages, weights = list(shown.parameters()), list(model.parameters())
     test = source.test >> (8 - config.n_bits)
     test_labels = source.test_labels if config.class_conditional else None
     metrics = Metrics(run / "metrics.csv", step) if ranks.first else None
@@ -182,7 +183,7 @@ def _train(config, ranks, device):
             step += 1
             if config.ema:
                 decay = min(config.ema, (1 + step) / (10 + step))  # so that the first weights are soon forgotten
-                get_ema_multi_avg_fn(decay)(list(shown.parameters()), list(model.parameters()), None)
+                get_ema_multi_avg_fn(decay)(averages, weights, None)
             total = int(fits)
             if ranks.first:
                 progress.update(bits, total)

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from fastflow.ranks import LostRankError, Ranks, join, pooled, share
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-from test_resume import processes  # noqa: E402
+from test_resume import processes, waves  # noqa: E402
 
 # 45 images in batches of 7, which two ranks share as 3 and 4 and three as 2, 2 and 3
 SETTINGS = "--batch-size 7 --warmup 5 --clip 2 --flip True --levels 2 --steps-per-level 2 --hidden 8 --final-samples 2 --samples 4"
@@ -32,12 +31,7 @@ SETTINGS = f"{SETTINGS} --eval-every 5 --eval-images 4 --save-every 10 --schedul
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "waves.npz"
-    rng = np.random.default_rng(0)
-    i, j = np.mgrid[:8, :8]
-    angle, phase = rng.uniform(0, 6.3, (2, 50, 3, 1, 1))
-    np.savez(path, x=(127 + 100 * np.sin(angle + i / 4 + phase * j / 8)).astype(np.uint8))
-    return path
+    return waves(tmp_path_factory.mktemp("data"))
 
 
 def free_port():
@@ -145,8 +139,6 @@ def test_a_run_resumes_with_another_number_of_ranks(before, after, alone, arrays
 
 def stop_one(argv, index):
     """A signal for one rank alone."""
-    from fastflow import progress
-
     if int(os.environ["RANK"]) == index:
         from fastflow import train
 
@@ -159,7 +151,6 @@ def stop_one(argv, index):
             return step(self, *args)
 
         train.Step.__call__ = signalled
-    assert progress
     command_line(argv)
 
 

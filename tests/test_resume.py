@@ -29,15 +29,19 @@ preload += " matplotlib.figure PIL.WebPImagePlugin"
 processes.set_forkserver_preload(preload.split())
 
 
-@pytest.fixture(scope="module")
-def arrays(tmp_path_factory):
-    """Smooth 8x8 images: there is something to learn."""
-    path = tmp_path_factory.mktemp("data") / "waves.npz"
+def waves(folder):
+    """A file of smooth 8x8 images: there is something to learn."""
+    path = folder / "waves.npz"
     rng = np.random.default_rng(0)
     i, j = np.mgrid[:8, :8]
     angle, phase = rng.uniform(0, 6.3, (2, 50, 3, 1, 1))
     np.savez(path, x=(127 + 100 * np.sin(angle + i / 4 + phase * j / 8)).astype(np.uint8))
     return path
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    return waves(tmp_path_factory.mktemp("data"))
 
 
 def work(argv, log, hang):
