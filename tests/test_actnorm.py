@@ -194,8 +194,11 @@ def test_torch_func_gradients_are_a_clear_error(transform):
 
 def test_forward_mode_is_a_clear_error():
     x, s, b = inputs((3, 4))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="implement the jvp function"):
-        ops.actnorm(torch.autograd.forward_ad.make_dual(x, x), s, b)
+    for wanted in (True, False):  # no_grad is of reverse mode alone
+        with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(wanted):
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            with pytest.raises(NotImplementedError, match="implement the jvp function"):
+                ops.actnorm(dual, s, b)
 
 
 def test_batched_gradients_of_autograd_are_right():
