@@ -66,8 +66,8 @@ def _train(config, ranks, device):
     if config.cuda_graph and device.type != "cuda":
         raise ConfigError(f"cuda_graph: the device is {device}, expected a CUDA device")
     if config.batch_size < ranks.count * config.accumulate:
-        parts = f"{ranks.count} ranks, {config.accumulate} parts each"
-        raise ConfigError(f"batch_size is {config.batch_size}, expected an image or more for each of {parts}")
+        parts = f"(ranks times accumulate, {ranks.count} x {config.accumulate})"
+        raise ConfigError(f"batch_size is {config.batch_size}, expected at least {ranks.count * config.accumulate} {parts}")
     bf16 = device.type == "cuda" and not config.float64 if config.bf16 is None else config.bf16
     saved = read_run(config.resume) if config.resume else None
     if saved:

@@ -243,7 +243,7 @@ def test_settings_that_ranks_cannot_share(arrays, tmp_path):
     argv = ["train", "--data", str(arrays), "--out", str(tmp_path / "run"), "--batch-size", "5", "--accumulate", "3"]
     started = Run(tmp_path, 2, command_line, argv)
     assert started.end() == [1, 1]
-    assert started.said(1) == "error: rank 1: batch_size is 5, expected an image or more for each of 2 ranks, 3 parts each\n"
+    assert started.said(1) == "error: rank 1: batch_size is 5, expected at least 6 (ranks times accumulate, 2 x 3)\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -273,7 +273,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
         ),
         ("--cuda-graph --device cpu", "cuda_graph: the device is cpu, expected a CUDA device"),
-        ("--batch-size 3 --accumulate 4", "batch_size is 3, expected an image or more for each of 1 ranks, 4 parts each"),
+        ("--batch-size 3 --accumulate 4", "batch_size is 3, expected at least 4 (ranks times accumulate, 1 x 4)"),
         ("--ema 1", "ema is 1.0, expected a decay from 0 to below 1"),
         ("--float64 --bf16 True", "bf16 is True with float64, expected one of them"),
         ("--coupling quadratic", "coupling"),
