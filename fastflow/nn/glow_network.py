@@ -56,3 +56,8 @@ class GlowNetwork(nn.Sequential):
             relu,
             ZeroConv2d(hidden, out_channels),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:  # as nn.Sequential's, which torch 2.11 compiles in three parts since it is torch's own
+            x = layer(x)
+        return x
