@@ -140,12 +140,12 @@ class PlainGlow(nn.Module):
         self.levels = nn.ModuleList([nn.ModuleList([step(s) for s in level.steps]) for level in model.flows])
         self.splits = nn.ModuleList([Split(split) for split in model.splits])
         self.latent_shapes = model.latent_shapes()
-        self.image_shape, self.n_bits = model.image_shape, model.n_bits
+        self.shape, self.n_bits = model.shape, model.n_bits
 
     def forward(self, x, noise):
         """bits/dim ``[N]`` of uint8 images with dequantization noise ``[N, C, H, W]`` in [0, 1)."""
         y = (x + noise) / 2**self.n_bits - 0.5
-        log_prob = -self.n_bits * math.log(2) * math.prod(self.image_shape)
+        log_prob = -self.n_bits * math.log(2) * math.prod(self.shape)
         for i, level in enumerate(self.levels):
             y = F.pixel_unshuffle(y, 2)
             for step in level:
@@ -155,7 +155,7 @@ class PlainGlow(nn.Module):
                 y, more = self.splits[i](y)
                 log_prob = log_prob + more
         zero = torch.zeros((), device=y.device, dtype=y.dtype)
-        return (log_prob + gaussian(y, zero, zero)) / (-math.log(2) * math.prod(self.image_shape))
+        return (log_prob + gaussian(y, zero, zero)) / (-math.log(2) * math.prod(self.shape))
 
     @torch.no_grad()
     def sample(self, noise):

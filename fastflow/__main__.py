@@ -135,10 +135,10 @@ def _evaluate(options):
     name = options.data or trained.get("data")
     if name is None:
         raise ConfigError(f"{path}: does not say what it was trained on: give --data")
-    size = model.image_shape[1]
+    size = model.shape[1]
     source = data.load(name, options.data_dir or trained.get("data_dir", "data"), size)
-    if source.image_shape != tuple(model.image_shape):
-        raise ConfigError(f"{name} has images {source.image_shape}, the model takes {tuple(model.image_shape)}")
+    if source.image_shape != tuple(model.shape):
+        raise ConfigError(f"{name} has images {source.image_shape}, the model takes {tuple(model.shape)}")
     if model.classes is not None and (source.classes or 0) > model.classes:
         raise ConfigError(f"{name} has {source.classes} classes, the model {model.classes}")
     if model.classes is not None and source.classes is None:

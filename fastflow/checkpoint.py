@@ -7,19 +7,16 @@ A checkpoint is the zip of ``torch.save`` holding a plain dict::
 """
 
 import os
-import pickle
-import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from fastflow import archive
+from fastflow.archive import CheckpointError
+
 FORMAT = 1
 _KEYS = ("format", "fastflow", "model", "config", "state_dict", "training")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line with the path and the reason."""
 
 
 @contextmanager
@@ -85,29 +82,7 @@ def read(path, device="cpu"):
     Raises CheckpointError when the file is missing, damaged, something else, or written by a newer version.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, expected a checkpoint file")
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                raise CheckpointError(f"{path}: not a FastFlow checkpoint, and not a file that torch.save wrote")
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch reads past wrong checksums
-        if damaged is not None:
-            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
-        contents = torch.load(path, map_location=device, weights_only=True)
-    except CheckpointError:
-        raise
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{path}: truncated or damaged") from error
-    except PermissionError as error:
-        raise CheckpointError(f"{path}: no permission to read it") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: not a FastFlow checkpoint: holds more than tensors and plain values") from error
-    except Exception as error:  # torch raises half a dozen types, some with pages of advice
-        raise CheckpointError(f"{path}: cannot be loaded to {device} ({_first_line(error)})") from error
+    contents = archive.read(path, device)
     if not isinstance(contents, dict) or "format" not in contents or "fastflow" not in contents:
         raise CheckpointError(f"{path}: not a FastFlow checkpoint, though a file that torch.save wrote")
     if contents["format"] != FORMAT:
@@ -134,7 +109,7 @@ def build(contents, path):
     try:
         model = getattr(fastflow.models, name)(**config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {name} does not take its configuration ({_first_line(error)})") from error
+        raise CheckpointError(f"{path}: {name} does not take its configuration ({archive.first_line(error)})") from error
     expected = model.state_dict()
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
@@ -158,7 +133,3 @@ def load(path, device="cpu"):
     model and for weights that do not fit it.
     """
     return build(read(path, device), path).to(device)
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

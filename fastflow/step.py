@@ -46,7 +46,7 @@ class Step:
         self.bounds = [share(end - self.first, i, parts) for i in range(parts)]
 
         # The buffers: what a step reads that is not the model's, and what it reports.
-        shape = (end - self.first, *model.image_shape)
+        shape = (end - self.first, *model.shape)
         self.x = torch.empty(shape, dtype=torch.uint8, device=self.device).contiguous(memory_format=torch.channels_last)
         self.labels = None if model.classes is None else torch.empty(shape[:1], dtype=torch.int64, device=self.device)
         self.seed = torch.empty((), dtype=torch.int64, device=self.device)

@@ -68,7 +68,7 @@ def test_without_triton():
 def trained_glow(**kwargs) -> Glow:
     model = Glow(**{"image_shape": (3, 16, 16), "levels": 2, "steps": 1, "hidden": 4, "reversible": False, **kwargs})
     context = () if model.classes is None else (torch.tensor([0, 1, 2, 0]),)
-    model.initialize(torch.randint(0, 256, (4, *model.image_shape), dtype=torch.uint8), *context, seed=1)
+    model.initialize(torch.randint(0, 256, (4, *model.shape), dtype=torch.uint8), *context, seed=1)
     return randomize(model, std=0.05)
 
 

@@ -31,7 +31,7 @@ def small(**kwargs):
 
 
 def images(model, n=3):
-    return torch.randint(0, 2**model.n_bits, (n, *model.image_shape), dtype=torch.uint8)
+    return torch.randint(0, 2**model.n_bits, (n, *model.shape), dtype=torch.uint8)
 
 
 def labels(model, n=3):

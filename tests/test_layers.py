@@ -15,14 +15,15 @@ MAY_IMPORT = {
     "reference": {"torch"},
     "check": {"torch"},
     "ops": {"torch", "reference", "check", "triton_kernels"},
+    "archive": {"torch"},
     "ranks": {"torch"},
     "reversible": {"torch", "untraced"},
     "untraced": {"torch", "reversible"},
     "nn": {"torch", "ops", "check", "ranks", "reversible"},
-    "models": {"torch", "nn", "check"},
+    "models": {"torch", "nn", "check", "archive"},
 }
 LAYERS = {*MAY_IMPORT, "trainer"}
-FORBIDDEN_ABOVE = {"trainer": LAYERS - {"trainer", "models", "check", "ranks"} | {"triton"}, "facade": {"triton"}}
+FORBIDDEN_ABOVE = {"trainer": LAYERS - {"trainer", "models", "check", "archive", "ranks"} | {"triton"}, "facade": {"triton"}}
 NOWHERE = {"tests", "benchmarks", "conftest"}
 
 

@@ -25,7 +25,7 @@ def test_the_first_block_trains_and_samples(capsys):
     names = {}
     exec(blocks(README)[0], names)
     model, samples, loss = (names[k] for k in ("model", "samples", "loss"))
-    assert samples.dtype == torch.uint8 and samples.ndim == 4 and samples.shape[1:] == model.image_shape
+    assert samples.dtype == torch.uint8 and samples.ndim == 4 and samples.shape[1:] == model.shape
     assert 7 < loss.item() < 10 and all(p.grad is not None for p in model.parameters())
     assert "bits/dim" in capsys.readouterr().out
 

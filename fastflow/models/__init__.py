@@ -1,5 +1,10 @@
 """Whole models, built from :mod:`fastflow.nn`."""
 
 from fastflow.models.glow import Glow
+from fastflow.models.mnist_flow import MNISTFlow, mnist_flow
+from fastflow.models.nice import NICE
+from fastflow.models.published import load_published
+from fastflow.models.realnvp import RealNVP
+from fastflow.models.vector_glow import VectorGlow
 
-__all__ = ["Glow"]
+__all__ = ["NICE", "Glow", "MNISTFlow", "RealNVP", "VectorGlow", "load_published", "mnist_flow"]

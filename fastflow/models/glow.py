@@ -22,6 +22,7 @@ class Glow(Model):
             ``"reverse"`` or ``"shuffle"``.
         n_bits: bit depth; images are uint8 with values below ``2 ** n_bits``.
         classes: number of classes; the prior of the last latent is then learned for each.
+        learned_prior: learn that prior's mean and scale for each channel without classes too (`learntop` of the paper's code).
         scale: of the affine coupling, see :func:`fastflow.ops.affine_coupling`. ``"sigmoid"`` is the paper's code; the default bounds the
             scale, so that images unlike the training data come back from their latents too.
         logit: dequantize through RealNVP's logit (alpha 0.05) instead of to [-1/2, 1/2).
@@ -48,6 +49,7 @@ class Glow(Model):
         conv1x1: str = "lu",
         n_bits: int = 8,
         classes: int | None = None,
+        learned_prior: bool = False,
         logit: bool = False,
         scale: str = "soft_clamp",
         reversible: bool = True,
@@ -62,6 +64,7 @@ class Glow(Model):
             "conv1x1": conv1x1,
             "n_bits": n_bits,
             "classes": classes,
+            "learned_prior": learned_prior,
             "logit": logit,
             "scale": scale,
             "reversible": reversible,
@@ -78,11 +81,12 @@ class Glow(Model):
                 splits.append(Split(c))
                 c //= 2
         dequantize = LogitDequantize(n_bits) if logit else Dequantize(n_bits)
-        super().__init__(image_shape, dequantize, flows, splits, GaussianPrior((c, h, w), classes), classes, config)
+        prior = GaussianPrior((c, h, w), classes, learned_prior)
+        super().__init__(image_shape, dequantize, flows, splits, prior, classes, config)
 
 
 def _check_config(
-    image_shape, levels, steps, hidden, coupling, conv1x1, n_bits, classes, logit, scale, reversible, checkpoint_every
+    image_shape, levels, steps, hidden, coupling, conv1x1, n_bits, classes, learned_prior, logit, scale, reversible, checkpoint_every
 ) -> None:
     check.one_of("coupling", coupling, COUPLINGS)
     check.one_of("conv1x1", conv1x1, CONV1X1)

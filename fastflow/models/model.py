@@ -1,4 +1,4 @@
-"""What every model of images can do."""
+"""What every model can do."""
 
 import math
 
@@ -6,46 +6,46 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check
-from fastflow.nn import AffineCoupling, Dequantize, Flow, GaussianPrior, Split
+from fastflow.nn import AffineCoupling, Continuous, Dequantize, Flow, Prior, Split
 
 
 class Model(nn.Module):
-    """A multi-scale flow over uint8 images: dequantize, then flow and split level by level, then a prior over what is left.
+    """A flow with its priors: dequantize, then flow and split level by level, then a prior over what is left.
 
     Args:
-        image_shape: ``(C, H, W)``.
-        dequantize: uint8 images to continuous ones.
+        shape: of one sample, ``(C, H, W)`` of an image or ``(D,)`` of a vector.
+        dequantize: uint8 samples to continuous ones; :class:`~fastflow.nn.Continuous` where they are continuous.
         flows: one for each level.
         splits: between the levels, so one fewer.
         prior: of the last latent.
         classes: number of classes that the context names, None for an unconditional model.
         config: the arguments that build this model again, kept in checkpoints.
 
-    Values of images lie in ``[0, 2 ** n_bits)``. The context of a class-conditional model is int64 ``[N]``. Shapes and dtypes are
+    Values of uint8 samples lie in ``[0, 2 ** n_bits)``. The context of a class-conditional model is int64 ``[N]``. Shapes and dtypes are
     checked always; values (bit depth, class, NaN) in eager mode on the CPU only, so that nothing waits for a device or breaks a graph.
     """
 
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
-        dequantize: Dequantize,
+        shape: tuple[int, ...],
+        dequantize: Dequantize | Continuous,
         flows: list[Flow],
         splits: list[Split],
-        prior: GaussianPrior,
+        prior: Prior,
         classes: int | None,
         config: dict,
     ) -> None:
         super().__init__()
-        self.image_shape, self.n_bits, self.classes, self.config = tuple(image_shape), dequantize.n_bits, classes, config
+        self.shape, self.n_bits, self.classes, self.config = tuple(shape), dequantize.n_bits, classes, config
         self.dequantize, self.prior = dequantize, prior
         self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
-        """Log-probability of the discrete images, ``[N]`` nats: a lower bound of it by one draw of the dequantization noise.
+        """Log-probability of the samples, ``[N]`` nats; of discrete ones a lower bound of it, by one draw of the dequantization noise.
 
         The noise comes from torch's generator, or is a function of ``(seed, offset + sample, element)``.
         """
-        self._check_images(x)
+        self._check_samples(x)
         self._check_context(context, x.shape[0])
         y, log_prob = self.dequantize(x, seed=seed, offset=offset)
         for i, flow in enumerate(self.flows):
@@ -57,15 +57,15 @@ class Model(nn.Module):
         return log_prob + self.prior.log_prob(y, context)
 
     def bits_per_dim(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
-        """Negative log-probability in bits for each of the C H W values, ``[N]``."""
-        return self.log_prob(x, context, seed=seed, offset=offset) / (-math.log(2) * math.prod(self.image_shape))
+        """Negative log-probability in bits for each of a sample's values, ``[N]``."""
+        return self.log_prob(x, context, seed=seed, offset=offset) / (-math.log(2) * math.prod(self.shape))
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
         """:meth:`bits_per_dim`, so that DDP and torch.compile wrap training."""
         return self.bits_per_dim(x, context, seed=seed, offset=offset)
 
     def initialize(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> None:
-        """Initialises every ActNorm that has not been, from a batch of images, as the first forward pass in training mode does.
+        """Initialises every ActNorm that has not been, from a batch, as the first forward pass in training mode does.
 
         Where torch.distributed is initialised every rank has to, each with its own share of a batch: see :class:`fastflow.nn.ActNorm`.
         """
@@ -89,8 +89,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Latents, fine to coarse, of images dequantized at the bin centre: ``decode(encode(x))`` is x."""
-        self._check_images(x)
+        """Latents, fine to coarse, of x, if discrete dequantized at the bin centre: ``decode(encode(x))`` is x."""
+        self._check_samples(x)
         self._check_context(context, x.shape[0])
         y, latents = self.dequantize.centre(x), []
         for i, flow in enumerate(self.flows):
@@ -101,7 +101,7 @@ class Model(nn.Module):
         return *latents, y
 
     def decode(self, latents: tuple[Tensor, ...], context: Tensor | None = None) -> Tensor:
-        """uint8 images from the latents of :meth:`encode`. Raises ValueError for other shapes, and for NaN in them."""
+        """Samples, uint8 where the model's are, from latents as :meth:`encode` gives. Raises ValueError for other shapes, and for NaN."""
         self._check_latents(latents)
         self._check_context(context, latents[-1].shape[0])
         with torch.inference_mode():
@@ -110,11 +110,11 @@ class Model(nn.Module):
                 if i < len(self.splits):
                     y = self.splits[i].inverse(y, latents[i])
                 y, _ = self.flows[i].inverse(y)
-            images = self.dequantize.inverse(y)[0]
-        return images.clone()  # a tensor like others
+            x = self.dequantize.inverse(y)[0]
+        return x.clone()  # a tensor like others
 
     def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` uint8 images ``[n, C, H, W]``; every latent's noise is scaled by ``temperature``.
+        """``n`` samples ``[n, *shape]``, uint8 where the model's are; every latent's noise is scaled by ``temperature``.
 
         Noise is seeded from ``generator`` or torch's own. An ActNorm that was never initialised is the identity here.
         """
@@ -129,26 +129,31 @@ class Model(nn.Module):
                 if i < len(self.splits):
                     y = self.splits[i].sample(y, temperature, generator)
                 y, _ = self.flows[i].inverse(y)
-            images = self.dequantize.inverse(y)[0]
-        return images.clone()
+            x = self.dequantize.inverse(y)[0]
+        return x.clone()
 
     def latent_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of a sample's latents, fine to coarse."""
-        c, h, w = self.image_shape
-        shapes = []
-        for _ in self.splits:
-            c, h, w = 2 * c, h // 2, w // 2
-            shapes.append((c, h, w))
+        shapes, shape = [], self.shape
+        for _ in self.splits:  # after a squeeze half the channels leave
+            shape = (2 * shape[0], shape[1] // 2, shape[2] // 2)
+            shapes.append(shape)
         return [*shapes, self.prior.shape]
 
-    def _check_images(self, x: Tensor) -> None:
-        values = f"uint8 images [N, {', '.join(map(str, self.image_shape))}] with values in [0, {2**self.n_bits})"
-        if x.dtype != torch.uint8:
+    def _check_samples(self, x: Tensor) -> None:
+        dtype = self.dequantize.like.dtype if self.n_bits is None else torch.uint8
+        kind = "images" if len(self.shape) == 3 else "vectors"
+        values = f"{str(dtype).removeprefix('torch.')} {kind} [N, {', '.join(map(str, self.shape))}]"
+        values += "" if self.n_bits is None else f" with values in [0, {2**self.n_bits})"
+        if x.dtype != dtype:
             raise check.error("x", f"dtype {x.dtype}", values)
-        if tuple(x.shape[1:]) != self.image_shape or x.ndim != 4:
+        if tuple(x.shape[1:]) != self.shape or x.ndim != 1 + len(self.shape):
             raise check.error("x", check.shape_of(x), values)
         self._check_device("x", x)
-        if self.n_bits < 8 and _values_are_free(x) and x.numel() and (largest := int(x.max())) >= 2**self.n_bits:
+        if self.n_bits is None:
+            if _values_are_free(x) and not x.isfinite().all():
+                raise check.error("x", "inf or NaN", values)
+        elif self.n_bits < 8 and _values_are_free(x) and x.numel() and (largest := int(x.max())) >= 2**self.n_bits:
             raise check.error("x", f"a value of {largest}", values)
 
     def _check_context(self, context: Tensor | None, n: int) -> None:

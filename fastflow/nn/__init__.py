@@ -1,33 +1,56 @@
-"""Drop-in flow layers."""
+"""Drop-in flow layers, priors and coupling networks."""
 
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
+from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1
-from fastflow.nn.dequantize import Dequantize, LogitDequantize
+from fastflow.nn.dequantize import Continuous, Dequantize, LogitDequantize
+from fastflow.nn.encoder_decoder import EncoderDecoder
+from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
+from fastflow.nn.gated_network import GatedNetwork
 from fastflow.nn.gaussian import GaussianPrior
 from fastflow.nn.glow_level import GlowLevel, GlowStep
 from fastflow.nn.glow_network import GlowNetwork
+from fastflow.nn.logistic import LogisticPrior
+from fastflow.nn.mixture import GaussianMixturePrior
+from fastflow.nn.mlp import MLP
 from fastflow.nn.permute import Permute
+from fastflow.nn.prior import Prior
+from fastflow.nn.residual_network import ResidualNetwork
+from fastflow.nn.scale import Scale
 from fastflow.nn.sequential import Sequential
 from fastflow.nn.split import Split
 from fastflow.nn.squeeze import Squeeze
+from fastflow.nn.variational_dequantize import VariationalDequantize
 
 __all__ = [
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "BatchNorm",
+    "Continuous",
     "Dequantize",
+    "EncoderDecoder",
+    "Flatten",
     "Flow",
     "FlowReport",
+    "GatedNetwork",
+    "GaussianMixturePrior",
     "GaussianPrior",
     "GlowLevel",
     "GlowNetwork",
     "GlowStep",
     "InvertibleConv1x1",
+    "LogisticPrior",
     "LogitDequantize",
+    "MLP",
     "Permute",
+    "Prior",
+    "ResidualNetwork",
+    "Scale",
     "Sequential",
     "Split",
     "Squeeze",
+    "VariationalDequantize",
 ]

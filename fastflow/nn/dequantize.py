@@ -1,10 +1,11 @@
-"""From uint8 images to continuous ones."""
+"""From uint8 samples to continuous ones."""
 
 import torch
 from torch import Tensor
 
 from fastflow import check, ops
 from fastflow.nn.flow import Flow
+from fastflow.ops import acc_dtype
 from fastflow.ops.noise import random_seed
 
 
@@ -83,3 +84,27 @@ class LogitDequantize(Dequantize):
 
     def extra_repr(self) -> str:
         return f"n_bits={self.n_bits}, alpha={self.alpha}, preset={self.preset!r}"
+
+
+class Continuous(Flow):
+    """In place of a dequantization where samples are continuous already: the identity, with log_det 0.
+
+    Shape: x, y ``[N, ...]``, floating point; log_det ``[N]``.
+    """
+
+    n_bits = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        return x, torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self(z)
+
+    def centre(self, x: Tensor) -> Tensor:
+        return x

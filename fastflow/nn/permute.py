@@ -16,16 +16,26 @@ class Permute(Flow):
 
     Args:
         num_features: C.
-        order: ``"reverse"`` (NICE, RealNVP) or ``"random"``, drawn once from torch's generator and kept in a buffer.
+        order: ``"reverse"``; ``"random"``, drawn once from torch's generator; ``"interleaved"``, the even channels before the odd ones, so
+            that halves of y are those of NICE (arXiv:1410.8516, section 5.1); or the permutation itself. It is kept in a buffer.
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``. Raises ValueError when C differs from ``num_features``, or for another order.
     """
 
-    def __init__(self, num_features: int, order: str = "reverse") -> None:
+    def __init__(self, num_features: int, order: str | Sequence[int] = "reverse") -> None:
         super().__init__()
-        check.one_of("order", order, ("reverse", "random"))
         self.num_features, self.order = num_features, order
-        perm = torch.arange(num_features).flip(0) if order == "reverse" else torch.randperm(num_features)
+        index = torch.arange(num_features)
+        if isinstance(order, str):
+            check.one_of("order", order, ("reverse", "random", "interleaved"))
+            if order == "random":
+                perm = torch.randperm(num_features)
+            else:
+                perm = index.flip(0) if order == "reverse" else torch.cat([index[::2], index[1::2]])
+        else:
+            perm = torch.tensor(order)
+            if perm.dtype != torch.int64 or not torch.equal(perm.sort().values, index):
+                raise check.error("order", list(order), f"each of 0 to {num_features - 1} once")
         self.register_buffer("perm", perm)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,77 @@
+"""Weights that others published, under their names, as models of ours."""
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import archive
+from fastflow.archive import CheckpointError
+from fastflow.models.mnist_flow import VARIANTS, MNISTFlow, mnist_flow
+from fastflow.nn import AffineCoupling
+
+
+def load_published(path, device: torch.device | str = "cpu") -> MNISTFlow:
+    """The model of a published checkpoint, with its weights, in eval mode.
+
+    Known are the MNIST flows of P. Lippe's tutorial (phlippe/saved_models, ``tutorial11/MNISTFlow_*.ckpt``), as PyTorch Lightning saved
+    them or as a plain state dict; which of the three it is, the names of the weights say. Nothing in the file is run.
+
+    Raises CheckpointError, a ValueError of one line, when the file is missing or damaged, when its names are not those of a model that is
+    known, when a weight has another shape, and when it masks other pixels than the tutorial's model does.
+    """
+    contents = archive.read(path, device)
+    state = contents.get("state_dict", contents) if isinstance(contents, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: holds no state_dict of tensors")
+    models = {variant: mnist_flow(variant).to(device) for variant in VARIANTS}
+    names = {variant: _names(model) for variant, model in models.items()}
+    variant = min(VARIANTS, key=lambda v: len(state.keys() ^ names[v].keys()))
+    missing, unexpected = names[variant].keys() - state.keys(), state.keys() - names[variant].keys()
+    if missing or unexpected:
+        such_as = ", such as " + min(missing or unexpected)
+        counts = f"{len(missing)} names are missing and {len(unexpected)} unexpected{such_as}"
+        raise CheckpointError(f"{path}: not a published model that is known; beside the nearest, MNISTFlow_{variant}, {counts}")
+    model, expected = models[variant], models[variant].state_dict()
+    for theirs, ours in names[variant].items():
+        wanted = ours if isinstance(ours, Tensor) else expected[ours]
+        if state[theirs].shape != wanted.shape:
+            raise CheckpointError(f"{path}: {theirs} is {tuple(state[theirs].shape)}, expected {tuple(wanted.shape)}")
+        if isinstance(ours, Tensor) and not torch.equal(state[theirs], ours):
+            raise CheckpointError(f"{path}: {theirs} is another mask than that of MNISTFlow_{variant}")
+    model.load_state_dict({ours: state[theirs] for theirs, ours in names[variant].items() if isinstance(ours, str)})
+    return model.eval()
+
+
+def _names(model: MNISTFlow) -> dict[str, str | Tensor]:
+    """Of each name in the published file the name here; of a mask what it has to be."""
+    names: dict[str, str | Tensor] = {}
+    flows = [m for flow in model.flows for m in (*flow, None)][:-1]  # a split between the levels has a place in their list
+    places = [(f"flows.{1 + i}", m) for i, m in enumerate(flows)]
+    if hasattr(model.dequantize, "flow"):
+        places += [(f"flows.0.flows.{i}", m) for i, m in enumerate(model.dequantize.flow)]
+    prefixes = {m: name for name, m in model.named_modules()}
+    for theirs, coupling in places:
+        if not isinstance(coupling, AffineCoupling):
+            continue
+        ours, net = prefixes[coupling], coupling.net
+        names[f"{theirs}.scaling_factor"] = f"{ours}.log_factor"
+        names[f"{theirs}.mask"] = _mask(coupling)
+        net_prefix = f"{ours}.net" if coupling.mask == "checkerboard" else f"{ours}.net.net"
+        gated = net if coupling.mask == "checkerboard" else net.net
+        last = 2 * len(gated.blocks) + 2
+        layers = {"0": "conv_in", str(last): "conv_out"}
+        for j in range(len(gated.blocks)):
+            layers |= {f"{1 + 2 * j}.net.0": f"blocks.{j}.conv_in", f"{1 + 2 * j}.net.2": f"blocks.{j}.conv_out"}
+            layers |= {f"{2 + 2 * j}.layer_norm": f"blocks.{j}.norm"}
+        for layer, name in layers.items():
+            for parameter in ("weight", "bias"):
+                names[f"{theirs}.network.nn.{layer}.{parameter}"] = f"{net_prefix}.{name}.{parameter}"
+    return names
+
+
+def _mask(coupling: nn.Module) -> Tensor:
+    """The tutorial's: 1 where a value passes through."""
+    factor = coupling.log_factor
+    if coupling.mask == "checkerboard":
+        return coupling.network_input(torch.ones(1, 1, 28, 28, dtype=factor.dtype, device=factor.device))
+    c = factor.shape[0]
+    return (torch.arange(c, device=factor.device) // (c // 2) == int(coupling.flip)).to(factor.dtype).view(1, c, 1, 1)

@@ -1,0 +1,58 @@
+"""The gated convolutional coupling network of the UvA tutorial on image flows, after Flow++'s (arXiv:1902.00275, section 3.3)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def concat_elu(x: Tensor) -> Tensor:
+    r""":math:`[\operatorname{elu}(x), \operatorname{elu}(-x)]` along the channels (PixelCNN++, arXiv:1701.05517)."""
+    return torch.cat([F.elu(x), F.elu(-x)], dim=1)
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """Layer normalization over the channels of each position of an image ``[N, C, H, W]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GatedBlock(nn.Module):
+    r"""A residual block with a gate, :math:`x + v \sigma(g)` with :math:`[v, g]` from two convolutions; then layer normalization."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(2 * channels, 2 * channels, 1)
+        self.norm = ChannelLayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.conv_out(concat_elu(self.conv_in(x))).chunk(2, dim=1)
+        return self.norm(torch.addcmul(x, value, torch.sigmoid(gate)))
+
+
+class GatedNetwork(nn.Module):
+    """A 3x3 convolution, gated residual blocks, concat-ELU, and a zero-initialised 3x3 convolution.
+
+    Args:
+        in_channels: of x, and of the context where one is given, together.
+        out_channels: of the result.
+        hidden: channels inside.
+        blocks: number of gated blocks.
+
+    Shape: x ``[N, C, H, W]``, context ``[N, in_channels - C, H, W]``, to ``[N, out_channels, H, W]``.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden: int = 32, blocks: int = 3) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, hidden, 3, padding=1)
+        self.blocks = nn.ModuleList(GatedBlock(hidden) for _ in range(blocks))
+        self.conv_out = nn.Conv2d(2 * hidden, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = self.conv_in(x if context is None else torch.cat([x, context], dim=1))
+        for block in self.blocks:
+            x = block(x)
+        return self.conv_out(concat_elu(x))
