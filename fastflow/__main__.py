@@ -135,7 +135,7 @@ def _evaluate(options):
     name = options.data or trained.get("data")
     if name is None:
         raise ConfigError(f"{path}: does not say what it was trained on: give --data")
-    size = model.shape[1]
+    size = model.shape[1] if len(model.shape) == 3 else None
     source = data.load(name, options.data_dir or trained.get("data_dir", "data"), size)
     if source.image_shape != tuple(model.shape):
         raise ConfigError(f"{name} has images {source.image_shape}, the model takes {tuple(model.shape)}")
@@ -155,7 +155,7 @@ def _evaluate(options):
         bf16=options.bf16,
         each=True,
     )
-    result = {"test_images": len(images), "importance_samples": options.samples}
+    result = {"model": type(model).__name__, "test_images": len(images), "importance_samples": options.samples}
     result |= {"test_bits_per_dim": bounds[-1].mean().item(), "test_bits_per_dim_1_sample": bounds[0].mean().item()}
     result["codecs_bits_per_dim"] = picture.codec_bits_per_dim(images[:1000]) if model.n_bits == 8 else {}
     print(report(result))

@@ -8,14 +8,14 @@ _MAY_CHANGE = set("resume out steps minutes lr clip save_every device workers da
 
 @dataclass(frozen=True)
 class Config:
-    """Train a Glow on images."""
+    """Train a flow on images."""
 
     data: str = "photos"
     """photos, cifar10, mnist, a folder of images, or a .npz file (uint8 x, and y, x_test, y_test at will)."""
     data_dir: str = "data"
     """Where torchvision finds cifar10 and mnist, or downloads them to."""
     image_size: int | None = None
-    """Side of an image in pixels: folders are resized to it (32), mnist is padded from 28 to 32 unless it is 28."""
+    """Side of an image in pixels: folders are resized to it (32), mnist is padded from 28 to 32 unless it is 28 (as for mnist- models)."""
     n_bits: int = 8
     """Bits a pixel and channel; fewer than 8 drop the lowest."""
     flip: bool | None = None
@@ -23,12 +23,20 @@ class Config:
     class_conditional: bool = False
     """Give the labels to the model."""
 
-    levels: int = 3
-    """Scales of the Glow: each halves the image's side."""
+    model: str = "glow"
+    """glow, realnvp, nice, or one of the UvA tutorial's flows for MNIST: mnist-simple, mnist-vardeq, mnist-multiscale."""
+    levels: int | None = None
+    """Scales: each but RealNVP's last halves the image's side; the default is 3 for glow and 2 for realnvp."""
     steps_per_level: int = 8
     """Steps of flow a level (K)."""
-    hidden: int = 32
-    """Channels inside the coupling networks."""
+    hidden: int | None = None
+    """Channels inside the coupling networks; the default is 32 for glow, 64 for realnvp, 1000 for nice."""
+    blocks: int | None = None
+    """Residual blocks of a network of realnvp (8), hidden layers of one of nice (5)."""
+    learned_prior: bool = False
+    """Learn the last latent's mean and scale, which are else 0 and 1."""
+    prior: str = "logistic"
+    """Of nice: logistic or gaussian."""
     coupling: str = "affine"
     """affine or additive."""
     conv1x1: str = "lu"
@@ -59,6 +67,8 @@ class Config:
     """Steps over which the learning rate rises linearly."""
     schedule: str = "cosine"
     """After the warm-up: cosine (to zero at the last step) or constant."""
+    scale_l2: float = 0.0
+    """Coefficient of the squared scales of weight-normalised convolutions in the loss; RealNVP's is 5e-5."""
     clip: float = 100.0
     """Largest norm of the gradient; greater ones are scaled down to it."""
     ema: float = 0.0
@@ -111,11 +121,12 @@ def check(config):
     """Raise ConfigError, naming the field, for a value that no run can have."""
     if config.schedule not in ("cosine", "constant"):
         raise ConfigError(f"schedule is {config.schedule!r}, expected cosine or constant")
-    ones = "levels steps_per_level hidden steps batch_size accumulate eval_every eval_images eval_samples final_samples"
+    ones = "levels steps_per_level hidden blocks steps batch_size accumulate eval_every eval_images eval_samples final_samples"
     least = dict.fromkeys(f"{ones} sample_every samples save_every n_bits".split(), 1)
     for name, bound in (least | {"seed": 0, "warmup": 0, "temperature": 0}).items():
-        if not getattr(config, name) >= bound:
-            raise ConfigError(f"{name} is {getattr(config, name)}, expected at least {bound}")
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise ConfigError(f"{name} is {value}, expected at least {bound}")
     if config.n_bits > 8:
         raise ConfigError(f"n_bits is {config.n_bits}, expected at most 8")
     if config.minutes is not None and not config.minutes > 0:
@@ -123,6 +134,8 @@ def check(config):
     for name in ("lr", "clip", "timeout"):
         if not 0 < getattr(config, name) < math.inf:
             raise ConfigError(f"{name} is {getattr(config, name)}, expected a positive number")
+    if not 0 <= config.scale_l2 < math.inf:
+        raise ConfigError(f"scale_l2 is {config.scale_l2}, expected 0 or a positive number")
     if not 0 <= config.ema < 1:
         raise ConfigError(f"ema is {config.ema}, expected a decay from 0 to below 1")
     if config.float64 and config.bf16:

@@ -74,9 +74,10 @@ def report(result):
     """The closing table, from what result.json holds."""
     bits, one, k = result["test_bits_per_dim"], result["test_bits_per_dim_1_sample"], result["importance_samples"]
     samples = f"{k} importance samples, {one:.3f} with one" if k > 1 else "one sample of the noise"
-    lines = [f"bits/dim on {result['test_images']} test images", f"  Glow  {bits:.3f}  ({samples})"]
+    width = max(5, len(result["model"]))
+    lines = [f"bits/dim on {result['test_images']} test images", f"  {result['model']:{width}s} {bits:.3f}  ({samples})"]
     notes = {"PNG": "optimize=True", "WebP": "lossless, quality 100, method 6"}
     for name, value in result["codecs_bits_per_dim"].items():
         first = ", the first 1000 images" if result["test_images"] > 1000 else ""
-        lines.append(f"  {name:5s} {value:.3f}  ({notes[name]}, each image alone{first})")
+        lines.append(f"  {name:{width}s} {value:.3f}  ({notes[name]}, each image alone{first})")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastflow.ranks import share
 
 WARM_UP = 3  # steps before a capture: libraries choose their kernels and take their memory
-# a step changes no buffer; torch 2.14 has given the option another name
+# what a step changes of the buffers it brings together itself; torch 2.14 has given the option another name
 BROADCAST_BUFFERS = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters)
 WARM_UP_OF_RANKS = 11  # DistributedDataParallel measures the order of gradients in its first steps, and rebuilds its buckets
 
@@ -44,6 +44,8 @@ class Step:
         self.batch_size, self.clip, self.bf16, self.capture = batch_size, clip, bf16, capture
         self.first, end = share(batch_size, ranks.index, ranks.count)
         self.bounds = [share(end - self.first, i, parts) for i in range(parts)]
+
+        self.statistics = [b for b in model.running_statistics() if b.is_floating_point()] if ranks.count > 1 else []
 
         # The buffers: what a step reads that is not the model's, and what it reports.
         shape = (end - self.first, *model.shape)
@@ -85,11 +87,14 @@ class Step:
 
     def alone(self):
         """Forward and backward of this rank by itself, on an empty batch, so that what is to be compiled is."""
+        kept = [b.clone() for b in self.model.buffers()]
         self.x.zero_()
         for first, end in self.bounds:
             with autocast(self.device, self.bf16):
                 labels = None if self.labels is None else self.labels[first:end].zero_()
                 self.model(self.x[first:end], labels, seed=0).sum().backward()
+        for buffer, value in zip(self.model.buffers(), kept, strict=True):
+            buffer.copy_(value)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _run_or_replay(self):
@@ -125,6 +130,10 @@ class Step:
                 (bits.sum() * (self.ranks.count / self.batch_size)).backward()
             summed = summed + bits.detach().sum()
         report = self.ranks.add(torch.cat([summed.to(self.wishes.dtype).view(1), self.wishes]))
+        if self.statistics:  # each rank's batches moved its own: all go on from their mean
+            mean = self.ranks.add(torch.cat([b.flatten() for b in self.statistics])) / self.ranks.count
+            for buffer, value in zip(self.statistics, mean.split([b.numel() for b in self.statistics]), strict=True):
+                buffer.copy_(value.view_as(buffer))
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         bad = ~(report[0].isfinite() & norm.isfinite())

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastflow import checkpoint, data, picture
+from fastflow.build import build_model
 from fastflow.check import SingularError
 from fastflow.checkpoint import CheckpointError
 from fastflow.config import Config, ConfigError, check, check_changes
@@ -72,7 +73,8 @@ def _train(config, ranks, device):
     saved = read_run(config.resume) if config.resume else None
     if saved:
         check_changes(saved["training"], config)
-    source = ranks.first_then_rest(lambda: data.load(config.data, config.data_dir, config.image_size))
+    size = 28 if config.image_size is None and config.data == "mnist" and config.model.startswith("mnist-") else config.image_size
+    source = ranks.first_then_rest(lambda: data.load(config.data, config.data_dir, size))
     if device.type == "cuda" and not config.workers and isinstance(source, data.Images):
         if source.nbytes < torch.cuda.mem_get_info(device)[0] / 8:
             source.to(device)
@@ -107,7 +109,7 @@ def _train(config, ranks, device):
     if config.compile:
         model.compile_networks()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=tuple(config.betas), fused=True)
+    optimizer = torch.optim.Adam(_groups(model, config.scale_l2), lr=config.lr, betas=tuple(config.betas), fused=True)
     if saved:
         optimizer.load_state_dict(state["optimizer"])
         _set_rng(state["rng"])
@@ -125,6 +127,7 @@ def _train(config, ranks, device):
         take_step.alone()  # compiling may take one rank longer than the others would wait in a step
         ranks.wait()
     averages, weights = list(shown.parameters()), list(model.parameters())
+    statistics = list(zip(shown.running_statistics(), model.running_statistics(), strict=True)) if config.ema else []
     test = source.test >> (8 - config.n_bits)
     test_labels = source.test_labels if config.class_conditional else None
     metrics = Metrics(run / "metrics.csv", step) if ranks.first else None
@@ -184,6 +187,8 @@ def _train(config, ranks, device):
             if config.ema:
                 decay = min(config.ema, (1 + step) / (10 + step))  # so that the first weights are soon forgotten
                 get_ema_multi_avg_fn(decay)(averages, weights, None)
+                for average, value in statistics:
+                    average.copy_(value)
             total = int(fits)
             if ranks.first:
                 progress.update(bits, total)
@@ -237,7 +242,7 @@ def _train(config, ranks, device):
     # The end: the whole test set, the pictures, the codecs.  All of it is done again by resuming a finished run.
     bounds = bits_of_test(config.final_samples)
     if ranks.first:
-        result = {"step": step, "test_images": len(test), "importance_samples": config.final_samples}
+        result = {"model": type(shown).__name__, "step": step, "test_images": len(test), "importance_samples": config.final_samples}
         result |= {"test_bits_per_dim": bounds[-1], "test_bits_per_dim_1_sample": bounds[0]}
         codecs = picture.codec_bits_per_dim(test[:1000]) if config.n_bits == 8 else {}
         result["codecs_bits_per_dim"] = codecs
@@ -250,31 +255,6 @@ def _train(config, ranks, device):
         print(f"{run}: last.pt, best.pt, metrics.csv, curve.png, samples.png")
     ranks.wait()
     return run, shown.eval()
-
-
-def build_model(config, source):
-    """The model that ``config`` describes for the images of ``source``; ConfigError where they do not fit."""
-    from fastflow.models import Glow
-
-    if config.class_conditional and source.classes is None:
-        raise ConfigError(f"class_conditional: {source.name} has no labels")
-    try:
-        return Glow(
-            image_shape=source.image_shape,
-            levels=config.levels,
-            steps=config.steps_per_level,
-            hidden=config.hidden,
-            coupling=config.coupling,
-            conv1x1=config.conv1x1,
-            scale=config.scale,
-            n_bits=config.n_bits,
-            classes=source.classes if config.class_conditional else None,
-            logit=config.logit,
-            reversible=config.reversible,
-            checkpoint_every=config.activations_every,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def learning_rate(config, step, total):
@@ -333,6 +313,15 @@ def resumed(folder):
     kept = read_run(folder)["training"]["config"]
     known = {field.name for field in fields(Config)}
     return replace(Config(**{k: v for k, v in kept.items() if k in known}), resume=str(folder), out=None)
+
+
+def _groups(model, scale_l2):
+    """The parameters, and where they are penalised those of weight normalization that are scales as a group of their own."""
+    scales = [p for name, p in model.named_parameters() if name.endswith(".parametrizations.weight.original0")] if scale_l2 else []
+    chosen = {id(p) for p in scales}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    # Adam's weight decay adds its multiple of a weight to the gradient, which that of a square is twice
+    return [{"params": rest}, *([{"params": scales, "weight_decay": 2 * scale_l2}] if scales else [])]
 
 
 def _new_folder(config):

@@ -1,5 +1,6 @@
 """Several processes train what one would: the same statistics, gradients, losses and pictures, and an end when one of them dies."""
 
+import copy
 import os
 import signal
 import socket
@@ -14,10 +15,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from fastflow import checkpoint
-from fastflow.models import Glow
+from fastflow.models import Glow, RealNVP
 from fastflow.nn import ActNorm
 from fastflow.progress import read_metrics
 from fastflow.ranks import LostRankError, Ranks, join, pooled, share
+from fastflow.step import Step
 
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
@@ -272,6 +274,32 @@ def test_ranks_whose_data_differ_keep_equal_parameters(find_unused_parameters, r
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
     assert all(bool(v) for k, v in first["state"].items() if k.endswith("initialized"))
+
+
+def normalised_apart(folder):
+    """Three steps of the trainer's Step on a model of batch normalizations, each rank with its own share of the batches."""
+    with join() as (ranks, _):
+        torch.manual_seed(0)
+        model = RealNVP((3, 8, 8), hidden=4, blocks=1)
+        step = Step(model, torch.optim.Adam(model.parameters(), fused=True), ranks, batch_size=6)
+        for i in range(3):
+            x = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            if i == 2:
+                before = [b.clone() for b in model.running_statistics()]
+                each = copy.deepcopy(model)  # what this rank's batch alone makes of them
+                each(x[3 * ranks.index :][:3], seed=i, offset=3 * ranks.index)
+            step(x[3 * ranks.index :][:3], None, i, 1e-2)
+        found = {"before": before, "alone": each.running_statistics(), "after": model.running_statistics()}
+        torch.save(found | {"parameters": [p.detach() for p in model.parameters()]}, Path(folder) / f"{ranks.index}.pt")
+
+
+def test_running_statistics_are_the_mean_of_those_of_the_ranks(tmp_path):
+    Run(tmp_path, 2, normalised_apart, str(tmp_path)).finish()
+    first, second = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))
+    assert all(torch.equal(a, b) for name in ("before", "after", "parameters") for a, b in zip(first[name], second[name], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first["alone"], second["alone"], strict=True))
+    for a, b, after in zip(first["alone"], second["alone"], first["after"], strict=True):
+        torch.testing.assert_close(after, ((a + b) / 2).to(after.dtype), rtol=1e-5, atol=1e-6)
 
 
 def statistics(folder):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check
-from fastflow.nn import AffineCoupling, Continuous, Dequantize, Flow, Prior, Split
+from fastflow.nn import AffineCoupling, BatchNorm, Continuous, Dequantize, Flow, Prior, Split
 
 
 class Model(nn.Module):
@@ -74,6 +74,11 @@ class Model(nn.Module):
         with torch.no_grad():
             self.log_prob(x, context, seed=seed, offset=offset)
         self.train(training)
+
+    def running_statistics(self) -> list[Tensor]:
+        """The buffers that a pass in training mode moves: means, variances and counts of batch normalizations."""
+        layers = (m for m in self.modules() if isinstance(m, (BatchNorm, nn.modules.batchnorm._BatchNorm)))
+        return [b for m in layers for b in m.buffers()]
 
     def compile_networks(self, **options) -> None:
         """Compiles every coupling network where it is (``torch.compile`` with ``options``), which the reversible chains around them allow.
