@@ -192,11 +192,12 @@ def _train(config, ranks, device):
             total = int(fits)
             if ranks.first:
                 progress.update(bits, total)
-            stepping += time.monotonic() - start
-            if ranks.first and limit < math.inf and ((step - begun_at) % 50 == 0 or time.monotonic() - looked > 10):
+            taken = step - begun_at - 1  # the first may have compiled something
+            stepping += time.monotonic() - start if taken else 0.0
+            if ranks.first and limit < math.inf and taken and ((step - begun_at) % 50 == 0 or time.monotonic() - looked > 10):
                 looked = time.monotonic()
                 left = limit - seconds - (looked - began)
-                fitting = step + _steps_that_fit(config, left, stepping / (step - begun_at), len(test))
+                fitting = step + _steps_that_fit(config, left, stepping / taken, len(test))
                 fitting = min(max(fitting, step + 1), config.steps)
                 # Estimates err, and the schedule should not follow each error; towards the end they have to hold.
                 if fitting < (0.95 * total if step < total / 2 else total) or fitting > 1.05 * total:
