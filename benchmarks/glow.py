@@ -241,8 +241,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     options = harness.arguments(__doc__, argv, add)
     warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows'
     sizes = QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
-    rows = [row for size, shape in sizes.items() for row in measure(size, shape, options)]
-    harness.append(options.results / "glow.csv", rows)
+    rows = []
+    for size, shape in sizes.items():
+        found = measure(size, shape, options)
+        harness.append(options.results / "glow.csv", found)
+        rows += found
     found = table(rows)
     page.write(options.docs / "training.md", "glow", {"glow": found})
     print(found)

@@ -205,14 +205,16 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
         calls = {p: lambda f=f, c=cycles[p]: _compute(f, *next(c)) for p, f in case.providers.items()}
         times = microseconds(calls, options.seconds, device)
         reference = next(iter(times.values()))[1]
+        found = []
         for provider, (p20, p50, p80) in times.items():
             row = {"name": name, "case": case.name, "shape": case.shape, "dtype": str(case.dtype)[6:], "layout": case.layout}
             row |= {"provider": provider, "mode": mode, "p20_us": f"{p20:.2f}", "p50_us": f"{p50:.2f}", "p80_us": f"{p80:.2f}"}
             row |= {"error": f"{errors[provider]:.1e}", "tolerance": f"{tolerance:.1e}", "ratio": f"{p50 / reference:.3f}"}
             moved = case.bytes_moved if copy and mode == "forward" else None
             row |= {"gb_s": f"{moved / p50 / 1e3:.1f}" if moved else "", "copy_gb_s": f"{copy:.1f}" if copy else ""}
-            rows.append(row | about)
-    append(options.results / f"{name}.csv", rows)
+            found.append(row | about)
+        append(options.results / f"{name}.csv", found)  # at once: a run that is cut keeps what it has measured
+        rows += found
     report(rows)
     return rows
 

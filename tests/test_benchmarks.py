@@ -2,7 +2,11 @@
 
 import argparse
 import csv
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,3 +238,22 @@ def test_training_speed_turns_on_one_after_the_other(device, training_page, tmp_
     assert all(float(row["error"]) <= float(row["tolerance"]) and float(row["images_s_p50"]) > 0 for row in rows)
     assert len(rows_of(tmp_path / "loader.csv")) == 4 and all(float(row["images_s"]) > 0 for row in rows_of(tmp_path / "loader.csv"))
     assert_tables(training_page, "speed", "loader")
+
+
+def test_the_gpu_pass_runs_without_a_gpu_at_tiny_sizes(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: the pass is run by itself, in minutes")
+    script = ["bash", str(harness.ROOT / "benchmarks" / "gpu_pass.sh")]
+    about = {"env": os.environ | {"PYTHON": sys.executable, "MINUTES": "6"}, "capture_output": True, "text": True}
+    refused = subprocess.run(script, **about)
+    assert refused.returncode == 2 and "give a folder" in refused.stderr
+    done = subprocess.run([*script, str(tmp_path)], **about)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "gpu_pass" / "summary.txt").read_text()
+    stages = "small_cases training_speed affine_coupling conv1x1 lu_weight glow memory triangular_solve inverse_precision".split()
+    for stage in stages:
+        assert re.search(rf"^{stage} +\d+ s  passed$", summary, re.M), summary
+    for stage in stages[1:]:
+        assert rows_of(tmp_path / f"{stage}.csv")
+    cut = subprocess.run([*script, str(tmp_path / "cut")], **about | {"env": about["env"] | {"MINUTES": "0.2"}})
+    assert cut.returncode == 1 and "left out: no time" in cut.stdout
