@@ -16,7 +16,8 @@ class GaussianPrior(Prior):
         classes: number of classes; the context is then int64 ``[N]``, and each class has a mean and log scale of its own.
         learned: learn one mean and log scale (Glow's learned top prior, openai/glow); implied by classes.
 
-    What is learned starts as the standard Gaussian. Raises ValueError for a number of classes below 1.
+    What is learned starts as the standard Gaussian. Raises ValueError for a number of classes below 1, and for a context that is no
+    int64 ``[N]`` where there are classes.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int | None = None, learned: bool = False) -> None:
@@ -34,10 +35,14 @@ class GaussianPrior(Prior):
             return None, None
         if self.classes is None:
             return self.mean, self.log_scale
+        if context is None or context.dtype != torch.int64 or tuple(context.shape) != (n,):
+            got = "None" if context is None else f"{context.dtype} of {check.shape_of(context)}"
+            raise check.error("context", got, f"int64 classes [{n}] in [0, {self.classes})")
         columns = [1] * (len(self.shape) - 1)
         return tuple(v[context].view(n, self.shape[0], *columns).expand(n, *self.shape) for v in (self.mean, self.log_scale))
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_latent(z)
         return ops.gaussian_log_prob(z, *self.terms(z.shape[0], context))
 
     def sample(

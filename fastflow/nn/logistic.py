@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow import check, ops
+from fastflow import ops
 from fastflow.nn.prior import Prior
 from fastflow.ops import acc_dtype
 from fastflow.ops.noise import random_seed
@@ -20,7 +20,7 @@ class LogisticPrior(Prior):
     """
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        check.floating("z", z)
+        self.check_latent(z)
         z = z.to(acc_dtype(z.dtype))
         return -(F.softplus(z) + F.softplus(-z)).flatten(1).sum(1)
 

@@ -35,6 +35,7 @@ class GaussianMixturePrior(Prior):
                 self.register_buffer(name, value)
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_latent(z)
         each = [ops.gaussian_log_prob(z, mean, log_scale) for mean, log_scale in zip(self.mean, self.log_scale, strict=True)]
         return torch.logsumexp(torch.stack(each, dim=1) + self.logit.log_softmax(0), dim=1)
 
