@@ -148,6 +148,7 @@ class _Chain:
     def __init__(self, steps: list[nn.Module], weights: Weights | None, start: int) -> None:
         self.steps, self.weights, self.start = steps, weights, start
         self.modules = [tuple(step.modules()) for step in steps]
+        self.rules = [has_its_own_rule(step, modules) for step, modules in zip(steps, self.modules, strict=True)]
         # not step.parameters(), which takes as long as a kernel does: {id: p} is each once, as that has them
         self.parameters = [
             tuple({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()) for modules in self.modules
@@ -164,7 +165,7 @@ class _Chain:
         with self._uncached():
             states = [get() for get, _ in self.generators]
             for i, (step, given) in enumerate(zip(self.steps, _given(self.steps, self.weights), strict=True)):
-                buffers = _buffers(self.modules[i])
+                buffers = _buffers(self.modules[i], self.rules[i])
                 versions = _versions(self.parameters[i]) if buffers else None
                 x, step_log_det = step(x, context, *given)
                 if not isinstance(step_log_det, Tensor) or step_log_det.shape != log_det.shape:
@@ -172,13 +173,13 @@ class _Chain:
                     expected = f"{list(log_det.shape)}, one value for each sample"
                     raise ValueError(f"log_det of steps[{self.start + i}] ({type(step).__name__}): got {got}, expected {expected}")
                 if buffers and _versions(self.parameters[i]) != versions:  # it has initialised itself, which is not to be done again
-                    buffers = _buffers(self.modules[i])
+                    buffers = _buffers(self.modules[i], self.rules[i])
                 before, states = states, [get() for get, _ in self.generators]
                 self.replays.append(_Replay(before, states, buffers))
                 if self.replays[-1].states:
                     _draw.add(step)
                 log_det = log_det + step_log_det
-        moved = {(id(m), name) for replay in self.replays for m, name, _ in replay.buffers}
+        moved = {(id(m), name) for replay in self.replays for m, name, *_ in replay.buffers}
         still = [b for each in self.modules for m in each for name, b in m._buffers.items() if b is not None and (id(m), name) not in moved]
         self.watched = (*self.distinct, *{id(b): b for b in still if not b.is_inference()}.values())
         self.versions = _versions(self.watched)
@@ -199,7 +200,7 @@ class _Chain:
             for i in reversed(range(0 if need_dx else self._first(context), len(self.steps))):
                 args = (context, *leaves[i])
                 wanted = [v for v in (*self.parameters[i], *args) if v is not None and v.requires_grad]
-                rule = self.steps[i].inverse_backward if has_its_own_rule(self.steps[i], self.modules[i]) else self._general_rule(i)
+                rule = self.steps[i].inverse_backward if self.rules[i] else self._general_rule(i)
                 self.replays[i].restore(self.generators)
                 z, dz, found = rule(z, dz, dlog_det, wanted, *args)
                 add(gradients, found)
@@ -223,6 +224,7 @@ class _Chain:
         step = self.steps[i]
 
         def rule(z, dz, dlog_det, wanted, *args):
+            self.replays[i].restore_flows()
             x = step.inverse(z, *args)[0].detach()
             x.requires_grad_(x.is_floating_point() or x.is_complex())
             self.replays[i].restore(self.generators)
@@ -262,7 +264,7 @@ class _Chain:
         states = [get() for get, _ in self.generators] if draws else []
         modules = [m for each in self.modules for m in each]
         modes = [(m, m.training) for m, training in zip(modules, self.modes, strict=True) if m.training is not training]
-        moved = {(m, name): m._buffers[name] for replay in self.replays for m, name, _ in replay.buffers}
+        moved = {(m, name): m._buffers[name] for replay in self.replays for m, name, *_ in replay.buffers}
         exchanged = [(m, name, m._parameters.get(name), p) for m, name, p in self.places if m._parameters.get(name) is not p]
         hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.distinct if p._backward_hooks]
         with self._uncached():
@@ -308,13 +310,22 @@ class _Replay:
         self.states = [] if all(map(torch.equal, states, now)) else states
         moved = ((m, name, b, m._buffers[name]) for m, name, b in buffers if not _unmoved(b, m._buffers[name]))
         # a flag that was set stays so: what it says is done once
-        self.buffers = [(m, name, after.clone() if _is_flag(after) else before) for m, name, before, after in moved]
+        self.buffers = [
+            (m, name, after.clone() if _is_flag(after) else before, after.clone() if _is_flow(m) and after is not None else None)
+            for m, name, before, after in moved
+        ]
 
     def restore(self, generators: list) -> None:
         for (_, put), state in zip(generators, self.states, strict=False):
             put(state)
-        for m, name, before in self.buffers:
+        for m, name, before, _ in self.buffers:
             m._buffers[name] = None if before is None else before.clone()
+
+    def restore_flows(self) -> None:
+        """Gives flows what the forward pass left in them, which their inverses take back; networks run in an inverse as they ran then."""
+        for m, name, _, after in self.buffers:
+            if after is not None:
+                m._buffers[name] = after.clone()
 
 
 def _unmoved(before: Tensor | None, after: Tensor | None) -> bool:
@@ -328,9 +339,13 @@ def _is_flag(buffer: Tensor | None) -> bool:
     return buffer is not None and buffer.dtype in (torch.bool, torch.uint8)
 
 
-def _buffers(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Tensor | None]]:
-    """Copies of the buffers that a forward pass may move; those of a flow with a rule of its own stay, or the rule could not be."""
-    watched = [m for m in modules if m._buffers and getattr(type(m), "inverse_backward", None) is None]
+def _is_flow(m: nn.Module) -> bool:
+    return hasattr(type(m), "inverse_backward")
+
+
+def _buffers(modules: Sequence[nn.Module], by_rule: bool) -> list[tuple[nn.Module, str, Tensor | None]]:
+    """Copies of the buffers that a forward pass may move; those of flows that go by a rule stay, or the rule could not be."""
+    watched = [m for m in modules if m._buffers and not (by_rule and _is_flow(m))]
     return [(m, name, None if b is None else b.clone()) for m in watched for name, b in m._buffers.items()]
 
 
@@ -357,7 +372,7 @@ def _generators(device: torch.device, steps: Sequence[nn.Module]) -> list[tuple[
 
 def has_its_own_rule(step: nn.Module, modules: Sequence[nn.Module] | None = None) -> bool:
     """Whether ``inverse_backward`` holds: not where a flow within has none, nor where one has hooks, which the rule would pass by."""
-    flows = [m for m in modules or step.modules() if hasattr(type(m), "inverse_backward")]
+    flows = [m for m in modules or step.modules() if _is_flow(m)]
     return step in flows and all(
         m.inverse_backward is not None and not has_hooks(m) and not vars(m).keys() & {"forward", "inverse"} for m in flows
     )

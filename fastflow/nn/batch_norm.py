@@ -40,8 +40,10 @@ class BatchNorm(Flow):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(x, self.num_features)
+        check.floating("x", x)
         if not self.training:
             return ops.actnorm(x, *self._terms(self.mean, self.var))
+        check.beside("mean", self.mean, "x", x)
         if not x.numel():
             raise check.error("x", check.shape_of(x), "a batch that is not empty, in training mode")
         batch_var, batch_mean = torch.var_mean(x.to(self.mean.dtype), _all_but_channels(x), correction=0)
