@@ -14,12 +14,15 @@ from fastflow.nn import (
     ActNorm,
     AdditiveCoupling,
     AffineCoupling,
+    BatchNorm,
     Dequantize,
+    Flatten,
     GaussianPrior,
     GlowNetwork,
     InvertibleConv1x1,
     LogitDequantize,
     Permute,
+    Scale,
     Sequential,
     Split,
     Squeeze,
@@ -35,6 +38,10 @@ FLOWS = {
     "InvertibleConv1x1": (lambda: InvertibleConv1x1(4), IMAGE),
     "InvertibleConv1x1, plain": (lambda: InvertibleConv1x1(4, lu=False), IMAGE),
     "Permute": (lambda: Permute(4, order="random"), IMAGE),
+    "Permute, interleaved": (lambda: Permute(4, order="interleaved"), VECTOR),
+    "Scale": (lambda: Scale(4), IMAGE),
+    "BatchNorm": (lambda: BatchNorm(4).eval(), IMAGE),
+    "Flatten": (lambda: Flatten(IMAGE[1:]), IMAGE),
     "AffineCoupling": (lambda: AffineCoupling(nn.Conv2d(2, 4, 1), num_features=2), IMAGE),
     "AffineCoupling of vectors": (lambda: AffineCoupling(nn.Linear(2, 4), scale="sigmoid", flip=True), VECTOR),
     "AffineCoupling, checkerboard": (lambda: AffineCoupling(nn.Conv2d(4, 8, 1), mask="checkerboard", scale="tanh"), IMAGE),
@@ -84,6 +91,16 @@ def test_flows(make, shape):
     x = torch.randn(shape)
     assert_same(lambda v: flow(v), flow, x)
     assert_same(lambda v: flow.inverse(v), flow, flow(x)[0])
+
+
+def test_batch_norm_in_training_mode():
+    eager, other = BatchNorm(4), BatchNorm(4)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = 1 + 2 * torch.randn(IMAGE)
+        expected, found = outputs_and_gradients(eager, eager, x), outputs_and_gradients(compiled, other, x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
 
 
 def test_with_inductor():

@@ -9,14 +9,17 @@ from torch import nn
 from fastflow import ops
 from fastflow.models import Glow
 from fastflow.nn import (
+    MLP,
     ActNorm,
     AdditiveCoupling,
     AffineCoupling,
     Dequantize,
+    Flatten,
     GlowNetwork,
     InvertibleConv1x1,
     LogitDequantize,
     Permute,
+    Scale,
     Sequential,
     Split,
     Squeeze,
@@ -174,7 +177,7 @@ MODULES = {
             lambda layer=layer, direction=direction: getattr(layer, direction)(x_(2, 5, 2, 2)),
             r"x: got shape \[2, 5, 2, 2\], expected \[N, 4, ...\]",
         )
-        for layer in (ActNorm(4), InvertibleConv1x1(4), Permute(4), Sequential(ActNorm(4)))
+        for layer in (ActNorm(4), InvertibleConv1x1(4), Permute(4), Scale(4), Sequential(ActNorm(4)))
         for direction in ("forward", "inverse")
     },
     "initialize": (lambda: ActNorm(4).initialize(x_(2, 5)), r"x: got shape \[2, 5\], expected \[N, 4, ...\]"),
@@ -206,6 +209,15 @@ MODULES = {
     "squeeze's order": (lambda: Squeeze("rows"), r"order: got 'rows', expected one of"),
     "squeeze's height": (lambda: Squeeze()(x_(2, 3, 7, 8)), r"x: got shape \[2, 3, 7, 8\], expected an even height and width"),
     "permutation's order": (lambda: Permute(4, order="sorted"), r"order: got 'sorted', expected one of 'reverse', 'random'"),
+    "a permutation of others": (lambda: Permute(3, order=[0, 1, 1]), r"order: got \[0, 1, 1\], expected each of 0 to 2 once"),
+    "a permutation of fewer": (lambda: Permute(3, order=[1, 0]), r"order: got \[1, 0\], expected each of 0 to 2 once"),
+    "a permutation of floats": (lambda: Permute(2, order=[1.0, 0.0]), r"order: got \[1.0, 0.0\], expected each of 0 to 1 once"),
+    "flatten's input": (lambda: Flatten((3, 2))(x_(2, 3, 3)), r"x: got shape \[2, 3, 3\], expected \[2, 3, 2\]"),
+    "flatten's latent": (lambda: Flatten((3, 2)).inverse(x_(2, 5)), r"z: got shape \[2, 5\], expected \[2, 6\]"),
+    **{
+        f"MLP's {k}": (lambda k=k: MLP(**{"in_features": 2, "out_features": 2, k: 0}), f"{k}: got 0, expected a positive integer")
+        for k in ("in_features", "out_features", "hidden", "layers")
+    },
     "split's channels": (lambda: Split(5), r"num_features: got 5, expected an even number of channels"),
     "split's input": (lambda: Split(4)(x_(2, 6, 2, 2)), r"x: got shape \[2, 6, 2, 2\], expected \[N, 4, ...\]"),
     "split's prior": (lambda: Split(4, prior="flow"), r"prior: got 'flow', expected one of 'standard', 'learned'"),

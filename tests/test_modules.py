@@ -13,12 +13,17 @@ from fastflow.nn import (
     ActNorm,
     AdditiveCoupling,
     AffineCoupling,
+    BatchNorm,
+    Continuous,
     Dequantize,
+    EncoderDecoder,
+    Flatten,
     GaussianPrior,
     GlowNetwork,
     InvertibleConv1x1,
     LogitDequantize,
     Permute,
+    Scale,
     Sequential,
     Split,
     Squeeze,
@@ -36,6 +41,14 @@ def conv(c_in, c_out):
 
 def mlp(c_in, c_out):
     return nn.Sequential(nn.Linear(c_in, 5), nn.Tanh(), nn.Linear(5, c_out))
+
+
+def batch_norm():
+    """Which has seen two batches, in eval mode: test_batch_norm.py is for the other."""
+    layer = BatchNorm(4)
+    for seed in (1, 2):
+        layer(3 + 2 * torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)))
+    return layer.eval()
 
 
 class WithContext(nn.Module):
@@ -59,6 +72,11 @@ FLOWS = {
             "plain": lambda: InvertibleConv1x1(4, lu=False),
             "reverse": lambda: Permute(4),
             "shuffle": lambda: Permute(4, order="random"),
+            "interleaved": lambda: Permute(4, order="interleaved"),
+            "a permutation": lambda: Permute(4, order=[2, 0, 3, 1]),
+            "Scale": lambda: Scale(4),
+            "BatchNorm": batch_norm,
+            "Continuous": lambda: Continuous(),
         }.items()
     },
     **{f"{s} of vectors": (lambda s=s: AffineCoupling(mlp(2, 4), scale=s), VECTOR) for s in AFFINE},
@@ -71,6 +89,7 @@ FLOWS = {
     "additive of images": (lambda: AdditiveCoupling(conv(2, 2)), IMAGE),
     "additive checkerboard": (lambda: AdditiveCoupling(conv(4, 4), mask="checkerboard"), IMAGE),
     "Glow's network": (lambda: AffineCoupling(GlowNetwork(2, 4, hidden=6), scale="sigmoid"), IMAGE),
+    "Flatten": (lambda: Flatten(IMAGE), IMAGE),
     **{f"squeeze {order}": (lambda order=order: Squeeze(order), IMAGE) for order in ("channel", "space", "realnvp")},
     "Sequential": (lambda: Sequential(ActNorm(4), InvertibleConv1x1(4), AffineCoupling(conv(2, 4)), Squeeze(), Permute(16)), IMAGE),
     **{f"GlowStep, {v}": (lambda v=v: GlowStep(4, 6, conv1x1=v), IMAGE) for v in ("lu", "plain", "reverse", "shuffle")},
@@ -131,7 +150,7 @@ def test_float32(make, shape):
 @every_flow
 def test_empty_batch(make, shape):
     flow = make()
-    assert flow.training
+    assert flow.training or isinstance(flow, BatchNorm)
     z, log_det = flow(batch(shape, 0, torch.float32))
     assert log_det.shape == (0,)
     x, log_det = flow.inverse(z)
@@ -219,6 +238,28 @@ def test_permute():
     assert torch.equal(Permute(4)(x)[0], x.flip(1))
     drawn = Permute(64, order="random")
     assert torch.equal(drawn.perm.sort().values, torch.arange(64)) and not torch.equal(drawn.perm, Permute(64, order="random").perm)
+    assert torch.equal(Permute(4, order="interleaved")(x)[0], x[:, [0, 2, 1, 3]])
+    assert torch.equal(
+        Permute(5, order="interleaved")(batch((5,), 1).fill_(0) + torch.arange(5))[0], torch.tensor([[0.0, 2, 4, 1, 3]]).double()
+    )
+    assert torch.equal(Permute(4, order=(2, 0, 3, 1))(x)[0], x[:, [2, 0, 3, 1]])
+
+
+def test_flatten_goes_row_by_row():
+    x = torch.arange(24.0).view(2, 3, 2, 2)
+    assert torch.equal(Flatten((3, 2, 2))(x)[0], torch.arange(24.0).view(2, 12))
+
+
+def test_encoder_and_decoder_are_the_flow_s_directions():
+    flow = trained(lambda: AffineCoupling(WithContext(2, 4)))
+    layer, x, context = EncoderDecoder(flow), batch(VECTOR), batch((3,))
+    for found, expected in ((layer.encoder(x, context), flow(x, context)), (layer.decoder(x, context), flow.inverse(x, context))):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert layer.check(x, context).failures() == [] and list(layer.parameters()) == list(flow.parameters())
+    with pytest.raises(ValueError, match="no exact flow: inverse"):
+        layer.check(x, context, tolerance=-1.0)
+    with pytest.raises(ValueError, match="flow: got Linear, expected a Flow"):
+        EncoderDecoder(nn.Linear(2, 2))
 
 
 # what is no Flow -----------------------------------------------------------------------------------------------------------------
