@@ -93,9 +93,10 @@ def test_flows(make, shape):
     assert_same(lambda v: flow.inverse(v), flow, flow(x)[0])
 
 
-def test_batch_norm_in_training_mode():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_batch_norm_in_training_mode(backend):
     eager, other = BatchNorm(4), BatchNorm(4)
-    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
     for _ in range(3):
         x = 1 + 2 * torch.randn(IMAGE)
         expected, found = outputs_and_gradients(eager, eager, x), outputs_and_gradients(compiled, other, x)

@@ -52,9 +52,10 @@ class BatchNorm(Flow):
             share = self._share()
             self.mean.lerp_(batch_mean, share)
             self.var.lerp_(batch_var, share)
+            new_mean, new_var, share = self._kept(share) if torch.compiler.is_compiling() else (self.mean, self.var, share)
         # the values are the buffers', the gradient is that of the batch's part of them
-        mean = self.mean + share * (batch_mean - batch_mean.detach())
-        var = self.var + share * (batch_var - batch_var.detach())
+        mean = new_mean + share * (batch_mean - batch_mean.detach())
+        var = new_var + share * (batch_var - batch_var.detach())
         return ops.actnorm(x, *self._terms(mean, var))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,6 +76,13 @@ class BatchNorm(Flow):
 
     def _share(self) -> Tensor:
         return ((1 - self.momentum) / (1 - self.momentum ** self.batches.double())).to(self.mean.dtype)
+
+    def _kept(self, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The new statistics and the share by way of an op, here the identity, whose output torch.compile keeps for backward: what it
+        computes there again starts from buffers that have moved by then, and gave the share of the next batch (torch 2.14)."""
+        values = torch.cat([self.mean, self.var, share.view(1)])
+        zeros = torch.zeros_like(values)
+        return ops.actnorm(values.view(1, -1), zeros, zeros)[0].view(-1).split([self.num_features, self.num_features, 1])
 
     def _terms(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         return -0.5 * torch.log(var + self.eps), -mean
