@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastflow train | evaluate | sample``, also installed as ``fastflow``."""
+"""The command line: ``python -m fastflow train | evaluate | sample | interpolate``, also installed as ``fastflow``."""
 
 import argparse
 import os
@@ -90,14 +90,35 @@ def _run(argv):
         """A checkpoint, or a run folder (its last.pt)."""
         out: str = "samples.png"
         """The picture."""
-        n: int = 64
-        """Images."""
-        temperature: float = 0.7
-        """Factor on the latents' standard deviation."""
+        n: int | None = None
+        """Images; the default is 64, or 8 of each temperature."""
+        temperature: tuple[float, ...] = (0.7,)
+        """Factor on the latents' standard deviation; several give a row each, of the same noise."""
         classes: tuple[int, ...] | None = None
         """Labels, taken in turn; the default is all of them."""
         seed: int = 0
         """Of the latents."""
+        device: str = "cpu"
+        """cpu, cuda, ..."""
+
+    @dataclass(frozen=True)
+    class Interpolate:
+        """Write rows of images between pairs of test images, decoded from between their latents, as a PNG."""
+
+        checkpoint: tyro.conf.Positional[str]
+        """A checkpoint, or a run folder (its last.pt)."""
+        out: str = "interpolation.png"
+        """The picture."""
+        pairs: int = 4
+        """Rows; the test images are taken in order."""
+        steps: int = 8
+        """Images in a row, both ends included."""
+        method: str = "linear"
+        """linear or spherical."""
+        data: str | None = None
+        """As in train; the default is what the model was trained on."""
+        data_dir: str | None = None
+        """Where torchvision keeps its data."""
         device: str = "cpu"
         """cpu, cuda, ..."""
 
@@ -109,40 +130,31 @@ def _run(argv):
     options = tyro.cli(
         Annotated[Config, tyro.conf.subcommand("train", default=default)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Sample, tyro.conf.subcommand("sample")],
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Interpolate, tyro.conf.subcommand("interpolate")],
         args=argv,
         prog="fastflow",
-        description="Train, evaluate and sample normalizing flows on images.",
+        description="Train, evaluate and explore normalizing flows on images.",
     )
     if isinstance(options, Config):
         train(options)
     elif isinstance(options, Evaluate):
         _evaluate(options)
-    else:
+    elif isinstance(options, Sample):
         _sample(options)
+    else:
+        _interpolate(options)
     return 0
 
 
 def _evaluate(options):
-    from fastflow import checkpoint, data, picture
-    from fastflow.config import ConfigError
+    from fastflow import checkpoint, picture
     from fastflow.evaluate import evaluate, report
 
     path = _file(options.checkpoint)
     contents = checkpoint.read(path)
     model = checkpoint.build(contents, path).to(options.device)
-    trained = (contents["training"] or {}).get("config", {})
-    name = options.data or trained.get("data")
-    if name is None:
-        raise ConfigError(f"{path}: does not say what it was trained on: give --data")
-    size = model.shape[1] if len(model.shape) == 3 else None
-    source = data.load(name, options.data_dir or trained.get("data_dir", "data"), size)
-    if source.image_shape != tuple(model.shape):
-        raise ConfigError(f"{name} has images {source.image_shape}, the model takes {tuple(model.shape)}")
-    if model.classes is not None and (source.classes or 0) > model.classes:
-        raise ConfigError(f"{name} has {source.classes} classes, the model {model.classes}")
-    if model.classes is not None and source.classes is None:
-        raise ConfigError(f"{name} has no labels, the model takes {model.classes} classes")
+    source = _source(options, model, contents, path)
     images = source.test[: options.images] >> (8 - model.n_bits)
     labels = None if model.classes is None else source.test_labels[: options.images]
     bounds = evaluate(
@@ -170,16 +182,77 @@ def _sample(options):
 
     path = _file(options.checkpoint)
     model = checkpoint.load(path, options.device)
+    _images_only(model, path)
+    several = len(options.temperature) > 1
+    n = (8 if several else 64) if options.n is None else options.n
+    for name, values, least in (("n", [n], 1), ("temperature", options.temperature, 0)):
+        if not min(values) >= least:
+            raise ConfigError(f"{name} is {min(values)}, expected at least {least}")
     labels = None
     if options.classes is not None:
         if model.classes is None:
             raise ConfigError(f"classes is {options.classes}, but {path} holds a model without classes")
         if not all(0 <= c < model.classes for c in options.classes):
             raise ConfigError(f"classes is {options.classes}, expected labels from 0 to {model.classes - 1}")
-        labels = torch.tensor(options.classes)[torch.arange(options.n) % len(options.classes)]
-    images = sample(model, options.n, options.temperature, options.seed, labels)
-    picture.save_grid(options.out, images, model.n_bits)
-    print(f"{options.out}: {options.n} samples at temperature {options.temperature:g}")
+        labels = torch.tensor(options.classes)[torch.arange(n) % len(options.classes)]
+    rows = {f"T = {t:g}": sample(model, n, t, options.seed, labels) for t in options.temperature}
+    if several:
+        picture.save_rows(options.out, rows, model.n_bits)
+    else:
+        picture.save_grid(options.out, *rows.values(), model.n_bits)
+    print(f"{options.out}: {n} samples at temperature {', '.join(f'{t:g}' for t in options.temperature)}")
+
+
+def _interpolate(options):
+    import torch
+
+    from fastflow import checkpoint, explore, picture
+    from fastflow.config import ConfigError
+
+    for name, least in {"pairs": 1, "steps": 2}.items():
+        if (got := getattr(options, name)) < least:
+            raise ConfigError(f"{name} is {got}, expected at least {least}")
+    if options.method not in explore.METHODS:
+        raise ConfigError(f"method is {options.method!r}, expected {' or '.join(explore.METHODS)}")
+    path = _file(options.checkpoint)
+    contents = checkpoint.read(path)
+    model = checkpoint.build(contents, path).to(options.device)
+    source = _source(options, model, contents, path)
+    images = source.test[: 2 * options.pairs] >> (8 - model.n_bits)
+    if len(images) < 2 * options.pairs:
+        raise ConfigError(f"pairs is {options.pairs}, but {source.name} has {len(source.test)} test images")
+    x0, x1 = images.to(options.device).chunk(2)
+    context = None if model.classes is None else source.test_labels[: options.pairs].to(options.device)
+    rows = explore.interpolate(model, x0, x1, options.steps, context, options.method).cpu()
+    picture.save_grid(options.out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
+    print(f"{options.out}: {options.pairs} pairs of {source.name}, {options.method} in {len(model.latent_shapes())} latents")
+
+
+def _source(options, model, contents, path):
+    """The data that the options name, or that the model was trained on, with images as the model takes them."""
+    from fastflow import data
+    from fastflow.config import ConfigError
+
+    trained = (contents["training"] or {}).get("config", {})
+    name = options.data or trained.get("data")
+    _images_only(model, path)
+    if name is None:
+        raise ConfigError(f"{path}: does not say what it was trained on: give --data")
+    source = data.load(name, options.data_dir or trained.get("data_dir", "data"), model.shape[1])
+    if source.image_shape != tuple(model.shape):
+        raise ConfigError(f"{name} has images {source.image_shape}, the model takes {tuple(model.shape)}")
+    if model.classes is not None and (source.classes or 0) > model.classes:
+        raise ConfigError(f"{name} has {source.classes} classes, the model {model.classes}")
+    if model.classes is not None and source.classes is None:
+        raise ConfigError(f"{name} has no labels, the model takes {model.classes} classes")
+    return source
+
+
+def _images_only(model, path):
+    from fastflow.config import ConfigError
+
+    if len(model.shape) != 3:
+        raise ConfigError(f"{path}: holds a {type(model).__name__} of vectors {list(model.shape)}, expected a model of images")
 
 
 def _file(path):

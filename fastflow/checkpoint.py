@@ -127,9 +127,18 @@ def build(contents, path):
 
 
 def load(path, device="cpu"):
-    """The trained model that ``path`` holds, on ``device``, in eval mode.
+    """The trained model that ``path`` holds, on ``device``, in eval mode: a checkpoint, or a run folder, of which its last.pt.
+
+    Weights that others published, as PyTorch Lightning saved them, are those that :func:`fastflow.models.load_published` knows.
 
     Raises CheckpointError, a ValueError of one line, when it cannot be had: see :func:`read`; also for an unknown
     model and for weights that do not fit it.
     """
+    path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
+    contents = archive.read(path, device)
+    if isinstance(contents, dict) and "pytorch-lightning_version" in contents:
+        from fastflow.models import load_published
+
+        return load_published(path, device)
     return build(read(path, device), path).to(device)

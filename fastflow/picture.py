@@ -1,4 +1,4 @@
-"""What a run leaves to look at: sample grids, the loss curve, and what image codecs need for the same images."""
+"""What a run and a model leave to look at: sample grids, curves, histograms, densities, and what image codecs need for the same images."""
 
 import io
 import math
@@ -66,6 +66,68 @@ def save_curve(path, rows, baselines=None):
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
+    _write(path, figure)
+
+
+def save_rows(path, rows, n_bits=8):
+    """Write rows of images as a PNG, the name of each beside it.  ``rows``: {name: images as in :func:`grid`}."""
+    from matplotlib.figure import Figure
+
+    pictures = {name: grid(images, n_bits, columns=len(images)) for name, images in rows.items()}
+    height, width = next(iter(pictures.values())).shape[:2]
+    columns = max(len(images) for images in rows.values())
+    side = 0.6 * columns * height / width  # inches
+    figure = Figure(figsize=(0.6 * columns + 0.1 + 0.085 * max(map(len, rows)), side * len(rows) * 1.02 + 0.05), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.01, w_pad=0.03, hspace=0.02)
+    for axes, (name, picture) in zip(figure.subplots(len(rows), squeeze=False).flat, pictures.items(), strict=True):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    _write(path, figure)
+
+
+def save_histograms(path, panels, xlabel, bins=100, log=False):
+    """Write histograms as a PNG, one panel below the other.  ``panels``: {title: {name: values}}, each drawn as a density."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.4 * len(panels)), layout="constrained")
+    for axes, (title, groups) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
+        values = [np.asarray(v).ravel() for v in groups.values()]
+        edges = np.histogram_bin_edges(np.concatenate(values), bins)
+        for i, (name, v) in enumerate(zip(groups, values, strict=True)):
+            axes.hist(v, edges, density=True, histtype="stepfilled", color=f"C{i}", alpha=0.5, edgecolor=f"C{i}", label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel=xlabel, ylabel="density", yscale="log" if log else "linear")
+        axes.grid(alpha=0.3)
+        if len(groups) > 1:
+            axes.legend(fontsize=8, ncols=1 + len(groups) // 5)
+    _write(path, figure)
+
+
+def save_densities(path, data, densities, limits):
+    """Write a row for each two-dimensional model as a PNG: data, the density's map, samples.
+
+    ``data``: ``[N, 2]``; ``densities``: {name: (density as of :func:`fastflow.explore.density`, samples ``[M, 2]``)}.
+    """
+    from matplotlib.figure import Figure
+
+    (left, right), (low, high) = limits
+    height = 0.4 + 3.1 * (high - low) / (right - left)
+    figure = Figure(figsize=(9.6, height * len(densities)), layout="constrained")
+    for row, (name, (density, samples)) in zip(figure.subplots(len(densities), 3, squeeze=False), densities.items(), strict=True):
+        for axes, title, points in ((row[0], "data", data), (row[2], f"samples, {name}", samples)):
+            axes.scatter(*np.asarray(points).T, s=1, linewidths=0, color="tab:blue", rasterized=True)
+            axes.set_title(title, fontsize=10)
+        row[1].imshow(np.asarray(density), extent=(left, right, low, high), origin="lower", cmap="magma", interpolation="bilinear")
+        row[1].set_title(f"density, {name}", fontsize=10)
+        for axes in row:
+            axes.set(xlim=(left, right), ylim=(low, high), aspect="equal")
+            axes.tick_params(labelsize=7)
+    _write(path, figure)
+
+
+def _write(path, figure):
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
 

@@ -118,9 +118,17 @@ class Model(nn.Module):
             x = self.dequantize.inverse(y)[0]
         return x.clone()  # a tensor like others
 
-    def sample(self, n: int, temperature: float = 1.0, context: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        temperature: float = 1.0,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        latents: tuple[Tensor | None, ...] | None = None,
+    ) -> Tensor:
         """``n`` samples ``[n, *shape]``, uint8 where the model's are; every latent's noise is scaled by ``temperature``.
 
+        ``latents``, as :meth:`encode` gives them for ``n`` samples, are kept; those that are None are drawn, each given the coarser ones.
         Noise is seeded from ``generator`` or torch's own. An ActNorm that was never initialised is the identity here.
         """
         if n < 0:
@@ -128,11 +136,17 @@ class Model(nn.Module):
         if temperature < 0:
             raise check.error("temperature", temperature, "0 or more")
         self._check_context(context, n)
+        if latents is None:
+            latents = (None,) * len(self.flows)
+        self._check_latents(latents, n)
         with torch.inference_mode():  # past autograd's part of each op, which costs the CPU a tenth of a sample's time
-            y = self.prior.sample(n, self.dequantize.like, temperature, context, generator)
+            y = latents[-1]
+            if y is None:
+                y = self.prior.sample(n, self.dequantize.like, temperature, context, generator)
             for i in reversed(range(len(self.flows))):
                 if i < len(self.splits):
-                    y = self.splits[i].sample(y, temperature, generator)
+                    z, split = latents[i], self.splits[i]
+                    y = split.sample(y, temperature, generator) if z is None else split.inverse(y, z)
                 y, _ = self.flows[i].inverse(y)
             x = self.dequantize.inverse(y)[0]
         return x.clone()
@@ -175,14 +189,19 @@ class Model(nn.Module):
         if _values_are_free(context) and n and not (0 <= int(context.min()) and int(context.max()) < self.classes):
             raise check.error("context", f"values from {int(context.min())} to {int(context.max())}", expected)
 
-    def _check_latents(self, latents: tuple[Tensor, ...]) -> None:
+    def _check_latents(self, latents: tuple[Tensor | None, ...], n: int | None = None) -> None:
         shapes = self.latent_shapes()
         if len(latents) != len(shapes):
             raise check.error("latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them")
         like = self.dequantize.like
         for i, (z, shape) in enumerate(zip(latents, shapes, strict=True)):
-            if tuple(z.shape) != (latents[-1].shape[0], *shape):
-                raise check.error(f"latents[{i}]", check.shape_of(z), f"[N, {', '.join(map(str, shape))}]")
+            if z is None and n is not None:  # it will be drawn
+                continue
+            if z is None:
+                raise check.error(f"latents[{i}]", "None", "a tensor")
+            if tuple(z.shape) != (len(latents[-1]) if n is None else n, *shape):
+                samples = "N" if n is None else n
+                raise check.error(f"latents[{i}]", check.shape_of(z), f"[{samples}, {', '.join(map(str, shape))}]")
             self._check_device(f"latents[{i}]", z)
             if z.dtype != like.dtype:
                 raise check.error(f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's")

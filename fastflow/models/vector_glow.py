@@ -18,7 +18,8 @@ class VectorGlow(Model):
         features: D, an even number; samples are float vectors ``[N, D]``, in the model's dtype.
         steps: number of steps.
         hidden, layers: width and number of the hidden layers of each coupling network.
-        prior: ``"gaussian"``, or ``"mixture"``: a learned mixture of Gaussians whose means start at random (torch's generator).
+        prior: ``"gaussian"``, or ``"mixture"``: a learned mixture of Gaussians, whose means start in random directions (torch's generator)
+            around 0, at a distance of 2 on the average.
         components: of the mixture.
         reversible: recompute activations in backward instead of keeping them.
 
@@ -65,5 +66,12 @@ class VectorGlow(Model):
             )
         ]
         shape = (features,)
-        prior = GaussianPrior(shape) if prior == "gaussian" else GaussianMixturePrior(shape, 2 * torch.randn(components, features))
+        prior = GaussianPrior(shape) if prior == "gaussian" else GaussianMixturePrior(shape, _means(components, features))
         super().__init__(shape, Continuous(), [Sequential(*layers_of_steps, reversible=reversible)], [], prior, None, config)
+
+
+def _means(components: int, features: int) -> torch.Tensor:
+    """Around 0, where ActNorm puts the data: with means that lie on one side of it training ends in a poor optimum."""
+    means = torch.randn(components, features)
+    means = means - means.mean(0)
+    return 2 * means / means.norm(dim=1).square().mean().sqrt().clamp_min(torch.finfo(means.dtype).tiny)
