@@ -76,15 +76,14 @@ def save_rows(path, rows, n_bits=8):
     pictures = {name: grid(images, n_bits, columns=len(images)) for name, images in rows.items()}
     height, width = next(iter(pictures.values())).shape[:2]
     columns = max(len(images) for images in rows.values())
-    side = 0.6 * columns * height / width  # inches
-    figure = Figure(figsize=(0.6 * columns + 0.1 + 0.085 * max(map(len, rows)), side * len(rows) * 1.02 + 0.05), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.01, w_pad=0.03, hspace=0.02)
+    figure = Figure(figsize=(0.6 * columns, 0.6 * columns * height / width * len(rows)))
+    figure.subplots_adjust(0, 0, 1, 1, hspace=0)
     for axes, (name, picture) in zip(figure.subplots(len(rows), squeeze=False).flat, pictures.items(), strict=True):
         axes.imshow(picture, interpolation="nearest")
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    _write(path, figure)
+    _write(path, figure, bbox_inches="tight", pad_inches=0.05)
 
 
 def save_histograms(path, panels, xlabel, bins=100, log=False):
@@ -102,6 +101,29 @@ def save_histograms(path, panels, xlabel, bins=100, log=False):
         axes.grid(alpha=0.3)
         if len(groups) > 1:
             axes.legend(fontsize=8, ncols=1 + len(groups) // 5)
+    _write(path, figure)
+
+
+def save_scores(path, panels):
+    """Write panels of scores as a PNG, side by side: a row of points for each group, on a logarithmic axis.
+
+    ``panels``: {title: {name: positive scores}}, of the same names.  The line is the 0.95 quantile of the first group.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(next(iter(panels.values())))
+    figure = Figure(figsize=(9, 0.7 + 0.36 * len(names)), layout="constrained")
+    for axes, (title, groups) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels.items(), strict=True):
+        for i, scores in enumerate(map(np.asarray, groups.values())):
+            height = i + np.random.default_rng(i).uniform(-0.3, 0.3, len(scores))
+            axes.scatter(scores, height, s=4, linewidths=0, alpha=0.6, color=f"C{i}")
+        threshold = np.quantile(np.asarray(groups[names[0]]), 0.95)
+        axes.axvline(threshold, color="gray", linestyle="--", linewidth=1, label=f"0.95 quantile of {names[0]}")
+        axes.set(xscale="log", yticks=range(len(names)), yticklabels=names, title=title)
+        axes.title.set_fontsize(10)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower left")
     _write(path, figure)
 
 
@@ -127,9 +149,9 @@ def save_densities(path, data, densities, limits):
     _write(path, figure)
 
 
-def _write(path, figure):
+def _write(path, figure, **options):
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=120, **options)
 
 
 def codec_bits_per_dim(images):

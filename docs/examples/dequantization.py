@@ -1,0 +1,36 @@
+"""Histograms of what the flow sees after dequantization: by uniform noise, and by noise that a flow has learned.
+
+From a clean clone, after `make setup` (some minutes on 2 cores):
+
+    .venv/bin/python docs/examples/train_mnist.py simple --out simple.pt
+    .venv/bin/python docs/examples/train_mnist.py vardeq --out vardeq.pt
+    .venv/bin/python docs/examples/dequantization.py simple.pt vardeq.pt --out dequantization.png
+
+Weights that fastflow.models.load_published knows will do as well.
+"""
+
+import argparse
+from pathlib import Path
+
+import fastflow
+from fastflow import data, explore, picture
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("--out", default="docs/pictures/dequantization.png")
+    parser.add_argument("--data", default="mnist")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--images", type=int, default=128)
+    options = parser.parse_args(argv)
+    panels = {}
+    for path in options.checkpoints:
+        model = fastflow.load(path)
+        x = data.load(options.data, options.data_dir, model.shape[1]).test[: options.images] >> (8 - model.n_bits)
+        panels[f"{type(model.dequantize).__name__}, {Path(path).name}"] = {"all pixels": explore.dequantized(model, x)}
+    picture.save_histograms(options.out, panels, "value after dequantization", bins=256)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Pairs of test images and what lies between their latents, along a line and along an arc.
+
+From a clean clone, after `make setup` (some minutes on 2 cores):
+
+    .venv/bin/python docs/examples/train_mnist.py multiscale --out multiscale.pt
+    .venv/bin/python docs/examples/interpolation.py multiscale.pt --out interpolation.png
+
+A run folder of `fastflow train`, with its --data, or weights that fastflow.models.load_published knows, will do as well.
+"""
+
+import argparse
+
+import fastflow
+from fastflow import data, explore, picture
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--out", default="docs/pictures/interpolation.png")
+    parser.add_argument("--data", default="mnist")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args(argv)
+    model = fastflow.load(options.checkpoint)
+    images = data.load(options.data, options.data_dir, model.shape[1]).test >> (8 - model.n_bits)
+    x0, x1 = images[: 2 * options.pairs].chunk(2)
+    paths = {method: explore.interpolate(model, x0, x1, options.steps, method=method) for method in explore.METHODS}
+    rows = {f"pair {i + 1}, {method}": path[i] for i in range(options.pairs) for method, path in paths.items()}
+    picture.save_rows(options.out, rows, model.n_bits)
+
+
+if __name__ == "__main__":
+    main()

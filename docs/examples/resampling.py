@@ -1,0 +1,39 @@
+"""What the early latents of a multi-scale model hold: in each row the last latent stays and the others are drawn anew.
+
+From a clean clone, after `make setup` (some minutes on 2 cores):
+
+    .venv/bin/python docs/examples/train_mnist.py multiscale --out multiscale.pt
+    .venv/bin/python docs/examples/resampling.py multiscale.pt --out resampling.png
+
+A run folder of `fastflow train`, with its --data, or weights that fastflow.models.load_published knows, will do as well.
+"""
+
+import argparse
+
+import torch
+
+import fastflow
+from fastflow import data, explore, picture
+from fastflow.evaluate import sample
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--out", default="docs/pictures/resampling.png")
+    parser.add_argument("--data", default="mnist")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--n", type=int, default=10)
+    options = parser.parse_args(argv)
+    model = fastflow.load(options.checkpoint)
+    images = data.load(options.data, options.data_dir, model.shape[1]).test[: options.rows] >> (8 - model.n_bits)
+    rows = {}
+    for kind, x in (("test image", images), ("sample", sample(model, options.rows, seed=2))):
+        others = explore.resample(model, model.encode(x), options.n)
+        rows |= {f"{kind} {i + 1}": torch.cat([x[i : i + 1], others[i]]) for i in range(len(x))}
+    picture.save_rows(options.out, rows, model.n_bits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Samples at several temperatures, a row each, all of the same noise.
+
+From a clean clone, after `make setup` (some minutes on 2 cores):
+
+    .venv/bin/python docs/examples/train_mnist.py multiscale --out multiscale.pt
+    .venv/bin/python docs/examples/temperature.py multiscale.pt --out temperature.png
+
+A run folder of `fastflow train`, or weights that fastflow.models.load_published knows, will do as well.
+"""
+
+import argparse
+
+import fastflow
+from fastflow import picture
+from fastflow.evaluate import sample
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--out", default="docs/pictures/temperature.png")
+    parser.add_argument("--n", type=int, default=12)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0, 0.3, 0.5, 0.7, 0.85, 1, 1.15])
+    options = parser.parse_args(argv)
+    model = fastflow.load(options.checkpoint)
+    rows = {f"T = {t:g}": sample(model, options.n, temperature=t) for t in options.temperatures}
+    picture.save_rows(options.out, rows, model.n_bits)
+
+
+if __name__ == "__main__":
+    main()
