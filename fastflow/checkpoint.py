@@ -135,7 +135,7 @@ def load(path, device="cpu"):
     model and for weights that do not fit it.
     """
     path = Path(path)
-    path = path / "last.pt" if path.is_dir() else path
+    path = path / "last.pt" if (path / "last.pt").is_file() else path
     contents = archive.read(path, device)
     if isinstance(contents, dict) and "pytorch-lightning_version" in contents:
         from fastflow.models import load_published

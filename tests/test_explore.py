@@ -1,0 +1,290 @@
+"""What a trained model shows: each function on small models, ``fastflow sample | interpolate``, and the scripts of docs/examples."""
+
+import math
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastflow
+from fastflow import explore
+from fastflow.__main__ import main
+from fastflow.models import NICE, Glow, VectorGlow, mnist_flow
+
+pytest.importorskip("tyro")
+pytest.importorskip("tqdm")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+Image = pytest.importorskip("PIL.Image")
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+
+
+def images(n, c=1, size=28):
+    return torch.randint(0, 256, (n, c, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+
+
+def shaken(model, x, context=None):
+    """With weights that do something: coupling networks and the splits' priors start as nothing."""
+    model.initialize(x, context, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=generator).to(p.dtype)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def glow():
+    return shaken(Glow(image_shape=(3, 8, 8), levels=3, steps=1, hidden=8, classes=2), images(16, 3, 8), torch.arange(16) % 2)
+
+
+@pytest.fixture(scope="module")
+def multiscale():
+    return shaken(mnist_flow("multiscale", reversible=False), images(8))
+
+
+@pytest.fixture(scope="module")
+def plane():
+    return shaken(VectorGlow(prior="mixture"), torch.randn(256, 2, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("method", explore.METHODS)
+def test_paths_end_at_the_samples(method, glow, multiscale, plane):
+    labels = torch.tensor([0, 1, 1])
+    x = images(6, 3, 8)
+    path = explore.interpolate(glow, x[:3], x[3:], 5, labels, method)
+    assert path.shape == (3, 5, 3, 8, 8) and path.dtype == torch.uint8
+    assert torch.equal(path[:, 0], x[:3]) and torch.equal(path[:, -1], x[3:])
+    x = images(4)
+    path = explore.interpolate(multiscale, x[:2], x[2:], 3, method=method)
+    assert torch.equal(path[:, 0], x[:2]) and torch.equal(path[:, -1], x[2:])
+    x = torch.randn(6, 2)
+    path = explore.interpolate(plane, x[:3], x[3:], 4, method=method)
+    assert torch.allclose(path[:, 0], x[:3], atol=1e-4) and torch.allclose(path[:, -1], x[3:], atol=1e-4)
+
+
+def test_all_latents_are_interpolated(multiscale):
+    x = images(2)
+    ends = multiscale.encode(x)
+    halves = tuple((z[:1] + z[1:]) / 2 for z in ends)
+    assert torch.equal(explore.interpolate(multiscale, x[:1], x[1:], 3)[:, 1], multiscale.decode(halves))
+
+
+def test_an_arc_keeps_the_distance_from_0():
+    z0, z1 = torch.randn(2, 5, 400)
+    z0, z1 = (20 * z / z.norm(dim=1, keepdim=True) for z in (z0, z1))
+    for t in (0.25, 0.5, 0.75):
+        assert torch.allclose(explore._arc(z0, z1, t).norm(dim=1), torch.tensor(20.0), rtol=1e-5)
+    angle = torch.nn.functional.cosine_similarity(z0, z1).acos()
+    quarter = torch.nn.functional.cosine_similarity(z0, explore._arc(z0, z1, 0.25)).acos()
+    assert torch.allclose(quarter, angle / 4, rtol=1e-3)
+    for other in (z0, -z0, torch.zeros_like(z0)):  # no arc, or any
+        assert torch.allclose(explore._arc(z0, other, 0.25), explore._line(z0, other, 0.25), atol=1e-4)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(multiscale):
+    multiscale.train()
+    explore.interpolate(multiscale, images(1), images(1), 2)
+    explore.dequantized(multiscale, images(1), draws=1)
+    assert multiscale.training and not multiscale.eval().training
+
+
+def test_fine_latents_are_drawn_anew_given_the_coarse_ones(glow):
+    labels = torch.tensor([0, 1])
+    latents = glow.encode(images(2, 3, 8), labels)
+    x = explore.resample(glow, latents, 3, context=labels, seed=1)
+    assert x.shape == (2, 3, 3, 8, 8) and x.dtype == torch.uint8
+    assert torch.equal(x, explore.resample(glow, latents, 3, context=labels, seed=1))
+    assert not torch.equal(x, explore.resample(glow, latents, 3, context=labels, seed=2))
+    assert not torch.equal(x[0, 0], x[0, 1])
+    means = []
+    y = latents[-1]
+    for i in (2, 1, 0):  # at temperature 0 a split gives the mean of its prior given what stays
+        y = glow.flows[i].inverse(y)[0]
+        if i:
+            means.insert(0, glow.splits[i - 1].terms(y)[0])
+            y = glow.splits[i - 1].inverse(y, means[0])
+    cold = explore.resample(glow, latents, 1, temperature=0, context=labels)[:, 0]
+    assert torch.equal(cold, glow.decode((*means, latents[-1]), labels))
+    finest = explore.resample(glow, latents, 1, levels=1, temperature=0, context=labels)[:, 0]
+    kept = glow.sample(2, 0.0, labels, latents=(None, *latents[1:]))
+    assert torch.equal(finest, kept) and not torch.equal(finest, cold)
+
+
+def test_samples_with_every_latent_given_are_decoded(glow, multiscale):
+    x = images(2)
+    assert torch.equal(multiscale.sample(2, latents=multiscale.encode(x)), x)
+    with pytest.raises(ValueError, match=r"latents\[0\]: got None, expected a tensor"):
+        multiscale.decode((None, multiscale.encode(x)[1]))
+    with pytest.raises(ValueError, match=r"latents\[1\]: got shape \[2, 8, 7, 7\], expected \[3, 8, 7, 7\]"):
+        multiscale.sample(3, latents=(None, multiscale.encode(x)[1]))
+
+
+def test_dequantized_values_fall_into_their_bins(glow, multiscale):
+    x = images(2, 3, 8)
+    y = explore.dequantized(glow, x, seed=3, draws=4)
+    assert y.shape == (4, 2, 3, 8, 8) and y.dtype == torch.float32
+    assert all(torch.equal(glow.dequantize.inverse(draw)[0], x) for draw in y)
+    assert torch.equal(y, explore.dequantized(glow, x, seed=3, draws=4)) and not torch.equal(y[0], y[1])
+    x = images(2)
+    for draw in explore.dequantized(multiscale, x, draws=2):  # past the logit, values at a bin's edge may be rounded across it
+        assert (multiscale.dequantize.inverse(draw)[0].int() - x.int()).abs().max() <= 1
+
+
+def test_density_lies_on_the_grid_as_plotted(plane):
+    limits = (-8.0, 8.0), (-7.0, 9.0)
+    values, integral = explore.density(plane, limits, size=320, batch_size=10_000)
+    assert values.shape == (320, 320) and values.dtype == torch.float64 and integral == pytest.approx(1, abs=0.01)
+    cell = 16 / 320
+    point = torch.tensor([[-8 + (200 + 0.5) * cell, -7 + (130 + 0.5) * cell]])  # column 200, row 130
+    assert values[130, 200].item() == pytest.approx(plane.log_prob(point).exp().item(), rel=1e-4)
+
+
+def test_scores_of_anomaly():
+    train = torch.tensor([1.0, 1.2, 1.4])
+    assert torch.allclose(explore.typicality(torch.tensor([0.2, 1.2, 2.2]), train), torch.tensor([1.0, 0.0, 1.0]), atol=1e-6)
+    data, outliers = torch.randn(50), torch.randn(40) + 1
+    expected = ((outliers[:, None] > data).double() + (outliers[:, None] == data).double() / 2).mean().item()
+    assert explore.auroc(data, outliers) == pytest.approx(expected)
+    assert explore.auroc(data, data) == pytest.approx(0.5) and explore.auroc(torch.zeros(3), torch.zeros(2)) == 0.5
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (
+            lambda m: explore.interpolate(m, images(2), images(2), method="cubic"),
+            "method: got 'cubic', expected one of 'linear'",
+        ),
+        (lambda m: explore.interpolate(m, images(2), images(2), 1), "steps: got 1, expected 2 or more"),
+        (lambda m: explore.interpolate(m, images(2), images(3)), "x1: got 3 samples, expected 2, as x0"),
+        (lambda m: explore.resample(m, m.encode(images(1)), 2, levels=2), "levels: got 2, expected 1 to 1"),
+        (lambda m: explore.resample(m, m.encode(images(1)), 0), "n: got 0, expected a positive integer"),
+        (lambda m: explore.resample(NICE(4, 1, 4, 1), (torch.zeros(1, 4),), 2), "model: got one latent, expected a multi-scale model"),
+        (
+            lambda m: explore.dequantized(VectorGlow(), torch.zeros(1, 2)),
+            "model: got continuous samples, expected a model of uint8",
+        ),
+        (lambda m: explore.dequantized(m, images(1), draws=0), "draws: got 0, expected a positive integer"),
+        (lambda m: explore.density(m, ((0, 1), (0, 1))), r"model: got samples of shape \[1, 28, 28\], expected continuous vectors"),
+        (lambda m: explore.density(VectorGlow(4), ((0, 1), (0, 1))), r"model: got samples of shape \[4\], expected continuous vectors"),
+    ],
+)
+def test_what_cannot_be(call, words, multiscale):
+    with pytest.raises(ValueError, match=words):
+        call(multiscale)
+
+
+def test_means_of_a_mixture_start_around_0():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        means = VectorGlow(4, steps=1, prior="mixture", components=3).prior.mean
+        assert torch.allclose(means.mean(0), torch.zeros(4), atol=1e-6)
+        assert means.square().sum(1).mean().item() == pytest.approx(4)
+    assert torch.equal(VectorGlow(2, steps=1, prior="mixture", components=1).prior.mean, torch.zeros(1, 2))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, multiscale, glow):
+    """Checkpoints by name, and MNIST-like data."""
+    folder = tmp_path_factory.mktemp("files")
+    models = {"multiscale": multiscale, "simple": shaken(mnist_flow("simple", reversible=False), images(8)), "glow": glow}
+    models["vectors"] = VectorGlow(steps=1)
+    for name, model in models.items():
+        fastflow.save(folder / f"{name}.pt", model)
+    np.savez(folder / "digits.npz", x=images(24)[:, 0].numpy(), x_test=images(12)[:, 0].numpy())
+    np.savez(
+        folder / "classes.npz", x=images(12, 3, 8).numpy(), y=np.arange(12) % 2, x_test=images(6, 3, 8).numpy(), y_test=np.arange(6) % 2
+    )
+    return folder
+
+
+def size_of(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def test_a_run_folder_loads_as_its_last_checkpoint(files, tmp_path):
+    (tmp_path / "last.pt").write_bytes((files / "vectors.pt").read_bytes())
+    assert isinstance(fastflow.load(tmp_path), VectorGlow)
+
+
+def test_interpolate_writes_a_row_for_each_pair(files, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    argv = ["interpolate", str(files / "multiscale.pt"), "--data", str(files / "digits.npz"), "--out", str(out)]
+    assert main([*argv, "--pairs", "2", "--steps", "5"]) == 0
+    assert size_of(out) == (2 * (5 * 30 + 2), 2 * (2 * 30 + 2))
+    assert capsys.readouterr().out == f"{out}: 2 pairs of digits, linear in 2 latents\n"
+    linear = out.read_bytes()
+    assert main([*argv, "--pairs", "2", "--steps", "5", "--method", "spherical"]) == 0
+    assert out.read_bytes() != linear
+    classes = ["--data", str(files / "classes.npz"), "--pairs", "3", "--out", str(out)]
+    assert main(["interpolate", str(files / "glow.pt"), *classes]) == 0
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("interpolate FILES/none.pt --data FILES/digits.npz", "none.pt: no such file"),
+        ("interpolate FILES/multiscale.pt", "does not say what it was trained on: give --data"),
+        ("interpolate FILES/multiscale.pt --data FILES/classes.npz", "image size 28"),
+        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --pairs 0", "pairs is 0, expected at least 1"),
+        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --pairs 7", "pairs is 7, but digits has 12 test images"),
+        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --steps 1", "steps is 1, expected at least 2"),
+        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --method cubic", "method is 'cubic', expected linear or spherical"),
+        ("interpolate FILES/vectors.pt --data FILES/digits.npz", "holds a VectorGlow of vectors [2], expected a model of images"),
+        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --out FILES/none/out.png", "No such file or directory"),
+        ("sample FILES/vectors.pt", "holds a VectorGlow of vectors [2], expected a model of images"),
+        ("sample FILES/multiscale.pt --n 0", "n is 0, expected at least 1"),
+        ("sample FILES/multiscale.pt --temperature 0.5 -1", "temperature is -1.0, expected at least 0"),
+    ],
+)
+def test_commands_that_cannot_be(argv, words, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv.replace("FILES", str(files)).split()) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_temperatures_are_rows_of_one_noise(files, tmp_path, capsys):
+    out = tmp_path / "out.png"
+    argv = ["sample", str(files / "multiscale.pt"), "--out", str(out), "--n", "2", "--temperature"]
+    assert main([*argv, "0", "0.5", "1"]) == 0
+    assert capsys.readouterr().out == f"{out}: 2 samples at temperature 0, 0.5, 1\n"
+    width, height = size_of(out)
+    main([*argv, "1", "0"])
+    assert size_of(out)[1] < height and width > 100
+    with Image.open(out) as picture:
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+ARGUMENTS = {
+    "anomaly": ["multiscale.pt", "--data", "digits.npz", "--images", "8"],
+    "density": ["--steps", "2", "--size", "20"],
+    "dequantization": ["simple.pt", "multiscale.pt", "--data", "digits.npz", "--images", "2"],
+    "interpolation": ["multiscale.pt", "--data", "digits.npz", "--pairs", "1", "--steps", "3"],
+    "resampling": ["multiscale.pt", "--data", "digits.npz", "--rows", "1", "--n", "2"],
+    "temperature": ["multiscale.pt", "--n", "2", "--temperatures", "0.5", "1"],
+    "train_mnist": ["simple", "--data", "digits.npz", "--steps", "1", "--batch-size", "2"],
+}
+
+
+@pytest.mark.parametrize("script", sorted(p.stem for p in EXAMPLES.glob("*.py")))
+def test_examples_run(script, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    out = tmp_path / ("out.pt" if script == "train_mnist" else "out.png")
+    runpy.run_path(str(EXAMPLES / f"{script}.py"))["main"]([*ARGUMENTS[script], "--out", str(out)])
+    if script == "train_mnist":
+        assert fastflow.load(out).config["variant"] == "simple"
+    else:
+        assert min(size_of(out)) > 50
+    printed = capsys.readouterr().out
+    if script == "anomaly":
+        rows = [line.rsplit(maxsplit=3) for line in printed.splitlines()[1:]]
+        assert {row[0] for row in rows} >= {"test", "inverted", "constant"}
+        assert all(math.isfinite(float(v)) for row in rows for v in row[1:])
+    if script == "density":
+        assert printed.count("integral of the density") == 2 and "10 Gaussians" in printed
