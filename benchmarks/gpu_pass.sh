@@ -102,9 +102,13 @@ if [ "$gpu" = 1 ]; then
 fi
 benchmark training_speed 90 --docs "$logs/docs"
 benchmark affine_coupling 40
+benchmark actnorm 20
 benchmark conv1x1 60
 benchmark lu_weight 30
 benchmark glow 90 --docs "$logs/docs"
+benchmark dequantize 20
+benchmark gaussian 20
+benchmark squeeze 20
 if [ "$gpu" = 1 ]; then
   stage memcheck 60 bash -c "$(declare -f sanitizer); PYTHON=$PYTHON sanitizer memcheck"
   stage racecheck 60 bash -c "$(declare -f sanitizer); PYTHON=$PYTHON sanitizer racecheck"

@@ -1,7 +1,7 @@
 """Times the providers of a case side by side and appends rows to results/NAME.csv; none is timed before it is found equal.
 
-Every provider's outputs and gradients are compared with those of the first provider, the reference, on the same inputs in float64. One
-that is off raises ValueError, and nothing is written. In float32 it may be off by 1e-5 of the largest value, or by twice as much as the
+Every provider's outputs and gradients are compared with those of the first provider, the reference, on the same inputs in float64. Where
+one is off, no row of that case is written, the others are measured, and the run ends with a ValueError. In float32 it may be off by 1e-5 of the largest value, or by twice as much as the
 reference is, which sums over many positions take beyond that. A ratio is the time over the reference's: above 1 is slower.
 """
 
@@ -126,7 +126,8 @@ def _compute(provider: Callable, args: tuple, leaves: list[Tensor], upstream: li
         with torch.no_grad():
             return _outputs(provider, args)
     out = _outputs(provider, args)
-    return *out, *torch.autograd.grad(out, leaves, upstream)
+    varying = [(v, g) for v, g in zip(out, upstream, strict=True) if v.requires_grad]  # not the log-det of a map that has a constant one
+    return *out, *torch.autograd.grad([v for v, _ in varying], leaves, [g for _, g in varying])
 
 
 def _input_set(case: Case, mode: str, device: str) -> tuple:
@@ -189,7 +190,7 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
     device = options.device
     torch.backends.cudnn.allow_tf32 = False  # its 10 bits are no match for float32
     copy = _copy_bandwidth() if device == "cuda" else None
-    about, rows = metadata(device), []
+    about, rows, wrong = metadata(device), [], []
     if device == "cpu" and os.getloadavg()[0] > 0.3:
         print(f"other programs are running here, {os.getloadavg()[0]:.1f} at a time over the last minute: the times are not worth keeping")
     modes = [(case, mode) for case in cases for mode in ("forward", "forward+backward")[: 1 + bool(case.gradients_of)]]
@@ -200,7 +201,12 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
         sets = [_input_set(case, mode, device)]
         size = sum(v.nbytes for v in sets[0][0])
         sets += [_input_set(case, mode, device) for _ in range(min(8, CACHE // size))]
-        errors, tolerance = _errors(case, mode, sets[0])
+        try:
+            errors, tolerance = _errors(case, mode, sets[0])
+        except ValueError as error:
+            wrong.append(str(error))
+            tqdm.write(wrong[-1])
+            continue
         cycles = {provider: itertools.cycle(sets) for provider in case.providers}
         calls = {p: lambda f=f, c=cycles[p]: _compute(f, *next(c)) for p, f in case.providers.items()}
         times = microseconds(calls, options.seconds, device)
@@ -215,7 +221,10 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
             found.append(row | about)
         append(options.results / f"{name}.csv", found)  # at once: a run that is cut keeps what it has measured
         rows += found
-    report(rows)
+    if rows:
+        report(rows)
+    if wrong:
+        raise ValueError("\n".join(wrong))
     return rows
 
 

@@ -13,8 +13,11 @@ import pytest
 import torch
 
 from benchmarks import (
+    actnorm,
     affine_coupling,
     conv1x1,
+    dequantize,
+    gaussian,
     glow,
     harness,
     inverse_precision,
@@ -22,6 +25,7 @@ from benchmarks import (
     memory,
     reversible_gradients,
     reversible_soak,
+    squeeze,
     training_speed,
     triangular_solve,
 )
@@ -52,7 +56,9 @@ def case(provider, **more) -> harness.Case:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "script, modes", [(affine_coupling, 2), (conv1x1, 2), (lu_weight, 2), (triangular_solve, 1)], ids=lambda v: getattr(v, "__name__", "")
+    "script, modes",
+    [(actnorm, 2), (affine_coupling, 2), (conv1x1, 2), (dequantize, 2), (gaussian, 2), (lu_weight, 2), (squeeze, 2), (triangular_solve, 1)],
+    ids=lambda v: getattr(v, "__name__", ""),
 )
 def test_rows_are_complete(script, modes, device, tmp_path, capsys):
     for _ in range(2):  # the second time to a file that is there
@@ -95,8 +101,10 @@ def test_a_provider_that_computes_something_else_is_refused(provider, gradients_
         assert len(harness.run("doubling", [right, wrong], options)) == 6
     else:
         with pytest.raises(ValueError, match=what):
-            harness.run("doubling", [right, wrong], options)
-        assert not options.results.exists()
+            harness.run("doubling", [wrong, right], options)
+        rows = rows_of(options.results / "doubling.csv")
+        assert [row["provider"] for row in rows] == ["eager", "fastflow"] * (len(rows) // 2)
+        assert {row["mode"] for row in rows} == {"forward"} and len(rows) == (4 if gradients_of else 2)
 
 
 def test_new_columns_are_empty_in_older_rows(tmp_path):
@@ -250,7 +258,8 @@ def test_the_gpu_pass_runs_without_a_gpu_at_tiny_sizes(tmp_path):
     done = subprocess.run([*script, str(tmp_path)], **about)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "gpu_pass" / "summary.txt").read_text()
-    stages = "small_cases training_speed affine_coupling conv1x1 lu_weight glow memory triangular_solve inverse_precision".split()
+    ops = "affine_coupling actnorm conv1x1 lu_weight dequantize gaussian squeeze triangular_solve inverse_precision".split()
+    stages = ["small_cases", "training_speed", "glow", "memory", *ops]
     for stage in stages:
         assert re.search(rf"^{stage} +\d+ s  passed$", summary, re.M), summary
     for stage in stages[1:]:

@@ -1,0 +1,72 @@
+"""ActNorm, its inverse, its inverse + backward and its statistics against the formula in plain PyTorch.
+
+    python -m benchmarks.actnorm
+
+Rows go to results/actnorm.csv, shape N x C x H x W of x. The gradients are those of x, of the log scale and of the bias. Glow's levels on
+32x32 images (C = 12, 24, 48 at 16, 8, 4 pixels a side), and larger images.
+"""
+
+import torch
+
+from benchmarks import harness
+from benchmarks.conv1x1 import LAYOUTS
+from fastflow import ops, reference
+
+
+def actnorm(x, log_scale, bias):
+    return log_scale.exp().view(1, -1, 1, 1) * (x + bias.view(1, -1, 1, 1)), (x.shape[2] * x.shape[3] * log_scale.sum()).expand(len(x))
+
+
+def inverse(z, log_scale, bias):
+    return z * torch.exp(-log_scale).view(1, -1, 1, 1) - bias.view(1, -1, 1, 1), (-z.shape[2] * z.shape[3] * log_scale.sum()).expand(len(z))
+
+
+def statistics(x):
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    return mean, var
+
+
+def cases(n: int, c: int, side: int, layout: str, compiled: bool) -> list[harness.Case]:
+    def image():
+        return torch.randn(n, c, side, side).contiguous(memory_format=LAYOUTS[layout])
+
+    def parameters():
+        return 0.1 * torch.randn(c), torch.randn(c)
+
+    def providers(eager, ours):
+        return {"eager": eager, "fastflow": ours} | ({"compile": torch.compile(eager, dynamic=False)} if compiled else {})
+
+    elements = n * c * side * side
+    about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "layout": layout}
+    inputs = {"inputs": lambda: (image(), *parameters()), "gradients_of": (0, 1, 2), "bytes_moved": 8 * elements}
+    both = providers(reference.actnorm_inverse_backward, ops.actnorm_inverse_backward)
+    return [
+        harness.Case("actnorm", providers=providers(actnorm, ops.actnorm), **inputs, **about),
+        harness.Case("inverse", providers=providers(inverse, lambda *args: ops.actnorm(*args, inverse=True)), **inputs, **about),
+        harness.Case(
+            "inverse_backward",
+            inputs=lambda: (image(), *parameters(), image(), torch.randn(n)),
+            providers=both,
+            bytes_moved=16 * elements,
+            **about,
+        ),
+        harness.Case(
+            "statistics",
+            inputs=lambda: (image(),),
+            providers=providers(statistics, ops.actnorm_statistics),
+            bytes_moved=4 * elements,
+            **about,
+        ),
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = harness.arguments(__doc__, argv)
+    larger = 64 if options.device == "cpu" else 4096
+    sizes = [(2, 3, 5)] if options.quick else [(64, 12, 16), (64, 24, 8), (64, 48, 4), (larger, 12, 32)]
+    each = [(*size, layout) for size in sizes for layout in LAYOUTS]
+    harness.run("actnorm", [case for about in each for case in cases(*about, not options.quick)], options)
+
+
+if __name__ == "__main__":
+    main()
