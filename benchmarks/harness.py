@@ -1,8 +1,9 @@
 """Times the providers of a case side by side and appends rows to results/NAME.csv; none is timed before it is found equal.
 
 Every provider's outputs and gradients are compared with those of the first provider, the reference, on the same inputs in float64. Where
-one is off, no row of that case is written, the others are measured, and the run ends with a ValueError. In float32 it may be off by 1e-5 of the largest value, or by twice as much as the
-reference is, which sums over many positions take beyond that. A ratio is the time over the reference's: above 1 is slower.
+one is off, no row of that case is written, the others are measured, and the run ends with a ValueError. In float32 it may be off by 1e-5
+of the largest value, or by twice as much as the reference is, which sums over many positions take beyond that. A ratio is the time over
+the reference's: above 1 is slower.
 """
 
 import argparse
