@@ -23,6 +23,8 @@ from benchmarks import (
     inverse_precision,
     lu_weight,
     memory,
+    profile,
+    report,
     reversible_gradients,
     reversible_soak,
     squeeze,
@@ -266,3 +268,39 @@ def test_the_gpu_pass_runs_without_a_gpu_at_tiny_sizes(tmp_path):
         assert rows_of(tmp_path / f"{stage}.csv")
     cut = subprocess.run([*script, str(tmp_path / "cut")], **about | {"env": about["env"] | {"MINUTES": "0.2"}})
     assert cut.returncode == 1 and "left out: no time" in cut.stdout
+
+
+def test_the_report_shows_the_newest_row_of_each_case_wins_and_losses_alike(tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    shutil.copy(harness.ROOT / "docs" / "benchmarks.md", tmp_path / "docs")
+    row = {"name": "doubling", "case": "a", "shape": "5x3", "dtype": "float32", "layout": "contiguous", "mode": "forward", "gb_s": ""}
+    about = {"device": "A GPU", "torch": "2.11", "triton": "", "fastflow": "0", "commit": "abc", "date": "2026-01-01", "copy_gb_s": "3000"}
+    times = [("eager", 10.0, 1.0), ("compile", 8.0, 0.8), ("fastflow", 99.0, 9.9), ("fastflow", 5.0, 0.5)]
+    rows = [row | {"provider": p, "p50_us": f"{us:.2f}", "ratio": f"{r:.3f}"} | about for p, us, r in times]
+    rows[-1]["gb_s"] = "1500"
+    rows += [other | {"case": "b", "ratio": "1.250" if other["provider"] == "fastflow" else "1.000"} for other in rows[::2]]
+    harness.append(tmp_path / "doubling.csv", rows)
+    report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "## A GPU" in text and "AMD" not in text.split("<!-- sections")[1].split("<!-- end")[0]
+    assert "| doubling | forward | 2 | 0.88 (0.50 to 1.25) | 1 of 2 | 0.80 (0.80 to 0.80) | 50% |" in text
+    assert "9.9" not in text and re.search(r"\| doubling \| forward \| b 5x3 float32 contiguous \| 99.00 \| 10.00 \| 1.250 \|", text)
+    assert (tmp_path / "docs" / "pictures" / "benchmarks_a_gpu.png").stat().st_size > 5000
+
+
+def test_the_report_in_the_docs_is_that_of_the_rows(tmp_path):
+    committed = harness.ROOT / "docs" / "benchmarks.md"
+    shutil.copy(committed, tmp_path)
+    report.main(["--docs", str(tmp_path)])
+    assert (tmp_path / "benchmarks.md").read_text() == committed.read_text(), "python -m benchmarks.report"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_profile_tells_where_a_step_s_time_goes(device, tmp_path, capsys):
+    rows = profile.main(["--quick", "--device", device, "--trace", str(tmp_path / "trace.json")])
+    assert (tmp_path / "trace.json").stat().st_size > 1000
+    shares = [row["share"] for row in rows]
+    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    names = " ".join(row["name"] for row in rows)
+    assert "conv" in names if device == "cpu" else "coupling" in names
+    assert "ms a step in all" in capsys.readouterr().out

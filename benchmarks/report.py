@@ -1,0 +1,210 @@
+"""docs/benchmarks.md and its plots from the rows in results/, a section a device; of rows of one case the newest counts.
+
+    python -m benchmarks.report
+
+A ratio is the time over plain PyTorch's of the same case and run: above 1 is slower. Nothing is measured here.
+"""
+
+import argparse
+import csv
+import re
+import statistics
+from pathlib import Path
+
+from benchmarks import harness, page
+
+# a row's case, by file: what of its columns says what was measured
+OPS = ("case", "shape", "dtype", "layout", "mode", "provider")
+KEYS = {
+    "glow": ("size", "mode", "provider"),
+    "training_speed": ("size", "way"),
+    "loader": ("source", "workers", "batch"),
+    "memory": ("side", "batch", "hidden", "k", "way"),
+    "memory_time": ("side", "batch", "hidden", "k", "way"),
+}
+FOOTNOTE = "torch {torch}, commit {commit}, {date}"
+
+
+def read(results: Path) -> dict[str, dict[str, list[dict]]]:
+    """The newest rows, by device and then by file."""
+    found: dict[str, dict[str, dict]] = {}
+    for path in sorted(results.glob("*.csv")):
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        key = KEYS.get(path.stem) or (OPS if rows and {*OPS, "ratio"} <= rows[0].keys() else None)
+        for row in rows if key else ():
+            of_device = found.setdefault(row["device"], {}).setdefault(path.stem, {})
+            case = tuple(row[column] for column in key)
+            of_device.pop(case, None)
+            of_device[case] = row
+    return {device: {name: list(rows.values()) for name, rows in files.items()} for device, files in found.items()}
+
+
+def ops_of(files: dict[str, list[dict]]) -> dict[tuple[str, str], list[dict]]:
+    """The rows of ops by (file, mode)."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for name, rows in files.items():
+        for row in rows if name not in KEYS else ():
+            groups.setdefault((name, row["mode"]), []).append(row)
+    return groups
+
+
+def ratios(rows: list[dict], provider: str) -> list[float]:
+    return [float(row["ratio"]) for row in rows if row["provider"] == provider]
+
+
+def compiled(rows: list[dict]) -> list[float]:
+    """Of each case the faster of what torch.compile made."""
+    best: dict[tuple, float] = {}
+    for row in rows:
+        if row["provider"].startswith("compile"):
+            case = tuple(row[column] for column in OPS[:-1])
+            best[case] = min(best.get(case, float("inf")), float(row["ratio"]))
+    return list(best.values())
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
+
+
+def share_of_copy(rows: list[dict]) -> str:
+    shares = [float(r["gb_s"]) / float(r["copy_gb_s"]) for r in rows if r["provider"] == "fastflow" and r["gb_s"]]
+    return f"{max(shares):.0%}" if shares else ""
+
+
+def about(rows: list[dict]) -> str:
+    return "; ".join(sorted({FOOTNOTE.format(**row) for row in rows}))
+
+
+def ops_table(files: dict[str, list[dict]]) -> str:
+    lines = []
+    for (name, mode), rows in ops_of(files).items():
+        ours = ratios(rows, "fastflow")
+        slower = sum(ratio > 1 for ratio in ours)
+        if ours:
+            cells = [str(len(ours)), spread(ours), f"{slower} of {len(ours)}", spread(compiled(rows)), share_of_copy(rows), about(rows)]
+            lines.append([name, mode, *cells])
+    head = ["op", "mode", "cases", "FastFlow", "slower in", "torch.compile", "best share of the copy", "measured"]
+    return page.table(head, lines) if lines else ""
+
+
+def losses(files: dict[str, list[dict]]) -> str:
+    """Every case of an op in which FastFlow takes longer than plain PyTorch."""
+    lines = []
+    for (name, mode), rows in ops_of(files).items():
+        eager = {tuple(r[c] for c in OPS[:-1]): r for r in rows if float(r["ratio"]) == 1 and r["provider"] != "fastflow"}
+        for row in rows:
+            if row["provider"] == "fastflow" and float(row["ratio"]) > 1:
+                base = eager.get(tuple(row[c] for c in OPS[:-1]))
+                case = f"{row['case']} {row['shape']} {row['dtype']} {row['layout']}"
+                lines.append([name, mode, case, row["p50_us"], base["p50_us"] if base else "", row["ratio"]])
+    return page.table(["op", "mode", "case", "FastFlow, us", "plain, us", "ratio"], lines) if lines else ""
+
+
+def glow_table(rows: list[dict]) -> str:
+    lines: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        lines.setdefault((row["size"], row["provider"]), {})[row["mode"]] = f"{float(row['p50_ms']):.1f} ({float(row['ratio']):.2f})"
+    body = [[*key, *(found.get(mode, "") for mode in ("forward+backward", "sample"))] for key, found in lines.items()]
+    return page.table(["Glow", "provider", "forward + backward, ms", "a batch of samples, ms"], body)
+
+
+def training_table(rows: list[dict]) -> str:
+    body = [[r["size"], r["way"], f"{float(r['images_s_p50']):.0f}", f"{float(r['over_plain']):.2f}"] for r in rows]
+    peaks = [r["peak_mib"] for r in rows]
+    head = ["Glow", "step", "images/s", "over plain's"]
+    if {*peaks} != {"nan"}:  # of a GPU's allocator
+        head, body = [*head, "peak, MiB"], [[*line, peak] for line, peak in zip(body, peaks, strict=True)]
+    return page.table(head, body)
+
+
+def memory_table(rows: list[dict]) -> str:
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    peaks: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        peaks.setdefault((row["side"], row["batch"], row["hidden"], row["k"]), {})[row["way"]] = f"{float(row['peak_mib']):.0f}"
+    body = [[f"{s}x{s}", b, h, k, *(found.get(way, "") for way in ways)] for (s, b, h, k), found in peaks.items()]
+    return page.table(["images", "batch", "hidden", "K", *(f"{way}, MiB" for way in ways)], body)
+
+
+def loader_table(rows: list[dict]) -> str:
+    return page.table(["source", "workers", "batch", "images/s"], [[r["source"], r["workers"], r["batch"], r["images_s"]] for r in rows])
+
+
+TABLES = {
+    "glow": ("Glow beside what one would use instead", glow_table),
+    "training_speed": ("The trainer's step", training_table),
+    "memory": ("Peak memory of forward and backward, weights and gradients aside", memory_table),
+    "loader": ("The loader", loader_table),
+}
+
+
+def slug(device: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def section(device: str, files: dict[str, list[dict]], picture: str | None) -> str:
+    parts = [f"## {device}"]
+    if picture:
+        parts.append(f"![FastFlow's time over plain PyTorch's, op by op and for a whole Glow]({picture})")
+    for name, (title, table) in TABLES.items():
+        if name in files:
+            parts += [f"### {title}", table(files[name]), f"({about(files[name])}; rows in `results/{name}.csv`)"]
+    if table := ops_table(files):
+        parts += ["### Ops", "Time over plain PyTorch's: median over the cases, least and most.", table]
+    if table := losses(files):
+        parts += [f"<details><summary>Every case in which an op takes longer than plain PyTorch</summary>\n\n{table}\n\n</details>"]
+    return "\n\n".join(parts)
+
+
+def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
+    """A dot a case for FastFlow and for torch.compile, and bars for Glow; False where there is nothing to show."""
+    from matplotlib.figure import Figure
+
+    groups = {key: rows for key, rows in ops_of(files).items() if ratios(rows, "fastflow")}
+    glow = {(r["mode"], r["provider"]): float(r["ratio"]) for r in files.get("glow", ()) if r["size"] == files["glow"][-1]["size"]}
+    if not groups and not glow:
+        return False
+    figure = Figure(figsize=(11, 1.6 + 0.28 * max(len(groups), len(glow))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for y, rows in enumerate(groups.values()):
+        for values, offset, style in ((ratios(rows, "fastflow"), -0.13, "C3o"), (compiled(rows), 0.13, "C0x")):
+            left.plot(values, [y + offset] * len(values), style, markersize=4, alpha=0.6, linestyle="none")
+    left.plot([], [], "C3o", label="FastFlow")
+    left.plot([], [], "C0x", label="torch.compile of plain")
+    left.set_yticks(range(len(groups)), [f"{name}, {mode}" for name, mode in groups], fontsize=8)
+    left.set_xscale("log")
+    left.xaxis.set_major_formatter("{x:g}")
+    left.margins(y=0.08)
+    left.set_title("ops, a mark a case", fontsize=10)
+    left.legend(fontsize=8, frameon=False)
+    names = list(glow)
+    right.barh(range(len(names)), list(glow.values()), color=["C3" if "fastflow" in name else "0.6" for _, name in names])
+    right.set_yticks(range(len(names)), [f"{provider}, {mode}" for mode, provider in names], fontsize=8)
+    right.set_title("Glow " + (files["glow"][-1]["size"] if glow else ""), fontsize=10)
+    for axes in (left, right):
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel("time over plain PyTorch's")
+        axes.grid(alpha=0.3, axis="x", which="both")
+    figure.suptitle(device, fontsize=11)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
+    parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of benchmarks.md and pictures/")
+    options = parser.parse_args(argv)
+    sections = []
+    for device, files in read(options.results).items():
+        picture = f"pictures/benchmarks_{slug(device)}.png"
+        sections.append(section(device, files, picture if plot(device, files, options.docs / picture) else None))
+    page.write(options.docs / "benchmarks.md", "report", {"sections": "\n\n".join(sections)})
+    print(f"{options.docs / 'benchmarks.md'}: {len(sections)} device{'s' * (len(sections) != 1)}")
+
+
+if __name__ == "__main__":
+    main()
