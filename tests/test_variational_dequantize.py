@@ -91,7 +91,7 @@ def test_importance_weights_integrate_the_density_over_a_bin():
         u = dequantize.noise(torch.full((2, 1, 1, 1), value, dtype=torch.uint8), torch.tensor([0.0, 1.0], dtype=F64).view(2, 1, 1, 1))[0]
         reached = (1 - 1e-7) * u.flatten().diff().squeeze() / 256
         torch.testing.assert_close((weight.exp() * step).sum(), reached, rtol=1e-8, atol=0)
-        assert 0.9 < reached * 256 < 1 and (weight * step).sum() < reached.log() - 1e-3, "f is not the identity, whose weights are equal"
+        assert (weight * step).sum() < reached.log() - 1e-3, "f is not the identity, whose weights are equal"
 
 
 @pytest.mark.parametrize("n_bits", [8, 5, 1])

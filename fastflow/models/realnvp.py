@@ -1,7 +1,5 @@
 """RealNVP."""
 
-import torch
-
 from fastflow import check
 from fastflow.models.model import Model
 from fastflow.nn import AffineCoupling, BatchNorm, GaussianPrior, LogitDequantize, Permute, ResidualNetwork, Sequential, Split, Squeeze
@@ -91,4 +89,5 @@ class RealNVP(Model):
 
 def _diagonals_first(channels: int) -> list[int]:
     """From the squeeze order "space" to "realnvp": of each block the pixels 00 and 11, which stay, before 01 and 10."""
-    return torch.arange(channels).view(4, -1)[[0, 3, 1, 2]].flatten().tolist()
+    size = channels // 4
+    return [i for pixel in (0, 3, 1, 2) for i in range(pixel * size, (pixel + 1) * size)]

@@ -33,9 +33,9 @@ class Permute(Flow):
             else:
                 perm = index.flip(0) if order == "reverse" else torch.cat([index[::2], index[1::2]])
         else:
-            perm = torch.tensor(order)
-            if perm.dtype != torch.int64 or not torch.equal(perm.sort().values, index):
+            if not all(isinstance(i, int) for i in order) or sorted(order) != list(range(num_features)):
                 raise check.error("order", list(order), f"each of 0 to {num_features - 1} once")
+            perm = torch.tensor(order)
         self.register_buffer("perm", perm)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
