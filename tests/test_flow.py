@@ -134,6 +134,7 @@ def test_check_initialises_its_copy_alone():
 @pytest.mark.parametrize("flow", [Dequantize(), Dequantize(5), LogitDequantize(), LogitDequantize(alpha=1e-5, preset="tutorial")], ids=repr)
 def test_check_of_images(flow):
     x = torch.randint(0, 2**flow.n_bits, (4, 3, 4, 4), dtype=torch.uint8)
+    x[0] = 2**flow.n_bits - 1
     report = flow.check(x)
     assert report.inverse_error == 0 and report.log_det_error is None and "n/a" in str(report)
 

@@ -18,17 +18,20 @@ from fastflow.nn import (
     Dequantize,
     EncoderDecoder,
     Flatten,
+    GatedNetwork,
     GaussianPrior,
     GlowNetwork,
     InvertibleConv1x1,
     LogitDequantize,
     Permute,
+    ResidualNetwork,
     Scale,
     Sequential,
     Split,
     Squeeze,
 )
 from fastflow.nn.glow_network import ActNormConv2d, ZeroConv2d
+from fastflow.nn.residual_network import WeightNormConv2d
 from fastflow.ops.affine_coupling import SCALES
 
 VECTOR, IMAGE = (4,), (4, 2, 4)
@@ -332,6 +335,25 @@ def test_glow_network_starts_at_zero_and_folds_its_actnorm():
     layer = trained(lambda: ZeroConv2d(4, 6))
     plain = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
     torch.testing.assert_close(layer(x), plain * (3 * layer.logs).exp().view(1, -1, 1, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_weight_norm_is_torchs():
+    layer, x = WeightNormConv2d(3, 4, 3, bias=True), batch((3, 4, 2))
+    plain = nn.functional.conv2d(x.float(), layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(x.float()), plain, rtol=1e-5, atol=1e-6)
+    other = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1).double())
+    randomize(layer.double())
+    with torch.no_grad():
+        other.parametrizations.weight.original0.copy_(layer.g)
+        other.parametrizations.weight.original1.copy_(layer.weight)
+        other.bias.copy_(layer.bias)
+    torch.testing.assert_close(layer(x), other(x), rtol=1e-12, atol=1e-12)
+
+
+def test_residual_and_gated_networks_start_at_zero():
+    x = batch((3, 4, 2))
+    assert (ResidualNetwork(3, 6, hidden=4, blocks=2).double()(x) == 0).all()
+    assert (GatedNetwork(5, 6, hidden=4, blocks=2).double()(x, batch((2, 4, 2))) == 0).all()
 
 
 # ActNorm's initialization ----------------------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Flow(nn.Module):
                 raise check.error("log_det", check.shape_of(log_det), f"[{x.shape[0]}], one value for each sample")
             back, log_det_back = flow.inverse(z, context)
         report = FlowReport(
-            inverse_error=_largest((back.double() - x.double()) / (1 + x.abs().max())) if x.numel() else 0.0,
+            inverse_error=_largest((back.double() - x.double()) / (1 + x.double().abs().max())) if x.numel() else 0.0,
             log_det_sum=_largest((log_det + log_det_back) / (1 + log_det.abs())),
             log_det_error=_jacobian_error(flow, x, context) if x.is_floating_point() else None,
             gradient_errors=_gradient_errors(flow, x, context) if x.is_floating_point() else {},

@@ -1,12 +1,25 @@
 """RealNVP's coupling network."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 
-def _conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = False) -> nn.Module:
-    return weight_norm(nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias))
+class WeightNormConv2d(nn.Conv2d):
+    r"""A convolution with weight :math:`g\, v / \lVert v \rVert`, g for each output channel (arXiv:1602.07868, eq. 2); v is ``weight``.
+
+    torch's parametrization of a convolution is the same, but cannot be pickled.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = False) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.g = nn.Parameter(self._norm().detach())
+
+    def _norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * (self.g / self._norm()), self.bias, padding=self.padding)
 
 
 class ResidualBlock(nn.Sequential):
@@ -16,10 +29,10 @@ class ResidualBlock(nn.Sequential):
         super().__init__(
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
-            _conv(channels, channels, 3),
+            WeightNormConv2d(channels, channels, 3),
             nn.BatchNorm2d(channels),
             nn.ReLU(inplace=True),
-            _conv(channels, channels, 3, bias=True),
+            WeightNormConv2d(channels, channels, 3, bias=True),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,12 +57,12 @@ class ResidualNetwork(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 64, blocks: int = 8) -> None:
         super().__init__()
         self.norm_in = nn.BatchNorm2d(in_channels)
-        self.conv_in = _conv(2 * in_channels, hidden, 3, bias=True)
+        self.conv_in = WeightNormConv2d(2 * in_channels, hidden, 3, bias=True)
         self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(blocks))
-        self.skips = nn.ModuleList(_conv(hidden, hidden, 1, bias=True) for _ in range(blocks + 1))
+        self.skips = nn.ModuleList(WeightNormConv2d(hidden, hidden, 1, bias=True) for _ in range(blocks + 1))
         self.norm_out = nn.BatchNorm2d(hidden)
-        self.conv_out = _conv(hidden, out_channels, 1, bias=True)
-        nn.init.zeros_(self.conv_out.parametrizations.weight.original0)
+        self.conv_out = WeightNormConv2d(hidden, out_channels, 1, bias=True)
+        nn.init.zeros_(self.conv_out.g)
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor) -> Tensor:

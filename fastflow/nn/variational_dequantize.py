@@ -23,7 +23,8 @@ class VariationalDequantize(LogitDequantize):
         flow: f, whose context is the image, scaled to [-1, 1], ``[N, C, H, W]`` as x.
         n_bits, alpha: as :class:`LogitDequantize`'s, of the preset ``"tutorial"``.
 
-    Noise that is given is :math:`\epsilon`. The inverse is that of any dequantization, the floor.
+    Noise that is given is :math:`\epsilon`. The inverse is that of any dequantization, the floor, and its log_det that of y to x + u:
+    without :math:`\log q`, so that the two directions' do not add up to 0.
     Shape: x uint8 ``[N, C, H, W]``, y like x; log_det ``[N]``, nats.
     """
 
