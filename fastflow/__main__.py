@@ -115,6 +115,8 @@ def _run(argv):
         """Images in a row, both ends included."""
         method: str = "linear"
         """linear or spherical."""
+        seed: int = 0
+        """Of the dequantization noise."""
         data: str | None = None
         """As in train; the default is what the model was trained on."""
         data_dir: str | None = None
@@ -223,7 +225,7 @@ def _interpolate(options):
         raise ConfigError(f"pairs is {options.pairs}, but {source.name} has {len(source.test)} test images")
     x0, x1 = images.to(options.device).chunk(2)
     context = None if model.classes is None else source.test_labels[: options.pairs].to(options.device)
-    rows = explore.interpolate(model, x0, x1, options.steps, context, options.method).cpu()
+    rows = explore.interpolate(model, x0, x1, options.steps, context, options.method, options.seed).cpu()
     picture.save_grid(options.out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
     print(f"{options.out}: {options.pairs} pairs of {source.name}, {options.method} in {len(model.latent_shapes())} latents")
 

@@ -24,16 +24,27 @@ def _evaluating(model):
         model.train(training)
 
 
-def interpolate(model, x0: Tensor, x1: Tensor, steps: int = 8, context: Tensor | None = None, method: str = "linear") -> Tensor:
+def interpolate(
+    model,
+    x0: Tensor,
+    x1: Tensor,
+    steps: int = 8,
+    context: Tensor | None = None,
+    method: str = "linear",
+    seed: int | None = None,
+) -> Tensor:
     r"""Samples on the way from x0 to x1, whose latents, those of every level, are :math:`(1 - t) z_0 + t z_1` for t from 0 to 1.
 
-    ``"spherical"`` (arXiv:1609.04468, section 2.1) takes :math:`[\sin((1 - t) \Omega) z_0 + \sin(t \Omega) z_1] / \sin \Omega` instead,
+    ``"spherical"`` (arXiv:1609.04468) takes :math:`[\sin((1 - t) \Omega) z_0 + \sin(t \Omega) z_1] / \sin \Omega` instead,
     :math:`\Omega` the angle between :math:`z_0` and :math:`z_1` of a level. Halfway between two draws of a Gaussian a straight line comes
     nearer to 0 than draws do, by a factor of :math:`\sqrt 2`; the arc does not.
 
-    Shape: x0, x1 ``[N, *shape]``, samples as the model takes them; gives ``[N, steps, *shape]``, the first x0 and the last x1: exactly so
-    where samples are uint8, else to rounding. ``context`` is that of both. Raises ValueError for another method, less than 2 steps and
-    what :meth:`~fastflow.models.model.Model.encode` refuses.
+    Without a ``seed`` uint8 samples are dequantized at the bin centre, and both ends come back exactly; with one by noise, which gives
+    latents such as the prior draws, and what lies between them looks more like the data; an end may then be off by 1 in single values.
+
+    Shape: x0, x1 ``[N, *shape]``, samples as the model takes them; gives ``[N, steps, *shape]``, the first x0 and the last x1.
+    ``context`` is that of both. Raises ValueError for another method, less than 2 steps and what
+    :meth:`~fastflow.models.model.Model.encode` refuses.
     """
     check.one_of("method", method, METHODS)
     if steps < 2:
@@ -42,7 +53,8 @@ def interpolate(model, x0: Tensor, x1: Tensor, steps: int = 8, context: Tensor |
         raise check.error("x1", f"{len(x1)} samples", f"{len(x0)}, as x0")
     mix = _arc if method == "spherical" else _line
     with _evaluating(model):
-        ends = list(zip(model.encode(x0, context), model.encode(x1, context), strict=True))
+        seeds = (None, None) if seed is None else (derive(seed, _NOISE, 0), derive(seed, _NOISE, 1))
+        ends = list(zip(model.encode(x0, context, seed=seeds[0]), model.encode(x1, context, seed=seeds[1]), strict=True))
         path = [model.decode(tuple(mix(z0, z1, t) for z0, z1 in ends), context) for t in torch.linspace(0, 1, steps).tolist()]
     return torch.stack(path, dim=1)
 
@@ -76,8 +88,9 @@ def resample(
 
     All but the last are drawn unless ``levels`` says otherwise. What differs between the samples is what the fine latents hold.
 
-    Shape: latents as ``model.encode`` gives them of N samples; gives ``[N, n, *shape]``. Raises ValueError for a model of one latent,
-    for ``levels`` that leave none, and for what :meth:`~fastflow.models.model.Model.sample` refuses.
+    Shape: latents as ``model.encode`` gives them of N samples, best with a ``seed``, so that they are such as the prior draws; gives
+    ``[N, n, *shape]``. Raises ValueError for a model of one latent, for ``levels`` that leave none, and for what
+    :meth:`~fastflow.models.model.Model.sample` refuses.
     """
     coarse = len(model.latent_shapes()) - 1
     if not coarse:
@@ -132,7 +145,7 @@ def density(model, limits: tuple[tuple[float, float], tuple[float, float]], size
 def typicality(scores: Tensor, train_scores: Tensor) -> Tensor:
     r"""How far each sample is from typical: :math:`|s(x) - \bar s|`, of bits/dim and their mean over training samples.
 
-    The test of Nalisnick et al. (arXiv:1906.02994, section 3) for single samples: a sample is an outlier where its typicality exceeds a
+    The test of Nalisnick et al. (arXiv:1906.02994) for single samples: a sample is an outlier where its typicality exceeds a
     quantile of that of held-out data. A high bits/dim alone misses what is simpler than the data, such as constant images, which a flow
     gives *more* density than the data (arXiv:1810.09136).
 

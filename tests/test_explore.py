@@ -60,6 +60,8 @@ def test_paths_end_at_the_samples(method, glow, multiscale, plane):
     x = images(4)
     path = explore.interpolate(multiscale, x[:2], x[2:], 3, method=method)
     assert torch.equal(path[:, 0], x[:2]) and torch.equal(path[:, -1], x[2:])
+    noisy = explore.interpolate(multiscale, x[:2], x[2:], 3, method=method, seed=1)
+    assert (noisy[:, 0].int() - x[:2].int()).abs().max() <= 1 and not torch.equal(noisy[:, 1], path[:, 1])
     x = torch.randn(6, 2)
     path = explore.interpolate(plane, x[:3], x[3:], 4, method=method)
     assert torch.allclose(path[:, 0], x[:3], atol=1e-4) and torch.allclose(path[:, -1], x[3:], atol=1e-4)

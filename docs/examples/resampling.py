@@ -30,7 +30,7 @@ def main(argv=None):
     images = data.load(options.data, options.data_dir, model.shape[1]).test[: options.rows] >> (8 - model.n_bits)
     rows = {}
     for kind, x in (("test image", images), ("sample", sample(model, options.rows, seed=2))):
-        others = explore.resample(model, model.encode(x), options.n)
+        others = explore.resample(model, model.encode(x, seed=0), options.n)
         rows |= {f"{kind} {i + 1}": torch.cat([x[i : i + 1], others[i]]) for i in range(len(x))}
     picture.save_rows(options.out, rows, model.n_bits)
 

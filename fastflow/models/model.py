@@ -93,11 +93,16 @@ class Model(nn.Module):
                 module.net.compile(**{"dynamic": False} | options)
 
     @torch.no_grad()
-    def encode(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Latents, fine to coarse, of x, if discrete dequantized at the bin centre: ``decode(encode(x))`` is x."""
+    def encode(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None) -> tuple[Tensor, ...]:
+        """Latents, fine to coarse, of x, if discrete dequantized at the bin centre: ``decode(encode(x))`` is x.
+
+        With a ``seed`` it is dequantized by noise, a function of ``(seed, sample, element)``, as in training: what comes back may differ
+        by 1 where noise falls within rounding of a bin's edge, but latents are such as the prior draws, which those of the centre need
+        not be.
+        """
         self._check_samples(x)
         self._check_context(context, x.shape[0])
-        y, latents = self.dequantize.centre(x), []
+        y, latents = self.dequantize.centre(x) if seed is None else self.dequantize(x, seed=seed)[0], []
         for i, flow in enumerate(self.flows):
             y, _ = flow(y)
             if i < len(self.splits):
