@@ -154,9 +154,8 @@ def _evaluate(options):
     from fastflow.evaluate import evaluate, report
 
     path = _file(options.checkpoint)
-    contents = checkpoint.read(path)
-    model = checkpoint.build(contents, path).to(options.device)
-    source = _source(options, model, contents, path)
+    model, training = checkpoint.opened(path, options.device)
+    source = _source(options, model, training, path)
     images = source.test[: options.images] >> (8 - model.n_bits)
     labels = None if model.classes is None else source.test_labels[: options.images]
     bounds = evaluate(
@@ -217,9 +216,8 @@ def _interpolate(options):
     if options.method not in explore.METHODS:
         raise ConfigError(f"method is {options.method!r}, expected {' or '.join(explore.METHODS)}")
     path = _file(options.checkpoint)
-    contents = checkpoint.read(path)
-    model = checkpoint.build(contents, path).to(options.device)
-    source = _source(options, model, contents, path)
+    model, training = checkpoint.opened(path, options.device)
+    source = _source(options, model, training, path)
     images = source.test[: 2 * options.pairs] >> (8 - model.n_bits)
     if len(images) < 2 * options.pairs:
         raise ConfigError(f"pairs is {options.pairs}, but {source.name} has {len(source.test)} test images")
@@ -230,12 +228,12 @@ def _interpolate(options):
     print(f"{options.out}: {options.pairs} pairs of {source.name}, {options.method} in {len(model.latent_shapes())} latents")
 
 
-def _source(options, model, contents, path):
+def _source(options, model, training, path):
     """The data that the options name, or that the model was trained on, with images as the model takes them."""
     from fastflow import data
     from fastflow.config import ConfigError
 
-    trained = (contents["training"] or {}).get("config", {})
+    trained = (training or {}).get("config", {})
     name = options.data or trained.get("data")
     _images_only(model, path)
     if name is None:

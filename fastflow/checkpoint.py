@@ -82,7 +82,10 @@ def read(path, device="cpu"):
     Raises CheckpointError when the file is missing, damaged, something else, or written by a newer version.
     """
     path = Path(path)
-    contents = archive.read(path, device)
+    return _checked(archive.read(path, device), path)
+
+
+def _checked(contents, path):
     if not isinstance(contents, dict) or "format" not in contents or "fastflow" not in contents:
         raise CheckpointError(f"{path}: not a FastFlow checkpoint, though a file that torch.save wrote")
     if contents["format"] != FORMAT:
@@ -134,11 +137,17 @@ def load(path, device="cpu"):
     Raises CheckpointError, a ValueError of one line, when it cannot be had: see :func:`read`; also for an unknown
     model and for weights that do not fit it.
     """
+    return opened(path, device)[0]
+
+
+def opened(path, device="cpu"):
+    """The model that :func:`load` gives, and what was saved beside it for training, or None."""
     path = Path(path)
     path = path / "last.pt" if (path / "last.pt").is_file() else path
     contents = archive.read(path, device)
     if isinstance(contents, dict) and "pytorch-lightning_version" in contents:
         from fastflow.models import load_published
 
-        return load_published(path, device)
-    return build(read(path, device), path).to(device)
+        return load_published(path, device), None
+    contents = _checked(contents, path)
+    return build(contents, path).to(device), contents["training"]

@@ -11,7 +11,7 @@ import torch
 import fastflow
 from fastflow import explore
 from fastflow.__main__ import main
-from fastflow.models import NICE, Glow, VectorGlow, mnist_flow
+from fastflow.models import NICE, Glow, VectorGlow, mnist_flow, published
 
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")
@@ -211,6 +211,18 @@ def size_of(path):
 def test_a_run_folder_loads_as_its_last_checkpoint(files, tmp_path):
     (tmp_path / "last.pt").write_bytes((files / "vectors.pt").read_bytes())
     assert isinstance(fastflow.load(tmp_path), VectorGlow)
+
+
+def test_published_weights_load_too(files, multiscale, tmp_path):
+    state = multiscale.state_dict()
+    theirs = {name: ours if isinstance(ours, torch.Tensor) else state[ours] for name, ours in published._names(multiscale).items()}
+    path = tmp_path / "flow.ckpt"
+    torch.save({"state_dict": theirs, "pytorch-lightning_version": "1.0"}, path)
+    x = images(2)
+    assert torch.equal(fastflow.load(path)(x, seed=0), multiscale(x, seed=0))
+    data = ["--data", str(files / "digits.npz")]
+    assert main(["interpolate", str(path), *data, "--pairs", "1", "--steps", "2", "--out", str(tmp_path / "out.png")]) == 0
+    assert main(["evaluate", str(path), *data, "--images", "2", "--samples", "1"]) == 0
 
 
 def test_interpolate_writes_a_row_for_each_pair(files, tmp_path, capsys):
