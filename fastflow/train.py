@@ -318,7 +318,7 @@ def resumed(folder):
 
 def _groups(model, scale_l2):
     """The parameters, and where they are penalised those of weight normalization that are scales as a group of their own."""
-    scales = [p for name, p in model.named_parameters() if name.endswith(".parametrizations.weight.original0")] if scale_l2 else []
+    scales = model.weight_scales() if scale_l2 else []
     chosen = {id(p) for p in scales}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     # Adam's weight decay adds its multiple of a weight to the gradient, which that of a square is twice

@@ -75,7 +75,7 @@ def test_the_penalty_is_on_the_scales_of_weight_normalization():
     )
     rest, scales = _groups(model, 0.5)
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert {id(p) for p in scales["params"]} == {id(m.parametrizations.weight.original0) for m in convolutions}
+    assert {id(p) for p in scales["params"]} == {id(m.g) for m in convolutions}
     assert len(rest["params"]) + len(convolutions) == len(list(model.parameters())) and len(_groups(model, 0.0)) == 1
     before = [p.detach().clone() for p in scales["params"]]
     for p in model.parameters():

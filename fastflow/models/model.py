@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastflow import check
 from fastflow.nn import AffineCoupling, BatchNorm, Continuous, Dequantize, Flow, Prior, Split
+from fastflow.nn.residual_network import WeightNormConv2d
 
 
 class Model(nn.Module):
@@ -79,6 +80,10 @@ class Model(nn.Module):
         """The buffers that a pass in training mode moves: means, variances and counts of batch normalizations."""
         layers = (m for m in self.modules() if isinstance(m, (BatchNorm, nn.modules.batchnorm._BatchNorm)))
         return [b for m in layers for b in m.buffers()]
+
+    def weight_scales(self) -> list[nn.Parameter]:
+        """The scales g of weight-normalised convolutions, which RealNVP penalises."""
+        return [m.g for m in self.modules() if isinstance(m, WeightNormConv2d)]
 
     def compile_networks(self, **options) -> None:
         """Compiles every coupling network where it is (``torch.compile`` with ``options``), which the reversible chains around them allow.
