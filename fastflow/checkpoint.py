@@ -110,7 +110,8 @@ def build(contents, path):
         known = ", ".join(fastflow.models.__all__)
         raise CheckpointError(f"{path}: holds the model {name!r}; fastflow {fastflow.__version__} knows {known}")
     try:
-        model = getattr(fastflow.models, name)(**config)
+        with torch.random.fork_rng([]):  # the first weights are not kept, and draw from nobody's generator
+            model = getattr(fastflow.models, name)(**config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {name} does not take its configuration ({archive.first_line(error)})") from error
     expected = model.state_dict()

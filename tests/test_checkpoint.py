@@ -45,7 +45,9 @@ def test_round_trip_keeps_every_bit_and_the_model_in_eval_mode(tmp_path, double)
     model = tiny(classes=2, n_bits=5)
     model = model.double() if double else model
     fastflow.save(tmp_path / "model.pt", model, {"step": 3, "state": {"a": torch.arange(3)}, "list": [1, None, 2.5]})
+    generator = torch.get_rng_state()
     loaded = fastflow.load(tmp_path / "model.pt")
+    assert torch.equal(torch.get_rng_state(), generator)  # whoever draws next draws as without loading
     assert same_state(model, loaded) and not loaded.training and loaded.config == model.config
     x = torch.randint(0, 32, (4, 3, 8, 8), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 1, 0])

@@ -2,8 +2,8 @@
 
 From a clean clone, after `make setup` (some minutes on 2 cores):
 
-    .venv/bin/python docs/examples/train_mnist.py multiscale --out multiscale.pt
-    .venv/bin/python docs/examples/interpolation.py multiscale.pt --out interpolation.png
+    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/multiscale
+    .venv/bin/python docs/examples/interpolation.py runs/multiscale --out interpolation.png
 
 A run folder of `fastflow train`, with its --data, or weights that fastflow.models.load_published knows, will do as well.
 """

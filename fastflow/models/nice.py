@@ -13,7 +13,7 @@ class NICE(Model):
     """NICE (Dinh, Krueger and Bengio, arXiv:1410.8516, section 5.1): additive couplings, then a scale for each dimension.
 
     The defaults are the paper's for MNIST: four couplings, whose networks have five hidden layers of 1000, on the even and the odd
-    dimensions in turn.
+    dimensions in turn. Pixels are dequantized to [-1/2, 1/2), where the paper has [0, 1]: the first biases take up the difference.
 
     Args:
         features: D, an even number; or the shape of an image, ``(C, H, W)``, whose values are taken row by row.

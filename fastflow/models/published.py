@@ -22,7 +22,8 @@ def load_published(path, device: torch.device | str = "cpu") -> MNISTFlow:
     state = contents.get("state_dict", contents) if isinstance(contents, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: holds no state_dict of tensors")
-    models = {variant: mnist_flow(variant).to(device) for variant in VARIANTS}
+    with torch.random.fork_rng([]):  # their first weights are not kept, and draw from nobody's generator
+        models = {variant: mnist_flow(variant).to(device) for variant in VARIANTS}
     names = {variant: _names(model) for variant, model in models.items()}
     variant = min(VARIANTS, key=lambda v: len(state.keys() ^ names[v].keys()))
     missing, unexpected = names[variant].keys() - state.keys(), state.keys() - names[variant].keys()

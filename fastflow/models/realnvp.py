@@ -25,7 +25,8 @@ class RealNVP(Model):
             in training mode, which moves the statistics of the batch normalizations.
         checkpoint_every: keep the activation after every so many layers all the same.
 
-    In training mode the images of a batch meet in its statistics. Raises ValueError for an argument outside these.
+    In training mode the images of a batch meet in its statistics, in ``encode``, ``decode`` and ``sample`` too: call ``eval()`` before
+    these. Raises ValueError for an argument outside these.
 
     Example:
         >>> model = RealNVP(image_shape=(3, 32, 32), hidden=8, blocks=1)

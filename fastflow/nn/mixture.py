@@ -48,7 +48,7 @@ class GaussianMixturePrior(Prior):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         seed = random_seed(like.device, generator)
-        chosen = torch.rand(n, generator=generator, device=like.device if generator is None else generator.device).to(like)
+        chosen = torch.rand(n, generator=generator, device=like.device if generator is None else generator.device).to(self.logit)
         # clamped, since the weights may sum to a little less than 1
         k = torch.searchsorted(self.logit.softmax(0).cumsum(0), chosen).clamp(max=len(self.logit) - 1)
         columns = [1] * (len(self.shape) - 1)
