@@ -8,7 +8,8 @@ in float32 too, before anything is timed. ``plain`` is benchmarks/plain_glow.py,
 a straw man would void the rows. ``nflows`` has its ActNorm, OneByOneConvolution and AffineCouplingTransform (with this scale function)
 around the same networks, squeezes and splits. ``fastflow`` is the library with stored activations, as the others have them,
 ``reversible`` its default, ``networks compiled`` after ``model.compile_networks()``, ``torch.compile of fastflow`` the whole model; all in
-channels_last, as the trainer has it.
+channels_last, as the trainer has it. Each is timed in a process of its own, as one would run it, in turns with the others: in one process
+all share a heap, and how often a step's large tensors are given back to the system and fetched again depends on what the others keep there.
 
 Rows go to results/glow.csv, and the table of docs/training.md is written anew.
 """
@@ -16,9 +17,13 @@ Rows go to results/glow.csv, and the table of docs/training.md is written anew.
 import argparse
 import copy
 import importlib.util
+import itertools
+import multiprocessing
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -137,18 +142,23 @@ def fastflow(model: Glow, reversible: bool = False, compiled: bool = False) -> P
     return Provider(made, dict(made.named_parameters()), compiled)
 
 
-def providers(model: Glow, compiled: bool) -> dict[str, Provider]:
-    """Plain PyTorch first."""
-    found = {"plain": Plain(model)}
+def ways(compiled: bool) -> dict[str, Callable[[Glow], Provider]]:
+    """What makes each provider of a model; plain PyTorch first."""
+    found: dict[str, Callable[[Glow], Provider]] = {"plain": Plain}
     if importlib.util.find_spec("nflows"):
-        found["nflows"] = Plain(model, NflowsStep)
-    found |= {"fastflow": fastflow(model), "fastflow, reversible": fastflow(model, reversible=True)}
+        found["nflows"] = lambda model: Plain(model, NflowsStep)
+    found |= {"fastflow": fastflow, "fastflow, reversible": lambda model: fastflow(model, reversible=True)}
     if compiled:
-        found["torch.compile of plain"] = Plain(copy.deepcopy(model), compiled=True)
-        found["fastflow, networks compiled"] = fastflow(model)
-        found["fastflow, networks compiled"].made.compile_networks()
-        found["torch.compile of fastflow"] = fastflow(model, compiled=True)
+        found["torch.compile of plain"] = lambda model: Plain(model, compiled=True)
+        found["fastflow, networks compiled"] = networks_compiled
+        found["torch.compile of fastflow"] = lambda model: fastflow(model, compiled=True)
     return found
+
+
+def networks_compiled(model: Glow) -> Provider:
+    provider = fastflow(model)
+    provider.made.compile_networks()
+    return provider
 
 
 def inputs(side: int, batch: int, device: str, dtype: torch.dtype) -> tuple:
@@ -186,30 +196,54 @@ def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[st
     return errors
 
 
-def times(found: dict[str, Provider], given: tuple, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds, p20, p50 and p80, of each provider in both modes."""
-    generator = torch.Generator(given[0].device)
-    calls = {
-        "forward+backward": {name: lambda p=p: step(p, given) for name, p in found.items()},
-        "sample": {name: lambda p=p: p.sample(len(given[0]), generator) for name, p in found.items()},
-    }
-    for each in calls.values():
-        for call in tqdm(list(each.values()) * 2, desc="warm-up, compiling", leave=False):
+def work(pipe, name: str, shape: tuple, device: str) -> None:
+    """A provider in its process: warmed up, then ``(mode, seconds)`` in and the times of that turn out, until None comes."""
+    warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows'
+    provider = ways(compiled=True)[name](build(*shape).to(device))
+    given = inputs(shape[0], shape[-1], device, torch.float32)
+    generator = torch.Generator(device)
+    calls = {"forward+backward": lambda: step(provider, given), "sample": lambda: provider.sample(len(given[0]), generator)}
+    for call in calls.values():
+        for _ in range(2):
             call()
-    seconds = options.seconds * len(found)
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        mode, seconds = asked
+        pipe.send(harness.turn(calls[mode], seconds, device))
+
+
+def times(names: list[str], shape: tuple, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds, p20, p50 and p80, of each provider in both modes."""
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    for name in tqdm(names, desc="starting, compiling", leave=False):  # one after the other: two compiling at once take longer
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, name, shape, options.device), daemon=True)
+        process.start()
+        theirs.close()
+        pipe.recv()
+        workers[name] = pipe, process
+    taken = {mode: {name: [] for name in names} for mode in ("forward+backward", "sample")}
+    turns = list(itertools.product(taken, range(harness.ROUNDS), names))
+    for mode, _, name in tqdm(turns, desc="turns", leave=False):
+        pipe, _ = workers[name]
+        pipe.send((mode, options.seconds / harness.ROUNDS))
+        taken[mode][name] += pipe.recv()
+    for pipe, process in workers.values():
+        pipe.send(None)
+        process.join()
     return {
-        mode: {name: [us / 1e3 for us in q] for name, q in harness.microseconds(each, seconds, options.device).items()}
-        for mode, each in calls.items()
+        mode: {name: [us / 1e3 for us in np.quantile(t, harness.QUANTILES)] for name, t in each.items()} for mode, each in taken.items()
     }
 
 
 def measure(size: str, shape: tuple, options: argparse.Namespace) -> list[dict]:
     side, *_, batch = shape
-    model = build(*shape)
-    exact = copy.deepcopy(model).double().to(options.device)
-    errors = check(providers(exact, compiled=False), inputs(side, batch, options.device, torch.float64), TOLERANCE)
-    found = providers(model.to(options.device), compiled=not options.quick)
-    measured = times(found, inputs(side, batch, options.device, torch.float32), options)
+    exact = build(*shape).double().to(options.device)
+    found = {name: make(exact) for name, make in ways(compiled=False).items()}
+    errors = check(found, inputs(side, batch, options.device, torch.float64), TOLERANCE)
+    del found, exact
+    measured = times(list(ways(compiled=not options.quick)), shape, options)
     about, rows = harness.metadata(options.device), []
     for mode, each in measured.items():
         plain, nflows = each["plain"][1], each.get("nflows", each["plain"])[1]

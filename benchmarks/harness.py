@@ -159,22 +159,29 @@ def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], flo
     return errors, tolerance
 
 
-def microseconds(calls: dict[str, Callable], seconds: float, device: str) -> dict[str, list[float]]:
-    """p20, p50, p80 of each call."""
+def turn(call: Callable, seconds: float, device: str) -> list[float]:
+    """Microseconds of each call within some seconds, of one at least."""
     if device == "cuda":
         from triton.testing import do_bench
 
-        rep = 1e3 * seconds / len(calls)
-        return {name: [1e3 * ms for ms in do_bench(call, rep=rep, quantiles=QUANTILES)] for name, call in calls.items()}
-    times = {name: [] for name in calls}
-    for _, (name, call) in itertools.product(range(ROUNDS), calls.items()):
+        return [1e3 * ms for ms in do_bench(call, rep=1e3 * seconds, return_mode="all")]
+    times = []
+    now = time.perf_counter()
+    end = now + seconds
+    while now < end or not times:
+        before = time.perf_counter()
+        call()
         now = time.perf_counter()
-        end = now + seconds / (ROUNDS * len(calls))
-        while now < end:
-            before = time.perf_counter()
-            call()
-            now = time.perf_counter()
-            times[name].append(1e6 * (now - before))
+        times.append(1e6 * (now - before))
+    return times
+
+
+def microseconds(calls: dict[str, Callable], seconds: float, device: str) -> dict[str, list[float]]:
+    """p20, p50, p80 of each call."""
+    rounds = 1 if device == "cuda" else ROUNDS
+    times = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(rounds), calls.items()):
+        times[name] += turn(call, seconds / (rounds * len(calls)), device)
     return {name: np.quantile(t, QUANTILES).tolist() for name, t in times.items()}
 
 

@@ -1,24 +1,35 @@
-"""How many values of an image change on the way through a trained Glow's latents and back, in float32.
+"""How many values of an image change on the way through a trained model's latents and back, in float32.
 
     python -m benchmarks.pixel_exactness --data cifar10
 
-Trains a Glow L=3 K=8 for each scale function and counts the values of ``decode(encode(x))`` that differ from x: for test images,
-for uniform noise and for noise of 0 and 255 alone. Appends a row each to results/pixel_exactness.csv.
+Trains a Glow L=3 K=8 for each scale function, a RealNVP of two scales with 2 blocks and a NICE, and counts the values of
+``decode(encode(x))`` that differ from x: for test images, for uniform noise and for noise of 0 and 255 alone. Appends a row each to
+results/pixel_exactness.csv.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from benchmarks import harness, training
 from fastflow import data
-from fastflow.models import Glow
+from fastflow.models import NICE, Glow, RealNVP
+from fastflow.models.model import Model
+
+# (model, scale function)
+MODELS = (("Glow", "soft_clamp"), ("Glow", "tanh"), ("Glow", "sigmoid"), ("RealNVP", "tanh"), ("NICE", "none"))
 
 
-def trained(source, scale: str, steps: int, hidden: int) -> Glow:
+def trained(source, name: str, scale: str, steps: int, hidden: int) -> Model:
     torch.manual_seed(0)
-    model = Glow(image_shape=source.image_shape, levels=3, steps=8, hidden=hidden, scale=scale)
-    for _ in training.train(model, source, steps, desc=scale):
+    if name == "Glow":
+        model = Glow(image_shape=source.image_shape, levels=3, steps=8, hidden=hidden, scale=scale)
+    elif name == "RealNVP":
+        model = RealNVP(image_shape=source.image_shape, hidden=hidden, blocks=2)
+    else:
+        model = NICE(features=source.image_shape, hidden=8 * hidden, layers=3)
+    for _ in training.train(model, source, steps, desc=f"{name} {scale}"):
         pass
     return model.eval()
 
@@ -30,6 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
     options = parser.parse_args()
 
     source = data.load(options.data, options.data_dir)
@@ -41,26 +53,27 @@ def main() -> None:
         "0 and 255": torch.randint(0, 2, images.shape, dtype=torch.uint8, generator=generator) * 255,
     }
     about, rows = harness.metadata("cpu"), []
-    for scale in ("soft_clamp", "tanh", "sigmoid"):
-        model = trained(source, scale, options.steps, options.hidden)
+    for name, scale in MODELS:
+        model = trained(source, name, scale, options.steps, options.hidden)
         bits = model(images, seed=0).mean().item()
-        for name, x in sets.items():
+        for kind, x in sets.items():
             wrong = (model.decode(model.encode(x)) != x).sum().item()
-            print(f"{scale:<12}{name:<16}{wrong:>8} of {x.numel()} values differ")
+            print(f"{name:<9}{scale:<12}{kind:<16}{wrong:>8} of {x.numel()} values differ")
             rows.append(
                 {
                     "data": source.name,
+                    "model": name,
                     "scale": scale,
                     "steps": options.steps,
                     "hidden": options.hidden,
                     "test_bits_per_dim": round(bits, 4),
-                    "images": name,
+                    "images": kind,
                     "values": x.numel(),
                     "differ": wrong,
                 }
                 | about
             )
-    harness.append(harness.RESULTS / "pixel_exactness.csv", rows)
+    harness.append(options.results / "pixel_exactness.csv", rows)
 
 
 if __name__ == "__main__":

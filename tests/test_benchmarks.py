@@ -228,7 +228,7 @@ def test_glow_beside_plain_pytorch(device, training_page, tmp_path, capsys):
 @pytest.mark.parametrize("wrong", ["a gradient", "a pixel"])
 def test_a_glow_that_computes_something_else_is_refused(wrong, monkeypatch):
     model = glow.build(8, 2, 1, 4, 2).double()
-    found, given = glow.providers(model, compiled=False), glow.inputs(8, 2, "cpu", torch.float64)
+    found, given = {name: make(model) for name, make in glow.ways(compiled=False).items()}, glow.inputs(8, 2, "cpu", torch.float64)
     assert max(glow.check(found, given, glow.TOLERANCE).values()) <= glow.TOLERANCE
     if wrong == "a gradient":
         last = found["fastflow"].made.flows[1].steps[0].coupling
