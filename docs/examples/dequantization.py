@@ -3,7 +3,7 @@
 From a clean clone, after `make setup` (some minutes on 2 cores):
 
     .venv/bin/python -m fastflow train --model mnist-simple --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/simple
-    .venv/bin/python -m fastflow train --model mnist-vardeq --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/vardeq
+    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/multiscale
     .venv/bin/python docs/examples/dequantization.py runs/simple runs/multiscale --out dequantization.png
 
 Weights that fastflow.models.load_published knows will do as well.
