@@ -317,15 +317,17 @@ def normal_noise(size: list[int], seed: Tensor, offset: int, dtype: torch.dtype)
 
 
 def _dequantized(
-    x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, n_bits: int, scale: float, shift: float, dtype: torch.dtype,
-    uniform: Callable = uniform_noise,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """p = scale v + shift and 1 - p, with v = (x + u) / 2^n_bits; 1 - p from 1 - v, so that it keeps its digits where p is near 1."""
+    x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, n_bits: int, scale: float, shift: float, logit: bool,
+    dtype: torch.dtype, uniform: Callable = uniform_noise,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """p = scale v + shift, with v = (x + u) / 2^n_bits, and for the logit 1 - p from 1 - v, so that it keeps its digits where p is near 1."""
     acc = acc_dtype(dtype)
     u = uniform(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
     bins = 2.0**n_bits
     xf = x.to(acc)
-    p = (xf + u) * (scale / bins) + shift
+    p = torch.add(xf, u).mul_(scale / bins).add_(shift)
+    if not logit:
+        return p, None
     q = ((bins - xf) - u) * (scale / bins) + (1 - scale - shift)
     return p, q
 
@@ -335,7 +337,7 @@ def dequantize(
     n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None, dtype: torch.dtype,
     uniform: Callable = uniform_noise,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    p, q = _dequantized(x, noise, seed, offset, n_bits, scale, shift, dtype, uniform)
+    p, q = _dequantized(x, noise, seed, offset, n_bits, scale, shift, logit, dtype, uniform)
     log_det = p.new_full((x.shape[0],), math.prod(x.shape[1:]) * math.log(scale / 2.0**n_bits))
     if logit:
         log_p, log_q = torch.log(p), torch.log(q)
@@ -350,9 +352,9 @@ def dequantize_backward(
     n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None,
 ) -> Tensor:  # fmt: skip
     """The gradient of given noise, as variational dequantization (arXiv:1902.00275) needs it."""
-    p, q = _dequantized(x, noise, None, 0, n_bits, scale, shift, noise.dtype)
-    g = (dy if squeeze_order is None else squeeze(dy, squeeze_order, True)).to(p.dtype)
+    g = (dy if squeeze_order is None else squeeze(dy, squeeze_order, True)).to(acc_dtype(noise.dtype))
     if logit:
+        p, q = _dequantized(x, noise, None, 0, n_bits, scale, shift, logit, noise.dtype)
         g = (g + sample_view(dlog_det.to(p.dtype), p) * (p - q)) / (p * q)
     return dense_like(g * (scale / 2.0**n_bits), noise)
 
@@ -383,10 +385,13 @@ def gaussian_terms(z: Tensor, mean: Tensor | None, log_scale: Tensor | None, acc
 def gaussian_log_prob(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> Tensor:
     acc = acc_dtype(z.dtype)
     m, s = gaussian_terms(z, mean, log_scale, acc)
-    e = z.to(acc) - m
+    e = z.to(acc) if mean is None else z.to(acc) - m
     if log_scale is not None:
         e = e * torch.exp(-s)
-    return (-0.5 * (e * e + LOG_2PI) - s).flatten(1).sum(1)
+    log_prob = -0.5 * ((e * e).flatten(1).sum(1) + LOG_2PI * math.prod(z.shape[1:]))
+    if log_scale is None:
+        return log_prob
+    return log_prob - (s.sum() * positions(z) if log_scale.ndim == 1 and z.ndim > 1 else s.flatten(1).sum(1))
 
 
 def gaussian_log_prob_backward(
@@ -396,16 +401,18 @@ def gaussian_log_prob_backward(
     acc = acc_dtype(z.dtype)
     m, s = gaussian_terms(z, mean, log_scale, acc)
     g = sample_view(dlog_prob.to(acc), z)
-    inverse_scale = torch.exp(-s) if log_scale is not None else 1.0
-    e = (z.to(acc) - m) * inverse_scale
-    dz = -g * e * inverse_scale
+    e = z.to(acc) if mean is None else z.to(acc) - m
+    if log_scale is not None:
+        inverse_scale = torch.exp(-s)
+        e = e * inverse_scale
+    dz = -g * e if log_scale is None else -g * e * inverse_scale
 
-    def gradient(v: Tensor | None, dv: Tensor) -> Tensor:
+    def gradient(v: Tensor | None, dv: Callable[[], Tensor]) -> Tensor:
         if v is None:
             return z.new_empty(0)
-        return channel_sum(dv).to(v.dtype) if v.ndim == 1 and z.ndim > 1 else dense_like(dv, v)
+        return channel_sum(dv()).to(v.dtype) if v.ndim == 1 and z.ndim > 1 else dense_like(dv(), v)
 
-    return dense_like(dz, z), gradient(mean, -dz), gradient(log_scale, g * (e * e - 1))
+    return dense_like(dz, z), gradient(mean, lambda: -dz), gradient(log_scale, lambda: g * (e * e - 1))
 
 
 def gaussian_sample(
