@@ -320,7 +320,7 @@ def _dequantized(
     x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, n_bits: int, scale: float, shift: float, logit: bool,
     dtype: torch.dtype, uniform: Callable = uniform_noise,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """p = scale v + shift, with v = (x + u) / 2^n_bits, and for the logit 1 - p from 1 - v, so that it keeps its digits where p is near 1."""
+    """p = scale v + shift, v = (x + u) / 2^n_bits, and for the logit 1 - p from 1 - v, so that it keeps its digits where p is near 1."""
     acc = acc_dtype(dtype)
     u = uniform(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
     bins = 2.0**n_bits
