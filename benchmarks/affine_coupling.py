@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     larger = [(64 if options.device == "cpu" else 49152 // c, c, 32) for c in (12, 24, 48)]
     sizes = [(2, 4, 3)] if options.quick else [*levels, *larger]
     each = [(*size, layout, scale) for size in sizes for layout in LAYOUTS for scale in SCALES]
-    harness.run("affine_coupling", [case for about in each for case in cases(*about, not options.quick)], options)
+    harness.run("affine_coupling", [case for about in each for case in cases(*about, options.compiled)], options)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     # on a GPU 200 MB a tensor, so that the launch no longer counts
     larger = [(64 if options.device == "cpu" else 49152 // c, c, 32) for c in (12, 24, 48)]
     sizes = [(2, 4, 3)] if options.quick else [*levels, *larger]
-    harness.run("conv1x1", [case for size in sizes for layout in LAYOUTS for case in cases(*size, layout, not options.quick)], options)
+    harness.run("conv1x1", [case for size in sizes for layout in LAYOUTS for case in cases(*size, layout, options.compiled)], options)
 
 
 if __name__ == "__main__":

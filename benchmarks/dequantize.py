@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     options = harness.arguments(__doc__, argv)
     larger = 64 if options.device == "cpu" else 4096
     sizes = [(2, 3, 4)] if options.quick else [(64, 3, 32), (larger, 3, 64)]
-    harness.run("dequantize", [case for size in sizes for name in MAPS for case in cases(*size, name, not options.quick)], options)
+    harness.run("dequantize", [case for size in sizes for name in MAPS for case in cases(*size, name, options.compiled)], options)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     larger = 64 if options.device == "cpu" else 4096
     sizes = [(2, 3, 5)] if options.quick else [(64, 6, 16), (64, 12, 8), (64, 48, 4), (larger, 12, 32)]
     each = [(*size, layout) for size in sizes for layout in LAYOUTS]
-    harness.run("gaussian", [case for about in each for case in cases(*about, not options.quick)], options)
+    harness.run("gaussian", [case for about in each for case in cases(*about, options.compiled)], options)
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def measure(size: str, shape: tuple, options: argparse.Namespace) -> list[dict]:
     found = {name: make(exact) for name, make in ways(compiled=False).items()}
     errors = check(found, inputs(side, batch, options.device, torch.float64), TOLERANCE)
     del found, exact
-    measured = times(list(ways(compiled=not options.quick)), shape, options)
+    measured = times(list(ways(compiled=options.compiled)), shape, options)
     about, rows = harness.metadata(options.device), []
     for mode, each in measured.items():
         plain, nflows = each["plain"][1], each.get("nflows", each["plain"])[1]

@@ -5,15 +5,17 @@
 #
 # Rows go to FOLDER (benchmarks/results), as each is measured; logs and the summary to FOLDER/gpu_pass. It wants what a CUDA image of PyTorch
 # has: torch 2.11 or newer, triton, nvcc, ninja, pybind11, setuptools, pytest, hypothesis, tqdm, matplotlib. Stages come in order of worth;
-# one that fails or is cut does not stop the next. The exit status is 1 where one failed, was cut or was left out.
+# one that fails or is cut does not stop the next. The exit status is 1 where one failed, was cut or was left out: those that had no time are
+# named at the end, to be run by themselves with INSTALL=0 and STAGES.
 #
 # Without a GPU it runs the same at tiny sizes, to see that it runs; give it a FOLDER then.
 #
 #   PYTHON=python3     the interpreter          MINUTES=9.5     in all          INSTALL=1     0: FastFlow is installed already
-#   STAGES="tests sanitizer training_speed ..."     only these
+#   STAGES="tests memcheck training_speed ..."     only these
+#   COMPILED=--compiled     with what torch.compile makes of each case of an op, which takes seconds a case; left out unless asked for
 set -u
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3} MINUTES=${MINUTES:-9.5} INSTALL=${INSTALL:-1}
+PYTHON=${PYTHON:-python3} MINUTES=${MINUTES:-9.5} INSTALL=${INSTALL:-1} COMPILED=${COMPILED:---no-compiled}
 gpu=$("$PYTHON" -c 'import torch; print(int(torch.cuda.is_available()))') || exit 1
 if [ "$gpu" = 0 ] && [ $# = 0 ]; then
   echo "no GPU: the sizes are tiny then, and their rows do not belong among the results; give a folder for them" >&2
@@ -25,7 +27,7 @@ logs=$results/gpu_pass
 cp docs/*.md "$logs/docs/" # pages whose tables the benchmarks write: theirs are the GPU's, to be looked at first
 summary=$logs/summary.txt
 end=$("$PYTHON" -c "print(int(60 * $MINUTES))")
-failed=0
+failed=0 late=
 : >"$summary"
 export PYTHONUNBUFFERED=1
 
@@ -38,6 +40,7 @@ stage() { # NAME SECONDS COMMAND...: at most so long, and never past the end
   if [ "$left" -lt 10 ]; then
     say "$name" "left out: no time"
     failed=1
+    late="$late $name"
     return
   fi
   [ "$limit" -lt "$left" ] || limit=$left
@@ -88,7 +91,7 @@ fi
 benchmark() { # NAME SECONDS OPTIONS...
   local name=$1 limit=$2
   shift 2
-  stage "$name" "$limit" "$PYTHON" -m "benchmarks.$name" --device "$device" --results "$results" "${quick[@]}" "$@"
+  stage "$name" "$limit" "$PYTHON" -m "benchmarks.$name" --device "$device" --results "$results" "${quick[@]}" "$COMPILED" "$@"
 }
 
 "$PYTHON" - <<'END' | tee -a "$summary"
@@ -98,23 +101,21 @@ print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
 END
 stage small_cases 60 "$PYTHON" -m benchmarks.small_cases --device "$device"
 if [ "$gpu" = 1 ]; then
-  stage tests 180 bash -c "$(declare -f tests); PYTHON=$PYTHON tests"
-fi
-benchmark training_speed 90 --docs "$logs/docs"
-benchmark affine_coupling 40
-benchmark actnorm 20
-benchmark conv1x1 60
-benchmark lu_weight 30
-benchmark glow 90 --docs "$logs/docs"
-benchmark dequantize 20
-benchmark gaussian 20
-benchmark squeeze 20
-if [ "$gpu" = 1 ]; then
+  stage tests 170 bash -c "$(declare -f tests); PYTHON=$PYTHON tests"
   stage memcheck 60 bash -c "$(declare -f sanitizer); PYTHON=$PYTHON sanitizer memcheck"
   stage racecheck 60 bash -c "$(declare -f sanitizer); PYTHON=$PYTHON sanitizer racecheck"
 fi
+COMPILED=--compiled benchmark training_speed 120 --docs "$logs/docs" --seconds 3
+benchmark affine_coupling 60 --seconds 0.1
+benchmark conv1x1 60 --seconds 0.1
+benchmark lu_weight 30 --seconds 0.1
+benchmark glow 90 --docs "$logs/docs" --seconds 3
 benchmark memory 90 --docs "$logs/docs"
-benchmark triangular_solve 40
+benchmark actnorm 30 --seconds 0.1
+benchmark dequantize 30 --seconds 0.1
+benchmark gaussian 30 --seconds 0.1
+benchmark squeeze 30 --seconds 0.1
+benchmark triangular_solve 40 --seconds 0.1
 benchmark inverse_precision 40 --docs "$logs/docs"
 
 echo
@@ -125,4 +126,5 @@ for name in training_speed glow; do
     grep '^|' "$logs/$name.log"
   fi
 done
+[ -z "$late" ] || printf '\nfor what had no time: STAGES="%s" INSTALL=0 bash benchmarks/gpu_pass.sh\n' "${late# }"
 exit "$failed"

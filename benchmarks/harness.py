@@ -62,10 +62,12 @@ def arguments(description: str, argv: list[str] | None, add: Callable[[argparse.
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=0.4, help="time for a case and mode, without compiling")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, hardly any repetitions, no torch.compile: to see that it runs")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="with what torch.compile makes")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     add(parser)
     options = parser.parse_args(argv)
     options.seconds = 0.01 if options.quick else options.seconds
+    options.compiled = options.compiled and not options.quick
     return options
 
 

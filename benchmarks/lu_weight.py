@@ -50,9 +50,9 @@ def stack(k: int, c: int) -> tuple[torch.Tensor, ...]:
     return P, perm, torch.randn(k, c, c) / c, torch.randn(k, c, c) / c, 0.3 * torch.randn(k, c), torch.randn(k, c).sign()
 
 
-def cases(k: int, c: int, quick: bool) -> list[harness.Case]:
+def cases(k: int, c: int, compiled: bool) -> list[harness.Case]:
     providers = {"eager": unbound, "eager_batched": on_stack(reference.lu_weight), "fastflow": on_stack(ops.lu_weight)}
-    if not quick:
+    if compiled:
         if k <= 8:
             providers["compile"] = torch.compile(unbound, dynamic=False)
         providers["compile_batched"] = torch.compile(on_stack(reference.lu_weight), dynamic=False)
@@ -75,7 +75,7 @@ def cases(k: int, c: int, quick: bool) -> list[harness.Case]:
 def main(argv: list[str] | None = None) -> None:
     options = harness.arguments(__doc__, argv)
     sizes = [(2, 3)] if options.quick else [(k, c) for k in (8, 32) for c in (12, 24, 48)]
-    harness.run("lu_weight", [case for size in sizes for case in cases(*size, options.quick)], options)
+    harness.run("lu_weight", [case for size in sizes for case in cases(*size, options.compiled)], options)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     larger = 64 if options.device == "cpu" else 1024
     sizes = [(2, 3, 4)] if options.quick else [(64, 3, 32), (64, 6, 16), (larger, 12, 64)]
     each = [(*size, layout, order) for size in sizes for layout in LAYOUTS for order in ORDERS]
-    harness.run("squeeze", [case for about in each for case in cases(*about, not options.quick)], options)
+    harness.run("squeeze", [case for about in each for case in cases(*about, options.compiled)], options)
 
 
 if __name__ == "__main__":
