@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -352,3 +353,27 @@ def test_signals_are_given_back():
 def test_config_errors_are_value_errors():
     assert issubclass(ConfigError, ValueError)
     assert issubclass(checkpoint.CheckpointError, ValueError)
+
+
+FAULTS = """
+import resource, sys, torch
+from fastflow.__main__ import keep_memory
+
+if "keep" in sys.argv:
+    keep_memory()
+for i in range(30):
+    if i == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = [torch.ones(2**k, dtype=torch.uint8) for k in (22, 24, 26)]
+    del x
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another than glibc")
+def test_the_command_line_keeps_memory_that_tensors_free():
+    def faults(*argv):
+        return int(subprocess.run([sys.executable, "-c", FAULTS, *argv], capture_output=True, text=True, check=True).stdout)
+
+    kept, given_back = faults("keep"), faults()
+    assert kept < 1000 < given_back, (kept, given_back)
