@@ -49,7 +49,7 @@ def keep_memory():
     """Has glibc keep what tensors free, for the next ones.
 
     It gives large blocks back to the system at once, which then hands out zeroed pages again, thousands a training step: 15 to 24% of its
-    time on two cores. Nothing is done where the C library has no such settings.
+    time on 2 cores of an AMD EPYC (docs/training.md). Nothing is done where the C library has no such settings.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

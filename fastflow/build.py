@@ -4,13 +4,14 @@ from dataclasses import fields
 
 from fastflow import models
 from fastflow.config import Config, ConfigError
+from fastflow.models.mnist_flow import VARIANTS
 
 # what each --model takes of the settings that not every model has
 _OPTIONS = {
     "glow": "levels steps_per_level hidden coupling conv1x1 scale logit learned_prior class_conditional n_bits activations_every".split(),
-    "realnvp": "levels hidden blocks class_conditional n_bits activations_every".split(),
+    "realnvp": "levels hidden blocks scale_l2 class_conditional n_bits activations_every".split(),
     "nice": "hidden blocks n_bits prior".split(),
-    **{f"mnist-{variant}": [] for variant in ("simple", "vardeq", "multiscale")},
+    **{f"mnist-{variant}": [] for variant in VARIANTS},
 }
 MODELS = tuple(_OPTIONS)
 

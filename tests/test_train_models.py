@@ -91,6 +91,7 @@ def test_the_penalty_is_on_the_scales_of_weight_normalization():
         ({"model": "flow++"}, "model is 'flow++', expected one of glow, realnvp"),
         ({"model": "nice", "levels": 2}, "levels is 2, but nice has none; it takes hidden, blocks"),
         ({"model": "glow", "blocks": 3}, "blocks is 3, but glow has none"),
+        ({"model": "glow", "scale_l2": 5e-5}, "scale_l2 is 5e-05, but glow has none"),  # no weight normalization to penalise
         ({"model": "mnist-simple", "n_bits": 5}, "n_bits is 5, but mnist-simple has none; it takes no such option"),
         ({"model": "mnist-vardeq"}, "mnist-vardeq takes images (1, 28, 28), things has (3, 8, 8)"),
         ({"model": "realnvp", "levels": 5}, "scales: got 5 for image_shape (3, 8, 8)"),
