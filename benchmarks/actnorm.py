@@ -6,6 +6,9 @@ Rows go to results/actnorm.csv, shape N x C x H x W of x. The gradients are thos
 32x32 images (C = 12, 24, 48 at 16, 8, 4 pixels a side), and larger images.
 """
 
+import argparse
+import functools
+
 import torch
 
 from benchmarks import harness
@@ -26,46 +29,49 @@ def statistics(x):
     return mean, var
 
 
-def cases(n: int, c: int, side: int, layout: str, compiled: bool) -> list[harness.Case]:
+def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
     def image():
         return torch.randn(n, c, side, side).contiguous(memory_format=LAYOUTS[layout])
 
     def parameters():
         return 0.1 * torch.randn(c), torch.randn(c)
 
-    def providers(eager, ours):
-        return {"eager": eager, "fastflow": ours} | ({"compile": torch.compile(eager, dynamic=False)} if compiled else {})
-
     elements = n * c * side * side
     about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "layout": layout}
     inputs = {"inputs": lambda: (image(), *parameters()), "gradients_of": (0, 1, 2), "bytes_moved": 8 * elements}
-    both = providers(reference.actnorm_inverse_backward, ops.actnorm_inverse_backward)
     return [
-        harness.Case("actnorm", providers=providers(actnorm, ops.actnorm), **inputs, **about),
-        harness.Case("inverse", providers=providers(inverse, lambda *args: ops.actnorm(*args, inverse=True)), **inputs, **about),
+        harness.Case("actnorm", providers={"eager": actnorm, "fastflow": ops.actnorm}, **inputs, **about),
+        harness.Case(
+            "inverse",
+            providers={"eager": inverse, "fastflow": functools.partial(ops.actnorm, inverse=True)},
+            **inputs,
+            **about,
+        ),
         harness.Case(
             "inverse_backward",
             inputs=lambda: (image(), *parameters(), image(), torch.randn(n)),
-            providers=both,
+            providers={"eager": reference.actnorm_inverse_backward, "fastflow": ops.actnorm_inverse_backward},
             bytes_moved=16 * elements,
             **about,
         ),
         harness.Case(
             "statistics",
             inputs=lambda: (image(),),
-            providers=providers(statistics, ops.actnorm_statistics),
+            providers={"eager": statistics, "fastflow": ops.actnorm_statistics},
             bytes_moved=4 * elements,
             **about,
         ),
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = harness.arguments(__doc__, argv)
+def cases(options: argparse.Namespace) -> list[harness.Case]:
     larger = 64 if options.device == "cpu" else 4096
     sizes = [(2, 3, 5)] if options.quick else [(64, 12, 16), (64, 24, 8), (64, 48, 4), (larger, 12, 32)]
-    each = [(*size, layout) for size in sizes for layout in LAYOUTS]
-    harness.run("actnorm", [case for about in each for case in cases(*about, options.compiled)], options)
+    return [case for size in sizes for layout in LAYOUTS for case in of_size(*size, layout)]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return harness.main("actnorm", __doc__, cases, argv)
 
 
 if __name__ == "__main__":

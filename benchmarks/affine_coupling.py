@@ -6,6 +6,7 @@ Rows go to results/affine_coupling.csv, shape N x C x H x W of x; halves, the sc
 of the network's output and of the factor. Glow's levels on 32x32 images (C = 12, 24, 48 at 16, 8, 4 pixels a side), and larger images.
 """
 
+import argparse
 import functools
 
 import torch
@@ -39,7 +40,7 @@ def eager_inverse_backward(*args, scale):
     return reference.affine_coupling_inverse_backward(*args, "halves", False, scale, "scale_first", "shift_scale")
 
 
-def cases(n: int, c: int, side: int, layout: str, scale: str, compiled: bool) -> list[harness.Case]:
+def of_size(n: int, c: int, side: int, layout: str, scale: str) -> list[harness.Case]:
     def image():
         return torch.randn(n, c, side, side).contiguous(memory_format=LAYOUTS[layout])
 
@@ -50,8 +51,6 @@ def cases(n: int, c: int, side: int, layout: str, scale: str, compiled: bool) ->
     about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "layout": layout}
     eager = functools.partial(coupling, scale=scale)
     providers = {"eager": eager, "fastflow": functools.partial(ops.affine_coupling, scale=scale)}
-    if compiled:
-        providers["compile"] = torch.compile(eager, dynamic=False)
     return [
         harness.Case(
             name=scale,
@@ -74,14 +73,16 @@ def cases(n: int, c: int, side: int, layout: str, scale: str, compiled: bool) ->
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = harness.arguments(__doc__, argv)
+def cases(options: argparse.Namespace) -> list[harness.Case]:
     levels = [(n, c, side) for n in (16, 64) for c, side in ((12, 16), (24, 8), (48, 4))]
     # on a GPU 200 MB a tensor, so that the launch no longer counts
     larger = [(64 if options.device == "cpu" else 49152 // c, c, 32) for c in (12, 24, 48)]
     sizes = [(2, 4, 3)] if options.quick else [*levels, *larger]
-    each = [(*size, layout, scale) for size in sizes for layout in LAYOUTS for scale in SCALES]
-    harness.run("affine_coupling", [case for about in each for case in cases(*about, options.compiled)], options)
+    return [case for size in sizes for layout in LAYOUTS for scale in SCALES for case in of_size(*size, layout, scale)]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return harness.main("affine_coupling", __doc__, cases, argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Rows go to results/conv1x1.csv, shape N x C x H x W. The gradients are those of 
 (C = 12, 24, 48 at 16, 8, 4 pixels a side), and larger images.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
@@ -19,7 +21,7 @@ def conv2d(x, weight, bias):
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 
-def cases(n: int, c: int, side: int, layout: str, compiled: bool) -> list[harness.Case]:
+def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
     def image():
         return torch.randn(n, c, side, side).contiguous(memory_format=LAYOUTS[layout])
 
@@ -32,14 +34,11 @@ def cases(n: int, c: int, side: int, layout: str, compiled: bool) -> list[harnes
 
     elements = n * c * side * side
     about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "layout": layout}
-    providers = {"eager": conv2d, "fastflow": ops.conv1x1}
-    if compiled:
-        providers["compile"] = torch.compile(conv2d, dynamic=False)
     return [
         harness.Case(
             name="conv1x1",
             inputs=lambda: (image(), rotation(), torch.randn(c)),
-            providers=providers,
+            providers={"eager": conv2d, "fastflow": ops.conv1x1},
             gradients_of=(0, 1, 2),
             bytes_moved=8 * elements,
             **about,
@@ -54,13 +53,16 @@ def cases(n: int, c: int, side: int, layout: str, compiled: bool) -> list[harnes
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = harness.arguments(__doc__, argv)
+def cases(options: argparse.Namespace) -> list[harness.Case]:
     levels = [(n, c, side) for n in (16, 64) for c, side in ((12, 16), (24, 8), (48, 4))]
     # on a GPU 200 MB a tensor, so that the launch no longer counts
     larger = [(64 if options.device == "cpu" else 49152 // c, c, 32) for c in (12, 24, 48)]
     sizes = [(2, 4, 3)] if options.quick else [*levels, *larger]
-    harness.run("conv1x1", [case for size in sizes for layout in LAYOUTS for case in cases(*size, layout, options.compiled)], options)
+    return [case for size in sizes for layout in LAYOUTS for case in of_size(*size, layout)]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return harness.main("conv1x1", __doc__, cases, argv)
 
 
 if __name__ == "__main__":

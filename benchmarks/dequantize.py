@@ -6,6 +6,7 @@ Rows go to results/dequantize.csv, shape N x C x H x W of x, uint8. The noise is
 it itself reads less. ``glow`` maps to [-1/2, 1/2), ``logit`` is RealNVP's with alpha 0.05; the gradient is that of the noise.
 """
 
+import argparse
 import functools
 import math
 
@@ -41,7 +42,7 @@ def _called(op, **given):
     return lambda x, noise: op(x, noise=noise, **given)
 
 
-def cases(n: int, c: int, side: int, name: str, compiled: bool) -> list[harness.Case]:
+def of_size(n: int, c: int, side: int, name: str) -> list[harness.Case]:
     def image():
         return torch.randint(0, 256, (n, c, side, side), dtype=torch.uint8)
 
@@ -52,9 +53,6 @@ def cases(n: int, c: int, side: int, name: str, compiled: bool) -> list[harness.
     about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32}
     forward = {"eager": functools.partial(dequantize, **MAPS[name]), "fastflow": _called(ops.dequantize, **MAPS[name])}
     backward = {"eager": functools.partial(inverse, **MAPS[name]), "fastflow": functools.partial(ops.dequantize_inverse, **MAPS[name])}
-    if compiled:
-        for providers in (forward, backward):
-            providers["compile"] = torch.compile(providers["eager"], dynamic=False)
     noise = {"inputs": lambda: (image(), torch.rand(n, c, side, side)), "gradients_of": (1,), "bytes_moved": 9 * elements}
     return [
         harness.Case(name, providers=forward, **noise, **about),
@@ -62,11 +60,14 @@ def cases(n: int, c: int, side: int, name: str, compiled: bool) -> list[harness.
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = harness.arguments(__doc__, argv)
+def cases(options: argparse.Namespace) -> list[harness.Case]:
     larger = 64 if options.device == "cpu" else 4096
     sizes = [(2, 3, 4)] if options.quick else [(64, 3, 32), (larger, 3, 64)]
-    harness.run("dequantize", [case for size in sizes for name in MAPS for case in cases(*size, name, options.compiled)], options)
+    return [case for size in sizes for name in MAPS for case in of_size(*size, name)]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return harness.main("dequantize", __doc__, cases, argv)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 Every provider's outputs and gradients are compared with those of the first provider, the reference, on the same inputs in float64. Where
 one is off, no row of that case is written, the others are measured, and the run ends with a ValueError. In float32 it may be off by 1e-5
-of the largest value, or by twice as much as the reference is, which sums over many positions take beyond that. A ratio is the time over
-the reference's: above 1 is slower.
+of the largest value, or by twice as much as the reference is, which sums over many positions take beyond that. Nor is there a row where
+a published library is faster than the reference: what FastFlow is compared with has to be the best of plain PyTorch. A ratio is the time
+over the reference's: above 1 is slower.
+
+``bytes_moved`` over the time is a case's GB/s, to be seen beside those of a copy in the same run; inputs that fit in a cache may exceed it.
 """
 
 import argparse
+import copy
 import csv
+import dataclasses
 import datetime
 import itertools
 import os
@@ -21,15 +26,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import fastflow
+from benchmarks.operators import operators
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 QUANTILES = (0.2, 0.5, 0.8)
+LIBRARIES = ("nflows", "normflows")  # published, none of them faster than the reference
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes, beyond any cache
 CACHE = 64 << 20  # bytes; a case has so many sets of inputs that they exceed it, where they are not tiny
 ROUNDS = 5  # on the CPU the providers take turns so often, and a busy neighbour is everyone's
 
@@ -38,8 +48,9 @@ ROUNDS = 5  # on the CPU the providers take turns so often, and a busy neighbour
 class Case:
     """What is timed: ``providers`` by name, the reference first, each called with what ``inputs`` draws.
 
-    ``gradients_of`` are the places of the arguments that forward+backward differentiates by; without, there is forward alone.
-    ``bytes_moved`` in forward: each tensor once.
+    ``gradients_of`` are the places of the arguments that forward+backward differentiates by; without, there is forward alone. A provider
+    that is a module is differentiated by its parameters too; those that it shares with the reference are compared. ``bytes_moved`` in
+    forward: each tensor once. ``compiled``: what torch.compile makes of the reference is another provider.
     """
 
     name: str
@@ -50,6 +61,7 @@ class Case:
     layout: str = "contiguous"
     gradients_of: tuple[int, ...] = ()
     bytes_moved: int | None = None
+    compiled: bool = True
 
     @property
     def reference(self) -> Callable:
@@ -123,14 +135,20 @@ def _outputs(provider: Callable, args: tuple) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def _compute(provider: Callable, args: tuple, leaves: list[Tensor], upstream: list[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs, and the gradients by ``leaves`` where there are some."""
+def parameters(provider: Callable) -> list[nn.Parameter]:
+    return list(provider.parameters()) if isinstance(provider, nn.Module) else []
+
+
+def _compute(provider: Callable, args: tuple, leaves: list[Tensor], upstream: list[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+    """The outputs and, where there are ``leaves``, the gradients by those; apart from them the gradients by the provider's parameters."""
     if not leaves:
         with torch.no_grad():
-            return _outputs(provider, args)
+            return _outputs(provider, args), ()
     out = _outputs(provider, args)
     varying = [(v, g) for v, g in zip(out, upstream, strict=True) if v.requires_grad]  # not the log-det of a map that has a constant one
-    return *out, *torch.autograd.grad([v for v, _ in varying], leaves, [g for _, g in varying])
+    own = parameters(provider)
+    gradients = torch.autograd.grad([v for v, _ in varying], [*leaves, *own], [g for _, g in varying], materialize_grads=bool(own))
+    return (*out, *gradients[: len(leaves)]), gradients[len(leaves) :]
 
 
 def _input_set(case: Case, mode: str, device: str) -> tuple:
@@ -147,11 +165,15 @@ def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], flo
     args, leaves, upstream = inputs
     exact = [v.detach().double() if v.is_floating_point() else v for v in args]
     exact_leaves = [exact[i].requires_grad_() for i in case.gradients_of] if leaves else []
-    truth = _compute(case.reference, exact, exact_leaves, [v.double() for v in upstream])
+    reference = copy.deepcopy(case.reference).double() if isinstance(case.reference, nn.Module) else case.reference
+    truth, by_parameters = _compute(reference, exact, exact_leaves, [v.double() for v in upstream])
+    shared = dict(zip(map(id, parameters(case.reference)), by_parameters, strict=False))
     errors, tolerance = {}, 10 * TOLERANCE[case.dtype]
     for name, provider in case.providers.items():
-        found = _compute(provider, *inputs)
-        each = torch.stack([relative_error(*pair) for pair in zip(found, truth, strict=True)])
+        found, gradients = _compute(provider, *inputs)
+        pairs = list(zip(found, truth, strict=True))
+        pairs += [(g, shared[id(p)]) for p, g in zip(parameters(provider), gradients, strict=False) if id(p) in shared]
+        each = torch.stack([relative_error(*pair) for pair in pairs])
         errors[name] = error = each.max().item()
         if not error <= tolerance:  # nor is NaN
             where = f"{case.name} {case.shape} {str(case.dtype)[6:]} {case.layout} {mode}, output {each.argmax().item()}"
@@ -159,6 +181,49 @@ def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], flo
         if provider is case.reference:
             tolerance = max(TOLERANCE[case.dtype], 2 * error)
     return errors, tolerance
+
+
+@dataclass
+class Prepared:
+    """A case in one mode, its providers found equal: ``calls`` by provider, each through the sets of inputs in turn."""
+
+    calls: dict[str, Callable]
+    errors: dict[str, float]
+    tolerance: float
+    launches: dict[str, int | str]
+
+
+def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
+    """Raises ValueError where a provider is off."""
+    torch.manual_seed(0)
+    torch.compiler.reset()  # or shapes would use up its limit of recompilations
+    for provider in case.providers.values():
+        if isinstance(provider, nn.Module):
+            provider.to(options.device)
+    if options.compiled and case.compiled:
+        compiled = {"compile": torch.compile(case.reference, dynamic=False)}
+        case = dataclasses.replace(case, providers=case.providers | compiled)
+    sets = [_input_set(case, mode, options.device)]
+    size = sum(v.nbytes for v in sets[0][0])
+    sets += [_input_set(case, mode, options.device) for _ in range(min(8, CACHE // size))]
+    errors, tolerance = _errors(case, mode, sets[0])
+    cycles = {provider: itertools.cycle(sets) for provider in case.providers}
+    calls = {p: lambda f=f, c=cycles[p]: _compute(f, *next(c)) for p, f in case.providers.items()}
+    return Prepared(calls, errors, tolerance, {name: launches(call, name, options.device) for name, call in calls.items()})
+
+
+def launches(call: Callable, provider: str, device: str) -> int | str:
+    """On a GPU how many kernels, copies and fills a call starts; on the CPU how many operators it runs that are more than a view or an
+    allocation, which torch.compile's code does not tell."""
+    if device == "cuda":
+        call()  # compiles
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            call()
+            torch.cuda.synchronize()
+        return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+    if provider.startswith("compile"):
+        return ""
+    return sum(operators(call).calls.values())
 
 
 def turn(call: Callable, seconds: float, device: str) -> list[float]:
@@ -187,47 +252,51 @@ def microseconds(calls: dict[str, Callable], seconds: float, device: str) -> dic
     return {name: np.quantile(t, QUANTILES).tolist() for name, t in times.items()}
 
 
-def _copy_bandwidth() -> float:
-    """GB/s, read and written, of a copy of 1 GiB on the GPU."""
-    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    p50 = microseconds({"copy": lambda: y.copy_(x)}, 0.2, "cuda")["copy"][1]
+def copy_bandwidth(device: str, seconds: float) -> float:
+    """GB/s, read and written, of a copy that no cache holds."""
+    x = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
+    y = torch.ones_like(x)
+    p50 = microseconds({"copy": lambda: y.copy_(x)}, seconds, device)["copy"][1]
     return 2 * x.nbytes / p50 / 1e3
+
+
+def modes(case: Case) -> tuple[str, ...]:
+    return ("forward", "forward+backward") if case.gradients_of else ("forward",)
+
+
+def row_of(case: Case, mode: str, provider: str, prepared: Prepared, p50_us: float, copy_gb_s: float) -> dict[str, str | int]:
+    """What a row says beside the time itself."""
+    row = {"case": case.name, "shape": case.shape, "dtype": str(case.dtype)[6:], "layout": case.layout, "provider": provider, "mode": mode}
+    row |= {"error": f"{prepared.errors[provider]:.1e}", "tolerance": f"{prepared.tolerance:.1e}", "launches": prepared.launches[provider]}
+    moved = case.bytes_moved if mode == "forward" else None
+    return row | {"gb_s": f"{moved / p50_us / 1e3:.1f}" if moved else "", "copy_gb_s": f"{copy_gb_s:.1f}"}
 
 
 def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]:
     """Checks and times every case in each mode, appends the rows to ``options.results/NAME.csv`` and prints them."""
     device = options.device
     torch.backends.cudnn.allow_tf32 = False  # its 10 bits are no match for float32
-    copy = _copy_bandwidth() if device == "cuda" else None
-    about, rows, wrong = metadata(device), [], []
     if device == "cpu" and os.getloadavg()[0] > 0.3:
         print(f"other programs are running here, {os.getloadavg()[0]:.1f} at a time over the last minute: the times are not worth keeping")
-    modes = [(case, mode) for case in cases for mode in ("forward", "forward+backward")[: 1 + bool(case.gradients_of)]]
-    for case, mode in (bar := tqdm(modes, desc=name)):
+    about, copy_gb_s, rows, wrong = metadata(device), copy_bandwidth(device, options.seconds), [], []
+    for case, mode in (bar := tqdm([(each, mode) for each in cases for mode in modes(each)], desc=name)):
         bar.set_postfix_str(f"{case.name} {case.shape} {mode}")
-        torch.manual_seed(0)
-        torch.compiler.reset()  # or shapes would use up its limit of recompilations
-        sets = [_input_set(case, mode, device)]
-        size = sum(v.nbytes for v in sets[0][0])
-        sets += [_input_set(case, mode, device) for _ in range(min(8, CACHE // size))]
         try:
-            errors, tolerance = _errors(case, mode, sets[0])
+            prepared = prepare(case, mode, options)
+            times = microseconds(prepared.calls, options.seconds, device)
+            reference, *_ = (p50 for _, p50, _ in times.values())
+            for library in times.keys() & set(LIBRARIES) if not options.quick else ():
+                if times[library][1] < reference:
+                    found = f"the reference takes {reference:.1f} us, {library} {times[library][1]:.1f}: a straw man"
+                    raise ValueError(f"{case.name} {case.shape} {case.layout} {mode}: {found}; no row is written")
         except ValueError as error:
             wrong.append(str(error))
             tqdm.write(wrong[-1])
             continue
-        cycles = {provider: itertools.cycle(sets) for provider in case.providers}
-        calls = {p: lambda f=f, c=cycles[p]: _compute(f, *next(c)) for p, f in case.providers.items()}
-        times = microseconds(calls, options.seconds, device)
-        reference = next(iter(times.values()))[1]
         found = []
         for provider, (p20, p50, p80) in times.items():
-            row = {"name": name, "case": case.name, "shape": case.shape, "dtype": str(case.dtype)[6:], "layout": case.layout}
-            row |= {"provider": provider, "mode": mode, "p20_us": f"{p20:.2f}", "p50_us": f"{p50:.2f}", "p80_us": f"{p80:.2f}"}
-            row |= {"error": f"{errors[provider]:.1e}", "tolerance": f"{tolerance:.1e}", "ratio": f"{p50 / reference:.3f}"}
-            moved = case.bytes_moved if copy and mode == "forward" else None
-            row |= {"gb_s": f"{moved / p50 / 1e3:.1f}" if moved else "", "copy_gb_s": f"{copy:.1f}" if copy else ""}
+            row = {"name": name} | row_of(case, mode, provider, prepared, p50, copy_gb_s)
+            row |= {"p20_us": f"{p20:.2f}", "p50_us": f"{p50:.2f}", "p80_us": f"{p80:.2f}", "ratio": f"{p50 / reference:.3f}"}
             found.append(row | about)
         append(options.results / f"{name}.csv", found)  # at once: a run that is cut keeps what it has measured
         rows += found
@@ -236,6 +305,12 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
     if wrong:
         raise ValueError("\n".join(wrong))
     return rows
+
+
+def main(name: str, description: str, cases: Callable[[argparse.Namespace], list[Case]], argv: list[str] | None) -> list[dict]:
+    """A benchmark's command line."""
+    options = arguments(description, argv)
+    return run(name, cases(options), options)
 
 
 def report(rows: list[dict]) -> None:

@@ -208,7 +208,7 @@ def time_cases(quick: bool) -> list[harness.Case]:
             L, U = triangles(perm, *rest)
             return image(), ops.lu_weight(perm, *rest)[1][0], L[0], U[0], perm[0]
 
-        about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32}
+        about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "compiled": False}
         providers = {EXPLICIT: lambda y, inverse, *_: ops.conv1x1(y, inverse), SOLVES: lambda y, _, *given: solve(y, *given)}
         cases.append(harness.Case("weights at hand", inputs=at_hand, providers=providers, **about))
         providers = {EXPLICIT: explicit_from_parameters, SOLVES: solve_from_parameters}

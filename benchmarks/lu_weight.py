@@ -8,6 +8,7 @@ minutes), ``compile_batched`` of plain PyTorch on the stack. The case ``stack`` 
 each, as layers hold them, so that what works on stacks has to make them first.
 """
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -50,14 +51,12 @@ def stack(k: int, c: int) -> tuple[torch.Tensor, ...]:
     return P, perm, torch.randn(k, c, c) / c, torch.randn(k, c, c) / c, 0.3 * torch.randn(k, c), torch.randn(k, c).sign()
 
 
-def cases(k: int, c: int, compiled: bool) -> list[harness.Case]:
+def of_size(k: int, c: int, compiled: bool) -> list[harness.Case]:
     providers = {"eager": unbound, "eager_batched": on_stack(reference.lu_weight), "fastflow": on_stack(ops.lu_weight)}
     if compiled:
-        if k <= 8:
-            providers["compile"] = torch.compile(unbound, dynamic=False)
         providers["compile_batched"] = torch.compile(on_stack(reference.lu_weight), dynamic=False)
     about = {"shape": f"{k}x{c}x{c}", "dtype": torch.float32}
-    of_stack = harness.Case("stack", inputs=lambda: stack(k, c), providers=providers, gradients_of=(2, 3, 4), **about)
+    of_stack = harness.Case("stack", inputs=lambda: stack(k, c), providers=providers, gradients_of=(2, 3, 4), compiled=k <= 8, **about)
     steps = harness.Case(
         "steps",
         inputs=lambda: tuple(v.clone() for s in stack(k, c) for v in s),
@@ -67,15 +66,19 @@ def cases(k: int, c: int, compiled: bool) -> list[harness.Case]:
             "fastflow": of_steps(ops.lu_weight, k),
         },
         gradients_of=tuple(range(2 * k, 5 * k)),
+        compiled=False,  # hundreds of tensors: minutes
         **about,
     )
     return [of_stack, steps]
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = harness.arguments(__doc__, argv)
+def cases(options: argparse.Namespace) -> list[harness.Case]:
     sizes = [(2, 3)] if options.quick else [(k, c) for k in (8, 32) for c in (12, 24, 48)]
-    harness.run("lu_weight", [case for size in sizes for case in cases(*size, options.compiled)], options)
+    return [case for size in sizes for case in of_size(*size, options.compiled)]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return harness.main("lu_weight", __doc__, cases, argv)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def layers(c: int) -> list[nn.Flow]:
     ]
 
 
-def cases(device: str) -> Iterator[str]:
+def ran(device: str) -> Iterator[str]:
     for n, c, h, w in SIZES:
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(n, c, h, w, device=device).contiguous(memory_format=layout)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     device = parser.parse_args(argv).device
     torch.manual_seed(0)
-    for case in cases(device):
+    for case in ran(device):
         if device == "cuda":
             torch.cuda.synchronize()
         print(case, flush=True)

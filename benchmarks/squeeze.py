@@ -6,6 +6,7 @@ Rows go to results/squeeze.csv, shape N x C x H x W of x, for each order of the 
 ``channel``, and views with a permutation for the others.
 """
 
+import argparse
 import functools
 
 import torch
@@ -37,7 +38,7 @@ def unsqueeze(z, *, order):
     return blocks.view(n, 2, 2, c // 4, h, w).permute(0, 3, 4, 1, 5, 2).reshape(n, c // 4, 2 * h, 2 * w)
 
 
-def cases(n: int, c: int, side: int, layout: str, order: str, compiled: bool) -> list[harness.Case]:
+def of_size(n: int, c: int, side: int, layout: str, order: str) -> list[harness.Case]:
     def image(c, side):
         return torch.randn(n, c, side, side).contiguous(memory_format=LAYOUTS[layout])
 
@@ -46,9 +47,6 @@ def cases(n: int, c: int, side: int, layout: str, order: str, compiled: bool) ->
         ("squeeze", squeeze, ops.squeeze, (c, side)),
         ("unsqueeze", unsqueeze, ops.unsqueeze, (4 * c, side // 2)),
     ):
-        providers = {"eager": functools.partial(eager, order=order), "fastflow": functools.partial(ours, order=order)}
-        if compiled:
-            providers["compile"] = torch.compile(providers["eager"], dynamic=False)
         found.append(
             harness.Case(
                 f"{name}, {order}",
@@ -56,7 +54,7 @@ def cases(n: int, c: int, side: int, layout: str, order: str, compiled: bool) ->
                 dtype=torch.float32,
                 layout=layout,
                 inputs=lambda size=size: (image(*size),),
-                providers=providers,
+                providers={"eager": functools.partial(eager, order=order), "fastflow": functools.partial(ours, order=order)},
                 gradients_of=(0,),
                 bytes_moved=8 * n * c * side * side,
             )
@@ -64,12 +62,14 @@ def cases(n: int, c: int, side: int, layout: str, order: str, compiled: bool) ->
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = harness.arguments(__doc__, argv)
+def cases(options: argparse.Namespace) -> list[harness.Case]:
     larger = 64 if options.device == "cpu" else 1024
     sizes = [(2, 3, 4)] if options.quick else [(64, 3, 32), (64, 6, 16), (larger, 12, 64)]
-    each = [(*size, layout, order) for size in sizes for layout in LAYOUTS for order in ORDERS]
-    harness.run("squeeze", [case for about in each for case in cases(*about, options.compiled)], options)
+    return [case for size in sizes for layout in LAYOUTS for order in ORDERS for case in of_size(*size, layout, order)]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return harness.main("squeeze", __doc__, cases, argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ A X = B with A [K, n, n] upper triangular and B [K, n, m]. Rows go to results/tr
 Beyond 524,280 right-hand sides cuBLAS gives up: on CUDA eager solves those in parts.
 """
 
+import argparse
+import functools
+
 import torch
 
 from benchmarks import harness
@@ -20,7 +23,7 @@ def eager(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(A, B, upper=True)
 
 
-def case(k: int, n: int, m: int, dtype: torch.dtype) -> harness.Case:
+def of_size(k: int, n: int, m: int, dtype: torch.dtype) -> harness.Case:
     def inputs():
         return (torch.randn(k, n, n) / n + 2 * torch.eye(n)).to(dtype), torch.randn(k, n, m, dtype=dtype)
 
@@ -29,10 +32,7 @@ def case(k: int, n: int, m: int, dtype: torch.dtype) -> harness.Case:
         shape=f"{k}x{n}x{m}",
         dtype=dtype,
         inputs=inputs,
-        providers={
-            "eager": eager,
-            "fastflow": lambda A, B: ops.triangular_solve(A, B, upper=True),
-        },
+        providers={"eager": eager, "fastflow": functools.partial(ops.triangular_solve, upper=True)},
         bytes_moved=dtype.itemsize * k * n * (n + 2 * m),
     )
 
@@ -45,10 +45,12 @@ def sizes(quick: bool) -> list[tuple[int, int, int]]:
     return [(k, n, m) for k, n, m in [*glow, *large, (1, 12, 524289)] if k * n * m <= LARGEST]
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = harness.arguments(__doc__, argv)
-    dtypes = (torch.float32, torch.float64)
-    harness.run("triangular_solve", [case(*size, dtype) for size in sizes(options.quick) for dtype in dtypes], options)
+def cases(options: argparse.Namespace) -> list[harness.Case]:
+    return [of_size(*size, dtype) for size in sizes(options.quick) for dtype in (torch.float32, torch.float64)]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return harness.main("triangular_solve", __doc__, cases, argv)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_rows_are_complete(script, modes, device, tmp_path, capsys):
         assert all(float(row[column]) >= 0 for column in NUMBERS)
         assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
         assert float(row["error"]) <= float(row["tolerance"])
-        assert bool(row["copy_gb_s"]) == (device == "cuda")
+        assert float(row["copy_gb_s"]) > 0 and int(row["launches"]) > 0
     cases = [tuple(row[column] for column in ("case", "shape", "dtype", "layout", "provider", "mode")) for row in rows]
     assert cases[: len(rows) // 2] == cases[len(rows) // 2 :] and len(set(cases)) == len(rows) // 2
     assert "above 1 is slower" in capsys.readouterr().out
