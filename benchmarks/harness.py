@@ -14,8 +14,10 @@ import copy
 import csv
 import dataclasses
 import datetime
+import importlib
 import itertools
 import os
+import pkgutil
 import platform
 import subprocess
 import time
@@ -23,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -44,7 +47,7 @@ CACHE = 64 << 20  # bytes; a case has so many sets of inputs that they exceed it
 ROUNDS = 5  # on the CPU the providers take turns so often, and a busy neighbour is everyone's
 
 
-@dataclass
+@dataclass(eq=False)
 class Case:
     """What is timed: ``providers`` by name, the reference first, each called with what ``inputs`` draws.
 
@@ -68,18 +71,28 @@ class Case:
         return next(iter(self.providers.values()))
 
 
+def add_arguments(add_argument: Callable) -> None:
+    """The options that all benchmarks share, and pytest has too."""
+    add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add_argument("--seconds", type=float, default=0.4, help="time for a case and mode, without compiling")
+    add_argument("--quick", action="store_true", help="tiny sizes, hardly any repetitions, no torch.compile: to see that it runs")
+    add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="with what torch.compile makes")
+
+
+def settle(options: argparse.Namespace) -> None:
+    """What --quick says of other options."""
+    options.seconds = 0.01 if options.quick else options.seconds
+    options.compiled = options.compiled and not options.quick
+
+
 def arguments(description: str, argv: list[str] | None, add: Callable[[argparse.ArgumentParser], object] = lambda _: None):
-    """The options that all benchmarks share, and those that ``add`` adds."""
+    """A benchmark's options: those that all share, where rows go, and those that ``add`` adds."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=0.4, help="time for a case and mode, without compiling")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, hardly any repetitions, no torch.compile: to see that it runs")
-    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="with what torch.compile makes")
+    add_arguments(parser.add_argument)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     add(parser)
     options = parser.parse_args(argv)
-    options.seconds = 0.01 if options.quick else options.seconds
-    options.compiled = options.compiled and not options.quick
+    settle(options)
     return options
 
 
@@ -193,6 +206,12 @@ class Prepared:
     launches: dict[str, int | str]
 
 
+def with_compiled(case: Case, options: argparse.Namespace) -> Case:
+    if not options.compiled or not case.compiled:
+        return case
+    return dataclasses.replace(case, providers=case.providers | {"compile": torch.compile(case.reference, dynamic=False)})
+
+
 def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
     """Raises ValueError where a provider is off."""
     torch.manual_seed(0)
@@ -200,9 +219,7 @@ def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
     for provider in case.providers.values():
         if isinstance(provider, nn.Module):
             provider.to(options.device)
-    if options.compiled and case.compiled:
-        compiled = {"compile": torch.compile(case.reference, dynamic=False)}
-        case = dataclasses.replace(case, providers=case.providers | compiled)
+    case = with_compiled(case, options)
     sets = [_input_set(case, mode, options.device)]
     size = sum(v.nbytes for v in sets[0][0])
     sets += [_input_set(case, mode, options.device) for _ in range(min(8, CACHE // size))]
@@ -305,6 +322,13 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
     if wrong:
         raise ValueError("\n".join(wrong))
     return rows
+
+
+def with_cases() -> dict[str, ModuleType]:
+    """The benchmarks of this folder that have cases, by name."""
+    names = [found.name for found in pkgutil.iter_modules([str(ROOT / "benchmarks")])]
+    modules = {name: importlib.import_module(f"benchmarks.{name}") for name in names if name not in ("conftest", "test_cases")}
+    return {name: module for name, module in modules.items() if hasattr(module, "cases")}
 
 
 def main(name: str, description: str, cases: Callable[[argparse.Namespace], list[Case]], argv: list[str] | None) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import json
 import os
 import re
 import shutil
@@ -12,25 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    actnorm,
-    affine_coupling,
-    conv1x1,
-    dequantize,
-    gaussian,
-    glow,
-    harness,
-    inverse_precision,
-    lu_weight,
-    memory,
-    profile,
-    report,
-    reversible_gradients,
-    reversible_soak,
-    squeeze,
-    training_speed,
-    triangular_solve,
-)
+from benchmarks import glow, harness, inverse_precision, memory, profile, report, reversible_gradients, reversible_soak, training_speed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALWAYS = ("name", "case", "shape", "dtype", "layout", "provider", "mode", "device", "torch", "fastflow", "date")
@@ -57,19 +40,16 @@ def case(provider, **more) -> harness.Case:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "script, modes",
-    [(actnorm, 2), (affine_coupling, 2), (conv1x1, 2), (dequantize, 2), (gaussian, 2), (lu_weight, 2), (squeeze, 2), (triangular_solve, 1)],
-    ids=lambda v: getattr(v, "__name__", ""),
-)
-def test_rows_are_complete(script, modes, device, tmp_path, capsys):
+@pytest.mark.parametrize("script", harness.with_cases().values(), ids=lambda script: script.__name__.split(".")[-1])
+def test_rows_are_complete(script, device, tmp_path, capsys):
     for _ in range(2):  # the second time to a file that is there
         script.main(["--quick", "--device", device, "--results", str(tmp_path)])
     (path,) = tmp_path.iterdir()
     rows = rows_of(path)
     assert path.stem == script.__name__.split(".")[-1] == rows[0]["name"]
     assert {row["provider"] for row in rows} >= {"eager", "fastflow"}
-    assert len({row["mode"] for row in rows}) == modes
+    cases = script.cases(harness.arguments("tiny", ["--quick", "--device", device]))
+    assert {row["mode"] for row in rows} == {mode for case in cases for mode in harness.modes(case)}
     for row in rows:
         assert all(row[column] for column in ALWAYS)
         assert all(float(row[column]) >= 0 for column in NUMBERS)
@@ -79,6 +59,20 @@ def test_rows_are_complete(script, modes, device, tmp_path, capsys):
     cases = [tuple(row[column] for column in ("case", "shape", "dtype", "layout", "provider", "mode")) for row in rows]
     assert cases[: len(rows) // 2] == cases[len(rows) // 2 :] and len(set(cases)) == len(rows) // 2
     assert "above 1 is slower" in capsys.readouterr().out
+
+
+def test_pytest_benchmark_takes_the_cases(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-q", "-k", "uniform or actnorm", "--benchmark-max-time", "0.01"]
+    done = subprocess.run([*command, "--benchmark-json", tmp_path / "run.json"], cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "run.json").read_text())["benchmarks"]
+    assert {"noise-uniform-2x3x4x4-float32-contiguous-forward", "actnorm-inverse-2x3x5x5-float32-channels_last-forward+backward"} <= {
+        each["group"] for each in found
+    }
+    for each in found:
+        about = each["extra_info"]
+        assert float(about["error"]) <= float(about["tolerance"]) and about["launches"] > 0 and float(about["copy_gb_s"]) > 0
+        assert bool(about["gb_s"]) == (about["mode"] == "forward") and each["stats"]["median"] > 0
 
 
 def wrong_gradient(x):
