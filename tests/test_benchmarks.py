@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import glow, harness, inverse_precision, memory, profile, report, reversible_gradients, reversible_soak, training_speed
+from benchmarks import glow, harness, inverse_precision, memory, photos, profile, report, reversible_gradients, reversible_soak, training_speed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALWAYS = ("name", "case", "shape", "dtype", "layout", "provider", "mode", "device", "torch", "fastflow", "date")
@@ -298,3 +298,14 @@ def test_profile_tells_where_a_step_s_time_goes(device, tmp_path, capsys):
     names = " ".join(row["name"] for row in rows)
     assert "conv" in names if device == "cpu" else "coupling" in names
     assert "ms a step in all" in capsys.readouterr().out
+
+
+def test_photos_writes_its_row_and_the_readme(tmp_path):
+    readme = Path(shutil.copy(harness.ROOT / "README.md", tmp_path))
+    photos.main(["--quick", "--device", "cpu", "--results", str(tmp_path), "--readme", str(readme)])
+    (row,) = rows_of(tmp_path / "photos.csv")
+    shown = readme.read_text().split("<!-- photos: ")[1].split("<!-- end of photos")[0]
+    for name in ("test_bits_per_dim", "test_bits_per_dim_1_sample", "png_bits_per_dim", "webp_bits_per_dim"):
+        assert f"{float(row[name]):.3f}" in shown
+    assert row["step"] == "2" and float(row["seconds"]) > 1
+    assert {p.name for p in (tmp_path / "docs" / "pictures").iterdir()} == {"photos_curve.png", "photos_samples.png"}
