@@ -1,15 +1,16 @@
-"""A Glow beside plain PyTorch, torch.compile of that, and nflows: forward and backward, and sampling.
+"""A Glow beside plain PyTorch, torch.compile of that, and nflows: forward and backward, log_prob, and sampling.
 
     pip install --no-deps nflows    # to compare with; left out where it is not installed
     python -m benchmarks.glow
 
-All have the same weights and compute the same: bits/dim, gradients and samples are compared with plain PyTorch's in float64, gradients
-in float32 too, before anything is timed. ``plain`` is benchmarks/plain_glow.py, and has to be no slower than nflows in the same run:
-a straw man would void the rows. ``nflows`` has its ActNorm, OneByOneConvolution and AffineCouplingTransform (with this scale function)
-around the same networks, squeezes and splits. ``fastflow`` is the library with stored activations, as the others have them,
-``reversible`` its default, ``networks compiled`` after ``model.compile_networks()``, ``torch.compile of fastflow`` the whole model; all in
-channels_last, as the trainer has it. Each is timed in a process of its own, as one would run it, in turns with the others: in one process
-all share a heap, and how often a step's large tensors are given back to the system and fetched again depends on what the others keep there.
+All have the same weights and compute the same: bits/dim, gradients and samples are compared with plain PyTorch's in float64 before anything
+is timed. ``log_prob`` is bits/dim without gradients, as one scores images; its results are compared too. ``plain`` is
+benchmarks/plain_glow.py, and has to be no slower than nflows in the same run: a straw man would void the rows. ``nflows`` has its ActNorm,
+OneByOneConvolution and AffineCouplingTransform (with this scale function) around the same networks, squeezes and splits. ``fastflow`` is
+the library with stored activations, as the others have them, ``reversible`` its default, ``networks compiled`` after
+``model.compile_networks()``, ``torch.compile of fastflow`` the whole model; all in channels_last, as the trainer has it. Each is timed in a
+process of its own, as one would run it, in turns with the others: in one process all share a heap, and how often a step's large tensors are
+given back to the system and fetched again depends on what the others keep there.
 
 Rows go to results/glow.csv, and the table of docs/training.md is written anew.
 """
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import harness, page, plain_glow
+from benchmarks import harness, page, plain_glow, report
 from fastflow import ops
 from fastflow.models import Glow
 from fastflow.ops.noise import random_seed
@@ -173,13 +174,19 @@ def step(provider: Provider, given: tuple) -> None:
     provider.bits(*given).mean().backward()
 
 
+@torch.no_grad()
+def log_prob(provider: Provider, given: tuple) -> torch.Tensor:
+    return provider.bits(*given)
+
+
 def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[str, float]:
     """The largest error of bits/dim and of any gradient that a provider shares with the first, over the largest value. Raises
     ValueError for one above the tolerance, and for a sample that is off by more than a value of a pixel, or in more than 1 in 1000."""
     errors, expected, pixels = {}, None, None
     for name, provider in found.items():
         step(provider, given)
-        results = {"bits/dim": provider.bits(*given).detach().double()} | {n: p.grad.double() for n, p in provider.names.items()}
+        results = {"bits/dim": provider.bits(*given).detach().double(), "bits/dim without gradients": log_prob(provider, given).double()}
+        results |= {n: p.grad.double() for n, p in provider.names.items()}
         if isinstance(provider, Plain):
             provider.same_noise = True
         sample = provider.sample(len(given[0]), torch.Generator(given[0].device).manual_seed(5)).int()
@@ -202,7 +209,11 @@ def work(pipe, name: str, shape: tuple, device: str) -> None:
     provider = ways(compiled=True)[name](build(*shape).to(device))
     given = inputs(shape[0], shape[-1], device, torch.float32)
     generator = torch.Generator(device)
-    calls = {"forward+backward": lambda: step(provider, given), "sample": lambda: provider.sample(len(given[0]), generator)}
+    calls = {
+        "forward+backward": lambda: step(provider, given),
+        "log_prob": lambda: log_prob(provider, given),
+        "sample": lambda: provider.sample(len(given[0]), generator),
+    }
     for call in calls.values():
         for _ in range(2):
             call()
@@ -213,7 +224,7 @@ def work(pipe, name: str, shape: tuple, device: str) -> None:
 
 
 def times(names: list[str], shape: tuple, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds, p20, p50 and p80, of each provider in both modes."""
+    """Milliseconds, p20, p50 and p80, of each provider in each mode."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for name in tqdm(names, desc="starting, compiling", leave=False):  # one after the other: two compiling at once take longer
@@ -223,7 +234,7 @@ def times(names: list[str], shape: tuple, options: argparse.Namespace) -> dict[s
         theirs.close()
         pipe.recv()
         workers[name] = pipe, process
-    taken = {mode: {name: [] for name in names} for mode in ("forward+backward", "sample")}
+    taken = {mode: {name: [] for name in names} for mode in report.GLOW_MODES}
     turns = list(itertools.product(taken, range(harness.ROUNDS), names))
     for mode, _, name in tqdm(turns, desc="turns", leave=False):
         pipe, _ = workers[name]
@@ -259,12 +270,8 @@ def measure(size: str, shape: tuple, options: argparse.Namespace) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = {}
-    for row in rows:
-        lines.setdefault((row["size"], row["provider"]), {})[row["mode"]] = f"{float(row['p50_ms']):.1f} ({float(row['ratio']):.2f})"
-    body = [[*key, *(found.get(mode, "") for mode in ("forward+backward", "sample"))] for key, found in lines.items()]
-    about = f"p50 in ms, in parentheses over plain PyTorch's, on {rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
-    return f"{page.table(['Glow', 'provider', 'forward + backward', 'a batch of samples'], body)}\n\n({about})"
+    about = f"p50, in parentheses over plain PyTorch's, on {rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
+    return f"{report.glow_table(rows)}\n\n({about})"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -22,6 +22,7 @@ KEYS = {
     "memory": ("side", "batch", "hidden", "k", "way"),
     "memory_time": ("side", "batch", "hidden", "k", "way"),
 }
+GLOW_MODES = {"forward+backward": "forward + backward, ms", "log_prob": "log_prob, ms", "sample": "a batch of samples, ms"}
 FOOTNOTE = "torch {torch}, commit {commit}, {date}"
 
 
@@ -105,8 +106,8 @@ def glow_table(rows: list[dict]) -> str:
     lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
         lines.setdefault((row["size"], row["provider"]), {})[row["mode"]] = f"{float(row['p50_ms']):.1f} ({float(row['ratio']):.2f})"
-    body = [[*key, *(found.get(mode, "") for mode in ("forward+backward", "sample"))] for key, found in lines.items()]
-    return page.table(["Glow", "provider", "forward + backward, ms", "a batch of samples, ms"], body)
+    body = [[*key, *(found.get(mode, "") for mode in GLOW_MODES)] for key, found in lines.items()]
+    return page.table(["Glow", "provider", *GLOW_MODES.values()], body)
 
 
 def training_table(rows: list[dict]) -> str:

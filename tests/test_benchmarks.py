@@ -2,6 +2,8 @@
 
 import argparse
 import csv
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -212,14 +214,15 @@ def training_page(tmp_path):
 def test_glow_beside_plain_pytorch(device, training_page, tmp_path, capsys):
     rows = glow.main(["--quick", "--device", device, "--results", str(tmp_path), "--docs", str(tmp_path)])
     assert rows_of(tmp_path / "glow.csv") == [{k: str(v) for k, v in row.items()} for row in rows]
-    found = {row["provider"] for row in rows}
-    assert found >= {"plain", "fastflow", "fastflow, reversible"} and len(rows) == 2 * len(found)
+    expected = ["plain", *(["nflows"] if importlib.util.find_spec("nflows") else []), "fastflow", "fastflow, reversible"]
+    modes = ("forward+backward", "log_prob", "sample")
+    assert [(row["mode"], row["provider"]) for row in rows] == list(itertools.product(modes, expected))
     assert all(float(row["error"]) <= float(row["tolerance"]) for row in rows)
     assert_tables(training_page, "glow")
     assert "(1.00)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["a gradient", "a pixel"])
+@pytest.mark.parametrize("wrong", ["a gradient", "bits/dim without gradients", "a pixel"])
 def test_a_glow_that_computes_something_else_is_refused(wrong, monkeypatch):
     model = glow.build(8, 2, 1, 4, 2).double()
     found, given = {name: make(model) for name, make in glow.ways(compiled=False).items()}, glow.inputs(8, 2, "cpu", torch.float64)
@@ -227,6 +230,9 @@ def test_a_glow_that_computes_something_else_is_refused(wrong, monkeypatch):
     if wrong == "a gradient":
         last = found["fastflow"].made.flows[1].steps[0].coupling
         last.net.register_full_backward_hook(lambda m, grad_in, grad_out: (1.001 * grad_in[0],))
+    elif wrong == "bits/dim without gradients":
+        forward = found["fastflow"].forward
+        monkeypatch.setattr(found["fastflow"], "forward", lambda x, seed: forward(x, seed=seed) * (1 if torch.is_grad_enabled() else 1.001))
     else:
         monkeypatch.setattr(found["fastflow"], "decode", lambda n, generator: torch.zeros(n, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="fastflow: .* no row is written"):
