@@ -1,13 +1,19 @@
-"""A Glow beside plain PyTorch, torch.compile of that, and nflows: forward and backward, log_prob, and sampling.
+"""A Glow beside plain PyTorch, torch.compile of that, nflows and normflows: forward and backward, log_prob, and sampling.
 
-    pip install --no-deps nflows    # to compare with; left out where it is not installed
+    pip install --no-deps nflows normflows    # to compare with; one that is not installed is left out
     python -m benchmarks.glow
 
 All have the same weights and compute the same: bits/dim, gradients and samples are compared with plain PyTorch's in float64 before anything
-is timed. ``log_prob`` is bits/dim without gradients, as one scores images; its results are compared too. ``plain`` is
-benchmarks/plain_glow.py, and has to be no slower than nflows in the same run: a straw man would void the rows. ``nflows`` has its ActNorm,
-OneByOneConvolution and AffineCouplingTransform (with this scale function) around the same networks, squeezes and splits. ``fastflow`` is
-the library with stored activations, as the others have them, ``reversible`` its default, ``networks compiled`` after
+is timed. ``log_prob`` is bits/dim without gradients, as one scores images; its results are compared too.
+
+Each of the two libraries has a coupling that the other has not, so there are two cases: ``soft_clamp``, the default here, beside nflows,
+and ``sigmoid, shift first``, that of OpenAI's Glow, beside normflows. ``nflows`` has its ActNorm, OneByOneConvolution and
+AffineCouplingTransform (with this scale function), ``normflows`` its GlowBlock, both around the same networks, squeezes and splits.
+``plain`` is benchmarks/plain_glow.py, and has to be no slower than the library in the same run: a straw man would void the rows. On a GPU
+the second case is left out where normflows is not installed: that comparison is what it is for, and benchmarks/gpu_pass.sh has no time for
+as much again.
+
+``fastflow`` is the library with stored activations, as the others have them, ``reversible`` its default, ``networks compiled`` after
 ``model.compile_networks()``, ``torch.compile of fastflow`` the whole model; all in channels_last, as the trainer has it. Each is timed in a
 process of its own, as one would run it, in turns with the others: in one process all share a heap, and how often a step's large tensors are
 given back to the system and fetched again depends on what the others keep there.
@@ -32,20 +38,26 @@ from tqdm import tqdm
 from benchmarks import harness, page, plain_glow, report
 from fastflow import ops
 from fastflow.models import Glow
+from fastflow.nn import AffineCoupling
 from fastflow.ops.noise import random_seed
 
 SIZES = {"L=3 K=8 hidden 128 batch 16": (32, 3, 8, 128, 16)}
 ON_A_GPU = {"L=3 K=32 hidden 512 batch 64": (32, 3, 32, 512, 64), "L=3 K=32 hidden 512 batch 256": (32, 3, 32, 512, 256)}
 QUICK = {"L=2 K=2 hidden 8 batch 3": (8, 2, 2, 8, 3)}
+SHIFT_FIRST = "sigmoid, shift first"
+DEPRECATED = r"torch\.(triangular_solve|lu) is deprecated"  # what nflows and normflows call
 TOLERANCE = 1e-9  # of float64, over the largest value
 
 
-def build(side: int, levels: int, steps: int, hidden: int, batch: int) -> Glow:
+def build(coupling: str, side: int, levels: int, steps: int, hidden: int, batch: int) -> Glow:
     """A Glow with weights that nflows can have too: no permutation, and positive diagonals."""
     torch.manual_seed(0)
     model = Glow((3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=False)
     with torch.no_grad():
-        for conv in (step.conv1x1 for level in model.flows for step in level.steps):
+        for step in (step for level in model.flows for step in level.steps):
+            if coupling == SHIFT_FIRST:
+                step.coupling = AffineCoupling(step.coupling.net, scale="sigmoid", order="shift_first", h_order="interleaved")
+            conv = step.conv1x1
             conv.perm.copy_(torch.arange(conv.num_features))
             conv.sign_s.fill_(1)
             for p in (conv.lower, conv.upper, conv.log_s):  # near the identity: without its pivots a rotation's L U has a poor inverse
@@ -78,8 +90,7 @@ class NflowsStep(nn.Module):
         actnorm, conv = transforms.ActNorm(c), transforms.OneByOneConvolution(c)
         coupling = Coupling(torch.arange(c) >= c // 2, lambda i, o: Network(like.coupling.net))
         coupling.log_factor = like.coupling.log_factor
-        dtype = like.actnorm.bias.dtype
-        self.transform = transforms.CompositeTransform([actnorm, conv, coupling]).to(dtype)
+        self.transform = transforms.CompositeTransform([actnorm, conv, coupling]).to(like.actnorm.bias)  # its dtype and device
         with torch.no_grad():
             actnorm.log_scale.copy_(like.actnorm.log_scale)
             actnorm.shift.copy_(like.actnorm.bias * like.actnorm.log_scale.exp())
@@ -94,6 +105,41 @@ class NflowsStep(nn.Module):
 
     def inverse(self, y):
         return self.transform.inverse(y)[0]
+
+
+class NormflowsStep(nn.Module):
+    """A step of normflows' own layers, with the weights of ``like``; it maps latents to data, and subtracts the shift."""
+
+    def __init__(self, like) -> None:
+        from normflows.flows import GlowBlock
+
+        super().__init__()
+        c = like.conv1x1.num_features
+        self.block = GlowBlock(c, hidden_channels=1, scale_map="sigmoid", use_lu=True).to(like.actnorm.bias)  # its dtype and device
+        coupling, conv, actnorm = self.block.flows
+        network = plain_glow.Network(like.coupling.net)
+        with torch.no_grad():
+            sign = torch.ones_like(network.bias)
+            sign[0::2] = -1  # of the shift, once and for all: no pass over memory in what is timed
+            network.weights[2] = nn.Parameter(network.weights[2] * sign.view(-1, 1, 1, 1))
+            network.bias = nn.Parameter(network.bias * sign)
+            conv.P.copy_(conv.eye[like.conv1x1.perm])
+            conv.sign_S.copy_(like.conv1x1.sign_s)
+            for own, other in ((conv.L, like.conv1x1.lower), (conv.U, like.conv1x1.upper), (conv.log_S, like.conv1x1.log_s)):
+                own.copy_(other)
+            actnorm.s.copy_(-like.actnorm.log_scale.view_as(actnorm.s))
+            actnorm.t.copy_(-like.actnorm.bias.view_as(actnorm.t))
+            actnorm.data_dep_init_done.fill_(1)
+        coupling.flows[1].param_map = network
+
+    def forward(self, x):
+        return self.block.inverse(x)
+
+    def inverse(self, y):
+        return self.block(y)[0]
+
+
+PUBLISHED = {"soft_clamp": ("nflows", NflowsStep), SHIFT_FIRST: ("normflows", NormflowsStep)}  # the library that has the coupling
 
 
 class Provider:
@@ -143,11 +189,12 @@ def fastflow(model: Glow, reversible: bool = False, compiled: bool = False) -> P
     return Provider(made, dict(made.named_parameters()), compiled)
 
 
-def ways(compiled: bool) -> dict[str, Callable[[Glow], Provider]]:
+def ways(coupling: str, compiled: bool) -> dict[str, Callable[[Glow], Provider]]:
     """What makes each provider of a model; plain PyTorch first."""
     found: dict[str, Callable[[Glow], Provider]] = {"plain": Plain}
-    if importlib.util.find_spec("nflows"):
-        found["nflows"] = lambda model: Plain(model, NflowsStep)
+    library, step = PUBLISHED[coupling]
+    if importlib.util.find_spec(library):
+        found[library] = lambda model: Plain(model, step)
     found |= {"fastflow": fastflow, "fastflow, reversible": lambda model: fastflow(model, reversible=True)}
     if compiled:
         found["torch.compile of plain"] = lambda model: Plain(model, compiled=True)
@@ -203,10 +250,10 @@ def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[st
     return errors
 
 
-def work(pipe, name: str, shape: tuple, device: str) -> None:
+def work(pipe, name: str, coupling: str, shape: tuple, device: str) -> None:
     """A provider in its process: warmed up, then ``(mode, seconds)`` in and the times of that turn out, until None comes."""
-    warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows'
-    provider = ways(compiled=True)[name](build(*shape).to(device))
+    warnings.filterwarnings("ignore", message=DEPRECATED)
+    provider = ways(coupling, compiled=True)[name](build(coupling, *shape).to(device))
     given = inputs(shape[0], shape[-1], device, torch.float32)
     generator = torch.Generator(device)
     calls = {
@@ -223,13 +270,13 @@ def work(pipe, name: str, shape: tuple, device: str) -> None:
         pipe.send(harness.turn(calls[mode], seconds, device))
 
 
-def times(names: list[str], shape: tuple, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def times(names: list[str], coupling: str, shape: tuple, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Milliseconds, p20, p50 and p80, of each provider in each mode."""
     context = multiprocessing.get_context("spawn")
     workers = {}
     for name in tqdm(names, desc="starting, compiling", leave=False):  # one after the other: two compiling at once take longer
         pipe, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, name, shape, options.device), daemon=True)
+        process = context.Process(target=work, args=(theirs, name, coupling, shape, options.device), daemon=True)
         process.start()
         theirs.close()
         pipe.recv()
@@ -248,20 +295,26 @@ def times(names: list[str], shape: tuple, options: argparse.Namespace) -> dict[s
     }
 
 
-def measure(size: str, shape: tuple, options: argparse.Namespace) -> list[dict]:
+def couplings(device: str) -> list[str]:
+    return [c for c, (library, _) in PUBLISHED.items() if device == "cpu" or c == "soft_clamp" or importlib.util.find_spec(library)]
+
+
+def measure(size: str, coupling: str, shape: tuple, options: argparse.Namespace) -> list[dict]:
     side, *_, batch = shape
-    exact = build(*shape).double().to(options.device)
-    found = {name: make(exact) for name, make in ways(compiled=False).items()}
+    exact = build(coupling, *shape).double().to(options.device)
+    found = {name: make(exact) for name, make in ways(coupling, compiled=False).items()}
     errors = check(found, inputs(side, batch, options.device, torch.float64), TOLERANCE)
     del found, exact
-    measured = times(list(ways(compiled=options.compiled)), shape, options)
-    about, rows = harness.metadata(options.device), []
+    measured = times(list(ways(coupling, compiled=options.compiled)), coupling, shape, options)
+    about, rows, (library, _) = harness.metadata(options.device), [], PUBLISHED[coupling]
     for mode, each in measured.items():
-        plain, nflows = each["plain"][1], each.get("nflows", each["plain"])[1]
-        if plain > nflows and not options.quick:
-            raise ValueError(f"{size}, {mode}: plain PyTorch takes {plain:.1f} ms, nflows {nflows:.1f}: a straw man; no row is written")
+        plain, published = each["plain"][1], each.get(library, each["plain"])[1]
+        if plain > published and not options.quick:
+            took = f"plain PyTorch takes {plain:.1f} ms, {library} {published:.1f}"
+            raise ValueError(f"{size}, {coupling}, {mode}: {took}: a straw man; no row is written")
         for name, (p20, p50, p80) in each.items():
-            row = {"size": size, "mode": mode, "provider": name, "p20_ms": f"{p20:.2f}", "p50_ms": f"{p50:.2f}", "p80_ms": f"{p80:.2f}"}
+            row = {"size": size, "coupling": coupling, "mode": mode, "provider": name}
+            row |= {"p20_ms": f"{p20:.2f}", "p50_ms": f"{p50:.2f}", "p80_ms": f"{p80:.2f}"}
             row |= {"images_s": f"{1e3 * batch / p50:.1f}", "ratio": f"{p50 / plain:.3f}"}
             # compiled ones are the same modules as those that were compared
             row |= {"error": f"{errors.get(name, max(errors.values())):.1e}", "tolerance": f"{TOLERANCE:.0e}"}
@@ -280,11 +333,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         parser.set_defaults(seconds=20.0)
 
     options = harness.arguments(__doc__, argv, add)
-    warnings.filterwarnings("ignore", message="torch.triangular_solve is deprecated")  # nflows'
+    warnings.filterwarnings("ignore", message=DEPRECATED)
     sizes = QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
     rows = []
-    for size, shape in sizes.items():
-        found = measure(size, shape, options)
+    for (size, shape), coupling in itertools.product(sizes.items(), couplings(options.device)):
+        found = measure(size, coupling, shape, options)
         harness.append(options.results / "glow.csv", found)
         rows += found
     found = table(rows)

@@ -90,10 +90,33 @@ class Coupling(nn.Module):
         return torch.cat([y_a, (y_b - shift) * (-log_scale).exp()], dim=1)
 
 
+class ShiftFirstCoupling(nn.Module):
+    """y_b = sigmoid(h + 2) (x_b + t), t and h by turns in the network's output: as in OpenAI's Glow."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.network = Network(like.net)
+
+    def shift_and_scale(self, x_a):
+        shift, scale = self.network(x_a).unflatten(1, (-1, 2)).unbind(2)  # faster to differentiate than slices of every second channel
+        return shift, torch.sigmoid(scale + 2)
+
+    def forward(self, x):
+        x_a, x_b = x.chunk(2, dim=1)
+        shift, scale = self.shift_and_scale(x_a)
+        return torch.cat([x_a, (x_b + shift) * scale], dim=1), scale.log().sum((1, 2, 3))
+
+    def inverse(self, y):
+        y_a, y_b = y.chunk(2, dim=1)
+        shift, scale = self.shift_and_scale(y_a)
+        return torch.cat([y_a, y_b / scale - shift], dim=1)
+
+
 class Step(nn.Module):
     def __init__(self, like):
         super().__init__()
-        self.layers = nn.ModuleList([ActNorm(like.actnorm), Conv1x1(like.conv1x1), Coupling(like.coupling)])
+        coupling = ShiftFirstCoupling if like.coupling.order == "shift_first" else Coupling
+        self.layers = nn.ModuleList([ActNorm(like.actnorm), Conv1x1(like.conv1x1), coupling(like.coupling)])
 
     def forward(self, x):
         log_det = 0.0
@@ -132,8 +155,8 @@ def gaussian(z, mean, log_std):
 
 
 class PlainGlow(nn.Module):
-    """``model``: an unconditional Glow with affine couplings, soft_clamp scales and LU convolutions, without logit; ``step`` makes
-    of one of its steps another of the same function."""
+    """``model``: an unconditional Glow with affine couplings, of soft_clamp scales or those of OpenAI's, and LU convolutions, without
+    logit; ``step`` makes of one of its steps another of the same function."""
 
     def __init__(self, model: Glow, step=Step):
         super().__init__()

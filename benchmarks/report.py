@@ -16,7 +16,7 @@ from benchmarks import harness, page
 # a row's case, by file: what of its columns says what was measured
 OPS = ("case", "shape", "dtype", "layout", "mode", "provider")
 KEYS = {
-    "glow": ("size", "mode", "provider"),
+    "glow": ("size", "coupling", "mode", "provider"),
     "training_speed": ("size", "way"),
     "loader": ("source", "workers", "batch"),
     "memory": ("side", "batch", "hidden", "k", "way"),
@@ -105,9 +105,10 @@ def losses(files: dict[str, list[dict]]) -> str:
 def glow_table(rows: list[dict]) -> str:
     lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
-        lines.setdefault((row["size"], row["provider"]), {})[row["mode"]] = f"{float(row['p50_ms']):.1f} ({float(row['ratio']):.2f})"
+        key = row["size"], row["coupling"], row["provider"]
+        lines.setdefault(key, {})[row["mode"]] = f"{float(row['p50_ms']):.1f} ({float(row['ratio']):.2f})"
     body = [[*key, *(found.get(mode, "") for mode in GLOW_MODES)] for key, found in lines.items()]
-    return page.table(["Glow", "provider", *GLOW_MODES.values()], body)
+    return page.table(["Glow", "coupling", "provider", *GLOW_MODES.values()], body)
 
 
 def training_table(rows: list[dict]) -> str:
@@ -163,10 +164,12 @@ def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
     from matplotlib.figure import Figure
 
     groups = {key: rows for key, rows in ops_of(files).items() if ratios(rows, "fastflow")}
-    glow = {(r["mode"], r["provider"]): float(r["ratio"]) for r in files.get("glow", ()) if r["size"] == files["glow"][-1]["size"]}
+    glow = [r for r in files.get("glow", ()) if r["size"] == files["glow"][-1]["size"]]
+    couplings = list(dict.fromkeys(r["coupling"] for r in glow))
+    names = sorted(dict.fromkeys((r["mode"], r["provider"]) for r in glow), key=lambda name: list(GLOW_MODES).index(name[0]))
     if not groups and not glow:
         return False
-    figure = Figure(figsize=(11, 1.6 + 0.28 * max(len(groups), len(glow))), layout="constrained")
+    figure = Figure(figsize=(11, 1.6 + 0.28 * max(len(groups), len(names))), layout="constrained")
     left, right = figure.subplots(1, 2)
     for y, rows in enumerate(groups.values()):
         for values, offset, style in ((ratios(rows, "fastflow"), -0.13, "C3o"), (compiled(rows), 0.13, "C0x")):
@@ -179,10 +182,16 @@ def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
     left.margins(y=0.08)
     left.set_title("ops, a mark a case", fontsize=10)
     left.legend(fontsize=8, frameon=False)
-    names = list(glow)
-    right.barh(range(len(names)), list(glow.values()), color=["C3" if "fastflow" in name else "0.6" for _, name in names])
+    for i, coupling in enumerate(couplings):
+        rows, thick = [r for r in glow if r["coupling"] == coupling], 0.8 / len(couplings)
+        y = [names.index((r["mode"], r["provider"])) + (i + 0.5) * thick - 0.4 for r in rows]
+        colors = ["C3" if "fastflow" in r["provider"] else "0.6" for r in rows]
+        right.barh(y, [float(r["ratio"]) for r in rows], thick, color=colors, alpha=1 - 0.5 * i, label=coupling)
+    if len(couplings) > 1:
+        right.margins(y=0.08)
+        right.legend(fontsize=8, frameon=False, loc="upper left")
     right.set_yticks(range(len(names)), [f"{provider}, {mode}" for mode, provider in names], fontsize=8)
-    right.set_title("Glow " + (files["glow"][-1]["size"] if glow else ""), fontsize=10)
+    right.set_title("Glow " + (glow[0]["size"] if glow else ""), fontsize=10)
     for axes in (left, right):
         axes.axvline(1, color="black", linewidth=0.8)
         axes.invert_yaxis()
