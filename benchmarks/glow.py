@@ -23,7 +23,6 @@ Rows go to results/glow.csv, and the table of docs/training.md is written anew.
 
 import argparse
 import copy
-import importlib.util
 import itertools
 import multiprocessing
 import warnings
@@ -35,17 +34,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import harness, page, plain_glow, report
+from benchmarks import harness, page, plain_glow, published, report
 from fastflow import ops
 from fastflow.models import Glow
-from fastflow.nn import AffineCoupling
 from fastflow.ops.noise import random_seed
 
 SIZES = {"L=3 K=8 hidden 128 batch 16": (32, 3, 8, 128, 16)}
 ON_A_GPU = {"L=3 K=32 hidden 512 batch 64": (32, 3, 32, 512, 64), "L=3 K=32 hidden 512 batch 256": (32, 3, 32, 512, 256)}
 QUICK = {"L=2 K=2 hidden 8 batch 3": (8, 2, 2, 8, 3)}
-SHIFT_FIRST = "sigmoid, shift first"
-DEPRECATED = r"torch\.(triangular_solve|lu) is deprecated"  # what nflows and normflows call
 TOLERANCE = 1e-9  # of float64, over the largest value
 
 
@@ -55,91 +51,12 @@ def build(coupling: str, side: int, levels: int, steps: int, hidden: int, batch:
     model = Glow((3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=False)
     with torch.no_grad():
         for step in (step for level in model.flows for step in level.steps):
-            if coupling == SHIFT_FIRST:
-                step.coupling = AffineCoupling(step.coupling.net, scale="sigmoid", order="shift_first", h_order="interleaved")
-            conv = step.conv1x1
-            conv.perm.copy_(torch.arange(conv.num_features))
-            conv.sign_s.fill_(1)
-            for p in (conv.lower, conv.upper, conv.log_s):  # near the identity: without its pivots a rotation's L U has a poor inverse
-                p.mul_(0.1)
+            published.settle(step, coupling)
     model.initialize(torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8), seed=0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.01)
     return model.train()
-
-
-class NflowsStep(nn.Module):
-    """A step of nflows' own layers, with the weights of ``like``; its ActNorm shifts after it scales."""
-
-    def __init__(self, like) -> None:
-        from nflows import transforms
-
-        class Coupling(transforms.AffineCouplingTransform):
-            def _scale_and_shift(coupling, raw):
-                shift, scale = raw.chunk(2, dim=1)
-                factor = coupling.log_factor.exp().view(1, -1, 1, 1)
-                return torch.exp(factor * torch.tanh(scale / factor)), shift
-
-        class Network(plain_glow.Network):
-            def forward(network, x, context=None):
-                return super().forward(x)
-
-        super().__init__()
-        c = like.conv1x1.num_features
-        actnorm, conv = transforms.ActNorm(c), transforms.OneByOneConvolution(c)
-        coupling = Coupling(torch.arange(c) >= c // 2, lambda i, o: Network(like.coupling.net))
-        coupling.log_factor = like.coupling.log_factor
-        self.transform = transforms.CompositeTransform([actnorm, conv, coupling]).to(like.actnorm.bias)  # its dtype and device
-        with torch.no_grad():
-            actnorm.log_scale.copy_(like.actnorm.log_scale)
-            actnorm.shift.copy_(like.actnorm.bias * like.actnorm.log_scale.exp())
-            actnorm.initialized.fill_(True)
-            conv.permutation._permutation.copy_(torch.arange(c))
-            conv.lower_entries.copy_(like.conv1x1.lower[conv.lower_indices[0], conv.lower_indices[1]])
-            conv.upper_entries.copy_(like.conv1x1.upper[conv.upper_indices[0], conv.upper_indices[1]])
-            conv.unconstrained_upper_diag.copy_(torch.log(torch.expm1(like.conv1x1.log_s.exp() - conv.eps)))
-
-    def forward(self, x):
-        return self.transform(x)
-
-    def inverse(self, y):
-        return self.transform.inverse(y)[0]
-
-
-class NormflowsStep(nn.Module):
-    """A step of normflows' own layers, with the weights of ``like``; it maps latents to data, and subtracts the shift."""
-
-    def __init__(self, like) -> None:
-        from normflows.flows import GlowBlock
-
-        super().__init__()
-        c = like.conv1x1.num_features
-        self.block = GlowBlock(c, hidden_channels=1, scale_map="sigmoid", use_lu=True).to(like.actnorm.bias)  # its dtype and device
-        coupling, conv, actnorm = self.block.flows
-        network = plain_glow.Network(like.coupling.net)
-        with torch.no_grad():
-            sign = torch.ones_like(network.bias)
-            sign[0::2] = -1  # of the shift, once and for all: no pass over memory in what is timed
-            network.weights[2] = nn.Parameter(network.weights[2] * sign.view(-1, 1, 1, 1))
-            network.bias = nn.Parameter(network.bias * sign)
-            conv.P.copy_(conv.eye[like.conv1x1.perm])
-            conv.sign_S.copy_(like.conv1x1.sign_s)
-            for own, other in ((conv.L, like.conv1x1.lower), (conv.U, like.conv1x1.upper), (conv.log_S, like.conv1x1.log_s)):
-                own.copy_(other)
-            actnorm.s.copy_(-like.actnorm.log_scale.view_as(actnorm.s))
-            actnorm.t.copy_(-like.actnorm.bias.view_as(actnorm.t))
-            actnorm.data_dep_init_done.fill_(1)
-        coupling.flows[1].param_map = network
-
-    def forward(self, x):
-        return self.block.inverse(x)
-
-    def inverse(self, y):
-        return self.block(y)[0]
-
-
-PUBLISHED = {"soft_clamp": ("nflows", NflowsStep), SHIFT_FIRST: ("normflows", NormflowsStep)}  # the library that has the coupling
 
 
 class Provider:
@@ -192,9 +109,9 @@ def fastflow(model: Glow, reversible: bool = False, compiled: bool = False) -> P
 def ways(coupling: str, compiled: bool) -> dict[str, Callable[[Glow], Provider]]:
     """What makes each provider of a model; plain PyTorch first."""
     found: dict[str, Callable[[Glow], Provider]] = {"plain": Plain}
-    library, step = PUBLISHED[coupling]
-    if importlib.util.find_spec(library):
-        found[library] = lambda model: Plain(model, step)
+    library = published.COUPLINGS[coupling]
+    if published.installed(library):
+        found[library] = lambda model: Plain(model, published.step(library))
     found |= {"fastflow": fastflow, "fastflow, reversible": lambda model: fastflow(model, reversible=True)}
     if compiled:
         found["torch.compile of plain"] = lambda model: Plain(model, compiled=True)
@@ -252,7 +169,7 @@ def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[st
 
 def work(pipe, name: str, coupling: str, shape: tuple, device: str) -> None:
     """A provider in its process: warmed up, then ``(mode, seconds)`` in and the times of that turn out, until None comes."""
-    warnings.filterwarnings("ignore", message=DEPRECATED)
+    warnings.filterwarnings("ignore", message=published.DEPRECATED)
     provider = ways(coupling, compiled=True)[name](build(coupling, *shape).to(device))
     given = inputs(shape[0], shape[-1], device, torch.float32)
     generator = torch.Generator(device)
@@ -296,7 +213,7 @@ def times(names: list[str], coupling: str, shape: tuple, options: argparse.Names
 
 
 def couplings(device: str) -> list[str]:
-    return [c for c, (library, _) in PUBLISHED.items() if device == "cpu" or c == "soft_clamp" or importlib.util.find_spec(library)]
+    return [c for c, library in published.COUPLINGS.items() if device == "cpu" or c == "soft_clamp" or published.installed(library)]
 
 
 def measure(size: str, coupling: str, shape: tuple, options: argparse.Namespace) -> list[dict]:
@@ -306,11 +223,11 @@ def measure(size: str, coupling: str, shape: tuple, options: argparse.Namespace)
     errors = check(found, inputs(side, batch, options.device, torch.float64), TOLERANCE)
     del found, exact
     measured = times(list(ways(coupling, compiled=options.compiled)), coupling, shape, options)
-    about, rows, (library, _) = harness.metadata(options.device), [], PUBLISHED[coupling]
+    about, rows, library = harness.metadata(options.device), [], published.COUPLINGS[coupling]
     for mode, each in measured.items():
-        plain, published = each["plain"][1], each.get(library, each["plain"])[1]
-        if plain > published and not options.quick:
-            took = f"plain PyTorch takes {plain:.1f} ms, {library} {published:.1f}"
+        plain, theirs = each["plain"][1], each.get(library, each["plain"])[1]
+        if plain > theirs and not options.quick:
+            took = f"plain PyTorch takes {plain:.1f} ms, {library} {theirs:.1f}"
             raise ValueError(f"{size}, {coupling}, {mode}: {took}: a straw man; no row is written")
         for name, (p20, p50, p80) in each.items():
             row = {"size": size, "coupling": coupling, "mode": mode, "provider": name}
@@ -333,7 +250,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         parser.set_defaults(seconds=20.0)
 
     options = harness.arguments(__doc__, argv, add)
-    warnings.filterwarnings("ignore", message=DEPRECATED)
+    warnings.filterwarnings("ignore", message=published.DEPRECATED)
     sizes = QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
     rows = []
     for (size, shape), coupling in itertools.product(sizes.items(), couplings(options.device)):

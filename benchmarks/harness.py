@@ -2,7 +2,8 @@
 
 Every provider's outputs and gradients are compared with those of the first provider, the reference, on the same inputs in float64. Where
 one is off, no row of that case is written, the others are measured, and the run ends with a ValueError. In float32 it may be off by 1e-5
-of the largest value, or by twice as much as the reference is, which sums over many positions take beyond that. Nor is there a row where
+of the largest value, or by twice as much as the reference is, which sums over many positions take beyond that; modules are compared in
+float64 alone, because a ReLU near zero may fall on either side in float32. Nor is there a row where
 a published library is faster than the reference: what FastFlow is compared with has to be the best of plain PyTorch. A ratio is the time
 over the reference's: above 1 is slower.
 
@@ -52,8 +53,8 @@ class Case:
     """What is timed: ``providers`` by name, the reference first, each called with what ``inputs`` draws.
 
     ``gradients_of`` are the places of the arguments that forward+backward differentiates by; without, there is forward alone. A provider
-    that is a module is differentiated by its parameters too; those that it shares with the reference are compared. ``bytes_moved`` in
-    forward: each tensor once. ``compiled``: what torch.compile makes of the reference is another provider.
+    that is a module, in float64 until it is timed, is differentiated by its parameters too; those that it shares with the reference are
+    compared. ``bytes_moved`` in forward: each tensor once. ``compiled``: what torch.compile makes of the reference is another provider.
     """
 
     name: str
@@ -166,7 +167,7 @@ def _compute(provider: Callable, args: tuple, leaves: list[Tensor], upstream: li
 
 def _input_set(case: Case, mode: str, device: str) -> tuple:
     """What ``_compute`` takes after the provider."""
-    args = tuple(v.to(device) for v in case.inputs())
+    args = tuple(v.to(device, case.dtype if v.is_floating_point() else None) for v in case.inputs())
     leaves = [args[i].requires_grad_() for i in case.gradients_of] if mode == "forward+backward" else []
     with torch.no_grad():
         upstream = [torch.randn_like(v) for v in _outputs(case.reference, args)] if leaves else []
@@ -178,8 +179,7 @@ def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], flo
     args, leaves, upstream = inputs
     exact = [v.detach().double() if v.is_floating_point() else v for v in args]
     exact_leaves = [exact[i].requires_grad_() for i in case.gradients_of] if leaves else []
-    reference = copy.deepcopy(case.reference).double() if isinstance(case.reference, nn.Module) else case.reference
-    truth, by_parameters = _compute(reference, exact, exact_leaves, [v.double() for v in upstream])
+    truth, by_parameters = _compute(case.reference, exact, exact_leaves, [v.double() for v in upstream])
     shared = dict(zip(map(id, parameters(case.reference)), by_parameters, strict=False))
     errors, tolerance = {}, 10 * TOLERANCE[case.dtype]
     for name, provider in case.providers.items():
@@ -216,14 +216,18 @@ def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
     """Raises ValueError where a provider is off."""
     torch.manual_seed(0)
     torch.compiler.reset()  # or shapes would use up its limit of recompilations
-    for provider in case.providers.values():
-        if isinstance(provider, nn.Module):
-            provider.to(options.device)
+    modules = isinstance(case.reference, nn.Module)
+    if modules:
+        exact = dataclasses.replace(case, dtype=torch.float64, providers={k: p.to(options.device) for k, p in case.providers.items()})
+        exact = with_compiled(exact, options)
+        errors, tolerance = _errors(exact, mode, _input_set(exact, mode, options.device))
+        case = dataclasses.replace(case, providers={k: p.to(case.dtype) for k, p in copy.deepcopy(case.providers).items()})
     case = with_compiled(case, options)
     sets = [_input_set(case, mode, options.device)]
     size = sum(v.nbytes for v in sets[0][0])
     sets += [_input_set(case, mode, options.device) for _ in range(min(8, CACHE // size))]
-    errors, tolerance = _errors(case, mode, sets[0])
+    if not modules:
+        errors, tolerance = _errors(case, mode, sets[0])
     cycles = {provider: itertools.cycle(sets) for provider in case.providers}
     calls = {p: lambda f=f, c=cycles[p]: _compute(f, *next(c)) for p, f in case.providers.items()}
     return Prepared(calls, errors, tolerance, {name: launches(call, name, options.device) for name, call in calls.items()})
@@ -331,9 +335,11 @@ def with_cases() -> dict[str, ModuleType]:
     return {name: module for name, module in modules.items() if hasattr(module, "cases")}
 
 
-def main(name: str, description: str, cases: Callable[[argparse.Namespace], list[Case]], argv: list[str] | None) -> list[dict]:
+def main(
+    name: str, description: str, cases: Callable[[argparse.Namespace], list[Case]], argv: list[str] | None, seconds: float = 0.4
+) -> list[dict]:
     """A benchmark's command line."""
-    options = arguments(description, argv)
+    options = arguments(description, argv, lambda parser: parser.set_defaults(seconds=seconds))
     return run(name, cases(options), options)
 
 

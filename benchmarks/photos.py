@@ -34,7 +34,8 @@ def text(row: dict) -> str:
     counts = {name: int(row[name]) for name in ("test_images", "importance_samples")}
     printed = report({"model": row["model"], "codecs_bits_per_dim": codecs} | numbers | counts)
     about = f"{row['device']}, torch {row['torch']}, commit {row['commit']}"
-    return f"What `make train` printed after {row['step']} steps and {float(row['seconds']) / 60:.1f} minutes ({about}):\n\n```\n{printed}\n```"
+    took = f"{row['step']} steps and {float(row['seconds']) / 60:.1f} minutes"
+    return f"What `make train` printed after {took} ({about}):\n\n```\n{printed}\n```"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -15,7 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import glow, harness, inverse_precision, memory, photos, profile, report, reversible_gradients, reversible_soak, training_speed
+from benchmarks import (
+    glow,
+    harness,
+    inverse_precision,
+    memory,
+    photos,
+    profile,
+    published,
+    report,
+    reversible_gradients,
+    reversible_soak,
+    training_speed,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALWAYS = ("name", "case", "shape", "dtype", "layout", "provider", "mode", "device", "torch", "fastflow", "date")
@@ -64,7 +76,7 @@ def test_rows_are_complete(script, device, tmp_path, capsys):
 
 
 def test_pytest_benchmark_takes_the_cases(tmp_path):
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-q", "-k", "uniform or actnorm", "--benchmark-max-time", "0.01"]
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--quick", "-q", "-k", "uniform or (actnorm and not modules)", "--benchmark-max-time", "0.01"]
     done = subprocess.run([*command, "--benchmark-json", tmp_path / "run.json"], cwd=harness.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "run.json").read_text())["benchmarks"]
@@ -103,6 +115,40 @@ def test_a_provider_that_computes_something_else_is_refused(provider, gradients_
         rows = rows_of(options.results / "doubling.csv")
         assert [row["provider"] for row in rows] == ["eager", "fastflow"] * (len(rows) // 2)
         assert {row["mode"] for row in rows} == {"forward"} and len(rows) == (4 if gradients_of else 2)
+
+
+def test_no_row_where_a_published_library_is_faster_than_the_reference(options, monkeypatch):
+    options.quick = False
+    for theirs, written in ((2.0, 3), (1.9, 0)):
+        taken = {"eager": [1.0, 2.0, 3.0], "fastflow": [1.0, 1.0, 1.0], "nflows": [1.0, theirs, 3.0]}
+        monkeypatch.setattr(harness, "microseconds", lambda calls, *_, t=taken: {name: t.get(name, [1, 1, 1]) for name in calls})
+        compared = case(double)
+        compared.providers["nflows"] = double
+        if written:
+            assert len(harness.run("doubling", [compared], options)) == written
+        else:
+            with pytest.raises(ValueError, match="the reference takes 2.0 us, nflows 1.9: a straw man; no row is written"):
+                harness.run("doubling", [compared], options)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, scale, wrong=0.0):
+        super().__init__()
+        self.scale, self.wrong = scale, wrong
+
+    def forward(self, x):
+        return x * self.scale + self.wrong * (self.scale - self.scale.detach())
+
+
+def test_modules_are_compared_in_float64_with_the_gradients_of_shared_parameters(options):
+    scale = torch.nn.Parameter(torch.tensor([1.5], dtype=torch.float64))
+    right, wrong = case(Scaled(scale), gradients_of=(0,)), case(Scaled(scale, wrong=1e-9), gradients_of=(0,))
+    for each in (right, wrong):
+        each.providers["eager"] = Scaled(scale)
+    assert {(row["tolerance"], row["dtype"]) for row in harness.run("scaling", [right], options)} == {("1.0e-12", "float32")}
+    with pytest.raises(ValueError, match="float64 contiguous forward.backward, output 2: fastflow is off by .*e-1[01]"):
+        harness.run("scaling", [wrong], options)
+    assert scale.dtype == torch.float64  # what is timed is a copy
 
 
 def test_new_columns_are_empty_in_older_rows(tmp_path):
@@ -228,7 +274,7 @@ def test_glow_beside_plain_pytorch(device, training_page, tmp_path, capsys):
     assert "(1.00)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("coupling", glow.PUBLISHED)
+@pytest.mark.parametrize("coupling", published.COUPLINGS)
 @pytest.mark.parametrize("wrong", ["a gradient", "bits/dim without gradients", "a pixel", "a weight"])
 def test_a_glow_that_computes_something_else_is_refused(wrong, coupling, monkeypatch):
     model = glow.build(coupling, 8, 2, 1, 4, 2).double()
@@ -237,7 +283,7 @@ def test_a_glow_that_computes_something_else_is_refused(wrong, coupling, monkeyp
     assert max(glow.check(found, given, glow.TOLERANCE).values()) <= glow.TOLERANCE
     refused = "fastflow"
     if wrong == "a weight":
-        refused, _ = glow.PUBLISHED[coupling]
+        refused = published.COUPLINGS[coupling]
         if refused not in found:
             pytest.skip(f"{refused} is not installed")
         shared = {id(p) for p in found["plain"].parameters}
@@ -255,10 +301,10 @@ def test_a_glow_that_computes_something_else_is_refused(wrong, coupling, monkeyp
         glow.check(found, given, glow.TOLERANCE)
 
 
-@pytest.mark.parametrize("coupling", glow.PUBLISHED)
+@pytest.mark.parametrize("coupling", published.COUPLINGS)
 @pytest.mark.parametrize("mode", report.GLOW_MODES)
 def test_no_row_where_a_published_library_is_faster_than_plain_pytorch(mode, coupling, monkeypatch):
-    library, _ = glow.PUBLISHED[coupling]
+    library = published.COUPLINGS[coupling]
     taken = {m: {name: [1.0, 2.0, 3.0] for name in ("plain", library, "fastflow")} for m in report.GLOW_MODES}
     monkeypatch.setattr(glow, "times", lambda *_: taken)
     given = "tiny", coupling, (8, 2, 1, 4, 2), argparse.Namespace(device="cpu", quick=False, compiled=False)
