@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness, page
-from benchmarks.training_speed import ON_A_GPU, QUICK, SIZES, batches, build
+from benchmarks.training_speed import batches, build, sizes, title
 from fastflow.ranks import Ranks
 from fastflow.step import Step
 
@@ -52,12 +52,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
         parser.add_argument("--trace", type=Path, help="a file for the trace")
 
     options = harness.arguments(__doc__, argv, add)
-    sizes = QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
-    size, shape = next(iter(sizes.items()))
+    model, (batch, *_), _ = sizes(options)
+    shape = (*model, batch)
     rows, total = measure(shape, options.device, options.reversible, options.trace)
     lines = [[r["name"][:90], f"{r['calls']:.0f}", f"{r['us']:.0f}", f"{r['share']:.1%}"] for r in rows[: options.top]]
     about = harness.metadata(options.device)
-    print(page.table([f"of a step, {size}", "calls", "us", "share"], lines))
+    print(page.table([f"of a step, {title(shape)}", "calls", "us", "share"], lines))
     print(f"\n{total / 1e3:.1f} ms a step in all; {about['device']}, torch {about['torch']}, commit {about['commit']}")
     return rows
 

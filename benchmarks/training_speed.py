@@ -1,23 +1,32 @@
-"""Images a second of the trainer's whole step, with what makes it fast turned on in turn, and of the loader that feeds it.
+"""Images a second of the trainer's whole step, what makes it fast turned on in turn, and against batch; and of the loader that feeds it.
 
     python -m benchmarks.training_speed
 
 The step is that of ``fastflow train``: batch in, forward, backward, clipping, Adam. ``plain`` is benchmarks/plain_glow.py, ActNorm and
 all else unfolded, with torch's optimizer and clipping, eager and compiled; then FastFlow's with stored activations, which folds ActNorm
 into the convolutions and makes a level's LU weights at once, and then, each on top of the last: channels_last, bfloat16 networks (each also
-without, where it is not faster), compiled networks, the step captured in a CUDA graph, reversible backprop. The loss of the first steps is
-compared with plain PyTorch's before anything is timed. The loader's rows are batches as the trainer draws them, on the step's device.
+without, where it is not faster), compiled networks, the step captured in a CUDA graph, reversible backprop. Plain PyTorch, eager and
+compiled, and the trainer's default are measured at other batches too. A way whose losses of the first steps are not plain PyTorch's has no
+row; nor has one that is out of memory, and where that is plain PyTorch, none has. What is worth most comes first, since a run may be cut.
+The loader's rows are batches as the trainer draws them, on the step's device.
+
+``model_gflop_image`` is the work of plain PyTorch's forward and backward, a multiply-add as two; what a way saves of it or computes again
+does not count. ``tflop_s`` is that times the median images/s, ``matmul_tflop_s`` what a large matrix product of the way's precision reaches
+in the same run (bfloat16 with bfloat16 networks, else float32, with TF32 where convolutions have it), ``share_of_matmul`` their ratio.
 
 Rows go to results/training_speed.csv, and the tables of docs/training.md are written anew.
 """
 
 import argparse
+import functools
+import gc
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import harness, page, plain_glow
@@ -26,16 +35,35 @@ from fastflow.models import Glow
 from fastflow.ranks import Ranks
 from fastflow.step import Step
 
-# name: (side, levels, steps, hidden, batch)
-SIZES = {"L=3 K=8 hidden 128 batch 16": (32, 3, 8, 128, 16)}
-ON_A_GPU = {"L=3 K=32 hidden 512 batch 64": (32, 3, 32, 512, 64), "L=3 K=32 hidden 512 batch 512": (32, 3, 32, 512, 512)}
-QUICK = {"L=2 K=2 hidden 8 batch 4": (8, 2, 2, 8, 4)}
+# (side, levels, steps, hidden); the batches of a curve; those at which options are turned on in turn
+SIZES = (32, 3, 8, 128), (16, 4, 64), (16,)
+ON_A_GPU = (32, 3, 32, 512), (512, 128, 32), (512, 64)
+QUICK = (8, 2, 2, 8), (4, 2, 8), (4,)
 IN_TURN = ("channels_last", "bf16", "compile", "graph", "reversible")
+DEFAULT = {"cpu": ("channels_last", "reversible"), "cuda": ("channels_last", "bf16", "reversible")}
+COMPILED, IS_DEFAULT = "torch.compile of plain", "the trainer's default here"
 LEARNING_RATE, CLIP = 1e-4, 100.0
 
 
+def sizes(options: argparse.Namespace) -> tuple[tuple, tuple, tuple]:
+    return QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
+
+
+def title(shape: tuple) -> str:
+    _, levels, steps, hidden, batch = shape
+    return f"L={levels} K={steps} hidden {hidden} batch {batch}"
+
+
+def model_of(row: dict) -> str:
+    return row["size"].split(" batch ")[0]
+
+
+def batch_of(row: dict) -> int:
+    return int(row["size"].split(" batch ")[1])
+
+
 def build(shape: tuple, device: str, reversible: bool = False) -> Glow:
-    side, levels, steps, hidden, batch = shape
+    side, levels, steps, hidden, _ = shape
     torch.manual_seed(0)
     model = Glow((3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=reversible).to(device)
     model.initialize(batches(shape, 1, device)[0], seed=0)
@@ -80,18 +108,48 @@ def ours(shape: tuple, device: str, on: set[str]):
 
 def ways(device: str, compiled: bool) -> dict[str, set[str] | None]:
     """``{name: what is on}``; None: plain PyTorch."""
-    found: dict[str, set[str] | None] = {"plain": None}
+    default = DEFAULT[device]
+    found: dict[str, set[str] | None] = {"plain": None, f"{', '.join(default)}: {IS_DEFAULT}": set(default)}
     found["fastflow, stored activations"] = on = set()
     for name in IN_TURN:
         if (name == "graph" and device == "cpu") or (name == "compile" and not compiled):
             continue
         on = on | {name}
         found[f"+ {name}"] = on
-    if device == "cpu":  # where bfloat16 may be the slower one
-        found["channels_last, reversible: the trainer's default here"] = {"channels_last", "reversible"}
-    if compiled:  # last, since compiling a deep one may outlast the time that there is
-        found["torch.compile of plain"] = None
-    return found
+    return found | ({COMPILED: None} if compiled else {})
+
+
+def plan(options: argparse.Namespace) -> list[tuple[tuple, str, set[str] | None]]:
+    """Shape, way and what is on, in order of worth; torch.compile of plain last, since a deep one may outlast the time that there is."""
+    model, curve, in_turn = sizes(options)
+    every = ways(options.device, options.compiled)
+    plain, default, *more = [name for name in every if name != COMPILED]
+    order = [(batch, name) for batch in curve for name in (plain, default)]
+    order += [(batch, name) for batch in in_turn for name in (plain, default, *more)]
+    order += [(batch, COMPILED) for batch in (*curve, *in_turn) if COMPILED in every]
+    return [((*model, batch), name, every[name]) for batch, name in dict.fromkeys(order)]
+
+
+@functools.cache
+def model_flops(shape: tuple) -> int:
+    """FLOPs of plain PyTorch's forward and backward on a batch, a multiply-add as two; of shapes alone, nothing is computed."""
+    side, levels, steps, hidden, batch = shape
+    model = plain_glow.PlainGlow(Glow((3, side, side), levels=levels, steps=steps, hidden=hidden)).to("meta")
+    x = torch.empty(batch, 3, side, side, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(x, x).sum().backward()
+    return counter.get_total_flops()
+
+
+def matmul_tflop_s(dtype: torch.dtype, options: argparse.Namespace) -> float:
+    """TFLOP/s, at the median time, of a large matrix product; in TF32 where float32 convolutions are, of which most of the work is."""
+    n = 128 if options.quick else 8192 if options.device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=options.device).to(dtype) for _ in range(2))
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    a @ b  # the first takes longer
+    taken = harness.turn(lambda: a @ b, min(options.seconds, 1.0), options.device)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * n**3 / np.median(taken) / 1e6
 
 
 def images_per_second(step, shape: tuple, options: argparse.Namespace) -> tuple[list[float], float, list[float]]:
@@ -109,23 +167,47 @@ def images_per_second(step, shape: tuple, options: argparse.Namespace) -> tuple[
     return [shape[-1] / t for t in np.quantile(taken, harness.QUANTILES)], peak, losses
 
 
-def measure(size: str, shape: tuple, options: argparse.Namespace) -> list[dict]:
-    about, rows, wrong, expected = harness.metadata(options.device), [], [], None
-    for name, on in (bar := tqdm(ways(options.device, compiled=options.compiled).items(), desc=size)):
-        bar.set_postfix_str(name)
-        torch.compiler.reset()
-        step = plain(shape, options.device, "compile" in name) if on is None else ours(shape, options.device, on)
-        (p20, p50, p80), peak, losses = images_per_second(step, shape, options)
-        del step
-        expected = expected or losses
-        # six steps of training apart by rounding; bfloat16 networks round to 8 bits
-        error, tolerance = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True)), 1e-2 if on and "bf16" in on else 1e-4
-        if not error <= tolerance:
-            wrong.append(f"{size}, {name}: losses {losses}, plain PyTorch's {expected}; no row is written")
+def attempt(shape: tuple, name: str, on: set[str] | None, options: argparse.Namespace) -> tuple | None:
+    """What ``images_per_second`` tells of a way; None where it is out of memory."""
+    torch.compiler.reset()
+    gc.collect()  # what the last way held is to be had
+    torch.cuda.empty_cache()
+    try:
+        step = plain(shape, options.device, name == COMPILED) if on is None else ours(shape, options.device, on)
+        return images_per_second(step, shape, options)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def measure(options: argparse.Namespace) -> list[dict]:
+    """Rows, written as they are measured. Raises ValueError in the end where a way computes something else."""
+    about, rows, wrong, plains = harness.metadata(options.device), [], [], {}
+    reached = {dtype: matmul_tflop_s(dtype, options) for dtype in (torch.float32, torch.bfloat16)}
+    for shape, name, on in (bar := tqdm(plan(options))):
+        where = f"{title(shape)}, {name}"
+        bar.set_postfix_str(where)
+        if name != "plain" and shape not in plains:
+            tqdm.write(f"{where}: without plain PyTorch's losses to compare with; no row is written")
             continue
-        row = {"size": size, "way": name, "images_s_p20": f"{p20:.1f}", "images_s_p50": f"{p50:.1f}", "images_s_p80": f"{p80:.1f}"}
-        row |= {"over_plain": f"{p50 / float(rows[0]['images_s_p50']) if rows else 1:.3f}", "peak_mib": f"{peak:.0f}"}
-        rows.append(row | {"error": f"{error:.1e}", "tolerance": f"{tolerance:.0e}"} | about)
+        found = attempt(shape, name, on, options)
+        if found is None:
+            tqdm.write(f"{where}: out of memory; no row is written")
+            continue
+        (p20, p50, p80), peak, losses = found
+        plain_p50, expected = plains.setdefault(shape, (p50, losses))
+        # six steps of training apart by rounding; bfloat16 networks round to 8 bits
+        dtype, tolerance = (torch.bfloat16, 1e-2) if on and "bf16" in on else (torch.float32, 1e-4)
+        error = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+        if not error <= tolerance:
+            wrong.append(f"{where}: losses {losses}, plain PyTorch's {expected}; no row is written")
+            continue
+        gflop_image = model_flops(shape) / shape[-1] / 1e9
+        tflop_s = gflop_image * p50 / 1e3
+        row = {"size": title(shape), "way": name}
+        row |= {"images_s_p20": f"{p20:.1f}", "images_s_p50": f"{p50:.1f}", "images_s_p80": f"{p80:.1f}"}
+        row |= {"over_plain": f"{p50 / plain_p50:.3f}", "model_gflop_image": f"{gflop_image:.4g}", "tflop_s": f"{tflop_s:.3g}"}
+        row |= {"matmul_tflop_s": f"{reached[dtype]:.3g}", "share_of_matmul": f"{tflop_s / reached[dtype]:.4f}"}
+        rows.append(row | {"peak_mib": f"{peak:.0f}", "error": f"{error:.1e}", "tolerance": f"{tolerance:.0e}"} | about)
         harness.append(options.results / "training_speed.csv", rows[-1:])
     if wrong:
         raise ValueError("\n".join(wrong))
@@ -182,8 +264,10 @@ def measure_loader(options: argparse.Namespace) -> list[dict]:
 
 def tables(rows: list[dict], loaded: list[dict]) -> dict[str, str]:
     about = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
-    lines = [[r["size"], r["way"], r["images_s_p50"], r["over_plain"]] for r in rows]
-    speed = f"{page.table(['Glow', 'step', 'images/s', 'over plain'], lines)}\n\n(p50, {about})"
+    columns = ("size", "way", "images_s_p50", "over_plain", "tflop_s")
+    lines = [[*(r[c] for c in columns), f"{float(r['share_of_matmul']):.0%}"] for r in sorted(rows, key=batch_of)]
+    speed = page.table(["Glow", "step", "images/s", "over plain", "TFLOP/s", "share of a matrix product's"], lines)
+    speed += f"\n\n(p50; FLOPs are plain PyTorch's, and the matrix product is a large one of the same precision in the same run; {about})"
     lines = [[r["source"], f"{int(r['images_s']):,}"] for r in loaded]
     return {"speed": speed, "loader": f"{page.table(['source', 'images/s'], lines)}\n\n({about})"}
 
@@ -191,12 +275,11 @@ def tables(rows: list[dict], loaded: list[dict]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> list[dict]:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of training.md")
-        parser.set_defaults(seconds=20.0)
+        parser.set_defaults(seconds=10.0)
 
     options = harness.arguments(__doc__, argv, add)
-    sizes = QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
     loaded = measure_loader(options)
-    rows = [row for size, shape in sizes.items() for row in measure(size, shape, options)]
+    rows = measure(options)
     found = tables(rows, loaded)
     page.write(options.docs / "training.md", "training_speed", found)
     print(*found.values(), sep="\n\n")
