@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import harness, page
+from benchmarks.training_speed import COMPILED, IS_DEFAULT, batch_of, model_of
 
 # a row's case, by file: what of its columns says what was measured
 OPS = ("case", "shape", "dtype", "layout", "mode", "provider")
@@ -112,12 +113,17 @@ def glow_table(rows: list[dict]) -> str:
 
 
 def training_table(rows: list[dict]) -> str:
-    body = [[r["size"], r["way"], f"{float(r['images_s_p50']):.0f}", f"{float(r['over_plain']):.2f}"] for r in rows]
+    rows = sorted(rows, key=batch_of)
+    columns = {"Glow": [r["size"] for r in rows], "step": [r["way"] for r in rows]}
+    columns["images/s"] = [f"{float(r['images_s_p50']):.0f}" for r in rows]
+    columns["over plain's"] = [f"{float(r['over_plain']):.2f}" for r in rows]
+    shares = [r.get("share_of_matmul") for r in rows]  # which older rows do not have
+    if any(shares):
+        columns["share of a matrix product's FLOP/s"] = [f"{float(share):.0%}" if share else "" for share in shares]
     peaks = [r["peak_mib"] for r in rows]
-    head = ["Glow", "step", "images/s", "over plain's"]
     if {*peaks} != {"nan"}:  # of a GPU's allocator
-        head, body = [*head, "peak, MiB"], [[*line, peak] for line, peak in zip(body, peaks, strict=True)]
-    return page.table(head, body)
+        columns["peak, MiB"] = peaks
+    return page.table([*columns], [list(line) for line in zip(*columns.values(), strict=True)])
 
 
 def memory_table(rows: list[dict]) -> str:
@@ -145,13 +151,15 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
-def section(device: str, files: dict[str, list[dict]], picture: str | None) -> str:
+def section(device: str, files: dict[str, list[dict]], pictures: dict[str, str]) -> str:
     parts = [f"## {device}"]
-    if picture:
-        parts.append(f"![FastFlow's time over plain PyTorch's, op by op and for a whole Glow]({picture})")
+    if "benchmarks" in pictures:
+        parts.append(f"![FastFlow's time over plain PyTorch's, op by op and for a whole Glow]({pictures['benchmarks']})")
     for name, (title, table) in TABLES.items():
         if name in files:
             parts += [f"### {title}", table(files[name]), f"({about(files[name])}; rows in `results/{name}.csv`)"]
+        if name in pictures:
+            parts.append(f"![Images/s of a training step against batch]({pictures[name]})")
     if table := ops_table(files):
         parts += ["### Ops", "Time over plain PyTorch's: median over the cases, least and most.", table]
     if table := losses(files):
@@ -203,6 +211,43 @@ def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
     return True
 
 
+def plot_batches(device: str, files: dict[str, list[dict]], path: Path) -> bool:
+    """Images/s of the training step of the newest model, a line a way; False where none was measured at two batches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = files.get("training_speed", [])
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in sorted(rows, key=batch_of):
+        if model_of(row) == model_of(rows[-1]):
+            lines.setdefault(row["way"], []).append((batch_of(row), float(row["images_s_p50"])))
+    lines = {way: points for way, points in lines.items() if len(points) > 1}
+    if not lines:
+        return False
+    colours = {"plain": "0.5", COMPILED: "C0"} | {way: "C3" for way in lines if way.endswith(IS_DEFAULT)}
+    others = [way for way in lines if way not in colours]
+    colours |= {way: matplotlib.colormaps["viridis"](i / len(others)) for i, way in enumerate(others)}
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for way, points in lines.items():
+        axes.plot(*zip(*points, strict=True), "o-", color=colours[way], markersize=4, label=way)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(sorted({batch for points in lines.values() for batch, _ in points}))
+    axes.set_xlabel("batch")
+    axes.set_ylabel("images/s")
+    axes.set_title(f"a training step of Glow {model_of(rows[-1])}, {device}", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return True
+
+
+PLOTS = {"benchmarks": plot, "training_speed": plot_batches}
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
@@ -210,8 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     sections = []
     for device, files in read(options.results).items():
-        picture = f"pictures/benchmarks_{slug(device)}.png"
-        sections.append(section(device, files, picture if plot(device, files, options.docs / picture) else None))
+        pictures = {name: f"pictures/{name}_{slug(device)}.png" for name in PLOTS}
+        drawn = {name: path for name, path in pictures.items() if PLOTS[name](device, files, options.docs / path)}
+        sections.append(section(device, files, drawn))
     page.write(options.docs / "benchmarks.md", "report", {"sections": "\n\n".join(sections)})
     print(f"{options.docs / 'benchmarks.md'}: {len(sections)} device{'s' * (len(sections) != 1)}")
 

@@ -460,6 +460,26 @@ def test_the_report_in_the_docs_is_that_of_the_rows(tmp_path):
     assert (tmp_path / "benchmarks.md").read_text() == committed.read_text(), "python -m benchmarks.report"
 
 
+def test_the_report_shows_throughput_against_batch(tmp_path):
+    (tmp_path / "docs").mkdir()
+    shutil.copy(harness.ROOT / "docs" / "benchmarks.md", tmp_path / "docs")
+    about = {"device": "A GPU", "torch": "2.11", "commit": "abc", "date": "2026-01-01", "over_plain": "1.000", "peak_mib": "nan"}
+    older = {"size": "L=1 K=2 hidden 4 batch 16", "way": "plain", "images_s_p50": "300.0"} | about
+
+    def reported(rows):
+        harness.append(tmp_path / "training_speed.csv", rows)
+        report.main(["--results", str(tmp_path), "--docs", str(tmp_path / "docs")])
+        return (tmp_path / "docs" / "benchmarks.md").read_text()
+
+    picture = tmp_path / "docs" / "pictures" / "training_speed_a_gpu.png"
+    text = reported([older])
+    assert "| L=1 K=2 hidden 4 batch 16 | plain | 300 | 1.00 |\n" in text and not picture.exists()
+    text = reported([older | {"size": f"L=1 K=2 hidden 4 batch {n}", "share_of_matmul": "0.1234"} for n in (64, 4)])
+    shares = [("4", "12%"), ("16", ""), ("64", "12%")]
+    assert re.findall(r"batch (\d+) \| plain \| 300 \| 1.00 \| (\S*) \|", text) == shares
+    assert picture.stat().st_size > 5000 and f"(pictures/{picture.name})" in text
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_profile_tells_where_a_step_s_time_goes(device, tmp_path, capsys):
     rows = profile.main(["--quick", "--device", device, "--trace", str(tmp_path / "trace.json")])
