@@ -1,17 +1,27 @@
-"""Where the time of a training step goes: its kernels under torch's profiler, the longest first.
+"""Where the time of a training step goes, and its memory traffic: kernels by time under torch's profiler, operators by bytes.
 
     python -m benchmarks.profile
 
-The step is the trainer's, of a Glow; on a GPU in bfloat16. A table of kernels (operators on the CPU), their calls and time a step and their
-share, is printed; ``--trace FILE`` also writes what chrome://tracing and Perfetto show.
+The step is the trainer's, of a Glow, neither compiled nor captured; on a GPU in bfloat16. Two tables are printed. The first: kernels
+(operators on the CPU), the longest first, their calls and time a step and their share. The second: the operators below autograd, FastFlow's
+own among them, by the bytes that they move. Of a call every tensor that it is given is read once, and every one that it makes or changes is
+written once; views and allocations move nothing, and an operator's in-place form is counted with it. That is a lower bound of what kernels
+ask for, some of which read a tensor again or have scratch memory; caches answer a part of it, so that GB/s, those bytes over the time of
+the operator and all that it calls, may exceed the memory's. ``--trace FILE`` also writes what chrome://tracing and Perfetto show.
 """
 
 import argparse
+import math
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import harness, page
 from benchmarks.training_speed import batches, build, sizes, title
@@ -19,22 +29,75 @@ from fastflow.ranks import Ranks
 from fastflow.step import Step
 
 STEPS = 3
+OVERWRITE = ("aten::copy_", "aten::fill_", "aten::zero_")  # what they change they do not read
 
 
-def measure(shape: tuple, device: str, reversible: bool, trace: Path | None) -> tuple[list[dict], float]:
-    """Rows of name, calls and microseconds a step, and the microseconds of all."""
+def tensors(of) -> list[Tensor]:
+    return [v for v in tree_leaves(of) if isinstance(v, Tensor)]
+
+
+def size(moved: list[Tensor]) -> int:
+    """Bytes of the tensors, of one that comes twice once; an expanded one has those that it was expanded from."""
+    parts = {(v.data_ptr(), v.dtype, *((n, step) for n, step in zip(v.shape, v.stride(), strict=True) if step)) for v in moved}
+    return sum(dtype.itemsize * math.prod(n for n, _ in dimensions) for _, dtype, *dimensions in parts)
+
+
+def without_underscore(name: str) -> str:
+    """An in-place operator's other name: autograd adds up gradients in place, but not under a dispatch mode."""
+    return name.removesuffix("_")
+
+
+class Traffic(TorchDispatchMode):
+    """Counts calls and bytes of the operators that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name, moved = func._schema.name, self.moved(func._schema, args, kwargs, result)
+        if moved:
+            self.calls[without_underscore(name)] += 1
+            self.bytes[without_underscore(name)] += moved
+        return result
+
+    @staticmethod
+    def moved(schema, args, kwargs, result) -> int:
+        given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+        changed = {a.name for a in schema.arguments if a.name in given and a.alias_info and a.alias_info.is_write}
+        unread = {a.name for a in schema.arguments if a.name in changed and (a.is_out or schema.name in OVERWRITE)}
+        storages = {v.untyped_storage().data_ptr() for v in tensors(given)}
+        made = [v for v in tensors(result) if v.untyped_storage().data_ptr() not in storages]
+        is_view = tensors(result) and not made and not changed
+        if is_view or schema.name.startswith(("aten::empty", "aten::new_empty")):
+            return 0
+        read = tensors([v for name, v in given.items() if name not in unread])
+        return size(read) + size(made + tensors([given[name] for name in changed]))
+
+
+def trainers_step(shape: tuple, device: str, reversible: bool) -> Callable[[int], object]:
+    """``step(i)``, warmed up."""
     model = build(shape, device, reversible).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     step = Step(model, optimizer, Ranks(), batch_size=shape[-1], bf16=device == "cuda")
     given = batches(shape, 1, device)[0]
     for i in range(3):
         step(given, None, i, 1e-4)
+    return lambda i: step(given, None, i, 1e-4)
+
+
+def run(step: Callable[[int], object], device: str) -> profile:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as profiled:
         for i in range(STEPS):
-            step(given, None, i, 1e-4)
-    if trace:
-        profiled.export_chrome_trace(str(trace))
+            step(i)
+    return profiled
+
+
+def by_time(profiled: profile, device: str) -> list[dict]:
+    """Name, calls and microseconds a step, and share of the time of all."""
     if device == "cuda":
         kernels = [e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
         events = [(e.key, e.count, e.self_device_time_total) for e in kernels]  # operators have the time of their kernels once more
@@ -42,24 +105,59 @@ def measure(shape: tuple, device: str, reversible: bool, trace: Path | None) -> 
         events = [(e.key, e.count, e.self_cpu_time_total) for e in profiled.key_averages()]
     total = sum(us for *_, us in events)
     rows = [{"name": name, "calls": count / STEPS, "us": us / STEPS, "share": us / total} for name, count, us in events]
-    return sorted(rows, key=lambda row: -row["us"]), total / STEPS
+    return sorted(rows, key=lambda row: -row["us"])
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
+def by_bytes(traffic: Traffic, profiled: profile, device: str) -> list[dict]:
+    """Name, calls and MiB a step, share of the bytes of all, and GB/s; None where the profiler has not seen the same calls."""
+
+    def called_by_another(event) -> bool:
+        while (event := event.cpu_parent) is not None:
+            if without_underscore(event.name) in traffic.calls:
+                return True
+        return False
+
+    seen, us = Counter(), Counter()
+    for event in profiled.events():
+        name = without_underscore(event.name)
+        if name in traffic.calls and not called_by_another(event):
+            seen[name] += 1
+            us[name] += event.device_time_total if device == "cuda" else event.cpu_time_total
+    rows = []
+    for name, moved in traffic.bytes.most_common():
+        speed = STEPS * moved / us[name] / 1e3 if us[name] and seen[name] == STEPS * traffic.calls[name] else None
+        row = {"name": name, "calls": traffic.calls[name], "mib": moved / 2**20, "share": moved / traffic.bytes.total()}
+        rows.append(row | {"gb_s": speed})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--top", type=int, default=20, help="rows of the table")
+        parser.add_argument("--top", type=int, default=20, help="rows of a table")
         parser.add_argument("--reversible", action=argparse.BooleanOptionalAction, default=True)
         parser.add_argument("--trace", type=Path, help="a file for the trace")
 
     options = harness.arguments(__doc__, argv, add)
     model, (batch, *_), _ = sizes(options)
-    shape = (*model, batch)
-    rows, total = measure(shape, options.device, options.reversible, options.trace)
-    lines = [[r["name"][:90], f"{r['calls']:.0f}", f"{r['us']:.0f}", f"{r['share']:.1%}"] for r in rows[: options.top]]
+    step = trainers_step((*model, batch), options.device, options.reversible)
+    profiled = run(step, options.device)
+    if options.trace:
+        profiled.export_chrome_trace(str(options.trace))
+    with Traffic() as traffic:
+        step(0)
+    timed, moved = by_time(profiled, options.device), by_bytes(traffic, profiled, options.device)
+    head = f"of a step, {title((*model, batch))}"
+    lines = [[r["name"][:90], f"{r['calls']:.0f}", f"{r['us']:.0f}", f"{r['share']:.1%}"] for r in timed[: options.top]]
+    print(page.table([head, "calls", "us", "share"], lines), end="\n\n")
+    lines = [
+        [r["name"], f"{r['calls']}", f"{r['mib']:.2f}", f"{r['share']:.1%}", f"{r['gb_s']:.3g}" if r["gb_s"] else ""]
+        for r in moved[: options.top]
+    ]
+    print(page.table([head, "calls", "MiB", "share", "GB/s"], lines))
     about = harness.metadata(options.device)
-    print(page.table([f"of a step, {title(shape)}", "calls", "us", "share"], lines))
-    print(f"\n{total / 1e3:.1f} ms a step in all; {about['device']}, torch {about['torch']}, commit {about['commit']}")
-    return rows
+    ms, mib = (sum(r[column] for r in rows) for rows, column in ((timed, "us"), (moved, "mib")))
+    print(f"\n{ms / 1e3:.1f} ms and {mib:.1f} MiB a step in all; {about['device']}, torch {about['torch']}, commit {about['commit']}")
+    return timed, moved
 
 
 if __name__ == "__main__":

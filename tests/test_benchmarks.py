@@ -481,14 +481,53 @@ def test_the_report_shows_throughput_against_batch(tmp_path):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_profile_tells_where_a_step_s_time_goes(device, tmp_path, capsys):
-    rows = profile.main(["--quick", "--device", device, "--trace", str(tmp_path / "trace.json")])
+def test_profile_tells_where_a_step_s_time_goes_and_its_bytes(device, tmp_path, capsys):
+    timed, moved = profile.main(["--quick", "--device", device, "--trace", str(tmp_path / "trace.json")])
     assert (tmp_path / "trace.json").stat().st_size > 1000
-    shares = [row["share"] for row in rows]
-    assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
-    names = " ".join(row["name"] for row in rows)
+    for rows in (timed, moved):
+        shares = [row["share"] for row in rows]
+        assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    names = " ".join(row["name"] for row in timed)
     assert "conv" in names if device == "cpu" else "coupling" in names
-    assert "ms a step in all" in capsys.readouterr().out
+    found = {row["name"]: row for row in moved}
+    assert found.keys() >= {"aten::convolution_backward", "fastflow::affine_coupling_inverse_backward", "aten::_fused_adam"}
+    assert all(row["calls"] > 0 and row["mib"] > 0 for row in moved)
+    # the profiler has seen the same calls
+    assert found["aten::convolution"]["gb_s"] > 0 and found["fastflow::affine_coupling"]["gb_s"] > 0
+    said = capsys.readouterr().out
+    assert "MiB a step in all" in said and "| us | share |" in said and "| MiB | share | GB/s |" in said
+
+
+def test_bytes_are_those_of_a_hand_count():
+    x, weight, shift = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 1, 1, requires_grad=True), torch.randn(5, 1, 1)
+    upstream = torch.randn(2, 5, 8, 8)
+    with profile.Traffic() as traffic:
+        (torch.nn.functional.conv2d(x, weight) + shift).backward(upstream)
+    elements = {"aten::convolution": 384 + 15 + 640, "aten::add": 640 + 5 + 640, "aten::convolution_backward": 640 + 384 + 15 + 15}
+    assert traffic.bytes == {name: 4 * n for name, n in elements.items()}
+    assert traffic.calls == dict.fromkeys(elements, 1)
+
+
+@pytest.mark.parametrize(
+    "run, elements",
+    [
+        (lambda x: x.view(6, 2)[1:].detach(), 0),
+        (lambda x: torch.empty_like(x), 0),
+        (lambda x: x.new_empty(5), 0),
+        (lambda x: x * x, 24),  # the same twice is read once
+        (lambda x: x.mul_(2), 24),
+        (lambda x: x.copy_(torch.ones(())), 1 + 12 + 1),  # and what ones() writes
+        (lambda x: torch.neg(x, out=x), 24),
+        (lambda x: x[0].expand(3, 4) + 1, 4 + 12),
+        (lambda x: torch._foreach_add_([x, x[0].clone()], 1), 24 + 8 + 8),
+    ],
+    ids=["views", "empty", "new", "squared", "in place", "copied over", "out", "expanded", "a list"],
+)
+def test_bytes_of_operators(run, elements):
+    x = torch.randn(3, 4)
+    with profile.Traffic() as traffic:
+        run(x)
+    assert traffic.bytes.total() == 4 * elements, traffic.bytes
 
 
 def test_photos_writes_its_row_and_the_readme(tmp_path):
