@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import fastflow
-from benchmarks.operators import operators
+from benchmarks.traffic import Traffic
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -244,7 +244,9 @@ def launches(call: Callable, provider: str, device: str) -> int | str:
         return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
     if provider.startswith("compile"):
         return ""
-    return sum(operators(call).calls.values())
+    with Traffic() as traffic:
+        call()
+    return traffic.calls.total()
 
 
 def turn(call: Callable, seconds: float, device: str) -> list[float]:

@@ -28,6 +28,7 @@ from benchmarks import (
     reversible_soak,
     training_speed,
 )
+from benchmarks.traffic import Traffic
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALWAYS = ("name", "case", "shape", "dtype", "layout", "provider", "mode", "device", "torch", "fastflow", "date")
@@ -501,7 +502,7 @@ def test_profile_tells_where_a_step_s_time_goes_and_its_bytes(device, tmp_path, 
 def test_bytes_are_those_of_a_hand_count():
     x, weight, shift = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 1, 1, requires_grad=True), torch.randn(5, 1, 1)
     upstream = torch.randn(2, 5, 8, 8)
-    with profile.Traffic() as traffic:
+    with Traffic() as traffic:
         (torch.nn.functional.conv2d(x, weight) + shift).backward(upstream)
     elements = {"aten::convolution": 384 + 15 + 640, "aten::add": 640 + 5 + 640, "aten::convolution_backward": 640 + 384 + 15 + 15}
     assert traffic.bytes == {name: 4 * n for name, n in elements.items()}
@@ -525,7 +526,7 @@ def test_bytes_are_those_of_a_hand_count():
 )
 def test_bytes_of_operators(run, elements):
     x = torch.randn(3, 4)
-    with profile.Traffic() as traffic:
+    with Traffic() as traffic:
         run(x)
     assert traffic.bytes.total() == 4 * elements, traffic.bytes
 
