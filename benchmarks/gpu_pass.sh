@@ -94,6 +94,9 @@ benchmark() { # NAME SECONDS OPTIONS...
   stage "$name" "$limit" "$PYTHON" -m "benchmarks.$name" --device "$device" --results "$results" "${quick[@]}" "$COMPILED" "$@"
 }
 
+others=$("$PYTHON" -c 'from benchmarks.harness import with_cases
+print(*sorted(with_cases().keys() - {"affine_coupling", "conv1x1", "lu_weight"}))') # each file with cases
+
 "$PYTHON" - <<'END' | tee -a "$summary"
 import platform, torch
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -105,17 +108,12 @@ if [ "$gpu" = 1 ]; then
   stage memcheck 60 bash -c "$(declare -f sanitizer); PYTHON=$PYTHON sanitizer memcheck"
   stage racecheck 60 bash -c "$(declare -f sanitizer); PYTHON=$PYTHON sanitizer racecheck"
 fi
-COMPILED=--compiled benchmark training_speed 120 --docs "$logs/docs" --seconds 3
-benchmark affine_coupling 60 --seconds 0.1
-benchmark conv1x1 60 --seconds 0.1
-benchmark lu_weight 30 --seconds 0.1
-benchmark glow 90 --docs "$logs/docs" --seconds 3
+COMPILED=--compiled benchmark training_speed 150 --docs "$logs/docs" --seconds 3
+for name in affine_coupling conv1x1 lu_weight; do benchmark "$name" 60 --seconds 0.1; done
+benchmark glow 90 --docs "$logs/docs" --seconds 2
 benchmark memory 90 --docs "$logs/docs"
-benchmark actnorm 30 --seconds 0.1
-benchmark dequantize 30 --seconds 0.1
-benchmark gaussian 30 --seconds 0.1
-benchmark squeeze 30 --seconds 0.1
-benchmark triangular_solve 40 --seconds 0.1
+benchmark profile 40
+for name in $others; do benchmark "$name" 40 --seconds 0.1; done
 benchmark inverse_precision 40 --docs "$logs/docs"
 
 echo

@@ -7,7 +7,8 @@ The step is the trainer's, of a Glow, neither compiled nor captured; on a GPU in
 own among them, by the bytes that they move. Of a call every tensor that it is given is read once, and every one that it makes or changes is
 written once; views and allocations move nothing, and an operator's in-place form is counted with it. That is a lower bound of what kernels
 ask for, some of which read a tensor again or have scratch memory; caches answer a part of it, so that GB/s, those bytes over the time of
-the operator and all that it calls, may exceed the memory's. ``--trace FILE`` also writes what chrome://tracing and Perfetto show.
+the operator and all that it calls, may exceed the memory's. The rows of both go to results/profile.csv. ``--trace FILE`` also writes what
+chrome://tracing and Perfetto show.
 """
 
 import argparse
@@ -82,6 +83,13 @@ def by_bytes(traffic: Traffic, profiled: profile, device: str) -> list[dict]:
     return rows
 
 
+def row_of(size: str, row: dict) -> dict[str, str]:
+    """As it is kept: of a table by time the microseconds, of one by bytes the MiB and GB/s."""
+    kept = {"size": size, "by": "time" if "us" in row else "bytes", "name": row["name"], "calls": f"{row['calls']:.3g}"}
+    kept |= {"share": f"{row['share']:.4f}", "us": f"{row['us']:.1f}" if "us" in row else ""}
+    return kept | {"mib": f"{row['mib']:.3f}" if "mib" in row else "", "gb_s": f"{row['gb_s']:.3g}" if row.get("gb_s") else ""}
+
+
 def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--top", type=int, default=20, help="rows of a table")
@@ -97,7 +105,9 @@ def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
     with Traffic() as traffic:
         step(0)
     timed, moved = by_time(profiled, options.device), by_bytes(traffic, profiled, options.device)
-    head = f"of a step, {title((*model, batch))}"
+    about, size = harness.metadata(options.device), title((*model, batch))
+    harness.append(options.results / "profile.csv", [row_of(size, row) | about for row in timed[: options.top] + moved[: options.top]])
+    head = f"of a step, {size}"
     lines = [[r["name"][:90], f"{r['calls']:.0f}", f"{r['us']:.0f}", f"{r['share']:.1%}"] for r in timed[: options.top]]
     print(page.table([head, "calls", "us", "share"], lines), end="\n\n")
     lines = [
@@ -105,7 +115,6 @@ def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
         for r in moved[: options.top]
     ]
     print(page.table([head, "calls", "MiB", "share", "GB/s"], lines))
-    about = harness.metadata(options.device)
     ms, mib = (sum(r[column] for r in rows) for rows, column in ((timed, "us"), (moved, "mib")))
     print(f"\n{ms / 1e3:.1f} ms and {mib:.1f} MiB a step in all; {about['device']}, torch {about['torch']}, commit {about['commit']}")
     return timed, moved

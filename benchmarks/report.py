@@ -22,6 +22,8 @@ KEYS = {
     "loader": ("source", "workers", "batch"),
     "memory": ("side", "batch", "hidden", "k", "way"),
     "memory_time": ("side", "batch", "hidden", "k", "way"),
+    "modules": OPS,
+    "profile": ("size", "by", "name"),
 }
 GLOW_MODES = {"forward+backward": "forward + backward, ms", "log_prob": "log_prob, ms", "sample": "a batch of samples, ms"}
 FOOTNOTE = "torch {torch}, commit {commit}, {date}"
@@ -78,15 +80,35 @@ def about(rows: list[dict]) -> str:
     return "; ".join(sorted({FOOTNOTE.format(**row) for row in rows}))
 
 
+def launches(rows: list[dict]) -> str:
+    """Of FastFlow and of plain PyTorch, the median over the cases."""
+    of = {
+        provider: [int(r["launches"]) for r in rows if r["provider"] == provider and r.get("launches")]
+        for provider in ("fastflow", "eager")
+    }
+    return " / ".join(f"{statistics.median(counts):g}" for counts in of.values()) if all(of.values()) else ""
+
+
 def ops_table(files: dict[str, list[dict]]) -> str:
     lines = []
     for (name, mode), rows in ops_of(files).items():
         ours = ratios(rows, "fastflow")
         slower = sum(ratio > 1 for ratio in ours)
         if ours:
-            cells = [str(len(ours)), spread(ours), f"{slower} of {len(ours)}", spread(compiled(rows)), share_of_copy(rows), about(rows)]
+            cells = [str(len(ours)), spread(ours), f"{slower} of {len(ours)}", spread(compiled(rows)), launches(rows)]
+            cells += [share_of_copy(rows), about(rows)]
             lines.append([name, mode, *cells])
-    head = ["op", "mode", "cases", "FastFlow", "slower in", "torch.compile", "best share of the copy", "measured"]
+    head = [
+        "op",
+        "mode",
+        "cases",
+        "FastFlow",
+        "slower in",
+        "torch.compile",
+        "launches, FastFlow / plain",
+        "best share of the copy",
+        "measured",
+    ]
     return page.table(head, lines) if lines else ""
 
 
@@ -139,11 +161,36 @@ def loader_table(rows: list[dict]) -> str:
     return page.table(["source", "workers", "batch", "images/s"], [[r["source"], r["workers"], r["batch"], r["images_s"]] for r in rows])
 
 
+def modules_table(rows: list[dict]) -> str:
+    """A line a layer and direction, the time over plain PyTorch's of each provider."""
+    others = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "eager"]
+    lines: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        lines.setdefault((row["case"], row["shape"], row["mode"]), {})[row["provider"]] = row
+    body = [
+        [*case, found["eager"]["p50_us"], *(f"{float(found[name]['ratio']):.2f}" if name in found else "" for name in others)]
+        for case, found in lines.items()
+    ]
+    return page.table(["layer", "x", "mode", "plain, us", *(f"{name}" for name in others)], body)
+
+
+def profile_table(rows: list[dict]) -> str:
+    """Of the newest run, the ten first by time and by bytes."""
+    newest = [r for r in rows if (r["commit"], r["date"], r["size"]) == tuple(rows[-1][c] for c in ("commit", "date", "size"))]
+    timed, moved = ([r for r in newest if r["by"] == by][:10] for by in ("time", "bytes"))
+    lines = [[f"`{r['name'][:60]}`", r["calls"], r["us"], f"{float(r['share']):.0%}"] for r in timed]
+    by_time = page.table([f"of a step, {rows[-1]['size']}, by time", "calls", "us", "share"], lines)
+    lines = [[f"`{r['name']}`", r["calls"], r["mib"], f"{float(r['share']):.0%}", r["gb_s"]] for r in moved]
+    return by_time + "\n\n" + page.table(["by bytes", "calls", "MiB", "share", "GB/s"], lines)
+
+
 TABLES = {
     "glow": ("Glow beside what one would use instead", glow_table),
     "training_speed": ("The trainer's step", training_table),
     "memory": ("Peak memory of forward and backward, weights and gradients aside", memory_table),
     "loader": ("The loader", loader_table),
+    "profile": ("Where the time of a training step goes, and its bytes", profile_table),
+    "modules": ("Layers one by one, time over plain PyTorch's", modules_table),
 }
 
 
