@@ -22,6 +22,7 @@ KEYS = {
     "loader": ("source", "workers", "batch"),
     "memory": ("side", "batch", "hidden", "k", "way"),
     "memory_time": ("side", "batch", "hidden", "k", "way"),
+    "memory_batch": ("side", "hidden", "k", "way", "limit_mib"),
     "modules": OPS,
     "profile": ("size", "by", "name"),
 }
@@ -157,6 +158,16 @@ def memory_table(rows: list[dict]) -> str:
     return page.table(["images", "batch", "hidden", "K", *(f"{way}, MiB" for way in ways)], body)
 
 
+def memory_time_table(rows: list[dict]) -> str:
+    body = [[f"{r['side']}x{r['side']}", *(r[c] for c in ("batch", "hidden", "k", "way", "p50_s", "ratio"))] for r in rows]
+    return page.table(["images", "batch", "hidden", "K", "way", "forward + backward, s", "over stored"], body)
+
+
+def memory_batch_table(rows: list[dict]) -> str:
+    body = [[f"{r['side']}x{r['side']}", *(r[c] for c in ("hidden", "k", "way", "limit_mib", "largest_batch", "peak_mib"))] for r in rows]
+    return page.table(["images", "hidden", "K", "way", "limit, MiB", "largest batch", "peak at it, MiB"], body)
+
+
 def loader_table(rows: list[dict]) -> str:
     return page.table(["source", "workers", "batch", "images/s"], [[r["source"], r["workers"], r["batch"], r["images_s"]] for r in rows])
 
@@ -188,6 +199,8 @@ TABLES = {
     "glow": ("Glow beside what one would use instead", glow_table),
     "training_speed": ("The trainer's step", training_table),
     "memory": ("Peak memory of forward and backward, weights and gradients aside", memory_table),
+    "memory_batch": ("The largest batch that fits", memory_batch_table),
+    "memory_time": ("Time of forward and backward, by how activations come back", memory_time_table),
     "loader": ("The loader", loader_table),
     "profile": ("Where the time of a training step goes, and its bytes", profile_table),
     "modules": ("Layers one by one, time over plain PyTorch's", modules_table),

@@ -454,6 +454,16 @@ def test_the_report_shows_the_newest_row_of_each_case_wins_and_losses_alike(tmp_
     assert (tmp_path / "docs" / "pictures" / "benchmarks_a_gpu.png").stat().st_size > 5000
 
 
+def test_the_report_has_the_largest_batch_for_each_limit_and_the_times_of_the_ways():
+    row = {"side": "32", "hidden": "64", "k": "32", "way": "reversible", "limit_mib": "256", "largest_batch": "99", "peak_mib": "250.25"}
+    time = {"side": "32", "batch": "8", "hidden": "64", "k": "32", "way": "stored", "p50_s": "0.1000", "ratio": "1.000"}
+    about = {"torch": "2.11", "commit": "abc", "date": "2026-01-01"}
+    files = {"memory_batch": [row | about, row | about | {"limit_mib": "512", "largest_batch": "199"}], "memory_time": [time | about]}
+    text = report.section("A CPU", files, None)
+    assert "### The largest batch that fits" in text and "| 32x32 | 64 | 32 | reversible | 512 | 199 | 250.25 |" in text
+    assert "| 32x32 | 8 | 64 | 32 | stored | 0.1000 | 1.000 |" in text and report.KEYS.keys() >= files.keys()
+
+
 def test_the_report_in_the_docs_is_that_of_the_rows(tmp_path):
     committed = harness.ROOT / "docs" / "benchmarks.md"
     shutil.copy(committed, tmp_path)
