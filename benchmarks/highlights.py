@@ -20,8 +20,8 @@ def grown(rows: list[dict]) -> str:
     (side, batch, hidden), ways = max(memory.against("k", rows).items(), key=lambda found: found[0][2])
     mib = {way: memory.growth(points) for way, points in ways.items()}
     others = ", ".join(f"{way} {mib[way]:.2f}" for way in mib if way != "reversible")
-    size = f"hidden {hidden}, batch {batch}, {side}x{side}"
-    return f"A step of flow more at each of three levels ({size}) adds {mib['reversible']:.2f} MiB to the peak of forward and backward ({others})"
+    size, ours = f"hidden {hidden}, batch {batch}, {side}x{side}", mib["reversible"]
+    return f"Reversible backprop: a step of flow more at each of three levels ({size}) adds {ours:.2f} MiB to the peak ({others})"
 
 
 def took(rows: list[dict]) -> str:
@@ -29,7 +29,7 @@ def took(rows: list[dict]) -> str:
     widest = max((row["hidden"] for row in rows), key=int)
     ratio = {row["way"]: float(row["ratio"]) for row in rows if row["hidden"] == widest}
     others = ", ".join(f"{way} {ratio[way]:.2f}" for way in ratio if way not in ("stored", "reversible"))
-    return f"and takes {ratio['reversible']:.2f} times as long as with stored activations ({others})"
+    return f"and forward and backward take {ratio['reversible']:.2f} times as long as with stored activations ({others})"
 
 
 def text(device: str, files: dict[str, list[dict]]) -> str:

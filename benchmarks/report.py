@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots from the rows in results/, a section a device; of rows of one case the newest counts.
+"""docs/benchmarks.md, its plots and README's numbers from the rows in results/, by device; of rows of one case the newest counts.
 
     python -m benchmarks.report
 
@@ -11,7 +11,7 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks import harness, page
+from benchmarks import harness, highlights, page
 from benchmarks.training_speed import COMPILED, IS_DEFAULT, batch_of, model_of
 
 # a row's case, by file: what of its columns says what was measured
@@ -312,13 +312,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
     parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of benchmarks.md and pictures/")
+    parser.add_argument("--readme", type=Path, default=harness.ROOT / "README.md")
     options = parser.parse_args(argv)
-    sections = []
-    for device, files in read(options.results).items():
+    sections, rows = [], read(options.results)
+    for device, files in rows.items():
         pictures = {name: f"pictures/{name}_{slug(device)}.png" for name in PLOTS}
         drawn = {name: path for name, path in pictures.items() if PLOTS[name](device, files, options.docs / path)}
         sections.append(section(device, files, drawn))
     page.write(options.docs / "benchmarks.md", "report", {"sections": "\n\n".join(sections)})
+    measured = [highlights.text(device, files) for device, files in rows.items() if files.keys() & {"glow", "memory"}]
+    page.write(options.readme, "report", {"measured": "\n\n".join(measured)})
     print(f"{options.docs / 'benchmarks.md'}: {len(sections)} device{'s' * (len(sections) != 1)}")
 
 
