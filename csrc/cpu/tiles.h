@@ -1,0 +1,211 @@
+#pragma once
+// How the CPU's ops walk over tensors [N, C, ...]: a tile of some hundred elements at a time, either as planes (a line for
+// each channel, along the positions: NCHW) or as rows (a line for each position, along the channels: channels_last, and
+// vectors). What lies in memory as the tile has it is read and written there; all else, half precision too, passes through
+// buffers of a tile's size, so that the arithmetic sees one layout and one dtype.
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "arguments.h"
+#include "cpu/gemm.h"
+#include "positions.h"
+
+namespace fastflow::cpu {
+
+template <typename F>
+void for_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16());
+    default: return f(torch::headeronly::Half());
+  }
+}
+
+template <typename F>
+void for_accumulator(const Tensor& x, const F& f) { x.scalar_type() == ScalarType::Double ? f(double()) : f(float()); }
+
+inline ScalarType accumulator_of(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+constexpr int64_t TILE = 512;  // elements; a row is never cut, however long
+
+struct Tile {
+  int64_t sample, line, from, lines, length;  // of each line `length` elements, beginning with `from`
+  int64_t count() const { return lines * length; }
+};
+
+// How samples of `channels` channels, of a coupling those transformed, are cut into tiles. Vectors are the positions of one sample.
+struct Grid {
+  int64_t samples, channels, positions;
+  bool vectors, rows;
+  int64_t lines, length, pieces, groups;  // of a sample; a group of lines is a tile, or a piece of a line is
+
+  Grid(const Tensor& x, int64_t channels_, const Tensor& y) : samples(x.size(0)), channels(channels_), positions(1) {
+    for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
+    vectors = positions == 1;
+    if (vectors) std::swap(samples, positions);
+    rows = vectors || (y.stride(1) == 1 && channels > 1);
+    lines = rows ? positions : channels, length = rows ? channels : positions;
+    pieces = rows ? 1 : (length + TILE - 1) / TILE;
+    const int64_t together = length && pieces == 1 ? std::max<int64_t>(1, TILE / length) : 1;
+    groups = length ? (lines + together - 1) / together : 0;
+  }
+  int64_t tiles_of_sample() const { return groups * pieces; }
+  int64_t tiles() const { return samples * tiles_of_sample(); }
+  int64_t capacity() const { return padded(rows ? std::max(TILE, length) : TILE); }
+  Tile operator[](int64_t i) const {
+    const int64_t sample = i / tiles_of_sample(), group = i % tiles_of_sample() / pieces, piece = i % pieces;
+    const int64_t line = lines * group / groups, from = length * piece / pieces;
+    return {sample, line, from, lines * (group + 1) / groups - line, length * (piece + 1) / pieces - from};
+  }
+};
+
+// Some channels of a tensor [N, C, ...] as tiles see them.
+struct Channels {
+  char* data;
+  ScalarType dtype;
+  int64_t sample, line, step;
+
+  Channels(const Tensor& x, int64_t first, int64_t channel_step, const Grid& grid) : dtype(x.scalar_type()) {
+    const int64_t c = x.stride(1) * channel_step, p = grid.vectors ? x.stride(0) : position_stride(x);
+    sample = grid.vectors ? 0 : x.stride(0), line = grid.rows ? p : c, step = grid.rows ? c : p;
+    int64_t bytes = 0;
+    for_dtype(dtype, [&](auto value) { bytes = sizeof(value); });
+    data = static_cast<char*>(x.data_ptr()) + first * x.stride(1) * bytes;
+  }
+  template <typename T>
+  T* at(const Tile& t) const { return reinterpret_cast<T*>(data) + t.sample * sample + t.line * line + t.from * step; }
+
+  // Where a tile lies in memory as it would in a buffer of T, else null.
+  template <typename T>
+  T* in_place(const Tile& t) const {
+    constexpr ScalarType SAME = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+    const bool dense = step == 1 && (t.lines == 1 || line == t.length) && t.count() % 16 == 0;
+    return dense && dtype == SAME ? at<T>(t) : nullptr;
+  }
+};
+
+template <typename To, typename From>
+void copy_line(To* to, int64_t to_step, const From* from, int64_t from_step, int64_t count) {
+  int64_t i = 0;
+  if (to_step == 1 && from_step == 1) {
+    if constexpr (std::is_same_v<To, From>) {
+      // by fours, the last of which may overlap its neighbour: most lines are too short for a call
+      if (count >= 4) std::memcpy(to + count - 4, from + count - 4, 4 * sizeof(To));
+      for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(To));
+      if (count >= 4) return;
+    }
+    for (; i < count; ++i) to[i] = static_cast<To>(from[i]);
+  } else {
+    for (; i < count; ++i) to[i * to_step] = static_cast<To>(from[i * from_step]);
+  }
+}
+
+template <typename To, typename From>
+void copy_lines(To* to, int64_t to_line, int64_t to_step, const From* from, int64_t from_line, int64_t from_step, const Tile& t) {
+  int64_t lines = t.lines, length = t.length;
+  if (length < 4 && length < lines) std::swap(lines, length), std::swap(to_line, to_step), std::swap(from_line, from_step);
+  for (int64_t l = 0; l < lines; ++l) copy_line(to + l * to_line, to_step, from + l * from_line, from_step, length);
+}
+
+// A thread's buffers, one after the other.
+template <typename T>
+class Buffers {
+ public:
+  Buffers(int64_t count, const Grid& grid) : size_(grid.capacity()), memory_(count * size_), next_(memory_.get()) {
+    std::fill_n(next_, count * size_, T(0));  // vectors read beyond what a tile fills
+  }
+  T* next() { return (next_ += size_) - size_; }
+
+ private:
+  const int64_t size_;
+  Buffer<T> memory_;
+  T* next_;
+};
+
+// An operand, or a result, of the arithmetic.
+template <typename acc>
+class Operand {
+ public:
+  Operand(const Channels& channels, Buffers<acc>& buffers) : channels_(channels), buffer_(buffers.next()) {}
+  const acc* load(const Tile& t) const {
+    if (const acc* there = channels_.in_place<acc>(t)) return there;
+    for_dtype(channels_.dtype, [&](auto value) {
+      copy_lines(buffer_, t.length, 1, channels_.at<decltype(value)>(t), channels_.line, channels_.step, t);
+    });
+    return buffer_;
+  }
+  acc* room(const Tile& t) const {
+    acc* there = channels_.in_place<acc>(t);
+    return there ? there : buffer_;
+  }
+  void store(const Tile& t) const {
+    if (channels_.in_place<acc>(t)) return;
+    for_dtype(channels_.dtype, [&](auto value) {
+      copy_lines(channels_.at<decltype(value)>(t), channels_.line, channels_.step, buffer_, t.length, 1, t);
+    });
+  }
+
+ private:
+  const Channels& channels_;
+  acc* const buffer_;
+};
+
+// Values for each channel or for each position, spread over a tile; null where there are none.
+template <typename T>
+class Spread {
+ public:
+  Spread(const T* values, bool along_lines, Buffers<T>& buffers)
+      : values_(values), along_(along_lines), buffer_(values ? buffers.next() : nullptr) {}
+  const T* operator()(const Tile& t) {
+    if (!values_) return nullptr;
+    const bool there = along_ && t.lines <= last_.lines && t.from == last_.from && t.length == last_.length;  // as of all rows
+    for (int64_t l = 0; !there && l < t.lines; ++l) {
+      T* to = buffer_ + l * t.length;
+      if (along_) copy_line(to, 1, values_ + t.from, 1, t.length);
+      else std::fill_n(to, t.length, values_[t.line + l]);
+    }
+    if (!there) last_ = t;
+    return buffer_;
+  }
+
+ private:
+  const T* values_;
+  const bool along_;
+  T* const buffer_;
+  Tile last_{};
+};
+
+template <typename T>
+Buffer<T> values_of(const Tensor& v) {
+  Buffer<T> values(v.numel());
+  for_dtype(v.scalar_type(), [&](auto value) {
+    const auto* from = static_cast<const decltype(value)*>(v.const_data_ptr());
+    copy_line(values.get(), 1, from, v.stride(0), v.numel());
+  });
+  return values;
+}
+
+template <typename To>
+void write(const Tensor& v, const double* from) {
+  copy_line(static_cast<To*>(v.mutable_data_ptr()), 1, from, 1, v.numel());
+}
+
+template <typename T>
+double sum(const T* v, int64_t count) {
+  double parts[8] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int64_t j = 0; j < 8; ++j) parts[j] += v[i + j];
+  for (; i < count; ++i) total += v[i];
+  for (double part : parts) total += part;
+  return total;
+}
+
+}  // namespace fastflow::cpu
