@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
 
 #include "arguments.h"
@@ -40,11 +41,14 @@ struct Tile {
   int64_t count() const { return lines * length; }
 };
 
-// How samples of `channels` channels, of a coupling those transformed, are cut into tiles. Vectors are the positions of one sample.
+// How samples of `channels` channels, of a coupling those transformed, are cut into tiles. Vectors are the positions of one
+// sample. A tile ends where a vector of every width does, if its lines let it: what does not is copied.
 struct Grid {
   int64_t samples, channels, positions;
   bool vectors, rows;
-  int64_t lines, length, pieces, groups;  // of a sample; a group of lines is a tile, or a piece of a line is
+  int64_t lines, length;            // of a sample
+  int64_t together, piece;          // lines of a tile, and elements of a line in it
+  int64_t groups, pieces;           // so many of those lines and pieces
 
   Grid(const Tensor& x, int64_t channels_, const Tensor& y) : samples(x.size(0)), channels(channels_), positions(1) {
     for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
@@ -53,16 +57,18 @@ struct Grid {
     rows = vectors || (y.stride(1) == 1 && channels > 1);
     lines = rows ? positions : channels, length = rows ? channels : positions;
     pieces = rows ? 1 : (length + TILE - 1) / TILE;
-    const int64_t together = length && pieces == 1 ? std::max<int64_t>(1, TILE / length) : 1;
+    piece = pieces > 1 ? padded((length + pieces - 1) / pieces) : length;
+    together = length && pieces == 1 ? std::max<int64_t>(1, TILE / length) : 1;
+    const int64_t whole = 16 / std::gcd<int64_t>(length, 16);  // lines that fill vectors
+    if (together > whole) together -= together % whole;
     groups = length ? (lines + together - 1) / together : 0;
   }
   int64_t tiles_of_sample() const { return groups * pieces; }
   int64_t tiles() const { return samples * tiles_of_sample(); }
   int64_t capacity() const { return padded(rows ? std::max(TILE, length) : TILE); }
   Tile operator[](int64_t i) const {
-    const int64_t sample = i / tiles_of_sample(), group = i % tiles_of_sample() / pieces, piece = i % pieces;
-    const int64_t line = lines * group / groups, from = length * piece / pieces;
-    return {sample, line, from, lines * (group + 1) / groups - line, length * (piece + 1) / pieces - from};
+    const int64_t sample = i / tiles_of_sample(), line = i % tiles_of_sample() / pieces * together, from = i % pieces * piece;
+    return {sample, line, from, std::min(together, lines - line), std::min(piece, length - from)};
   }
 };
 
