@@ -156,6 +156,30 @@ inline void check_affine_coupling_backward(const char* op, const char* name, con
   check_floating(op, "dlog_det", dlog_det);
 }
 
+// A mean or log scale: one for each element of z, or for each channel.
+inline void check_term(const char* op, const char* name, const std::optional<Tensor>& v, const Tensor& z) {
+  if (!v) return;
+  check_floating(op, name, *v);
+  STD_TORCH_CHECK(same_shape(*v, z) || (v->dim() == 1 && v->size(0) == z.size(1)), op, ": ", name, " has shape ", shape(*v),
+                  ", expected z's, ", shape(z), ", or [", z.size(1), "], one for each channel");
+}
+
+inline void check_gaussian_log_prob(const char* op, const Tensor& z, const std::optional<Tensor>& mean,
+                                    const std::optional<Tensor>& log_scale) {
+  STD_TORCH_CHECK(z.dim() >= 2, op, ": z has shape ", shape(z), ", expected [N, C, ...]");
+  check_floating(op, "z", z);
+  check_term(op, "mean", mean, z);
+  check_term(op, "log_scale", log_scale, z);
+}
+
+inline void check_gaussian_log_prob_backward(const char* op, const Tensor& z, const std::optional<Tensor>& mean,
+                                             const std::optional<Tensor>& log_scale, const Tensor& dlog_prob) {
+  check_gaussian_log_prob(op, z, mean, log_scale);
+  STD_TORCH_CHECK(dlog_prob.dim() == 1 && dlog_prob.size(0) == z.size(0), op, ": dlog_prob has shape ", shape(dlog_prob),
+                  ", expected [", z.size(0), "]");
+  check_floating(op, "dlog_prob", dlog_prob);
+}
+
 inline void check_lu(const char* op, const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
                      const Tensor& sign_s) {
   STD_TORCH_CHECK(lower.dim() == 3 && lower.size(1) == lower.size(2) && lower.size(1) <= MAX_CHANNELS, op,

@@ -22,6 +22,8 @@ constexpr const char* CPU_SCHEMAS[] = {
     ", bool inverse) -> (Tensor, Tensor, Tensor)",
     "affine_coupling_inverse_backward(Tensor y, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, " FASTFLOW_VARIANT
     ") -> (Tensor, Tensor, Tensor, Tensor)",
+    "gaussian_log_prob(Tensor z, Tensor? mean, Tensor? log_scale) -> Tensor",
+    "gaussian_log_prob_backward(Tensor z, Tensor? mean, Tensor? log_scale, Tensor dlog_prob) -> (Tensor, Tensor, Tensor)",
     "uniform_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
     "normal_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
 };

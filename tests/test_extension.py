@@ -72,6 +72,13 @@ CPU_ERRORS = [
     ("affine_coupling_backward", (H, H, None, H, V, *VARIANT, False), "dlog_det has shape [2, 3], expected [2]"),
     ("affine_coupling_inverse_backward", (X, H, None, X, DL, *VARIANT), "y has shape [2, 3, 4, 4], expected [N, C, ...] with an even C"),
     ("affine_coupling_inverse_backward", (H, H, None, X, DL, *VARIANT), "dy has shape [2, 3, 4, 4], expected y's, [2, 4, 4, 4]"),
+    ("gaussian_log_prob", (F, None, None), "z has shape [2], expected [N, C, ...]"),
+    ("gaussian_log_prob", (X.int(), None, None), "z has dtype Int, expected Float, Double, BFloat16 or Half"),
+    ("gaussian_log_prob", (X, X[:1], None), "mean has shape [1, 3, 4, 4], expected z's, [2, 3, 4, 4], or [3], one for each channel"),
+    ("gaussian_log_prob", (X, None, F), "log_scale has shape [2], expected z's, [2, 3, 4, 4], or [3], one for each channel"),
+    ("gaussian_log_prob", (X, None, X.int()), "log_scale has dtype Int, expected Float, Double, BFloat16 or Half"),
+    ("gaussian_log_prob_backward", (X, X[:1], None, DL), "mean has shape [1, 3, 4, 4], expected z's, [2, 3, 4, 4], or [3], one for "),
+    ("gaussian_log_prob_backward", (X, None, None, V), "dlog_prob has shape [2, 3], expected [2]"),
     ("uniform_noise", (2, 3, DL, 0, False), "seed has dtype Float and shape [2], expected Long without dimensions"),
     ("normal_noise", (2, 3, PERM, 0, True), "seed has dtype Long and shape [2, 3], expected Long without dimensions"),
 ]
@@ -128,6 +135,10 @@ def runs():
             *C.affine_coupling_inverse_backward(*given),
         )
 
+    def log_prob(z, *terms):
+        """The Gaussian's, and its gradients."""
+        return C.gaussian_log_prob(z, *terms), *C.gaussian_log_prob_backward(z, *terms, dlog_det if len(z) == 64 else vectors[4])
+
     seed = torch.tensor(5)
     return {
         "uniform_noise": lambda: (C.uniform_noise(9, 3001, seed, 2**40, False), C.uniform_noise(3001, 9, seed, 0, True)),
@@ -147,6 +158,12 @@ def runs():
             *C.affine_coupling(x, h[:, :6], None, "halves", True, "none", *coupling[3:], False),
             *C.affine_coupling_backward(x, h[:, :6], None, dy, dlog_det, "halves", True, "none", *coupling[3:], False),
         ),
+        "gaussian_log_prob": lambda: log_prob(x, None, None),
+        "gaussian_log_prob of elements": lambda: log_prob(x, h, dy),
+        "gaussian_log_prob of rows": lambda: log_prob(*(v.to(memory_format=rows) for v in (x, h, dy))),
+        "gaussian_log_prob of channels": lambda: log_prob(x, full, factor.repeat(2)),
+        "gaussian_log_prob of rows' channels": lambda: log_prob(x.bfloat16().to(memory_format=rows), full, factor.repeat(2)),
+        "gaussian_log_prob of vectors": lambda: log_prob(vectors[0], vectors[3], factor),
         "conv1x1": lambda: (C.conv1x1(x, weight, dy[0, :, 0, 0]),),
         "conv1x1_backward": lambda: C.conv1x1_backward(x, weight, dy),
         "conv1x1_backward of rows": lambda: C.conv1x1_backward(x.to(memory_format=rows), weight, dy.to(memory_format=rows)),

@@ -82,9 +82,6 @@ struct Given {
   }
 };
 
-template <typename T>
-const T* pointer(const std::optional<Buffer<T>>& v) { return v ? v->get() : nullptr; }
-
 template <typename acc>
 void forward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& factor_, const Variant& variant, const Grid& grid,
              const Tensor& y_, const Tensor& log_det) {

@@ -9,10 +9,13 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 
 #include "arguments.h"
+#include "clones.h"
 #include "cpu/gemm.h"
+#include "cpu/sums.h"
 #include "positions.h"
 
 namespace fastflow::cpu {
@@ -204,6 +207,62 @@ void write(const Tensor& v, const double* from) {
 }
 
 template <typename T>
+const T* pointer(const std::optional<Buffer<T>>& v) { return v ? v->get() : nullptr; }
+
+// What arithmetic that runs along lines (Lines) reads beside them.
+template <typename T>
+struct Values {
+  const T* data;      // null: there are none
+  bool each;          // a value for each element, else one for a line,
+  int64_t line_step;  // from which the next line's is so far: 0 where all have the same
+};
+
+// A tile for arithmetic by whole vectors: line by line where each is made of whole ones, else all of it as one line.
+struct Lines {
+  int64_t count, length;
+  Lines(const Grid& grid, const Tile& t) : count(fits(grid, t) ? t.lines : 1), length(t.count() / count) {}
+  static bool fits(const Grid& grid, const Tile& t) { return !grid.rows && t.length % 16 == 0; }
+};
+
+// The vector of values that begins at element i of the tile, which is in line l.
+template <typename M, typename T>
+FASTFLOW_INLINE typename M::V at(const Values<T>& v, int64_t l, int64_t i) {
+  return v.each ? M::load(v.data + i) : M::all(v.data[l * v.line_step]);
+}
+
+// A value for each channel.
+template <typename T>
+class OfChannels {
+ public:
+  OfChannels(const T* values, const Grid& grid, Buffers<T>& buffers) : values_(values), grid_(grid), spread_(values, grid.rows, buffers) {}
+  Values<T> operator()(const Tile& t) {
+    if (values_ && Lines::fits(grid_, t)) return {values_ + t.line, false, 1};
+    return {spread_(t), true, 0};
+  }
+
+ private:
+  const T* const values_;
+  const Grid& grid_;
+  Spread<T> spread_;
+};
+
+// A value for each sample.
+template <typename T>
+class OfSamples {
+ public:
+  OfSamples(const T* values, const Grid& grid, Buffers<T>& buffers) : values_(values), grid_(grid), spread_(values, false, buffers) {}
+  Values<T> operator()(const Tile& t) {
+    if (grid_.vectors) return {spread_(t), true, 0};
+    return {values_ + t.sample, false, 0};
+  }
+
+ private:
+  const T* const values_;
+  const Grid& grid_;
+  Spread<T> spread_;
+};
+
+template <typename T>
 double sum(const T* v, int64_t count) {
   double parts[8] = {}, total = 0;
   int64_t i = 0;
@@ -212,6 +271,46 @@ double sum(const T* v, int64_t count) {
   for (; i < count; ++i) total += v[i];
   for (double part : parts) total += part;
   return total;
+}
+
+// Tiles whose sums one thread makes in order; those of all slots are then added in order. How many there are and which tiles
+// they take depends on the shape alone, not on the number of threads.
+struct Slots {
+  static constexpr int64_t MOST = 32, TILES = 16;  // so many slots at most, of so many tiles at least
+
+  int64_t tiles, count;
+  explicit Slots(const Grid& grid) : tiles(grid.tiles()), count(tiles ? std::clamp<int64_t>(tiles / TILES, 1, MOST) : 0) {}
+  int64_t first(int64_t slot) const { return tiles * slot / count; }
+  int64_t grain(int64_t grain_in_tiles) const { return tiles ? std::max<int64_t>(1, grain_in_tiles * count / tiles) : 1; }
+};
+
+// A sum for each channel over the tiles of a slot.
+template <typename T>
+class ChannelSums {
+ public:
+  explicit ChannelSums(const Grid& grid) : grid_(grid), size_(grid.rows ? grid.together * grid.length : grid.channels), sums_(size_) {}
+  void clear() { std::fill_n(sums_.get(), size_, 0.); }
+  void add(const T* values, const Tile& t) {
+    // of rows a sum for each element of a tile, which begins with a row: so vectors run along them, of however few channels
+    if (grid_.rows) add_each({t.lines, t.length, values, sums_.get()});
+    else add_lines({t.lines, t.length, values, sums_.get() + t.line});
+  }
+  void take(double* to) const {
+    std::copy_n(sums_.get(), grid_.channels, to);
+    for (int64_t i = grid_.channels; i < size_; i += grid_.channels)
+      for (int64_t k = 0; k < grid_.channels; ++k) to[k] += sums_.get()[i + k];
+  }
+
+ private:
+  const Grid& grid_;
+  const int64_t size_;
+  Buffer<double> sums_;
+};
+
+// The sums of each slot, [slots, size], added to those of the first.
+inline void add_slots(double* sums, int64_t slots, int64_t size) {
+  for (int64_t slot = 1; slot < slots; ++slot)
+    for (int64_t k = 0; k < size; ++k) sums[k] += sums[slot * size + k];
 }
 
 }  // namespace fastflow::cpu

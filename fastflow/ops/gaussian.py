@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops.library import register, with_kernel
+from fastflow.ops.library import register, with_cpu, with_kernel
 from fastflow.ops.noise import as_seed, drawn_normal
 
 
@@ -65,14 +65,14 @@ _sample = functools.wraps(reference.gaussian_sample)(functools.partial(reference
 register(
     "gaussian_log_prob",
     "(Tensor z, Tensor? mean, Tensor? log_scale) -> Tensor",
-    with_kernel(reference.gaussian_log_prob, "gaussian"),
+    with_kernel(with_cpu(reference.gaussian_log_prob), "gaussian"),
     _fake,
     GaussianLogProbFunction,
 )
 register(
     "gaussian_log_prob_backward",
     "(Tensor z, Tensor? mean, Tensor? log_scale, Tensor dlog_prob) -> (Tensor, Tensor, Tensor)",
-    with_kernel(reference.gaussian_log_prob_backward, "gaussian"),
+    with_kernel(with_cpu(reference.gaussian_log_prob_backward), "gaussian"),
     _fake_backward,
 )
 register(
