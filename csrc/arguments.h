@@ -180,6 +180,29 @@ inline void check_gaussian_log_prob_backward(const char* op, const Tensor& z, co
   check_floating(op, "dlog_prob", dlog_prob);
 }
 
+// x, named `name`.
+inline void check_actnorm(const char* op, const char* name, const Tensor& x, const Tensor& log_scale, const Tensor& bias) {
+  STD_TORCH_CHECK(x.dim() >= 2, op, ": ", name, " has shape ", shape(x), ", expected [N, C, ...]");
+  check_floating(op, name, x);
+  const auto check_channels = [&](const char* parameter, const Tensor& v) {
+    check_floating(op, parameter, v);
+    STD_TORCH_CHECK(v.dim() == 1 && v.size(0) == x.size(1), op, ": ", parameter, " has shape ", shape(v), ", expected [", x.size(1),
+                    "], one for each channel of ", name);
+  };
+  check_channels("log_scale", log_scale);
+  check_channels("bias", bias);
+}
+
+inline void check_actnorm_backward(const char* op, const char* name, const Tensor& x, const Tensor& log_scale, const Tensor& bias,
+                                   const Tensor& dy, const Tensor& dlog_det) {
+  check_actnorm(op, name, x, log_scale, bias);
+  STD_TORCH_CHECK(same_shape(dy, x), op, ": dy has shape ", shape(dy), ", expected ", name, "'s, ", shape(x));
+  check_floating(op, "dy", dy);
+  STD_TORCH_CHECK(dlog_det.dim() == 1 && dlog_det.size(0) == x.size(0), op, ": dlog_det has shape ", shape(dlog_det), ", expected [",
+                  x.size(0), "]");
+  check_floating(op, "dlog_det", dlog_det);
+}
+
 inline void check_lu(const char* op, const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
                      const Tensor& sign_s) {
   STD_TORCH_CHECK(lower.dim() == 3 && lower.size(1) == lower.size(2) && lower.size(1) <= MAX_CHANNELS, op,

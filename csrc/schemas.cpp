@@ -17,6 +17,11 @@ constexpr const char* SCHEMAS[] = {
 // On a GPU these are Triton's, so there is no CUDA kernel to emulate.
 #define FASTFLOW_VARIANT "str mask, bool flip, str scale, str order, str h_order"
 constexpr const char* CPU_SCHEMAS[] = {
+    "actnorm(Tensor x, Tensor log_scale, Tensor bias, bool inverse) -> (Tensor, Tensor)",
+    "actnorm_backward(Tensor x, Tensor log_scale, Tensor bias, Tensor dy, Tensor dlog_det, bool inverse) -> (Tensor, Tensor, Tensor)",
+    "actnorm_inverse_backward(Tensor y, Tensor log_scale, Tensor bias, Tensor dy, Tensor dlog_det) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    "actnorm_statistics(Tensor x) -> (Tensor, Tensor)",
     "affine_coupling(Tensor x, Tensor h, Tensor? factor, " FASTFLOW_VARIANT ", bool inverse) -> (Tensor, Tensor)",
     "affine_coupling_backward(Tensor x, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, " FASTFLOW_VARIANT
     ", bool inverse) -> (Tensor, Tensor, Tensor)",

@@ -72,6 +72,17 @@ CPU_ERRORS = [
     ("affine_coupling_backward", (H, H, None, H, V, *VARIANT, False), "dlog_det has shape [2, 3], expected [2]"),
     ("affine_coupling_inverse_backward", (X, H, None, X, DL, *VARIANT), "y has shape [2, 3, 4, 4], expected [N, C, ...] with an even C"),
     ("affine_coupling_inverse_backward", (H, H, None, X, DL, *VARIANT), "dy has shape [2, 3, 4, 4], expected y's, [2, 4, 4, 4]"),
+    ("actnorm", (F, F, F, False), "x has shape [2], expected [N, C, ...]"),
+    ("actnorm", (X.int(), F, F, False), "x has dtype Int, expected Float, Double, BFloat16 or Half"),
+    ("actnorm", (X, F, torch.zeros(3), False), "log_scale has shape [2], expected [3], one for each channel of x"),
+    ("actnorm", (X, torch.zeros(3), V, True), "bias has shape [2, 3], expected [3], one for each channel of x"),
+    ("actnorm", (X, torch.zeros(3), V.int(), True), "bias has dtype Int, expected Float, Double, BFloat16 or Half"),
+    ("actnorm_backward", (X, V[0], V[0], H, DL, False), "dy has shape [2, 4, 4, 4], expected x's, [2, 3, 4, 4]"),
+    ("actnorm_backward", (X, V[0], V[0], X, V, False), "dlog_det has shape [2, 3], expected [2]"),
+    ("actnorm_inverse_backward", (X, F, V[0], X, DL), "log_scale has shape [2], expected [3], one for each channel of y"),
+    ("actnorm_inverse_backward", (X, V[0], V[0], H, DL), "dy has shape [2, 4, 4, 4], expected y's, [2, 3, 4, 4]"),
+    ("actnorm_statistics", (F,), "x has shape [2], expected [N, C, ...]"),
+    ("actnorm_statistics", (X.int(),), "x has dtype Int, expected Float, Double, BFloat16 or Half"),
     ("gaussian_log_prob", (F, None, None), "z has shape [2], expected [N, C, ...]"),
     ("gaussian_log_prob", (X.int(), None, None), "z has dtype Int, expected Float, Double, BFloat16 or Half"),
     ("gaussian_log_prob", (X, X[:1], None), "mean has shape [1, 3, 4, 4], expected z's, [2, 3, 4, 4], or [3], one for each channel"),
@@ -135,6 +146,16 @@ def runs():
             *C.affine_coupling_inverse_backward(*given),
         )
 
+    def normalized(x, dy, dlog_det=dlog_det):
+        """ActNorm's four ops."""
+        log_scale, bias = x[0, :, 0, 0].float() / 4, dy[0, :, 0, 0].float()
+        return (
+            *C.actnorm(x, log_scale, bias, False),
+            *C.actnorm_backward(x, log_scale, bias, dy, dlog_det, True),
+            *C.actnorm_inverse_backward(x, log_scale, bias, dy, dlog_det),
+            *C.actnorm_statistics(x),
+        )
+
     def log_prob(z, *terms):
         """The Gaussian's, and its gradients."""
         return C.gaussian_log_prob(z, *terms), *C.gaussian_log_prob_backward(z, *terms, dlog_det if len(z) == 64 else vectors[4])
@@ -143,6 +164,10 @@ def runs():
     return {
         "uniform_noise": lambda: (C.uniform_noise(9, 3001, seed, 2**40, False), C.uniform_noise(3001, 9, seed, 0, True)),
         "normal_noise": lambda: (C.normal_noise(9, 3001, seed, 2**40, False), C.normal_noise(3001, 9, seed, 0, True)),
+        "actnorm": lambda: normalized(x, dy),
+        "actnorm of rows": lambda: normalized(*(v.to(memory_format=rows) for v in (x, dy))),
+        "actnorm of bfloat16": lambda: normalized(*(v.bfloat16().to(memory_format=rows) for v in (x, dy))),
+        "actnorm of vectors": lambda: normalized(vectors[0][..., None, None], vectors[3][..., None, None], vectors[4]),
         "affine_coupling": lambda: coupled(torch.contiguous_format),
         "affine_coupling of rows": lambda: coupled(rows),
         "affine_coupling of bfloat16": lambda: coupled(rows, torch.bfloat16),

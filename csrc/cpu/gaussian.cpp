@@ -217,7 +217,7 @@ class GradientOfTile {
   void clear() {
     if (sums_) sums_->clear();
   }
-  void take(double* to) const {
+  void take(double* to) {
     if (sums_) sums_->take(to);
     else std::fill_n(to, channels_, 0.);
   }

@@ -49,12 +49,69 @@ FASTFLOW_INLINE void add_lines_of(const Sum<T>& s) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void add_each_of(const Sum<T>& s) {
+FASTFLOW_INLINE void add_each_of(const Sum<T>& given) {
+  const Sum<T> s = given;  // a store may change what is given by reference, as far as the compiler knows
   using M = Lanes<double, BYTES>;
   const int64_t count = s.lines * s.length;
   int64_t i = 0;
   for (; i + M::COUNT <= count; i += M::COUNT) M::store(s.sums + i, M::load(s.sums + i) + load_doubles<BYTES>(s.values + i));
   for (; i < count; ++i) s.sums[i] += s.values[i];
+}
+
+template <int BYTES, typename T>
+FASTFLOW_INLINE void add_of(const Addition<T>& given) {
+  const Addition<T> a = given;
+  using M = Lanes<T, BYTES>;
+  int64_t i = 0;
+  for (; i + M::COUNT <= a.count; i += M::COUNT) M::store(a.sums + i, M::load(a.sums + i) + M::load(a.values + i));
+  for (; i < a.count; ++i) a.sums[i] += a.values[i];
+}
+
+template <int BYTES, typename T>
+FASTFLOW_INLINE void add_deviations_of_lines_of(const DeviationSum<T>& s) {
+  using M = Lanes<double, BYTES>;
+  using V = typename M::V;
+  for (int64_t l = 0; l < s.lines; ++l) {
+    const T* line = s.values + l * s.length;
+    const double pivot = s.pivots[l];
+    double sum = 0, square = 0;
+    V sums[2] = {}, squares[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * M::COUNT <= s.length; i += 2 * M::COUNT)
+      for (int64_t j = 0; j < 2; ++j) {
+        const V d = load_doubles<BYTES>(line + i + j * M::COUNT) - pivot;
+        sums[j] += d;
+        squares[j] += d * d;
+      }
+    for (; i < s.length; ++i) {
+      const double d = line[i] - pivot;
+      sum += d;
+      square += d * d;
+    }
+    sums[0] += sums[1];
+    squares[0] += squares[1];
+    for (int64_t j = 0; j < M::COUNT; ++j) sum += sums[0][j], square += squares[0][j];
+    s.sums[l] += sum;
+    s.squares[l] += square;
+  }
+}
+
+template <int BYTES, typename T>
+FASTFLOW_INLINE void add_deviations_of_each_of(const DeviationSum<T>& given) {
+  const DeviationSum<T> s = given;
+  using M = Lanes<double, BYTES>;
+  const int64_t count = s.lines * s.length;
+  int64_t i = 0;
+  for (; i + M::COUNT <= count; i += M::COUNT) {
+    const typename M::V d = load_doubles<BYTES>(s.values + i) - M::load(s.pivots + i);
+    M::store(s.sums + i, M::load(s.sums + i) + d);
+    M::store(s.squares + i, M::load(s.squares + i) + d * d);
+  }
+  for (; i < count; ++i) {
+    const double d = s.values[i] - s.pivots[i];
+    s.sums[i] += d;
+    s.squares[i] += d * d;
+  }
 }
 
 }  // namespace
@@ -63,5 +120,11 @@ FASTFLOW_CLONES(add_lines, Sum<float>, add_lines_of)
 FASTFLOW_CLONES(add_lines, Sum<double>, add_lines_of)
 FASTFLOW_CLONES(add_each, Sum<float>, add_each_of)
 FASTFLOW_CLONES(add_each, Sum<double>, add_each_of)
+FASTFLOW_CLONES(add, Addition<float>, add_of)
+FASTFLOW_CLONES(add, Addition<double>, add_of)
+FASTFLOW_CLONES(add_deviations_of_lines, DeviationSum<float>, add_deviations_of_lines_of)
+FASTFLOW_CLONES(add_deviations_of_lines, DeviationSum<double>, add_deviations_of_lines_of)
+FASTFLOW_CLONES(add_deviations_of_each, DeviationSum<float>, add_deviations_of_each_of)
+FASTFLOW_CLONES(add_deviations_of_each, DeviationSum<double>, add_deviations_of_each_of)
 
 }  // namespace fastflow::cpu

@@ -276,7 +276,7 @@ double sum(const T* v, int64_t count) {
 // Tiles whose sums one thread makes in order; those of all slots are then added in order. How many there are and which tiles
 // they take depends on the shape alone, not on the number of threads.
 struct Slots {
-  static constexpr int64_t MOST = 32, TILES = 16;  // so many slots at most, of so many tiles at least
+  static constexpr int64_t MOST = 32, TILES = 32;  // so many slots at most, of so many tiles at least
 
   int64_t tiles, count;
   explicit Slots(const Grid& grid) : tiles(grid.tiles()), count(tiles ? std::clamp<int64_t>(tiles / TILES, 1, MOST) : 0) {}
@@ -288,23 +288,44 @@ struct Slots {
 template <typename T>
 class ChannelSums {
  public:
-  explicit ChannelSums(const Grid& grid) : grid_(grid), size_(grid.rows ? grid.together * grid.length : grid.channels), sums_(size_) {}
-  void clear() { std::fill_n(sums_.get(), size_, 0.); }
-  void add(const T* values, const Tile& t) {
-    // of rows a sum for each element of a tile, which begins with a row: so vectors run along them, of however few channels
-    if (grid_.rows) add_each({t.lines, t.length, values, sums_.get()});
-    else add_lines({t.lines, t.length, values, sums_.get() + t.line});
+  explicit ChannelSums(const Grid& grid)
+      : grid_(grid), size_(grid.rows ? grid.together * grid.length : grid.channels), sums_(size_), few_(grid.rows ? size_ : 0) {}
+  void clear() {
+    std::fill_n(sums_.get(), size_, 0.);
+    clear_few();
   }
-  void take(double* to) const {
+  void add(const T* values, const Tile& t) {
+    if (!grid_.rows) return add_lines({t.lines, t.length, values, sums_.get() + t.line});
+    // of rows a sum for each element of a tile, which begins with a row: so vectors run along them, of however few channels
+    cpu::add(Addition<T>{t.count(), values, few_.get()});
+    if (++added_ == FEW) take_few();
+  }
+  void take(double* to) {
+    if (added_) take_few();
+    for (int64_t lines = grid_.rows ? grid_.together : 1, half; lines > 1; lines -= half) {
+      half = lines / 2;
+      cpu::add(Addition<double>{half * grid_.channels, sums_.get() + (lines - half) * grid_.channels, sums_.get()});
+    }
     std::copy_n(sums_.get(), grid_.channels, to);
-    for (int64_t i = grid_.channels; i < size_; i += grid_.channels)
-      for (int64_t k = 0; k < grid_.channels; ++k) to[k] += sums_.get()[i + k];
   }
 
  private:
+  static constexpr int64_t FEW = 8;  // additions without float64, as add_lines has them
+
+  void take_few() {
+    add_each({1, size_, few_.get(), sums_.get()});
+    clear_few();
+  }
+  void clear_few() {
+    if (grid_.rows) std::fill_n(few_.get(), size_, T(0));
+    added_ = 0;
+  }
+
   const Grid& grid_;
   const int64_t size_;
-  Buffer<double> sums_;
+  const Buffer<double> sums_;
+  const Buffer<T> few_;
+  int64_t added_ = 0;
 };
 
 // The sums of each slot, [slots, size], added to those of the first.

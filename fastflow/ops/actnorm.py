@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops.library import register, with_kernel
+from fastflow.ops.library import register, with_cpu, with_kernel
 
 
 def _fake(x, log_scale, bias, inverse):
@@ -41,23 +41,25 @@ class ActNormFunction(torch.autograd.Function):
 register(
     "actnorm",
     "(Tensor x, Tensor log_scale, Tensor bias, bool inverse) -> (Tensor, Tensor)",
-    with_kernel(reference.actnorm, "actnorm"),
+    with_kernel(with_cpu(reference.actnorm), "actnorm"),
     _fake,
     ActNormFunction,
 )
 register(
     "actnorm_backward",
     "(Tensor x, Tensor log_scale, Tensor bias, Tensor dy, Tensor dlog_det, bool inverse) -> (Tensor, Tensor, Tensor)",
-    with_kernel(reference.actnorm_backward, "actnorm"),
+    with_kernel(with_cpu(reference.actnorm_backward), "actnorm"),
     _fake_backward,
 )
 register(
     "actnorm_inverse_backward",
     "(Tensor y, Tensor log_scale, Tensor bias, Tensor dy, Tensor dlog_det) -> (Tensor, Tensor, Tensor, Tensor)",
-    with_kernel(reference.actnorm_inverse_backward, "actnorm"),
+    with_kernel(with_cpu(reference.actnorm_inverse_backward), "actnorm"),
     _fake_inverse_backward,
 )
-register("actnorm_statistics", "(Tensor x) -> (Tensor, Tensor)", with_kernel(reference.actnorm_statistics, "actnorm"), _fake_statistics)
+register(
+    "actnorm_statistics", "(Tensor x) -> (Tensor, Tensor)", with_kernel(with_cpu(reference.actnorm_statistics), "actnorm"), _fake_statistics
+)
 
 
 def _check(argument: str, x: Tensor, log_scale: Tensor, bias: Tensor) -> None:
