@@ -173,14 +173,17 @@ void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_, const std
                  const Tensor& log_prob) {
   const Channels z(z_, 0, 1, grid);
   const Terms<acc> terms(mean_, log_scale_, grid);
-  const int64_t tiles = grid.tiles(), samples = log_prob.numel(), slots = grid.vectors ? samples : tiles;
-  const Buffer<double> sums(slots);
-  if (grid.vectors) std::fill_n(sums.get(), slots, 0.);
+  const double positions = grid.vectors ? 1 : grid.positions, rest = positions * (grid.channels * LOG_2PI / 2 + terms.sum_of_channels);
+  const auto from_sum = [&](double sum) { return static_cast<acc>(-sum / 2 - rest); };
+  const int64_t tiles = grid.tiles();
+  const Buffer<double> sums(grid.vectors ? 0 : tiles);
+  acc* log_prob_ptr = log_prob.mutable_data_ptr<acc>();
   torch::stable::parallel_for(0, tiles, GRAIN, [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(6, grid);
     const Operand<acc> v(z, buffers);
     TermOfTile<acc> mean(terms.mean, grid, buffers), log_scale(terms.log_scale, grid, buffers);
     acc* of_elements = buffers.next();
+    const Buffer<double> of_lines(grid.together);
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = grid[i];
       const Density<acc> d{{grid, tile}, v.load(tile), mean(tile), log_scale.channel(tile), log_scale.each(tile)};
@@ -189,14 +192,16 @@ void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_, const std
         continue;
       }
       density_terms(DensityTerms<acc>{d, of_elements});
-      add_lines({tile.lines, tile.length, of_elements, sums.get() + tile.line});
+      std::fill_n(of_lines.get(), tile.lines, 0.);
+      add_lines({tile.lines, tile.length, of_elements, of_lines.get()});
+      std::transform(of_lines.get(), of_lines.get() + tile.lines, log_prob_ptr + tile.line, from_sum);
     }
   });
-  const double positions = grid.vectors ? 1 : grid.positions, rest = positions * (grid.channels * LOG_2PI / 2 + terms.sum_of_channels);
-  for (int64_t n = 0, each = grid.vectors ? 1 : grid.tiles_of_sample(); n < samples; ++n) {
+  if (grid.vectors && tiles) return;
+  for (int64_t n = 0, each = grid.tiles_of_sample(); n < log_prob.numel(); ++n) {
     double sum = 0;
     add_lines({1, each, sums.get() + n * each, &sum});
-    log_prob.mutable_data_ptr<acc>()[n] = static_cast<acc>(-sum / 2 - rest);
+    log_prob_ptr[n] = from_sum(sum);
   }
 }
 
