@@ -203,6 +203,16 @@ inline void check_actnorm_backward(const char* op, const char* name, const Tenso
   check_floating(op, "dlog_det", dlog_det);
 }
 
+// The image that an op squeezes, or unsqueezes, named `name`.
+inline void check_squeezed(const char* op, const char* name, const Tensor& x, const std::string& order, bool inverse) {
+  check_named(op, "order", order, {"channel", "space", "realnvp"});
+  STD_TORCH_CHECK(x.dim() == 4, op, ": ", name, " has shape ", shape(x), ", expected [N, C, H, W]");
+  STD_TORCH_CHECK(!inverse || x.size(1) % 4 == 0, op, ": ", name, " has shape ", shape(x),
+                  ", expected a number of channels that 4 divides");
+  STD_TORCH_CHECK(inverse || (x.size(2) % 2 == 0 && x.size(3) % 2 == 0), op, ": ", name, " has shape ", shape(x),
+                  ", expected an even height and width");
+}
+
 inline void check_lu(const char* op, const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
                      const Tensor& sign_s) {
   STD_TORCH_CHECK(lower.dim() == 3 && lower.size(1) == lower.size(2) && lower.size(1) <= MAX_CHANNELS, op,

@@ -29,6 +29,7 @@ constexpr const char* CPU_SCHEMAS[] = {
     ") -> (Tensor, Tensor, Tensor, Tensor)",
     "gaussian_log_prob(Tensor z, Tensor? mean, Tensor? log_scale) -> Tensor",
     "gaussian_log_prob_backward(Tensor z, Tensor? mean, Tensor? log_scale, Tensor dlog_prob) -> (Tensor, Tensor, Tensor)",
+    "squeeze(Tensor x, str order, bool inverse) -> Tensor",
     "uniform_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
     "normal_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
 };

@@ -9,6 +9,7 @@ from test_triangular_solve import inputs as solve_inputs
 import fastflow
 from fastflow import ops
 from fastflow.ops import extension
+from fastflow.ops.squeeze import ORDERS
 
 pytestmark = pytest.mark.skipif(not extension.cpu, reason="the C++ extension was not built here: no compiler")
 C = torch.ops.fastflow_C
@@ -90,6 +91,11 @@ CPU_ERRORS = [
     ("gaussian_log_prob", (X, None, X.int()), "log_scale has dtype Int, expected Float, Double, BFloat16 or Half"),
     ("gaussian_log_prob_backward", (X, X[:1], None, DL), "mean has shape [1, 3, 4, 4], expected z's, [2, 3, 4, 4], or [3], one for "),
     ("gaussian_log_prob_backward", (X, None, None, V), "dlog_prob has shape [2, 3], expected [2]"),
+    ("squeeze", (H, "rows", False), "order is rows, expected one of channel, space, realnvp"),
+    ("squeeze", (LU, "space", False), "x has shape [2, 3, 3], expected [N, C, H, W]"),
+    ("squeeze", (H[:, :, 1:], "space", False), "x has shape [2, 4, 3, 4], expected an even height and width"),
+    ("squeeze", (H.to(torch.complex128), "space", False), "x has dtype ComplexDouble, expected elements of at most 8 bytes"),
+    ("squeeze", (X, "space", True), "x has shape [2, 3, 4, 4], expected a number of channels that 4 divides"),
     ("uniform_noise", (2, 3, DL, 0, False), "seed has dtype Float and shape [2], expected Long without dimensions"),
     ("normal_noise", (2, 3, PERM, 0, True), "seed has dtype Long and shape [2, 3], expected Long without dimensions"),
 ]
@@ -162,6 +168,8 @@ def runs():
 
     seed = torch.tensor(5)
     return {
+        "squeeze": lambda: [C.squeeze(x, order, inverse) for order in ("channel", "realnvp") for inverse in (False, True)],
+        "squeeze of rows": lambda: [C.squeeze(x.to(memory_format=rows), order, inverse) for order in ORDERS for inverse in (False, True)],
         "uniform_noise": lambda: (C.uniform_noise(9, 3001, seed, 2**40, False), C.uniform_noise(3001, 9, seed, 0, True)),
         "normal_noise": lambda: (C.normal_noise(9, 3001, seed, 2**40, False), C.normal_noise(3001, 9, seed, 0, True)),
         "actnorm": lambda: normalized(x, dy),

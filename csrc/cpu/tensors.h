@@ -28,4 +28,24 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, st
   return Tensor(made);
 }
 
+// Images [n, c, h, w] in the dtype of `like`, uninitialised, contiguous or channels_last as torch.empty makes them.
+inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
+  const auto some = [](int64_t size) { return std::max<int64_t>(1, size); };
+  const std::array<int64_t, 4> sizes{n, c, h, w}, planes{some(c) * some(h) * some(w), some(h) * some(w), some(w), 1},
+      rows{h * w * c, 1, w * c, c};
+  int32_t dtype;
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), (channels_last ? rows : planes).data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// Bytes of an element, of whatever dtype.
+inline size_t itemsize(const Tensor& x) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return aoti_torch_dtype_element_size(dtype);
+}
+
 }  // namespace fastflow::cpu

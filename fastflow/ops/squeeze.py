@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastflow import check, reference
-from fastflow.ops.library import register, with_kernel
+from fastflow.ops.library import register, with_cpu, with_kernel
 
 ORDERS = ("channel", "space", "realnvp")
 
@@ -30,7 +30,7 @@ class SqueezeFunction(torch.autograd.Function):
         return torch.ops.fastflow.squeeze.default(dy, ctx.order, not ctx.inverse), None, None
 
 
-_kernel = with_kernel(reference.squeeze, "squeeze")
+_kernel = with_kernel(with_cpu(reference.squeeze), "squeeze")
 
 
 def _body(x, order, inverse):

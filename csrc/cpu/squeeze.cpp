@@ -1,0 +1,156 @@
+// fastflow_C::squeeze on the CPU, both directions: 2x2 blocks of pixels into channels. Nothing is computed, so that elements move
+// as integers of their size: 8 bytes an element of float32, read once and written once.
+//
+// Both sides are walked a row of blocks at a time. Planes (a channel's pixels side by side, NCHW) take pairs of pixels apart, and
+// rows (a pixel's channels side by side, channels_last) move all channels of a block. Other strides are walked like planes.
+#include "stable.h"
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "arguments.h"
+#include "clones.h"
+#include "cpu/tensors.h"
+
+namespace fastflow::cpu {
+namespace {
+
+constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
+
+// Image [N, C, 2H, 2W] and squeezed [N, 4C, H, W], strides in elements: all of `lines` begin to end go from one to the other.
+struct Move {
+  bool inverse, rows;
+  size_t itemsize;
+  int64_t c, h, w;
+  char *image, *squeezed;
+  int64_t image_n, image_c, image_h, image_w;
+  int64_t squeezed_n, squeezed_c, squeezed_h, squeezed_w;  // squeezed_c: from one channel of the image to the next
+  int64_t pixel[4];                                         // from a block's first pixel to pixel (k / 2, k % 2)
+  int64_t begin, end;                                       // of rows n * H + i, or of planes (n * C + c) * H + i
+};
+
+// `a` is the image's, `b` the squeezed one's.
+template <bool INVERSE, typename T>
+FASTFLOW_INLINE void move(T& a, T& b) {
+  if (INVERSE) a = b;
+  else b = a;
+}
+
+// Pairs of pixels of a row of an image, and the first ones and the second ones of all pairs.
+template <bool INVERSE, typename T>
+FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict first, T* __restrict second, int64_t to_step, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    move<INVERSE>(row[2 * j * step], first[j * to_step]);
+    move<INVERSE>(row[(2 * j + 1) * step], second[j * to_step]);
+  }
+}
+
+template <bool INVERSE, typename T>
+FASTFLOW_INLINE void move_planes(const Move& m) {
+  for (int64_t line = m.begin; line < m.end; ++line) {
+    const int64_t i = line % m.h, c = line / m.h % m.c, n = line / m.h / m.c;
+    T* image = reinterpret_cast<T*>(m.image) + n * m.image_n + c * m.image_c + 2 * i * m.image_h;
+    T* squeezed = reinterpret_cast<T*>(m.squeezed) + n * m.squeezed_n + c * m.squeezed_c + i * m.squeezed_h;
+    for (int k = 0; k < 4; k += 2, image += m.image_h) {
+      T *first = squeezed + m.pixel[k], *second = squeezed + m.pixel[k + 1];
+      if (m.image_w == 1 && m.squeezed_w == 1) move_pairs<INVERSE>(image, 1, first, second, 1, m.w);
+      else move_pairs<INVERSE>(image, m.image_w, first, second, m.squeezed_w, m.w);
+    }
+  }
+}
+
+template <bool INVERSE, typename T>
+FASTFLOW_INLINE void move_run(T* __restrict image, T* __restrict squeezed, int64_t count) {
+  T *to = INVERSE ? image : squeezed, *from = INVERSE ? squeezed : image;
+  int64_t i = 0;
+  if (count >= 4) {  // by fours, the last of which may overlap its neighbour: most runs are too short for a call
+    std::memcpy(to + count - 4, from + count - 4, 4 * sizeof(T));
+    for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(T));
+    return;
+  }
+  for (; i < count; ++i) to[i] = from[i];
+}
+
+// C: the number of channels where the compiler is to know it, else 0.
+template <int C, bool INVERSE, typename T>
+FASTFLOW_INLINE void move_rows(const Move& m) {
+  const int64_t channels = C ? C : m.c;
+  // the four pixels of a channel lie side by side
+  const bool interleaved = m.squeezed_c == 4;
+  // the pixels of a row of a block, before and after
+  const bool pairs = m.image_w == channels && m.pixel[1] == channels && m.pixel[3] - m.pixel[2] == channels;
+  for (int64_t line = m.begin; line < m.end; ++line) {
+    T* upper = reinterpret_cast<T*>(m.image) + line / m.h * m.image_n + 2 * (line % m.h) * m.image_h;
+    T* to = reinterpret_cast<T*>(m.squeezed) + line / m.h * m.squeezed_n + line % m.h * m.squeezed_h;
+    for (int64_t j = 0; j < m.w; ++j, upper += 2 * m.image_w, to += m.squeezed_w) {
+      T *right = upper + m.image_w, *lower = upper + m.image_h, *last = lower + m.image_w;
+      if (interleaved) {
+        for (int64_t c = 0; c < channels; ++c) {
+          move<INVERSE>(upper[c], to[4 * c]);
+          move<INVERSE>(right[c], to[4 * c + 1]);
+          move<INVERSE>(lower[c], to[4 * c + 2]);
+          move<INVERSE>(last[c], to[4 * c + 3]);
+        }
+      } else if (pairs) {
+        move_run<INVERSE>(upper, to, 2 * channels);
+        move_run<INVERSE>(lower, to + m.pixel[2], 2 * channels);
+      } else {
+        move_run<INVERSE>(upper, to, channels);
+        move_run<INVERSE>(right, to + m.pixel[1], channels);
+        move_run<INVERSE>(lower, to + m.pixel[2], channels);
+        move_run<INVERSE>(last, to + m.pixel[3], channels);
+      }
+    }
+  }
+}
+
+template <typename T>
+FASTFLOW_INLINE void move_elements(const Move& m) {
+  if (m.rows && m.c == 3) m.inverse ? move_rows<3, true, T>(m) : move_rows<3, false, T>(m);  // of images of colours
+  else if (m.rows) m.inverse ? move_rows<0, true, T>(m) : move_rows<0, false, T>(m);
+  else m.inverse ? move_planes<true, T>(m) : move_planes<false, T>(m);
+}
+
+template <int BYTES>
+FASTFLOW_INLINE void move_lines_of(const Move& m) {
+  switch (m.itemsize) {
+    case 1: return move_elements<uint8_t>(m);
+    case 2: return move_elements<uint16_t>(m);
+    case 4: return move_elements<uint32_t>(m);
+    default: return move_elements<uint64_t>(m);
+  }
+}
+FASTFLOW_CLONES(move_lines, Move, move_lines_of)
+
+Tensor squeeze(const Tensor& x, const std::string& order, bool inverse) {
+  check_squeezed("squeeze", "x", x, order, inverse);
+  STD_TORCH_CHECK(itemsize(x) <= 8, "squeeze: x has dtype ", dtype(x), ", expected elements of at most 8 bytes");
+  const int64_t n = x.size(0), c = inverse ? x.size(1) / 4 : x.size(1), h = inverse ? x.size(2) : x.size(2) / 2,
+                w = inverse ? x.size(3) : x.size(3) / 2;
+  const bool channels_last = x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
+  const Tensor y = empty_images(x, n, inverse ? c : 4 * c, inverse ? 2 * h : h, inverse ? 2 * w : w, channels_last);
+  if (!x.numel()) return y;
+  const Tensor &image = inverse ? y : x, &squeezed = inverse ? x : y;
+  const bool interleaved = order == "channel";
+  const int64_t channel = squeezed.stride(1), pixel = interleaved ? channel : c * channel;
+  Move all{inverse, false, itemsize(x), c, h, w, static_cast<char*>(image.data_ptr()), static_cast<char*>(squeezed.data_ptr()),
+           image.stride(0), image.stride(1), image.stride(2), image.stride(3),
+           squeezed.stride(0), interleaved ? 4 * channel : channel, squeezed.stride(2), squeezed.stride(3),
+           {0, pixel, 2 * pixel, 3 * pixel}, 0, 0};
+  if (order == "realnvp") all.pixel[1] = 2 * pixel, all.pixel[2] = 3 * pixel, all.pixel[3] = pixel;  // the main diagonal first
+  all.rows = channel == 1 && all.image_c == 1 && all.squeezed_w != 1;
+  const int64_t elements = all.rows ? 4 * c * w : 4 * w;
+  torch::stable::parallel_for(0, all.rows ? n * h : n * c * h, std::max<int64_t>(1, GRAIN / elements), [&](int64_t begin, int64_t end) {
+    Move part = all;
+    part.begin = begin, part.end = end;
+    move_lines(part);
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace fastflow::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastflow_C, CPU, m) { m.impl("squeeze", TORCH_BOX(&fastflow::cpu::squeeze)); }
