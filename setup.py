@@ -78,7 +78,8 @@ def extensions() -> list:
             sorted(map(str, Path("csrc").rglob("*.cpp"))),
             include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
             define_macros=[("FASTFLOW_CUDA", f'"{cuda_version}"'), ("FASTFLOW_CUDA_ARCHS", f'"{archs}"')],
-            extra_compile_args={"cxx": ["-O3", "-g0"]},
+            # a root is one instruction, of vectors too, where it need not set errno
+            extra_compile_args={"cxx": ["-O3", "-g0", "-fno-math-errno"]},
             depends=headers,
         )
     ]

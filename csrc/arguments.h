@@ -213,6 +213,11 @@ inline void check_squeezed(const char* op, const char* name, const Tensor& x, co
                   ", expected an even height and width");
 }
 
+inline void check_seed(const char* op, const Tensor& seed) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, op, ": seed has dtype ", dtype(seed), " and shape ",
+                  shape(seed), ", expected Long without dimensions");
+}
+
 inline void check_lu(const char* op, const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
                      const Tensor& sign_s) {
   STD_TORCH_CHECK(lower.dim() == 3 && lower.size(1) == lower.size(2) && lower.size(1) <= MAX_CHANNELS, op,

@@ -420,11 +420,15 @@ def gaussian_sample(
     normal: Callable = normal_noise,
 ) -> Tensor:  # fmt: skip
     acc = acc_dtype(dtype)
-    z = normal(size, seed, offset, acc) * temperature
+    z = normal(size, seed, offset, acc)
     m, s = gaussian_terms(z, mean, log_scale, acc)
+    if temperature != 1:
+        z = z * temperature
     if log_scale is not None:
         z = z * torch.exp(s)
-    return (z + m).to(dtype).contiguous()
+    if mean is not None:
+        z = z + m
+    return z.to(dtype).contiguous()
 
 
 # 1x1 convolution ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from test_lu_weight import inputs as lu_inputs
 from test_triangular_solve import inputs as solve_inputs
 
 import fastflow
-from fastflow import ops
+from fastflow import ops, reference
 from fastflow.ops import extension
 from fastflow.ops.squeeze import ORDERS
 
@@ -237,3 +237,15 @@ def test_scale_functions_are_exact_for_every_float(scale):
     torch.testing.assert_close(found[~finite], expected[~finite], rtol=0, atol=0, equal_nan=True)
     unit = torch.nextafter(expected.abs(), torch.tensor(torch.inf)) - expected.abs()
     assert ((found.double() - exact).abs() <= 3 * unit.double())[finite].all()
+
+
+def test_normal_numbers_are_exact():
+    """Within 5 units in the last place of what float64 makes of the same words: of logarithm, root, cosine and sine together."""
+    seed, d = torch.tensor(3), 1_000_000
+    words = reference._words(1, d // 4, seed, 5, reference.NORMAL).unflatten(2, (2, 2))
+    u = (words[..., 0].float() + 0.5) * 2.0**-32  # rounded where the body rounds
+    radius, angle = torch.sqrt(-2 * torch.log(u.double())), words[..., 1].double() * (2.0**-32 * 2 * torch.pi)
+    exact = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=3).flatten()
+    found = C.normal_noise(1, d, seed, 5, False).flatten()
+    unit = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf)) - exact.float().abs()
+    assert ((found.double() - exact).abs() <= 5 * unit.double()).all()

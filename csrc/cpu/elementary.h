@@ -1,6 +1,7 @@
 #pragma once
-// exp, tanh and log1p of whole vectors, for bodies compiled for each instruction set (clones.h). Of float they are
-// polynomials within 2.5 units in the last place, infinities, NaN and denormal numbers included; of double, the library's.
+// exp, tanh, log, log1p, cosine and sine of whole vectors, for bodies compiled for each instruction set (clones.h). Of float
+// they are polynomials within 2.5 units in the last place, cosine and sine 3, infinities, NaN and denormal numbers included; of
+// double, the library's.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -32,6 +33,23 @@ struct Lanes {
   // A NaN stays one.
   static FASTFLOW_INLINE V at_most(const V& x, T bound) { return x > bound ? all(bound) : x; }
   static FASTFLOW_INLINE V at_least(const V& x, T bound) { return x < bound ? all(bound) : x; }
+  template <typename F>
+  static FASTFLOW_INLINE V each(const V& x, const F& f) {
+    V y;
+    for (int64_t i = 0; i < COUNT; ++i) y[i] = f(x[i]);
+    return y;
+  }
+  static FASTFLOW_INLINE V sqrt(const V& x) {
+    V y;
+    for (int64_t i = 0; i < COUNT; ++i) y[i] = std::sqrt(x[i]);  // one instruction, as setup.py has errno left alone
+    return y;
+  }
+  static FASTFLOW_INLINE V of_words(const uint32_t* words) {
+    typedef uint32_t W __attribute__((vector_size(COUNT * sizeof(uint32_t))));
+    W w;
+    std::memcpy(&w, words, sizeof(w));
+    return __builtin_convertvector(w, V);
+  }
 };
 
 template <typename T, int BYTES>
@@ -89,6 +107,40 @@ struct Elementary<float, BYTES> : Lanes<float, BYTES> {
     q = q * w + 0.66666669f;
     return s * w * q + (s + s);
   }
+  // x = 2^n (1 + z), 1 + z between the square roots of 1/2 and 2. Polynomial of Cephes' logf.
+  static FASTFLOW_INLINE V log(const V& x) {
+    constexpr int32_t ROOT_BITS = 0x3f3504f3;
+    const V normal = x < 0x1p-126f ? x * 0x1p24f : x;
+    const I bits = (I)normal - ROOT_BITS;
+    const V n = __builtin_convertvector(bits >> 23, V) - ((I)x < 0x00800000 ? Base::all(24) : V{});
+    const V z = (V)((bits & 0x7fffff) + ROOT_BITS) - 1.f, w = z * z;
+    V q = z * 7.0376836292e-2f - 1.1514610310e-1f;
+    q = q * z + 1.1676998740e-1f;
+    q = q * z - 1.2420140846e-1f;
+    q = q * z + 1.4249322787e-1f;
+    q = q * z - 1.6668057665e-1f;
+    q = q * z + 2.0000714765e-1f;
+    q = q * z - 2.4999993993e-1f;
+    q = q * z + 3.3333331174e-1f;
+    const V y = n * 0.693359375f + (z + (z * w * q + (n * -2.12194440e-4f - w * 0.5f)));
+    // No comparison serves two selections: g++ 12 would take it apart.
+    const V at_ends = x == 0.f ? Base::all(-INFINITY) : x >= 0.f ? x : Base::all(NAN);
+    const V up_to_infinity = x < INFINITY ? y : x;
+    return x > 0.f ? up_to_infinity : at_ends;
+  }
+  // Of 2 pi word / 2^32: the quadrant and what is left of it by integers, exactly. Polynomials of Cephes' sinf and cosf.
+  static FASTFLOW_INLINE void cos_sin(const uint32_t* words, V& cos, V& sin) {
+    typedef uint32_t W __attribute__((vector_size(BYTES)));
+    W word;
+    std::memcpy(&word, words, BYTES);
+    const I quadrant = (I)((word + 0x20000000) >> 30);
+    const V r = __builtin_convertvector((I)(word - ((W)quadrant << 30)), V) * 1.46291808e-9f, w = r * r;
+    const V s = ((w * -1.9515295891e-4f + 8.3321608736e-3f) * w - 1.6666654611e-1f) * w * r + r;
+    const V c = ((w * 2.4433157118e-5f - 1.3887316255e-3f) * w + 4.1666645683e-2f) * w * w - w * 0.5f + 1.f;
+    const I swapped = (quadrant & 1) == 1;
+    cos = (V)((I)(swapped ? s : c) ^ (((quadrant + 1) & 2) << 30));
+    sin = (V)((I)(swapped ? c : s) ^ ((quadrant & 2) << 30));
+  }
 };
 
 template <int BYTES>
@@ -96,16 +148,16 @@ struct Elementary<double, BYTES> : Lanes<double, BYTES> {
   using Base = Lanes<double, BYTES>;
   using typename Base::V;
 
-  template <typename F>
-  static FASTFLOW_INLINE V each(const V& x, const F& f) {
-    V y;
-    for (int64_t i = 0; i < Base::COUNT; ++i) y[i] = f(x[i]);
-    return y;
-  }
   static FASTFLOW_INLINE V abs(const V& x) { return x < 0. ? -x : x; }
-  static FASTFLOW_INLINE V exp(const V& x) { return each(x, [](double v) { return std::exp(v); }); }
-  static FASTFLOW_INLINE V tanh(const V& x) { return each(x, [](double v) { return std::tanh(v); }); }
-  static FASTFLOW_INLINE V log1p(const V& x) { return each(x, [](double v) { return std::log1p(v); }); }
+  static FASTFLOW_INLINE V exp(const V& x) { return Base::each(x, [](double v) { return std::exp(v); }); }
+  static FASTFLOW_INLINE V tanh(const V& x) { return Base::each(x, [](double v) { return std::tanh(v); }); }
+  static FASTFLOW_INLINE V log1p(const V& x) { return Base::each(x, [](double v) { return std::log1p(v); }); }
+  static FASTFLOW_INLINE V log(const V& x) { return Base::each(x, [](double v) { return std::log(v); }); }
+  static FASTFLOW_INLINE void cos_sin(const uint32_t* words, V& cos, V& sin) {
+    const V angle = Base::of_words(words) * (0x1p-32 * 2 * 3.14159265358979323846);
+    cos = Base::each(angle, [](double v) { return std::cos(v); });
+    sin = Base::each(angle, [](double v) { return std::sin(v); });
+  }
 };
 
 }  // namespace fastflow::cpu

@@ -1,87 +1,152 @@
 // fastflow_C::uniform_noise and normal_noise: [n, d] numbers from Philox4x32-10 (Salmon et al., SC'11), the same bits as
-// fastflow/reference.py has, normal ones to rounding.
+// fastflow/reference.py has, normal ones to rounding. 4 bytes an element of float32, written.
 #include "stable.h"
 
+#include "cpu/noise.h"
+
 #include <algorithm>
-#include <array>
-#include <cmath>
 
 #include "arguments.h"
+#include "cpu/elementary.h"
 #include "cpu/tensors.h"
 
 namespace fastflow::cpu {
 namespace {
 
-enum Stream : uint32_t { UNIFORM, NORMAL };  // the second word of the counter
+enum Stream : uint32_t { UNIFORM_STREAM, NORMAL_STREAM };  // the second word of the counter
 
-std::array<uint32_t, 4> philox(uint64_t block, uint32_t stream, uint64_t sample, uint64_t seed) {
-  std::array<uint32_t, 4> c{static_cast<uint32_t>(block), stream, static_cast<uint32_t>(sample), static_cast<uint32_t>(sample >> 32)};
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(c[0]) * 0xD2511F53, p1 = uint64_t(c[2]) * 0xCD9E8D57;
-    c = {static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0, static_cast<uint32_t>(p1), static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1,
-         static_cast<uint32_t>(p0)};
-    k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+constexpr int64_t TOGETHER = 64;    // blocks that are computed at once, in vectors of one word of each
+constexpr int64_t GRAIN = 1 << 12;  // blocks that are worth a thread
+
+struct alignas(64) Words {
+  uint32_t word[4][TOGETHER];
+};
+
+// Counters, and the words made of them: counter (block, stream, low and high word of the sample), key the seed's two words.
+FASTFLOW_INLINE void philox(uint64_t seed, Stream stream, const Words& counters, Words& words) {
+  const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+  for (int64_t i = 0; i < TOGETHER; ++i) {
+    uint32_t c0 = counters.word[0][i], c1 = stream, c2 = counters.word[2][i], c3 = counters.word[3][i], k0 = low, k1 = high;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {  // unrolled, so that the loop around it is the one that becomes vectors
+      const uint64_t p0 = uint64_t(c0) * 0xD2511F53, p1 = uint64_t(c2) * 0xCD9E8D57;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, c1 = static_cast<uint32_t>(p1);
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1, c3 = static_cast<uint32_t>(p0);
+      k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+    }
+    words.word[0][i] = c0, words.word[1][i] = c1, words.word[2][i] = c2, words.word[3][i] = c3;
   }
-  return c;
 }
 
-constexpr int64_t GRAIN = 1 << 9;  // blocks that are worth a thread
-
-// EACH numbers of a block of four words, by f(words, numbers).
-template <int64_t EACH, typename T, typename F>
-void fill(const Tensor& out, uint64_t seed, uint64_t offset, Stream stream, const F& f) {
-  const int64_t n = out.size(0), d = out.size(1), blocks = (d + EACH - 1) / EACH;
-  T* to = out.mutable_data_ptr<T>();
-  torch::stable::parallel_for(0, n * blocks, GRAIN, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = i / blocks, block = i % blocks;
-      std::array<T, EACH> numbers;
-      f(philox(block, stream, offset + sample, seed), numbers);
-      std::copy_n(numbers.begin(), std::min(EACH, d - block * EACH), to + sample * d + block * EACH);
-    }
-  });
-}
-
+// Multiples of 2^-16: the low, then the high half of each word.
 template <typename T>
-void uniform(const Tensor& out, uint64_t seed, uint64_t offset) {
-  fill<8, T>(out, seed, offset, UNIFORM, [](const auto& words, auto& numbers) {
-    for (int i = 0; i < 4; ++i) {
-      numbers[2 * i] = T(words[i] & 0xFFFF) * T(0x1p-16);
-      numbers[2 * i + 1] = T(words[i] >> 16) * T(0x1p-16);
+FASTFLOW_INLINE void uniform(const Words& words, T* __restrict to) {
+  for (int64_t i = 0; i < TOGETHER; ++i)
+    for (int j = 0; j < 4; ++j) {
+      to[UNIFORM * i + 2 * j] = T(static_cast<int32_t>(words.word[j][i] & 0xFFFF)) * T(0x1p-16);
+      to[UNIFORM * i + 2 * j + 1] = T(static_cast<int32_t>(words.word[j][i] >> 16)) * T(0x1p-16);
+    }
+}
+
+// By Box and Muller, from the word pairs (0, 1) and (2, 3).
+template <int BYTES, typename T>
+FASTFLOW_INLINE void normal(const Words& words, T* __restrict to) {
+  using M = Elementary<T, BYTES>;
+  alignas(64) T pair[2][2][TOGETHER];  // cosines, sines
+  for (int k = 0; k < 2; ++k)
+    for (int64_t i = 0; i < TOGETHER; i += M::COUNT) {
+      const auto square = M::log((M::of_words(words.word[2 * k] + i) + T(0.5)) * T(0x1p-32)) * T(-2);
+      typename M::V cos, sin;
+      M::cos_sin(words.word[2 * k + 1] + i, cos, sin);
+      const auto radius = M::sqrt(square);
+      M::store(pair[k][0] + i, radius * cos);
+      M::store(pair[k][1] + i, radius * sin);
+    }
+  for (int64_t i = 0; i < TOGETHER; ++i)
+    for (int k = 0; k < 2; ++k)
+      for (int s = 0; s < 2; ++s) to[NORMAL * i + 2 * k + s] = pair[k][s][i];
+}
+
+template <int64_t EACH, int BYTES, typename T>
+FASTFLOW_INLINE void draw(const Draw<T>& d) {
+  Words counters{}, words;
+  alignas(64) T last[EACH * TOGETHER];
+  uint64_t sample = d.sample;
+  int64_t block = d.block;
+  for (int64_t done = 0; done < d.blocks; done += TOGETHER) {
+    const int64_t count = std::min(TOGETHER, d.blocks - done);
+    for (int64_t i = 0; i < count;) {
+      const int64_t of_sample = std::min(count - i, d.each - block);
+      for (int64_t j = 0; j < of_sample; ++j, ++i) {
+        counters.word[0][i] = static_cast<uint32_t>(block + j);
+        counters.word[2][i] = static_cast<uint32_t>(sample);
+        counters.word[3][i] = static_cast<uint32_t>(sample >> 32);
+      }
+      block += of_sample;
+      if (block == d.each) block = 0, ++sample;
+    }
+    philox(d.seed, EACH == UNIFORM ? UNIFORM_STREAM : NORMAL_STREAM, counters, words);
+    T* const to = d.to + done * EACH;
+    if constexpr (EACH == UNIFORM) uniform(words, count == TOGETHER ? to : last);
+    else normal<BYTES>(words, count == TOGETHER ? to : last);
+    if (count < TOGETHER) std::copy_n(last, count * EACH, to);
+  }
+}
+
+template <int BYTES, typename T>
+FASTFLOW_INLINE void draw_uniform_of(const Draw<T>& d) { draw<UNIFORM, BYTES>(d); }
+template <int BYTES, typename T>
+FASTFLOW_INLINE void draw_normal_of(const Draw<T>& d) { draw<NORMAL, BYTES>(d); }
+
+}  // namespace
+
+FASTFLOW_CLONES(draw_uniform, Draw<float>, draw_uniform_of)
+FASTFLOW_CLONES(draw_uniform, Draw<double>, draw_uniform_of)
+FASTFLOW_CLONES(draw_normal, Draw<float>, draw_normal_of)
+FASTFLOW_CLONES(draw_normal, Draw<double>, draw_normal_of)
+
+namespace {
+
+template <int64_t EACH, typename T>
+void fill(const Tensor& out, uint64_t seed, uint64_t offset, void (*numbers)(const Draw<T>&)) {
+  const int64_t n = out.size(0), d = out.size(1), each = (d + EACH - 1) / EACH;
+  T* const to = out.mutable_data_ptr<T>();
+  torch::stable::parallel_for(0, n * each, GRAIN, [&](int64_t begin, int64_t end) {
+    const auto drawn = [&](int64_t i, int64_t blocks, T* there) {
+      numbers({seed, offset + static_cast<uint64_t>(i / each), each, i % each, blocks, there});
+    };
+    if (d == each * EACH) return drawn(begin, end - begin, to + begin * EACH);
+    T room[EACH * TOGETHER];  // where a sample's last block has numbers that are none of its
+    for (int64_t i = begin; i < end; i += TOGETHER) {
+      const int64_t blocks = std::min(TOGETHER, end - i);
+      drawn(i, blocks, room);
+      for (int64_t j = i; j < i + blocks; ++j) {
+        const int64_t first = j % each * EACH;
+        std::copy_n(room + (j - i) * EACH, std::min(EACH, d - first), to + j / each * d + first);
+      }
     }
   });
 }
 
-// Box and Muller.
-template <typename T>
-void normal(const Tensor& out, uint64_t seed, uint64_t offset) {
-  fill<4, T>(out, seed, offset, NORMAL, [](const auto& words, auto& numbers) {
-    for (int i = 0; i < 4; i += 2) {
-      const T radius = std::sqrt(T(-2) * std::log((T(words[i]) + T(0.5)) * T(0x1p-32)));
-      const T angle = T(words[i + 1]) * T(0x1p-32 * 2 * 3.14159265358979323846);
-      numbers[i] = radius * std::cos(angle);
-      numbers[i + 1] = radius * std::sin(angle);
-    }
-  });
+Tensor empty_rows(const char* op, int64_t n, int64_t d, const Tensor& seed, bool as_double) {
+  check_seed(op, seed);
+  return empty(seed, {n, d}, as_double ? ScalarType::Double : ScalarType::Float);
 }
 
-using Fill = void (*)(const Tensor&, uint64_t seed, uint64_t offset);
+uint64_t value(const Tensor& seed) { return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()); }
 
-Tensor noise(const char* op, int64_t n, int64_t d, const Tensor& seed, int64_t offset, bool as_double, Fill fill_float, Fill fill_double) {
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, op, ": seed has dtype ", dtype(seed), " and shape ",
-                  shape(seed), ", expected Long without dimensions");
-  const Tensor out = empty(seed, {n, d}, as_double ? ScalarType::Double : ScalarType::Float);
-  (as_double ? fill_double : fill_float)(out, static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()), static_cast<uint64_t>(offset));
+Tensor uniform_noise(int64_t n, int64_t d, const Tensor& seed, int64_t offset, bool as_double) {
+  const Tensor out = empty_rows("uniform_noise", n, d, seed, as_double);
+  if (as_double) fill<UNIFORM, double>(out, value(seed), offset, draw_uniform);
+  else fill<UNIFORM, float>(out, value(seed), offset, draw_uniform);
   return out;
 }
 
-Tensor uniform_noise(int64_t n, int64_t d, const Tensor& seed, int64_t offset, bool as_double) {
-  return noise("uniform_noise", n, d, seed, offset, as_double, uniform<float>, uniform<double>);
-}
-
 Tensor normal_noise(int64_t n, int64_t d, const Tensor& seed, int64_t offset, bool as_double) {
-  return noise("normal_noise", n, d, seed, offset, as_double, normal<float>, normal<double>);
+  const Tensor out = empty_rows("normal_noise", n, d, seed, as_double);
+  if (as_double) fill<NORMAL, double>(out, value(seed), offset, draw_normal);
+  else fill<NORMAL, float>(out, value(seed), offset, draw_normal);
+  return out;
 }
 
 }  // namespace
