@@ -213,9 +213,46 @@ inline void check_squeezed(const char* op, const char* name, const Tensor& x, co
                   ", expected an even height and width");
 }
 
+inline void check_batch(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, op, ": ", name, " has shape ", shape(x), ", expected [N, ...]");
+}
+
 inline void check_seed(const char* op, const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.dim() == 0, op, ": seed has dtype ", dtype(seed), " and shape ",
                   shape(seed), ", expected Long without dimensions");
+}
+
+// uint8 images, and noise of their shape where it is given.
+inline void check_dequantize(const char* op, const Tensor& x, const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
+                             const std::optional<std::string>& squeeze_order) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte, op, ": x has dtype ", dtype(x), ", expected Byte");
+  check_batch(op, "x", x);
+  if (squeeze_order) check_squeezed(op, "x", x, *squeeze_order, false);
+  STD_TORCH_CHECK(noise.has_value() != seed.has_value(), op, ": noise and seed are ", noise ? "both" : "neither",
+                  " given, expected one of them");
+  if (seed) return check_seed(op, *seed);
+  STD_TORCH_CHECK(same_shape(*noise, x), op, ": noise has shape ", shape(*noise), ", expected x's, ", shape(x));
+  check_floating(op, "noise", *noise);
+}
+
+inline void check_dequantize_backward(const Tensor& x, const Tensor& noise, const Tensor& dy, const Tensor& dlog_det,
+                                      const std::optional<std::string>& squeeze_order) {
+  const char* op = "dequantize_backward";
+  check_dequantize(op, x, noise, std::nullopt, squeeze_order);
+  const bool like_x = squeeze_order ? dy.dim() == 4 && dy.size(0) == x.size(0) && dy.size(1) == 4 * x.size(1) &&
+                                          dy.size(2) == x.size(2) / 2 && dy.size(3) == x.size(3) / 2
+                                    : same_shape(dy, x);
+  STD_TORCH_CHECK(like_x, op, ": dy has shape ", shape(dy), ", expected that of x, ", shape(x), squeeze_order ? ", squeezed" : "");
+  check_floating(op, "dy", dy);
+  STD_TORCH_CHECK(dlog_det.dim() == 1 && dlog_det.size(0) == x.size(0), op, ": dlog_det has shape ", shape(dlog_det), ", expected [",
+                  x.size(0), "]");
+  check_floating(op, "dlog_det", dlog_det);
+}
+
+inline void check_dequantize_inverse(const Tensor& y, const std::optional<std::string>& squeeze_order) {
+  check_floating("dequantize_inverse", "y", y);
+  check_batch("dequantize_inverse", "y", y);
+  if (squeeze_order) check_squeezed("dequantize_inverse", "y", y, *squeeze_order, true);
 }
 
 inline void check_lu(const char* op, const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,

@@ -16,6 +16,7 @@ constexpr const char* SCHEMAS[] = {
 
 // On a GPU these are Triton's, so there is no CUDA kernel to emulate.
 #define FASTFLOW_VARIANT "str mask, bool flip, str scale, str order, str h_order"
+#define FASTFLOW_MAP "int n_bits, float scale, float shift, bool logit, str? squeeze_order"
 constexpr const char* CPU_SCHEMAS[] = {
     "actnorm(Tensor x, Tensor log_scale, Tensor bias, bool inverse) -> (Tensor, Tensor)",
     "actnorm_backward(Tensor x, Tensor log_scale, Tensor bias, Tensor dy, Tensor dlog_det, bool inverse) -> (Tensor, Tensor, Tensor)",
@@ -29,6 +30,9 @@ constexpr const char* CPU_SCHEMAS[] = {
     ") -> (Tensor, Tensor, Tensor, Tensor)",
     "gaussian_log_prob(Tensor z, Tensor? mean, Tensor? log_scale) -> Tensor",
     "gaussian_log_prob_backward(Tensor z, Tensor? mean, Tensor? log_scale, Tensor dlog_prob) -> (Tensor, Tensor, Tensor)",
+    "dequantize(Tensor x, Tensor? noise, Tensor? seed, int offset, " FASTFLOW_MAP ", ScalarType dtype) -> (Tensor, Tensor)",
+    "dequantize_backward(Tensor x, Tensor noise, Tensor dy, Tensor dlog_det, " FASTFLOW_MAP ") -> Tensor",
+    "dequantize_inverse(Tensor y, " FASTFLOW_MAP ") -> (Tensor, Tensor)",
     "squeeze(Tensor x, str order, bool inverse) -> Tensor",
     "uniform_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",
     "normal_noise(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor",

@@ -318,11 +318,11 @@ def normal_noise(size: list[int], seed: Tensor, offset: int, dtype: torch.dtype)
 
 def _dequantized(
     x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, n_bits: int, scale: float, shift: float, logit: bool,
-    dtype: torch.dtype, uniform: Callable = uniform_noise,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """p = scale v + shift, v = (x + u) / 2^n_bits, and for the logit 1 - p from 1 - v, so that it keeps its digits where p is near 1."""
     acc = acc_dtype(dtype)
-    u = uniform(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
+    u = uniform_noise(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
     bins = 2.0**n_bits
     xf = x.to(acc)
     p = torch.add(xf, u).mul_(scale / bins).add_(shift)
@@ -335,9 +335,8 @@ def _dequantized(
 def dequantize(
     x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int,
     n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None, dtype: torch.dtype,
-    uniform: Callable = uniform_noise,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    p, q = _dequantized(x, noise, seed, offset, n_bits, scale, shift, logit, dtype, uniform)
+    p, q = _dequantized(x, noise, seed, offset, n_bits, scale, shift, logit, dtype)
     log_det = p.new_full((x.shape[0],), math.prod(x.shape[1:]) * math.log(scale / 2.0**n_bits))
     if logit:
         log_p, log_q = torch.log(p), torch.log(q)

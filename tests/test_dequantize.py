@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import LAYOUTS, STATIC, lay_out, leaf, name, pairwise
+from cases import LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, name, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -13,7 +13,7 @@ import fastflow
 from fastflow import ops, reference
 from fastflow.ops.squeeze import ORDERS
 
-pytestmark = pytest.mark.usefixtures("each_backend")
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
 
 OP = torch.ops.fastflow.dequantize.default
 BACKWARD = torch.ops.fastflow.dequantize_backward.default

@@ -51,6 +51,7 @@ ERRORS = [
 
 H, F, DL, VARIANT = torch.zeros(2, 4, 4, 4), torch.ones(2), torch.zeros(2), ("halves", False, "exp", "scale_first", "shift_scale")
 SOFT = ("halves", False, "soft_clamp", "scale_first", "shift_scale")
+PIXELS, SEED, GLOW, SQUEEZED = X.to(torch.uint8), torch.tensor(5), (8, 1.0, -0.5, False, None), (8, 1.0, -0.5, False, "space")
 CPU_ERRORS = [
     ("affine_coupling", (H, H, None, "thirds", *VARIANT[1:], False), "mask is thirds, expected one of halves, checkerboard"),
     ("affine_coupling", (H, H, None, *VARIANT[:2], "cosh", *VARIANT[3:], False), "scale is cosh, expected one of exp, sigmoid, "),
@@ -91,6 +92,22 @@ CPU_ERRORS = [
     ("gaussian_log_prob", (X, None, X.int()), "log_scale has dtype Int, expected Float, Double, BFloat16 or Half"),
     ("gaussian_log_prob_backward", (X, X[:1], None, DL), "mean has shape [1, 3, 4, 4], expected z's, [2, 3, 4, 4], or [3], one for "),
     ("gaussian_log_prob_backward", (X, None, None, V), "dlog_prob has shape [2, 3], expected [2]"),
+    ("dequantize", (X, X, None, 0, *GLOW, F.dtype), "x has dtype Float, expected Byte"),
+    ("dequantize", (PIXELS[0, 0, 0], None, SEED, 0, *GLOW, F.dtype), "x has shape [4], expected [N, ...]"),
+    ("dequantize", (PIXELS, None, None, 0, *GLOW, F.dtype), "noise and seed are neither given, expected one of them"),
+    ("dequantize", (PIXELS, X, SEED, 0, *GLOW, F.dtype), "noise and seed are both given, expected one of them"),
+    ("dequantize", (PIXELS, H, None, 0, *GLOW, F.dtype), "noise has shape [2, 4, 4, 4], expected x's, [2, 3, 4, 4]"),
+    ("dequantize", (PIXELS, PIXELS, None, 0, *GLOW, F.dtype), "noise has dtype Byte, expected Float, Double, BFloat16 or Half"),
+    ("dequantize", (PIXELS, None, PERM, 0, *GLOW, F.dtype), "seed has dtype Long and shape [2, 3], expected Long without dimensions"),
+    ("dequantize", (PIXELS, None, SEED, 0, *GLOW, torch.int32), "dtype is Int, expected Float, Double, BFloat16 or Half"),
+    ("dequantize", (PIXELS, None, SEED, 0, *GLOW[:4], "rows", F.dtype), "order is rows, expected one of channel, space, realnvp"),
+    ("dequantize", (PIXELS[:, :, 1:], None, SEED, 0, *SQUEEZED, F.dtype), "x has shape [2, 3, 3, 4], expected an even height and width"),
+    ("dequantize_backward", (PIXELS, X, H, DL, *GLOW), "dy has shape [2, 4, 4, 4], expected that of x, [2, 3, 4, 4]"),
+    ("dequantize_backward", (PIXELS, X, X, DL, *SQUEEZED), "dy has shape [2, 3, 4, 4], expected that of x, [2, 3, 4, 4], squeezed"),
+    ("dequantize_backward", (PIXELS, X, X, V, *GLOW), "dlog_det has shape [2, 3], expected [2]"),
+    ("dequantize_inverse", (PIXELS, *GLOW), "y has dtype Byte, expected Float, Double, BFloat16 or Half"),
+    ("dequantize_inverse", (DL, *GLOW), "y has shape [2], expected [N, ...]"),
+    ("dequantize_inverse", (X, *SQUEEZED), "y has shape [2, 3, 4, 4], expected a number of channels that 4 divides"),
     ("squeeze", (H, "rows", False), "order is rows, expected one of channel, space, realnvp"),
     ("squeeze", (LU, "space", False), "x has shape [2, 3, 3], expected [N, C, H, W]"),
     ("squeeze", (H[:, :, 1:], "space", False), "x has shape [2, 4, 3, 4], expected an even height and width"),
@@ -167,7 +184,22 @@ def runs():
         return C.gaussian_log_prob(z, *terms), *C.gaussian_log_prob_backward(z, *terms, dlog_det if len(z) == 64 else vectors[4])
 
     seed = torch.tensor(5)
+    pixels, few = (torch.randint(0, 256, shape).to(torch.uint8) for shape in (x.shape, (9000, 6)))
+    noise, logit = x.sigmoid(), (8, 0.9, 0.05, True)
+
+    def dequantized(pixels, noise, dy, *order, dtype=torch.float32):
+        """Noise drawn and given, backward, inverse."""
+        variant = (*logit, *order)
+        y, log_det = C.dequantize(pixels, noise, None, 0, *variant, dtype)
+        drawn = C.dequantize(pixels, None, SEED, 2**40, *variant, dtype)
+        return y, log_det, *drawn, C.dequantize_backward(pixels, noise, dy, log_det, *variant), *C.dequantize_inverse(y, *variant)
+
     return {
+        "dequantize": lambda: dequantized(pixels, noise, dy, None),
+        "dequantize of rows": lambda: dequantized(*(v.to(memory_format=rows) for v in (pixels, noise, dy)), None),
+        "dequantize, squeezed": lambda: dequantized(pixels, noise.to(memory_format=rows), C.squeeze(dy, "realnvp", False), "realnvp"),
+        "dequantize of vectors": lambda: dequantized(few, vectors[0].sigmoid(), vectors[1], None),
+        "dequantize to bfloat16": lambda: dequantized(pixels, noise.bfloat16(), dy, None, dtype=torch.bfloat16),
         "squeeze": lambda: [C.squeeze(x, order, inverse) for order in ("channel", "realnvp") for inverse in (False, True)],
         "squeeze of rows": lambda: [C.squeeze(x.to(memory_format=rows), order, inverse) for order in ORDERS for inverse in (False, True)],
         "uniform_noise": lambda: (C.uniform_noise(9, 3001, seed, 2**40, False), C.uniform_noise(3001, 9, seed, 0, True)),
@@ -176,6 +208,8 @@ def runs():
         "actnorm of rows": lambda: normalized(*(v.to(memory_format=rows) for v in (x, dy))),
         "actnorm of bfloat16": lambda: normalized(*(v.bfloat16().to(memory_format=rows) for v in (x, dy))),
         "actnorm of vectors": lambda: normalized(vectors[0][..., None, None], vectors[3][..., None, None], vectors[4]),
+        "uniform_noise": lambda: (C.uniform_noise(9, 3001, SEED, 2**40, False), C.uniform_noise(3001, 9, SEED, 0, True)),
+        "normal_noise": lambda: (C.normal_noise(9, 3001, SEED, 2**40, False), C.normal_noise(3001, 9, SEED, 0, True)),
         "affine_coupling": lambda: coupled(torch.contiguous_format),
         "affine_coupling of rows": lambda: coupled(rows),
         "affine_coupling of bfloat16": lambda: coupled(rows, torch.bfloat16),
@@ -249,3 +283,20 @@ def test_normal_numbers_are_exact():
     found = C.normal_noise(1, d, seed, 5, False).flatten()
     unit = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf)) - exact.float().abs()
     assert ((found.double() - exact).abs() <= 5 * unit.double()).all()
+
+
+def log_of(u):
+    """The logarithm, by a map whose p is the noise: its logit is log p - log(1 - p), of which the latter is 0 for the smallest p."""
+    y, log_det = C.dequantize(torch.zeros(len(u), 1, dtype=torch.uint8), u[:, None], None, 0, 8, 256.0, 0.0, True, None, u.dtype)
+    assert torch.equal(y[:, 0], -log_det) or u.isnan().any()
+    return y[:, 0]
+
+
+def test_log_is_exact_for_every_small_float():
+    """Within 3 units in the last place of what float64 gives, of denormal numbers too."""
+    u = torch.randint(1, 0x32800000, (1_000_000,)).to(torch.int32).view(torch.float32)  # up to 2^-26
+    exact = u.double().log()
+    unit = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf)) - exact.float().abs()
+    assert ((log_of(u).double() - exact).abs() <= 3 * unit.double()).all()
+    ends = torch.tensor([0.0, -0.0, -1e-40, -1e-30, torch.nan, -torch.inf])
+    torch.testing.assert_close(log_of(ends), ends.log(), rtol=0, atol=0, equal_nan=True)

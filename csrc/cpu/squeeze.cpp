@@ -12,6 +12,7 @@
 
 #include "arguments.h"
 #include "clones.h"
+#include "cpu/squeeze.h"
 #include "cpu/tensors.h"
 
 namespace fastflow::cpu {
@@ -26,9 +27,9 @@ struct Move {
   int64_t c, h, w;
   char *image, *squeezed;
   int64_t image_n, image_c, image_h, image_w;
-  int64_t squeezed_n, squeezed_c, squeezed_h, squeezed_w;  // squeezed_c: from one channel of the image to the next
-  int64_t pixel[4];                                         // from a block's first pixel to pixel (k / 2, k % 2)
-  int64_t begin, end;                                       // of rows n * H + i, or of planes (n * C + c) * H + i
+  int64_t squeezed_n, squeezed_h, squeezed_w;
+  Blocks blocks;
+  int64_t begin, end;  // of rows n * H + i, or of planes (n * C + c) * H + i
 };
 
 // `a` is the image's, `b` the squeezed one's.
@@ -40,7 +41,8 @@ FASTFLOW_INLINE void move(T& a, T& b) {
 
 // Pairs of pixels of a row of an image, and the first ones and the second ones of all pairs.
 template <bool INVERSE, typename T>
-FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict first, T* __restrict second, int64_t to_step, int64_t count) {
+FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict first, T* __restrict second, int64_t to_step,
+                                int64_t count) {
   for (int64_t j = 0; j < count; ++j) {
     move<INVERSE>(row[2 * j * step], first[j * to_step]);
     move<INVERSE>(row[(2 * j + 1) * step], second[j * to_step]);
@@ -52,9 +54,9 @@ FASTFLOW_INLINE void move_planes(const Move& m) {
   for (int64_t line = m.begin; line < m.end; ++line) {
     const int64_t i = line % m.h, c = line / m.h % m.c, n = line / m.h / m.c;
     T* image = reinterpret_cast<T*>(m.image) + n * m.image_n + c * m.image_c + 2 * i * m.image_h;
-    T* squeezed = reinterpret_cast<T*>(m.squeezed) + n * m.squeezed_n + c * m.squeezed_c + i * m.squeezed_h;
+    T* squeezed = reinterpret_cast<T*>(m.squeezed) + n * m.squeezed_n + c * m.blocks.channel + i * m.squeezed_h;
     for (int k = 0; k < 4; k += 2, image += m.image_h) {
-      T *first = squeezed + m.pixel[k], *second = squeezed + m.pixel[k + 1];
+      T *first = squeezed + m.blocks.pixel[k], *second = squeezed + m.blocks.pixel[k + 1];
       if (m.image_w == 1 && m.squeezed_w == 1) move_pairs<INVERSE>(image, 1, first, second, 1, m.w);
       else move_pairs<INVERSE>(image, m.image_w, first, second, m.squeezed_w, m.w);
     }
@@ -78,9 +80,9 @@ template <int C, bool INVERSE, typename T>
 FASTFLOW_INLINE void move_rows(const Move& m) {
   const int64_t channels = C ? C : m.c;
   // the four pixels of a channel lie side by side
-  const bool interleaved = m.squeezed_c == 4;
+  const bool interleaved = m.blocks.channel == 4;
   // the pixels of a row of a block, before and after
-  const bool pairs = m.image_w == channels && m.pixel[1] == channels && m.pixel[3] - m.pixel[2] == channels;
+  const bool pairs = m.image_w == channels && m.blocks.pixel[1] == channels && m.blocks.pixel[3] - m.blocks.pixel[2] == channels;
   for (int64_t line = m.begin; line < m.end; ++line) {
     T* upper = reinterpret_cast<T*>(m.image) + line / m.h * m.image_n + 2 * (line % m.h) * m.image_h;
     T* to = reinterpret_cast<T*>(m.squeezed) + line / m.h * m.squeezed_n + line % m.h * m.squeezed_h;
@@ -95,12 +97,12 @@ FASTFLOW_INLINE void move_rows(const Move& m) {
         }
       } else if (pairs) {
         move_run<INVERSE>(upper, to, 2 * channels);
-        move_run<INVERSE>(lower, to + m.pixel[2], 2 * channels);
+        move_run<INVERSE>(lower, to + m.blocks.pixel[2], 2 * channels);
       } else {
         move_run<INVERSE>(upper, to, channels);
-        move_run<INVERSE>(right, to + m.pixel[1], channels);
-        move_run<INVERSE>(lower, to + m.pixel[2], channels);
-        move_run<INVERSE>(last, to + m.pixel[3], channels);
+        move_run<INVERSE>(right, to + m.blocks.pixel[1], channels);
+        move_run<INVERSE>(lower, to + m.blocks.pixel[2], channels);
+        move_run<INVERSE>(last, to + m.blocks.pixel[3], channels);
       }
     }
   }
@@ -133,14 +135,11 @@ Tensor squeeze(const Tensor& x, const std::string& order, bool inverse) {
   const Tensor y = empty_images(x, n, inverse ? c : 4 * c, inverse ? 2 * h : h, inverse ? 2 * w : w, channels_last);
   if (!x.numel()) return y;
   const Tensor &image = inverse ? y : x, &squeezed = inverse ? x : y;
-  const bool interleaved = order == "channel";
-  const int64_t channel = squeezed.stride(1), pixel = interleaved ? channel : c * channel;
+  const Blocks blocks = blocks_of(order, c, squeezed.stride(1));
   Move all{inverse, false, itemsize(x), c, h, w, static_cast<char*>(image.data_ptr()), static_cast<char*>(squeezed.data_ptr()),
            image.stride(0), image.stride(1), image.stride(2), image.stride(3),
-           squeezed.stride(0), interleaved ? 4 * channel : channel, squeezed.stride(2), squeezed.stride(3),
-           {0, pixel, 2 * pixel, 3 * pixel}, 0, 0};
-  if (order == "realnvp") all.pixel[1] = 2 * pixel, all.pixel[2] = 3 * pixel, all.pixel[3] = pixel;  // the main diagonal first
-  all.rows = channel == 1 && all.image_c == 1 && all.squeezed_w != 1;
+           squeezed.stride(0), squeezed.stride(2), squeezed.stride(3), blocks, 0, 0};
+  all.rows = squeezed.stride(1) == 1 && all.image_c == 1 && all.squeezed_w != 1;
   const int64_t elements = all.rows ? 4 * c * w : 4 * w;
   torch::stable::parallel_for(0, all.rows ? n * h : n * c * h, std::max<int64_t>(1, GRAIN / elements), [&](int64_t begin, int64_t end) {
     Move part = all;

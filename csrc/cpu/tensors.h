@@ -7,6 +7,8 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <utility>
+#include <vector>
 
 namespace fastflow::cpu {
 
@@ -37,6 +39,38 @@ inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t h, 
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), (channels_last ? rows : planes).data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+// Whether the elements of x fill memory without gaps and none twice, in whatever order of dimensions.
+inline bool is_dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t stride = 1;
+  for (const auto& [step, size] : dims) {
+    if (step != stride) return false;
+    stride *= size;
+  }
+  return true;
+}
+
+// As torch.empty_like(x, dtype=dtype), of a dtype that the ops compute with.
+inline Tensor empty_like(const Tensor& x, torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  const Tensor like = is_dense(x) ? x : torch::stable::empty_like(x);
+  int32_t code;
+  switch (dtype) {
+    case ScalarType::Byte: code = aoti_torch_dtype_uint8(); break;
+    case ScalarType::Float: code = aoti_torch_dtype_float32(); break;
+    case ScalarType::Double: code = aoti_torch_dtype_float64(); break;
+    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
+    default: code = aoti_torch_dtype_float16();
+  }
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), like.sizes().data(), like.strides().data(), code,
                                                          aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }

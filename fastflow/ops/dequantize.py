@@ -1,14 +1,12 @@
 """fastflow::dequantize, the gradient of its noise, and its inverse."""
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import check, reference
-from fastflow.ops.library import register, with_kernel
-from fastflow.ops.noise import as_seed, drawn_uniform
+from fastflow.ops.library import register, with_cpu, with_kernel
+from fastflow.ops.noise import as_seed
 from fastflow.ops.squeeze import ORDERS, check_even, check_image, squeezed_shape
 
 MAP = "int n_bits, float scale, float shift, bool logit, str? squeeze_order"
@@ -71,25 +69,23 @@ class DequantizeInverseFunction(torch.autograd.Function):
         return dy, None, None, None, None, None
 
 
-_dequantize = functools.wraps(reference.dequantize)(functools.partial(reference.dequantize, uniform=drawn_uniform))
-
 register(
     "dequantize",
     f"(Tensor x, Tensor? noise, Tensor? seed, SymInt offset, {MAP}, ScalarType dtype) -> (Tensor, Tensor)",
-    with_kernel(_dequantize, "dequantize"),
+    with_kernel(with_cpu(reference.dequantize), "dequantize"),
     _fake,
     DequantizeFunction,
 )
 register(
     "dequantize_backward",
     f"(Tensor x, Tensor noise, Tensor dy, Tensor dlog_det, {MAP}) -> Tensor",
-    with_kernel(reference.dequantize_backward, "dequantize"),
+    with_kernel(with_cpu(reference.dequantize_backward), "dequantize"),
     _fake_backward,
 )
 register(
     "dequantize_inverse",
     f"(Tensor y, {MAP}) -> (Tensor, Tensor)",
-    with_kernel(reference.dequantize_inverse, "dequantize"),
+    with_kernel(with_cpu(reference.dequantize_inverse), "dequantize"),
     _fake_inverse,
     DequantizeInverseFunction,
 )
