@@ -51,8 +51,8 @@ FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict f
 
 template <bool INVERSE, typename T>
 FASTFLOW_INLINE void move_planes(const Move& m) {
+  int64_t i = m.begin % m.h, c = m.begin / m.h % m.c, n = m.begin / m.h / m.c;  // counted on: a line may be short for divisions
   for (int64_t line = m.begin; line < m.end; ++line) {
-    const int64_t i = line % m.h, c = line / m.h % m.c, n = line / m.h / m.c;
     T* image = reinterpret_cast<T*>(m.image) + n * m.image_n + c * m.image_c + 2 * i * m.image_h;
     T* squeezed = reinterpret_cast<T*>(m.squeezed) + n * m.squeezed_n + c * m.blocks.channel + i * m.squeezed_h;
     for (int k = 0; k < 4; k += 2, image += m.image_h) {
@@ -60,6 +60,9 @@ FASTFLOW_INLINE void move_planes(const Move& m) {
       if (m.image_w == 1 && m.squeezed_w == 1) move_pairs<INVERSE>(image, 1, first, second, 1, m.w);
       else move_pairs<INVERSE>(image, m.image_w, first, second, m.squeezed_w, m.w);
     }
+    if (++i < m.h) continue;
+    i = 0;
+    if (++c == m.c) c = 0, ++n;
   }
 }
 
