@@ -183,7 +183,6 @@ def runs():
         """The Gaussian's, and its gradients."""
         return C.gaussian_log_prob(z, *terms), *C.gaussian_log_prob_backward(z, *terms, dlog_det if len(z) == 64 else vectors[4])
 
-    seed = torch.tensor(5)
     pixels, few = (torch.randint(0, 256, shape).to(torch.uint8) for shape in (x.shape, (9000, 6)))
     noise, logit = x.sigmoid(), (8, 0.9, 0.05, True)
 
@@ -202,8 +201,6 @@ def runs():
         "dequantize to bfloat16": lambda: dequantized(pixels, noise.bfloat16(), dy, None, dtype=torch.bfloat16),
         "squeeze": lambda: [C.squeeze(x, order, inverse) for order in ("channel", "realnvp") for inverse in (False, True)],
         "squeeze of rows": lambda: [C.squeeze(x.to(memory_format=rows), order, inverse) for order in ORDERS for inverse in (False, True)],
-        "uniform_noise": lambda: (C.uniform_noise(9, 3001, seed, 2**40, False), C.uniform_noise(3001, 9, seed, 0, True)),
-        "normal_noise": lambda: (C.normal_noise(9, 3001, seed, 2**40, False), C.normal_noise(3001, 9, seed, 0, True)),
         "actnorm": lambda: normalized(x, dy),
         "actnorm of rows": lambda: normalized(*(v.to(memory_format=rows) for v in (x, dy))),
         "actnorm of bfloat16": lambda: normalized(*(v.bfloat16().to(memory_format=rows) for v in (x, dy))),

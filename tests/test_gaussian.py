@@ -99,8 +99,13 @@ def test_layouts(case):
         z_layout=LAYOUTS,
         mean_layout=LAYOUTS,
         log_scale_layout=LAYOUTS,
-        shape=[(1, 1), (5, 7), (3, 5, 9), (2, 3, 5, 7), (2, 6, 16, 16), (2, 48, 4, 4), (1, 2, 70, 33), (300, 3)],
-    ),
+        shape=[(1, 1), (5, 7), (3, 5, 9), (2, 3, 5, 7), (2, 6, 16, 16), (2, 48, 4, 4), (1, 2, 70, 33)],
+    )
+    + [
+        {"dtype": dtype, "mean": mean, "log_scale": s, "shape": (300, 3)}
+        | dict.fromkeys(("z_layout", "mean_layout", "log_scale_layout"), "contiguous")
+        for dtype, mean, s in (("float32", "channel", "channel"), ("float64", "full", "channel"), ("bfloat16", "none", "full"))
+    ],  # more vectors than a thread takes
     ids=lambda c: name(c).replace(" ", ""),
 )
 def test_every_body_is_the_reference(case):
