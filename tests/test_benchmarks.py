@@ -612,8 +612,10 @@ def test_the_report_shows_throughput_against_batch(tmp_path, reported):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_profile_tells_where_a_step_s_time_goes_and_its_bytes(device, tmp_path, capsys):
-    timed, moved = profile.main(["--quick", "--device", device, "--trace", str(tmp_path / "trace.json")])
+    timed, moved = profile.main(["--quick", "--device", device, "--results", str(tmp_path), "--trace", str(tmp_path / "trace.json")])
     assert (tmp_path / "trace.json").stat().st_size > 1000
+    kept = rows_of(tmp_path / "profile.csv")
+    assert {row["by"] for row in kept} == {"time", "bytes"} and all(bool(row["us"]) == (row["by"] == "time") for row in kept)
     for rows in (timed, moved):
         shares = [row["share"] for row in rows]
         assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
