@@ -31,7 +31,7 @@ os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")  # PTX: later 
 
 import pybind11  # noqa: E402
 import torch  # noqa: E402
-from setuptools import setup  # noqa: E402
+from setuptools import find_packages, setup  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 
@@ -98,4 +98,8 @@ def extensions() -> list:
     return built
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+setup(
+    packages=[*find_packages(include=["fastflow", "fastflow.*"]), "fastflow.triton_kernels"],
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import harness
+from benchmarks.tools import harness
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

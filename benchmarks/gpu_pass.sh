@@ -79,7 +79,7 @@ sanitizer() { # TOOL: on the small cases; 77 where the machine refuses it
     echo "compute-sanitizer does not run a small torch program here"
     return 77
   }
-  "${tool[@]}" "$PYTHON" -m benchmarks.small_cases
+  "${tool[@]}" "$PYTHON" -m benchmarks.tools.small_cases
 }
 
 if [ "$gpu" = 1 ]; then
@@ -94,7 +94,7 @@ benchmark() { # NAME SECONDS OPTIONS...
   stage "$name" "$limit" "$PYTHON" -m "benchmarks.$name" --device "$device" --results "$results" "${quick[@]}" "$COMPILED" "$@"
 }
 
-others=$("$PYTHON" -c 'from benchmarks.harness import with_cases
+others=$("$PYTHON" -c 'from benchmarks.tools.harness import with_cases
 print(*sorted(with_cases().keys() - {"affine_coupling", "conv1x1", "lu_weight"}))') # each file with cases
 
 "$PYTHON" - <<'END' | tee -a "$summary"
@@ -102,7 +102,7 @@ import platform, torch
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}")
 END
-stage small_cases 60 "$PYTHON" -m benchmarks.small_cases --device "$device"
+stage small_cases 60 "$PYTHON" -m benchmarks.tools.small_cases --device "$device"
 if [ "$gpu" = 1 ]; then
   stage tests 170 bash -c "$(declare -f tests); PYTHON=$PYTHON tests"
   stage memcheck 60 bash -c "$(declare -f sanitizer); PYTHON=$PYTHON sanitizer memcheck"

@@ -14,7 +14,7 @@ import functools
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks.tools import harness
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from fastflow import check
-from fastflow.data import derive
+from fastflow.seeds import Stream, derive
 
 METHODS = ("linear", "spherical")
-_NOISE = 14  # a stream of `derive`; evaluate has 12 and 13
 
 
 @contextmanager
@@ -53,7 +52,7 @@ def interpolate(
         raise check.error("x1", f"{len(x1)} samples", f"{len(x0)}, as x0")
     mix = _arc if method == "spherical" else _line
     with _evaluating(model):
-        seeds = (None, None) if seed is None else (derive(seed, _NOISE, 0), derive(seed, _NOISE, 1))
+        seeds = (None, None) if seed is None else (derive(seed, Stream.EXPLORE, 0), derive(seed, Stream.EXPLORE, 1))
         ends = list(zip(model.encode(x0, context, seed=seeds[0]), model.encode(x1, context, seed=seeds[1]), strict=True))
         path = [model.decode(tuple(mix(z0, z1, t) for z0, z1 in ends), context) for t in torch.linspace(0, 1, steps).tolist()]
     return torch.stack(path, dim=1)
@@ -117,7 +116,7 @@ def dequantized(model, x: Tensor, seed: int = 0, draws: int = 8) -> Tensor:
         raise check.error("model", "continuous samples", "a model of uint8 samples, which it dequantizes")
     check.count("draws", draws)
     with _evaluating(model):
-        return torch.stack([model.dequantize(x, seed=derive(seed, _NOISE, k))[0] for k in range(draws)])
+        return torch.stack([model.dequantize(x, seed=derive(seed, Stream.EXPLORE, k))[0] for k in range(draws)])
 
 
 def density(model, limits: tuple[tuple[float, float], tuple[float, float]], size: int = 400, batch_size: int = 2**16):
@@ -149,7 +148,7 @@ def typicality(scores: Tensor, train_scores: Tensor) -> Tensor:
     quantile of that of held-out data. A high bits/dim alone misses what is simpler than the data, such as constant images, which a flow
     gives *more* density than the data (arXiv:1810.09136).
 
-    Shape: scores ``[N]``, train_scores ``[M]``, bits/dim as :func:`fastflow.evaluate.evaluate` gives; gives ``[N]``, bits/dim.
+    Shape: scores ``[N]``, train_scores ``[M]``, bits/dim as :func:`fastflow.trainer.evaluate.evaluate` gives; gives ``[N]``, bits/dim.
     """
     return (scores - train_scores.mean()).abs()
 

@@ -8,12 +8,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import interpreter  # noqa: E402
 import pytest  # noqa: E402
-from cases import KERNELS  # noqa: E402
 
 import fastflow  # noqa: E402
 from fastflow.ops import extension  # noqa: E402
+from tests.support import interpreter  # noqa: E402
+from tests.support.cases import KERNELS  # noqa: E402
 
 interpreter.round_to_nearest()
 interpreter.count_loops()

@@ -10,8 +10,8 @@ import torch
 
 import fastflow
 from fastflow import explore
-from fastflow.__main__ import main
 from fastflow.models import NICE, Glow, VectorGlow, mnist_flow, published
+from fastflow.trainer.cli import main
 
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")

@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 import fastflow
-from fastflow import data, explore, picture
-from fastflow.evaluate import evaluate
+from fastflow import explore
+from fastflow.trainer import data, picture
+from fastflow.trainer.evaluate import evaluate
 
 
 def unlike(images):

@@ -12,8 +12,9 @@ from sklearn.datasets import make_moons
 from sklearn.mixture import GaussianMixture
 from tqdm import tqdm
 
-from fastflow import explore, picture
+from fastflow import explore
 from fastflow.models import VectorGlow
+from fastflow.trainer import picture
 
 LIMITS = (-1.75, 2.75), (-1.25, 1.75)
 

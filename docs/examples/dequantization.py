@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 import fastflow
-from fastflow import data, explore, picture
+from fastflow import explore
+from fastflow.trainer import data, picture
 
 
 def main(argv=None):

@@ -11,7 +11,8 @@ A run folder of `fastflow train`, with its --data, or weights that fastflow.mode
 import argparse
 
 import fastflow
-from fastflow import data, explore, picture
+from fastflow import explore
+from fastflow.trainer import data, picture
 
 
 def main(argv=None):

@@ -13,8 +13,9 @@ import argparse
 import torch
 
 import fastflow
-from fastflow import data, explore, picture
-from fastflow.evaluate import sample
+from fastflow import explore
+from fastflow.trainer import data, picture
+from fastflow.trainer.evaluate import sample
 
 
 def main(argv=None):

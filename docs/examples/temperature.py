@@ -11,8 +11,8 @@ A run folder of `fastflow train`, or weights that fastflow.models.load_published
 import argparse
 
 import fastflow
-from fastflow import picture
-from fastflow.evaluate import sample
+from fastflow.trainer import picture
+from fastflow.trainer.evaluate import sample
 
 
 def main(argv=None):

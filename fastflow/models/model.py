@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastflow import check
 from fastflow.nn import AffineCoupling, BatchNorm, Continuous, Dequantize, Flow, Prior, Split
-from fastflow.nn.residual_network import WeightNormConv2d
+from fastflow.nn.networks.residual_network import WeightNormConv2d
 
 
 class Model(nn.Module):

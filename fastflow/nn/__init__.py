@@ -5,19 +5,19 @@ from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1
 from fastflow.nn.dequantize import Continuous, Dequantize, LogitDequantize
-from fastflow.nn.encoder_decoder import EncoderDecoder
 from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
-from fastflow.nn.gated_network import GatedNetwork
-from fastflow.nn.gaussian import GaussianPrior
 from fastflow.nn.glow_level import GlowLevel, GlowStep
-from fastflow.nn.glow_network import GlowNetwork
-from fastflow.nn.logistic import LogisticPrior
-from fastflow.nn.mixture import GaussianMixturePrior
-from fastflow.nn.mlp import MLP
+from fastflow.nn.networks.encoder_decoder import EncoderDecoder
+from fastflow.nn.networks.gated_network import GatedNetwork
+from fastflow.nn.networks.glow_network import GlowNetwork
+from fastflow.nn.networks.mlp import MLP
+from fastflow.nn.networks.residual_network import ResidualNetwork
 from fastflow.nn.permute import Permute
-from fastflow.nn.prior import Prior
-from fastflow.nn.residual_network import ResidualNetwork
+from fastflow.nn.priors.gaussian import GaussianPrior
+from fastflow.nn.priors.logistic import LogisticPrior
+from fastflow.nn.priors.mixture import GaussianMixturePrior
+from fastflow.nn.priors.prior import Prior
 from fastflow.nn.scale import Scale
 from fastflow.nn.sequential import Sequential
 from fastflow.nn.split import Split

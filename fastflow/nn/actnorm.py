@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import ops
+from fastflow.distributed import merge_statistics
 from fastflow.nn.flow import Flow, check_channels
-from fastflow.ranks import pooled
 from fastflow.reversible import Gradients, vjp
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ActNorm(Flow):
         """Sets scale and bias from the statistics of ``x``, whether or not it was done before."""
         check_channels(x, self.num_features)
         mean, var = ops.actnorm_statistics(x) if x.numel() else (torch.zeros_like(self.bias), torch.zeros_like(self.bias))
-        count, mean, var = pooled(x.numel() // self.num_features, mean, var, self.process_group)
+        count, mean, var = merge_statistics(x.numel() // self.num_features, mean, var, self.process_group)
         if not count:
             return
         std = var.sqrt()

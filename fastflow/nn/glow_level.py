@@ -10,7 +10,7 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.conv1x1 import InvertibleConv1x1, stacked_weights
 from fastflow.nn.flow import Flow
-from fastflow.nn.glow_network import GlowNetwork
+from fastflow.nn.networks.glow_network import GlowNetwork
 from fastflow.nn.permute import Permute
 from fastflow.nn.squeeze import Squeeze
 from fastflow.reversible import Gradients, add, reversible, stored, vjp

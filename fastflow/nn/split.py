@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fastflow import check, ops
 from fastflow.nn.flow import check_channels
-from fastflow.nn.glow_network import ZeroConv2d
+from fastflow.nn.networks.glow_network import ZeroConv2d
 from fastflow.ops.noise import random_seed
 
 

@@ -1,0 +1,154 @@
+"""The gradient of a trained Glow by reversible backprop, and by stored activations, against the float64 gradient with stored ones.
+
+    python -m benchmarks.models.reversible_gradients --data cifar10
+
+Trains a Glow L=3 on images and takes the gradients of batches of test images, and of uniform noise, after some steps: in float64, in
+float32, and with the networks in bfloat16 (autocast, state in float32). Rows go to results/reversible_gradients.csv, one for each batch:
+``error`` is the 2-norm of the difference over that of the float64 gradient, of all parameters together; ``over_stored`` that over the
+error with stored activations; ``drift`` the largest difference of a level's input from the one walked back to, over the largest value of
+that input. ``plain inverse`` is reversible with the inverse weights as lu_weight gives them, which are not those of the folded weights as
+they were rounded. The table of docs/memory.md is written anew.
+"""
+
+import argparse
+import copy
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.models import training
+from benchmarks.tools import harness, page
+from fastflow.models import Glow
+from fastflow.nn import glow_level
+from fastflow.trainer import data
+
+# dtype of the state and of the networks, and how much larger than with stored activations the reversible error may be
+KINDS = {"float64": (torch.float64, None), "float32": (torch.float32, None), "bfloat16 networks": (torch.float32, torch.bfloat16)}
+MAY_BE = {"float32": 1.5, "bfloat16 networks": 2.0}
+FLOAT64_ERROR = 1e-12
+WAYS = {"stored": (False, None), "reversible": (True, None), "every 8": (True, 8), "plain inverse": (True, None)}
+
+
+def gradient(model: Glow, x: Tensor, networks: torch.dtype | None) -> Tensor:
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=networks or torch.bfloat16, enabled=networks is not None):
+        loss = model(x, seed=1).mean()
+    loss.backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters()])
+
+
+@torch.no_grad()
+def drift(model: Glow, x: Tensor, networks: torch.dtype | None) -> float:
+    errors = []
+    with torch.autocast("cpu", dtype=networks or torch.bfloat16, enabled=networks is not None):
+        y, _ = model.dequantize(x, seed=1)
+        for i, flow in enumerate(model.flows):
+            z, _ = flow(y)
+            errors.append(((flow.inverse(z)[0] - y).abs().max() / y.abs().max()).item())
+            y = model.splits[i](z)[0] if i < len(model.splits) else z
+    return max(errors)
+
+
+def reversed_by(model: Glow, reversible: bool, checkpoint_every: int | None = None) -> Glow:
+    for flow in model.flows:
+        flow.reversible, flow.checkpoint_every = reversible, checkpoint_every
+    return model
+
+
+def measure(model: Glow, images: dict[str, Tensor], batch: int) -> list[dict]:
+    """A row for each kind of numbers, kind of images, batch and way to backprop; the model stays as it is."""
+    rows = []
+    models = {kind: copy.deepcopy(model).to(state) for kind, (state, _) in KINDS.items()}
+    for name, several in images.items():
+        for number, x in enumerate(tqdm(several.split(batch), desc=name)):
+            truth = gradient(reversed_by(models["float64"], False), x, None)
+            for kind, (_, networks) in KINDS.items():
+                one, stored = models[kind], None
+                for way in WAYS if kind == "float32" else ("stored", "reversible", "every 8"):
+                    reversible, every = WAYS[way]
+                    with mock.patch.object(glow_level, "_correction", lambda *_: 0.0) if way == "plain inverse" else nullcontext():
+                        off = drift(one, x, networks) if reversible and every is None else None
+                        found = gradient(reversed_by(one, reversible, every), x, networks)
+                    error = ((found - truth).norm() / truth.norm()).item()
+                    stored = error if way == "stored" else stored
+                    row = {"images": name, "batch": number, "numbers": kind, "backprop": way, "error": error}
+                    rows.append(row | {"over_stored": error / stored if stored else None, "drift": off})
+    return rows
+
+
+def groups(rows: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:
+    """The rows by (steps of training, images, numbers) and way."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["after"], row["images"], row["numbers"]), {}).setdefault(row["backprop"], []).append(row)
+    return found
+
+
+def failures(rows: Iterable[dict]) -> list[str]:
+    """What is less exact than it should be: of several batches the median."""
+    wrong = []
+    for (after, images, numbers), ways in groups(rows).items():
+        error = {way: median(float(row["error"]) for row in found) for way, found in ways.items()}
+        bound = FLOAT64_ERROR if numbers == "float64" else MAY_BE[numbers] * error["stored"]
+        if not error["reversible"] <= bound:
+            wrong.append(f"after {after} steps, {images}, {numbers}: error {error['reversible']:.1e}, expected at most {bound:.1e}")
+    return wrong
+
+
+def table(rows: list[dict]) -> str:
+    def cell(found: list[dict], stored: list[dict]) -> str:
+        error = median(float(row["error"]) for row in found)
+        if found is stored or not all(row["over_stored"] for row in found):
+            return f"{error:.1e}"
+        ratios = [float(row["over_stored"]) for row in found]
+        return f"{error:.1e}; {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+    lines = []
+    for (after, images, numbers), ways in groups(rows).items():
+        cells = [cell(ways[way], ways["stored"]) if way in ways else "" for way in WAYS]
+        drifts = [f"{max(float(row['drift']) for row in ways[way]):.1e}" if way in ways else "" for way in ("reversible", "plain inverse")]
+        lines.append([str(after), images, numbers, *cells, *drifts])
+    return page.table(["steps", "images", "numbers", *WAYS, "drift", "drift, plain inverse"], lines)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="photos", help="as in fastflow train")
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--after", type=int, nargs="+", default=[100, 300], help="training steps")
+    parser.add_argument("--steps-per-level", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
+    parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of memory.md")
+    options = parser.parse_args(argv)
+
+    source = data.load(options.data, options.data_dir)
+    test = source.test[: options.batch * options.batches]
+    noise = torch.randint(0, 256, test.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = Glow(image_shape=source.image_shape, levels=3, steps=options.steps_per_level, hidden=options.hidden)
+    size = {"data": source.name, "steps_per_level": options.steps_per_level, "hidden": options.hidden}
+    about, rows = harness.metadata("cpu"), []
+    for step, _ in enumerate(training.train(model, source, max(options.after), desc="training"), start=1):
+        if step in options.after:
+            rows += [{"after": step} | row for row in measure(model, {"test images": test, "uniform noise": noise}, options.batch)]
+
+    def text(value: object) -> object:
+        return "" if value is None else f"{value:.3e}" if isinstance(value, float) else value
+
+    harness.append(options.results / "reversible_gradients.csv", [size | {k: text(v) for k, v in row.items()} | about for row in rows])
+    page.write(options.docs / "memory.md", {"gradients": table(rows)})
+    print(table(rows), *(f"WORSE THAN IT SHOULD BE: {line}" for line in failures(rows)), sep="\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Images a second of the trainer's whole step, what makes it fast turned on in turn, and against batch; and of the loader that feeds it.
+
+    python -m benchmarks.models.training_speed
+
+The step is that of ``fastflow train``: batch in, forward, backward, clipping, Adam. ``plain`` is benchmarks/models/plain_glow.py,
+ActNorm and
+all else unfolded, with torch's optimizer and clipping, eager and compiled; then FastFlow's with stored activations, which folds ActNorm
+into the convolutions and makes a level's LU weights at once, and then, each on top of the last: channels_last, bfloat16 networks (each also
+without, where it is not faster), compiled networks, the step captured in a CUDA graph, reversible backprop. Plain PyTorch, eager and
+compiled, and the trainer's default are measured at other batches too. A way whose losses of the first steps are not plain PyTorch's has no
+row; nor has one that is out of memory, and where that is plain PyTorch, none has. What is worth most comes first, since a run may be cut.
+The loader's rows are batches as the trainer draws them, on the step's device.
+
+``model_gflop_image`` is the work of plain PyTorch's forward and backward, a multiply-add as two; what a way saves of it or computes again
+does not count. ``tflop_s`` is that times the median images/s, ``matmul_tflop_s`` what a large matrix product of the way's precision reaches
+in the same run (bfloat16 with bfloat16 networks, else float32, with TF32 where convolutions have it), ``share_of_matmul`` their ratio.
+
+Rows go to results/training_speed.csv, and the tables of docs/training.md are written anew.
+"""
+
+import argparse
+import functools
+import gc
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks.models import plain_glow
+from benchmarks.tools import harness, page
+from fastflow import ops
+from fastflow.models import Glow
+from fastflow.trainer import data
+from fastflow.trainer.ranks import Ranks
+from fastflow.trainer.step import Step
+
+# (side, levels, steps, hidden); the batches of a curve; those at which options are turned on in turn
+SIZES = (32, 3, 8, 128), (16, 4, 64), (16,)
+ON_A_GPU = (32, 3, 32, 512), (512, 128, 32), (512, 64)
+QUICK = (8, 2, 2, 8), (4, 2, 8), (4,)
+IN_TURN = ("channels_last", "bf16", "compile", "graph", "reversible")
+DEFAULT = {"cpu": ("channels_last", "reversible"), "cuda": ("channels_last", "bf16", "reversible")}
+COMPILED, IS_DEFAULT = "torch.compile of plain", "the trainer's default here"
+LEARNING_RATE, CLIP = 1e-4, 100.0
+
+
+def sizes(options: argparse.Namespace) -> tuple[tuple, tuple, tuple]:
+    return QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
+
+
+def title(shape: tuple) -> str:
+    _, levels, steps, hidden, batch = shape
+    return f"L={levels} K={steps} hidden {hidden} batch {batch}"
+
+
+def model_of(row: dict) -> str:
+    return row["size"].split(" batch ")[0]
+
+
+def batch_of(row: dict) -> int:
+    return int(row["size"].split(" batch ")[1])
+
+
+def build(shape: tuple, device: str, reversible: bool = False) -> Glow:
+    side, levels, steps, hidden, _ = shape
+    torch.manual_seed(0)
+    model = Glow((3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=reversible).to(device)
+    model.initialize(batches(shape, 1, device)[0], seed=0)
+    return model.train()
+
+
+def batches(shape: tuple, count: int, device: str) -> list[torch.Tensor]:
+    side, *_, batch = shape
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8).to(device) for _ in range(count)]
+
+
+def plain(shape: tuple, device: str, compiled: bool):
+    """``step(x, seed)`` of plain PyTorch, which gives bits/dim."""
+    model = plain_glow.PlainGlow(build(shape, device)).train()
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def step(x, seed):
+        optimizer.zero_grad()
+        loss = forward(x, ops.uniform_noise(tuple(x.shape), seed, device=x.device)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def ours(shape: tuple, device: str, on: set[str]):
+    model = build(shape, device, "reversible" in on)
+    if "channels_last" in on:
+        model.to(memory_format=torch.channels_last)
+    if "compile" in on:
+        model.compile_networks()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+    step = Step(model, optimizer, Ranks(), batch_size=shape[-1], clip=CLIP, bf16="bf16" in on, capture="graph" in on)
+    if "channels_last" not in on:
+        step.x = step.x.contiguous()
+    return lambda x, seed: step(x, None, seed, LEARNING_RATE)[0]
+
+
+def ways(device: str, compiled: bool) -> dict[str, set[str] | None]:
+    """``{name: what is on}``; None: plain PyTorch."""
+    default = DEFAULT[device]
+    found: dict[str, set[str] | None] = {"plain": None, f"{', '.join(default)}: {IS_DEFAULT}": set(default)}
+    found["fastflow, stored activations"] = on = set()
+    for name in IN_TURN:
+        if (name == "graph" and device == "cpu") or (name == "compile" and not compiled):
+            continue
+        on = on | {name}
+        found[f"+ {name}"] = on
+    return found | ({COMPILED: None} if compiled else {})
+
+
+def plan(options: argparse.Namespace) -> list[tuple[tuple, str, set[str] | None]]:
+    """Shape, way and what is on, in order of worth; torch.compile of plain last, since a deep one may outlast the time that there is."""
+    model, curve, in_turn = sizes(options)
+    every = ways(options.device, options.compiled)
+    plain, default, *more = [name for name in every if name != COMPILED]
+    order = [(batch, name) for batch in curve for name in (plain, default)]
+    order += [(batch, name) for batch in in_turn for name in (plain, default, *more)]
+    order += [(batch, COMPILED) for batch in (*curve, *in_turn) if COMPILED in every]
+    return [((*model, batch), name, every[name]) for batch, name in dict.fromkeys(order)]
+
+
+@functools.cache
+def model_flops(shape: tuple) -> int:
+    """FLOPs of plain PyTorch's forward and backward on a batch, a multiply-add as two; of shapes alone, nothing is computed."""
+    side, levels, steps, hidden, batch = shape
+    model = plain_glow.PlainGlow(Glow((3, side, side), levels=levels, steps=steps, hidden=hidden)).to("meta")
+    x = torch.empty(batch, 3, side, side, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(x, x).sum().backward()
+    return counter.get_total_flops()
+
+
+def matmul_tflop_s(dtype: torch.dtype, options: argparse.Namespace) -> float:
+    """TFLOP/s, at the median time, of a large matrix product; in TF32 where float32 convolutions are, of which most of the work is."""
+    n = 128 if options.quick else 8192 if options.device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=options.device).to(dtype) for _ in range(2))
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    a @ b  # the first takes longer
+    taken = harness.turn(lambda: a @ b, min(options.seconds, 1.0), options.device)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * n**3 / np.median(taken) / 1e6
+
+
+def images_per_second(step, shape: tuple, options: argparse.Namespace) -> tuple[list[float], float, list[float]]:
+    """Images/s at p20, p50 and p80 of the times, MiB at the peak where a GPU tells it, and the losses of the first steps."""
+    drawn = batches(shape, 4, options.device)
+    losses = [step(drawn[i % 4], i) for i in range(6)]  # compiles, and captures after three
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    taken, end = [], time.perf_counter() + options.seconds
+    while time.perf_counter() < end or len(taken) < 3:
+        before = time.perf_counter()
+        step(drawn[len(taken) % 4], len(taken))  # ends with a look at the loss, so that all of it is in the time
+        taken.append(time.perf_counter() - before)
+    peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else float("nan")
+    return [shape[-1] / t for t in np.quantile(taken, harness.QUANTILES)], peak, losses
+
+
+def attempt(shape: tuple, name: str, on: set[str] | None, options: argparse.Namespace) -> tuple | None:
+    """What ``images_per_second`` tells of a way; None where it is out of memory."""
+    torch.compiler.reset()
+    gc.collect()  # what the last way held is to be had
+    torch.cuda.empty_cache()
+    try:
+        step = plain(shape, options.device, name == COMPILED) if on is None else ours(shape, options.device, on)
+        return images_per_second(step, shape, options)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def measure(options: argparse.Namespace) -> list[dict]:
+    """Rows, written as they are measured. Raises ValueError in the end where a way computes something else."""
+    about, rows, wrong, plains = harness.metadata(options.device), [], [], {}
+    reached = {dtype: matmul_tflop_s(dtype, options) for dtype in (torch.float32, torch.bfloat16)}
+    for shape, name, on in (bar := tqdm(plan(options))):
+        where = f"{title(shape)}, {name}"
+        bar.set_postfix_str(where)
+        if name != "plain" and shape not in plains:
+            tqdm.write(f"{where}: without plain PyTorch's losses to compare with; no row is written")
+            continue
+        found = attempt(shape, name, on, options)
+        if found is None:
+            tqdm.write(f"{where}: out of memory; no row is written")
+            continue
+        (p20, p50, p80), peak, losses = found
+        plain_p50, expected = plains.setdefault(shape, (p50, losses))
+        # six steps of training apart by rounding; bfloat16 networks round to 8 bits
+        dtype, tolerance = (torch.bfloat16, 1e-2) if on and "bf16" in on else (torch.float32, 1e-4)
+        error = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+        if not error <= tolerance:
+            wrong.append(f"{where}: losses {losses}, plain PyTorch's {expected}; no row is written")
+            continue
+        gflop_image = model_flops(shape) / shape[-1] / 1e9
+        tflop_s = gflop_image * p50 / 1e3
+        row = {"size": title(shape), "way": name}
+        row |= {"images_s_p20": f"{p20:.1f}", "images_s_p50": f"{p50:.1f}", "images_s_p80": f"{p80:.1f}"}
+        row |= {"over_plain": f"{p50 / plain_p50:.3f}", "model_gflop_image": f"{gflop_image:.4g}", "tflop_s": f"{tflop_s:.3g}"}
+        row |= {"matmul_tflop_s": f"{reached[dtype]:.3g}", "share_of_matmul": f"{tflop_s / reached[dtype]:.4f}"}
+        rows.append(row | {"peak_mib": f"{peak:.0f}", "error": f"{error:.1e}", "tolerance": f"{tolerance:.0e}"} | about)
+        harness.append(options.results / "training_speed.csv", rows[-1:])
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return rows
+
+
+# the loader -------------------------------------------------------------------------------------------------------------------
+
+
+def sources(options: argparse.Namespace) -> dict[str, tuple[data.Batches, int]]:
+    """``{name: (batches, workers)}``: of images in memory, crops of photographs, and a folder of JPEGs of 256x256."""
+    from PIL import Image
+
+    count, batch = (64, 8) if options.quick else (50_000, 128)
+    images = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
+    in_memory = data.Images("as many as CIFAR-10", images, images[:8], flip=True)
+    if options.device == "cuda":
+        in_memory.to("cuda")
+    folder = Path(tempfile.mkdtemp(prefix="loader"))
+    smooth = np.linspace(0, 255, 256, dtype=np.uint8)
+    for i in range(16 if options.quick else 512):
+        Image.fromarray(np.stack([np.roll(np.add.outer(smooth // 2, smooth // 2), 7 * i + c) for c in range(3)], axis=2)).save(
+            folder / f"{i}.jpg"
+        )
+    jpegs = data.Folder(folder, 32)
+    found = {"50,000 images in memory": (in_memory, 0), "photographs": (data.Photos(), 0), "a folder of JPEGs, 256x256": (jpegs, 0)}
+    found["a folder of JPEGs, 256x256, 2 workers"] = (jpegs, 2)
+    return {name: (data.Batches(source, batch, seed=0), workers) for name, (source, workers) in found.items()}
+
+
+def measure_loader(options: argparse.Namespace) -> list[dict]:
+    about, rows = harness.metadata(options.device), []
+    for name, (drawn, workers) in tqdm(sources(options).items(), desc="loader"):
+        stream, taken = drawn.stream(0, 10**6, workers), []
+        for _ in range(4):  # workers start, and have drawn ahead
+            next(stream)
+        end = time.perf_counter() + options.seconds
+        while time.perf_counter() < end or len(taken) < 3:
+            before = time.perf_counter()
+            x, _ = next(stream)
+            x.to(options.device)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - before)
+        # the mean: workers hand over what they drew ahead in no time, and then make one wait
+        speed = drawn.size * len(taken) / sum(taken)
+        rows.append({"source": name, "workers": workers, "batch": drawn.size, "images_s": f"{speed:.0f}"} | about)
+    harness.append(options.results / "loader.csv", rows)
+    return rows
+
+
+# the page ---------------------------------------------------------------------------------------------------------------------
+
+
+def tables(rows: list[dict], loaded: list[dict]) -> dict[str, str]:
+    about = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
+    columns = ("size", "way", "images_s_p50", "over_plain", "tflop_s")
+    lines = [[*(r[c] for c in columns), f"{float(r['share_of_matmul']):.0%}"] for r in sorted(rows, key=batch_of)]
+    speed = page.table(["Glow", "step", "images/s", "over plain", "TFLOP/s", "share of a matrix product's"], lines)
+    speed += f"\n\n(p50; FLOPs are plain PyTorch's, and the matrix product is a large one of the same precision in the same run; {about})"
+    lines = [[r["source"], f"{int(r['images_s']):,}"] for r in loaded]
+    return {"speed": speed, "loader": f"{page.table(['source', 'images/s'], lines)}\n\n({about})"}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of training.md")
+        parser.set_defaults(seconds=10.0)
+
+    options = harness.arguments(__doc__, argv, add)
+    loaded = measure_loader(options)
+    rows = measure(options)
+    found = tables(rows, loaded)
+    page.write(options.docs / "training.md", found)
+    print(*found.values(), sep="\n\n")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

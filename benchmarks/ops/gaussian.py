@@ -1,0 +1,59 @@
+"""The log-density of a Gaussian prior against plain PyTorch, reduced to a value for each sample.
+
+    python -m benchmarks.ops.gaussian
+
+Rows go to results/gaussian.csv, shape N x C x H x W of the latent: the standard Gaussian, and one whose mean and log scale a network gave.
+Samples draw from generators that differ, so they are not compared, and not timed.
+"""
+
+import argparse
+import math
+
+import torch
+
+from benchmarks.ops.conv1x1 import LAYOUTS
+from benchmarks.tools import harness
+from fastflow import ops
+
+
+def standard(z):
+    return -0.5 * (z * z + math.log(2 * math.pi)).sum((1, 2, 3))
+
+
+def conditional(z, mean, log_scale):
+    return -(0.5 * (z - mean) ** 2 * torch.exp(-2 * log_scale) + log_scale + 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
+
+
+def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
+    def image():
+        return torch.randn(n, c, side, side).contiguous(memory_format=LAYOUTS[layout])
+
+    elements = n * c * side * side
+    about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "layout": layout}
+    found = []
+    for name, eager, tensors in (("standard", standard, 1), ("conditional", conditional, 3)):
+        found.append(
+            harness.Case(
+                name,
+                inputs=lambda tensors=tensors: tuple(0.3 * image() for _ in range(tensors)),
+                providers={"eager": eager, "fastflow": ops.gaussian_log_prob},
+                gradients_of=tuple(range(tensors)),
+                bytes_moved=4 * tensors * elements,
+                **about,
+            )
+        )
+    return found
+
+
+def cases(options: argparse.Namespace) -> list[harness.Case]:
+    larger = 64 if options.device == "cpu" else 4096
+    sizes = [(2, 3, 5)] if options.quick else [(64, 6, 16), (64, 12, 8), (64, 48, 4), (larger, 12, 32)]
+    return [case for size in sizes for layout in LAYOUTS for case in of_size(*size, layout)]
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    return harness.main("gaussian", __doc__, cases, argv)
+
+
+if __name__ == "__main__":
+    main()

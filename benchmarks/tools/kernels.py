@@ -1,0 +1,406 @@
+"""What the compiler makes of each Triton kernel: registers, spills, shared memory, the width of loads and stores; no GPU.
+
+    python -m benchmarks.tools.kernels
+
+Records the launches of a CIFAR-10-shaped Glow (training, encoding, decoding, sampling) and of the ops that it does not call, compiles
+each distinct one for sm_80, sm_90 and sm_100, and writes docs/kernels.md.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import math
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import fastflow
+from fastflow import ops
+from fastflow.models import Glow
+from fastflow.nn import AffineCoupling
+
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CAPABILITIES = (80, 90, 100)
+BATCH = 64  # nothing is computed, so a batch as in training: what the compiler is told of divisibility depends on it
+IMAGE = (3, 32, 32)
+
+# recording ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel is compiled from, as Triton's own launcher sees the arguments, and how it is called in the table."""
+
+    module: str
+    kernel: str
+    signature: tuple
+    constexprs: tuple
+    attrs: tuple
+    options: tuple
+    images: bool  # whether it is given images, or only what is left of them
+    dtype: str
+    layout: str
+    shape: str
+
+    def variant(self) -> tuple[str, ...]:
+        """The constants that are neither the tile nor seen from dtype and layout, nor a number that only ends up in an instruction."""
+        shown = []
+        for name, value in self._constants().items():
+            if name.startswith(("TILE", "VEC_")) or value is None or isinstance(value, (tuple, float, triton.language.dtype)):
+                continue
+            if isinstance(value, bool):
+                shown += [name.lower()] * value
+            else:
+                shown.append(f"{name.lower()} {value}")
+        return tuple(shown)
+
+    def tile(self) -> str:
+        return times(v for k, v in self._constants().items() if k.startswith("TILE"))
+
+    def warps(self) -> int:
+        return dict(self.options)["num_warps"]
+
+    def row(self) -> tuple[str, ...]:
+        return self.kernel, *self.variant(), self.dtype, self.layout, self.shape
+
+    def function(self) -> JITFunction:
+        return getattr(importlib.import_module(self.module), self.kernel)
+
+    def _constants(self) -> dict:
+        # an int that is 1 is compiled in, too, but no constant by name
+        declared = self.function().params
+        return {declared[i].name: value for (i, *_), value in self.constexprs if declared[i].is_constexpr}
+
+
+def times(sizes: Iterable) -> str:
+    return " × ".join(map(str, sizes)) or "–"
+
+
+def _layout(t: Tensor) -> str:
+    return "channels_last" if t.stride(1) == 1 and t.shape[1] > 1 else "contiguous"
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def spec_of(kernel: JITFunction, args: tuple, kwargs: dict) -> Spec:
+    """What Triton would compile for these arguments: its own binder says what is specialized."""
+    backend = make_backend(GPUTarget("cuda", CAPABILITIES[0], 32))
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
+    _, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    tensors = {name: t for name, t in bound.items() if isinstance(t, Tensor)}
+    images = {name: t for name, t in tensors.items() if t.ndim == 4}
+    described = images or tensors
+    first = next(iter(described.values()))
+    expanded = [f", {name} expanded" for name, t in described.items() if 0 in t.stride()]
+    layouts = {_layout(t) for t in described.values() if t.ndim > 2 and 0 not in t.stride()}
+    return Spec(
+        module=kernel.module,
+        kernel=kernel.__name__,
+        signature=tuple(signature.items()),
+        constexprs=tuple(constexprs.items()),
+        attrs=tuple((path, tuple(map(tuple, v))) for path, v in attrs.items()),
+        options=tuple(sorted(options.items())),
+        images=bool(images),
+        dtype=", ".join([_dtype(first), *(f"{name} {_dtype(t)}" for name, t in described.items() if t.dtype != first.dtype)]),
+        layout=(layouts.pop() if len(layouts) == 1 else "mixed" if layouts else "–") + "".join(expanded),
+        shape=times(first.shape[1:]),
+    )
+
+
+@contextmanager
+def recording() -> Iterator[dict[Spec, None]]:
+    """Collects the specs of a block's launches. Nothing runs, so what the kernels would have written is whatever memory held."""
+    from fastflow.triton_kernels import tiles
+
+    if tiles.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1: kernels are interpreted in this process, and Triton then compiles none; unset it")
+    specs: dict[Spec, None] = {}
+    run = JITFunction.run
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        specs[spec_of(kernel, args, kwargs)] = None
+
+    JITFunction.run, tiles.INTERPRETED = record, True  # or CPU tensors would be refused
+    try:
+        with fastflow.backend("triton"):
+            yield specs
+    finally:
+        JITFunction.run, tiles.INTERPRETED = run, False
+
+
+def _train(model: Glow, images: Tensor) -> list[tuple[AffineCoupling, Tensor]]:
+    """A training step; returns each coupling with what it was given."""
+    given = []
+
+    def keep(coupling, args, output):
+        given.append((coupling, args[0].detach()))
+
+    hooks = [m.register_forward_hook(keep) for m in model.modules() if isinstance(m, AffineCoupling)]
+    model(images).mean().backward()
+    for hook in hooks:
+        hook.remove()
+    return given
+
+
+@torch.no_grad()
+def _from_output(coupling: AffineCoupling, y: Tensor) -> None:
+    """What backprop without stored activations launches."""
+    h = coupling.net(coupling.network_input(y))
+    variant = {name: getattr(coupling, name) for name in ("mask", "flip", "scale", "order", "h_order")}
+    dlog_det = y.new_empty(y.shape[0])
+    ops.affine_coupling_inverse_backward(y, h, coupling.factor(y), torch.empty_like(y), dlog_det, **variant)
+    channel = y.new_empty(y.shape[1])
+    ops.actnorm_inverse_backward(y, channel, channel, torch.empty_like(y), dlog_det)
+
+
+def _alone(x: Tensor) -> None:
+    """ActNorm as a layer of its own, and its initialization; Glow folds it into the convolution."""
+    x = x.clone().requires_grad_()
+    ops.actnorm_statistics(x)
+    channel = x.new_empty(x.shape[1]).requires_grad_()
+    y, log_det = ops.actnorm(x, channel, channel)
+    torch.autograd.backward([y, log_det], [torch.empty_like(y), torch.empty_like(log_det)])
+    with torch.no_grad():
+        ops.actnorm(x, channel, channel, inverse=True)
+
+
+def _variational(images: Tensor) -> None:
+    """Dequantization with noise from a model, which has a gradient (arXiv:1902.00275)."""
+    noise = ops.uniform_noise(tuple(images.shape), seed=0).contiguous(memory_format=_format(images)).requires_grad_()
+    y, log_det = ops.dequantize(images, noise=noise, scale=0.9, shift=0.05, logit=True)
+    torch.autograd.backward([y, log_det], [torch.empty_like(y), torch.empty_like(log_det)])
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+def _pixels(shape: str) -> int:
+    return math.prod(int(size) for size in shape.split(" × ")[1:])
+
+
+def recorded() -> list[Spec]:
+    """The distinct launches of a Glow L=3 K=1 and of single ops at its shapes, contiguous, channels_last, with networks in bfloat16."""
+    specs: dict[Spec, None] = {}
+    for memory_format, network in (
+        (torch.contiguous_format, torch.float32),
+        (torch.channels_last, torch.float32),
+        (torch.channels_last, torch.bfloat16),
+    ):
+        images = torch.randint(256, (BATCH, *IMAGE), dtype=torch.uint8).contiguous(memory_format=memory_format)
+        model = Glow(IMAGE, levels=3, steps=1, hidden=8, reversible=False).to(memory_format=memory_format)
+        with fastflow.backend("reference"):
+            model.initialize(images)
+        autocast = nullcontext() if network == torch.float32 else torch.autocast("cpu", dtype=network)
+        with recording() as launched, autocast:
+            for coupling, x in _train(model, images):
+                _from_output(coupling, x)
+                if network == torch.float32:
+                    _alone(x)
+            latents = model.encode(images)
+            model.decode(tuple(z.nan_to_num_() for z in latents))  # it refuses the NaN that memory may have held
+            model.sample(BATCH)
+            if network == torch.float32:
+                _variational(images)
+        specs |= launched
+    layouts = ("contiguous", "channels_last", "mixed", "–")
+    return sorted(specs, key=lambda s: (s.module, s.kernel, s.dtype, layouts.index(s.layout.split(",")[0]), s.variant(), -_pixels(s.shape)))
+
+
+# compiling ---------------------------------------------------------------------------------------------------------------------
+
+# nvdisasm would take as long as compiling does; ptxas keeps the widths of PTX, and what it spills lies in the stack
+PTX_ACCESS = re.compile(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b")
+TTIR_ACCESS = re.compile(r"tt\.(load|store) .*: tensor<((?:\d+x)+)!tt\.ptr<[fi]32")
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack: int
+    shared: int
+    loads: Counter  # how many instructions of how many bytes a thread
+    stores: Counter
+    loaded: int  # bytes a thread of the blocks of 4-byte elements that a program reads, where that is 16 or more
+    stored: int
+
+
+def compiled(spec: Spec, capability: int) -> Resources:
+    source = ASTSource(
+        spec.function(),
+        signature=dict(spec.signature),
+        constexprs=dict(spec.constexprs),
+        attrs={path: [list(v) for v in values] for path, values in spec.attrs},
+    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(spec.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    widths = {"ld": Counter(), "st": Counter()}
+    for kind, vector, bits in PTX_ACCESS.findall(kernel.asm["ptx"]):
+        widths[kind][int(vector or 1) * int(bits) // 8] += 1
+    blocks = Counter()
+    for kind, shape in TTIR_ACCESS.findall(kernel.asm["ttir"]):
+        each = 4 * math.prod(int(size) for size in shape.split("x") if size) // (32 * spec.warps())
+        blocks[kind] += each if each >= 16 else 0
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared=kernel.metadata.shared,  # without the 1 KiB that the system keeps from sm_90 on
+        loads=widths["ld"],
+        stores=widths["st"],
+        loaded=blocks["load"],
+        stored=blocks["store"],
+    )
+
+
+def defects(spec: Spec, found: Resources) -> list[str]:
+    """What a kernel must not do: spill, or move 4-byte elements of contiguous images less than 16 bytes a thread at a time."""
+    faults = []
+    if found.stack:
+        faults.append(f"spills registers into {found.stack} bytes of stack")
+    if spec.images and spec.layout == "contiguous":
+        for verb, accesses, expected in (("loads", found.loads, found.loaded), ("stores", found.stores, found.stored)):
+            wide = sum(width * n for width, n in accesses.items() if width >= 16)
+            if wide < expected:
+                faults.append(f"{verb} {wide} of {expected} bytes a thread 16 or more at a time")
+    return faults
+
+
+# the page ----------------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("variant", "dtype", "layout", "shape", "warps", "tile", "registers", "spills", "shared", "load", "store")
+RECORDED = 6  # of these columns, what is known before anything is compiled
+INTRODUCTION = f"""# What the compiler makes of the kernels
+
+Each kernel of `triton_kernels/`, as a Glow for CIFAR-10 launches it (L=3, batch {BATCH}: training, encoding, decoding, sampling; gradients
+from stored activations and from the output) and single ops at the shapes of its levels do, compiled for sm_80, sm_90 and sm_100 by
+Triton {{triton}}: `python -m benchmarks.tools.kernels`, which takes no GPU. This says what the compiler did, not how fast the result is:
+nothing here has been timed.
+
+Registers are those of a thread on sm_80, sm_90 and sm_100; a multiprocessor has 65,536. Spills are bytes of stack a thread, for registers
+that did not fit; shared memory is in bytes a program; load and store are the widest of a thread in bytes. Three values are those of the
+three architectures, one that of all. The shape is a sample's, of the kernel's first image; "h bfloat16" is what a coupling network
+under autocast gives; a mixed layout has tensors of both. What nothing is said of holds for every row.
+"""
+
+
+def described(specs: list[Spec]) -> dict[str, tuple[str, list[tuple[str, ...]]]]:
+    """For each kernel the constants that all its rows share, and the columns of each spec that are known from recording."""
+    kernels = {}
+    for kernel in sorted({spec.kernel for spec in specs}):
+        those = [spec for spec in specs if spec.kernel == kernel]
+        shared = set.intersection(*(set(spec.variant()) for spec in those))
+        rows = [
+            (
+                ", ".join(v for v in spec.variant() if v not in shared) or "–",
+                spec.dtype,
+                spec.layout,
+                spec.shape,
+                str(spec.warps()),
+                spec.tile(),
+            )
+            for spec in those
+        ]
+        kernels[kernel] = ", ".join(v for v in those[0].variant() if v in shared), rows
+    return kernels
+
+
+def _three(values: Iterable) -> str:
+    values = [str(v) for v in values]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _measured(found: list[Resources]) -> tuple[str, ...]:
+    return (
+        " / ".join(str(f.registers) for f in found),
+        _three(f.stack for f in found),
+        _three(f.shared for f in found),
+        *(_three(max(getattr(f, kind), default="–") for f in found) for kind in ("loads", "stores")),
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows that differ in their shapes alone become one."""
+    at = COLUMNS.index("shape")
+    merged: dict[tuple, list[str]] = {}
+    for row in rows:
+        shapes = merged.setdefault((*row[:at], *row[at + 1 :]), [])
+        if row[at] not in shapes:
+            shapes.append(row[at])
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines += [(*key[:at], ", ".join(shapes), *key[at:]) for key, shapes in merged.items()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def page(specs: list[Spec], found: dict[Spec, list[Resources]]) -> str:
+    text = INTRODUCTION.format(triton=triton.__version__)
+    for kernel, (shared, rows) in described(specs).items():
+        those = [spec for spec in specs if spec.kernel == kernel]
+        text += f"\n## {kernel}\n\n" + f"All: {shared}.\n\n" * bool(shared)
+        text += _table([(*row, *_measured(found[spec])) for row, spec in zip(rows, those, strict=True)])
+    return text
+
+
+def listed(text: str) -> dict[str, tuple[str, set[tuple[str, ...]]]]:
+    """What a page says of each kernel that is known from recording alone, as :func:`described` has it."""
+    at, kernels = COLUMNS.index("shape"), {}
+    for section in text.split("\n## ")[1:]:
+        kernel, _, body = section.partition("\n")
+        shared = re.search(r"^All: (.*)\.$", body, re.MULTILINE)
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")][2:]
+        rows = {(*line[:at], shape, *line[at + 1 : RECORDED]) for line in lines for shape in line[at].split(", ")}
+        kernels[kernel] = shared[1] if shared else "", rows
+    return kernels
+
+
+def compile_all(specs: list[Spec], processes: int, done: Callable[[], object] = lambda: None) -> dict[Spec, list[Resources]]:
+    """Resources of each spec on each architecture."""
+    jobs = [(spec, capability) for spec in specs for capability in CAPABILITIES]
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(compiled, *job) for job in jobs]
+        for future in concurrent.futures.as_completed(futures):
+            future.result()
+            done()
+    found = iter(futures)
+    return {spec: [next(found).result() for _ in CAPABILITIES] for spec in specs}
+
+
+def main() -> None:
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    options = parser.parse_args()
+
+    specs = recorded()
+    with tqdm(total=len(specs) * len(CAPABILITIES), desc="compiling") as bar:
+        found = compile_all(specs, options.processes, bar.update)
+    options.out.write_text(page(specs, found))
+    for spec, each in found.items():
+        for capability, resources in zip(CAPABILITIES, each, strict=True):
+            for fault in defects(spec, resources):
+                print(f"sm_{capability}", *spec.row(), fault, sep=", ")
+
+
+if __name__ == "__main__":
+    main()

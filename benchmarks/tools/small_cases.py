@@ -1,0 +1,72 @@
+"""Every op and model once at small, odd sizes, forward and backward: what compute-sanitizer is to look at.
+
+    compute-sanitizer --tool memcheck python -m benchmarks.tools.small_cases
+    compute-sanitizer --tool racecheck python -m benchmarks.tools.small_cases
+
+Prints what ran. Sizes are such that tiles are ragged, in channels, positions and samples; layouts are contiguous and channels_last.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastflow import nn, ops
+from fastflow.models import Glow, RealNVP
+
+SIZES = ((3, 12, 5, 7), (2, 6, 16, 16), (1, 48, 4, 4))
+
+
+def layers(c: int) -> list[nn.Flow]:
+    net, wide = torch.nn.Conv2d(c // 2, c, 3, padding=1), torch.nn.Conv2d(c, 2 * c, 3, padding=1)
+    return [
+        nn.ActNorm(c),
+        nn.InvertibleConv1x1(c),
+        nn.AffineCoupling(net),
+        nn.AffineCoupling(net, flip=True, scale="sigmoid", order="shift_first", h_order="interleaved"),
+        nn.AffineCoupling(wide, mask="checkerboard", scale="tanh"),
+        nn.BatchNorm(c),
+    ]
+
+
+def ran(device: str) -> Iterator[str]:
+    for n, c, h, w in SIZES:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(n, c, h, w, device=device).contiguous(memory_format=layout)
+            flow = nn.Sequential(*layers(c)).to(device)
+            for reversible in (True, False):
+                flow.reversible = reversible
+                z, log_det = flow(x.requires_grad_())
+                (z.sum() + log_det.sum()).backward()
+            flow.inverse(z.detach())
+            yield f"layers on {n}x{c}x{h}x{w}, {layout}"
+    for k, n, m in ((3, 5, 7), (2, 48, 48), (1, 64, 3)):
+        a = torch.randn(k, n, n, device=device, requires_grad=True)
+        ops.triangular_solve(a + n * torch.eye(n, device=device), torch.randn(k, n, m, device=device), upper=True).sum().backward()
+        yield f"triangular_solve {k}x{n}x{m}"
+    for model in (Glow((3, 8, 8), levels=2, steps=2, hidden=8, logit=True, classes=3), RealNVP((3, 8, 8), hidden=4, blocks=1)):
+        model = model.to(device)
+        x = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, device=device)
+        labels: Tensor | None = None if model.classes is None else torch.arange(3, device=device)
+        model(x, labels).mean().backward()
+        model.eval()
+        if not torch.equal(model.decode(model.encode(x, labels), labels), x):
+            raise ValueError(f"{type(model).__name__}: pixels did not come back")
+        model.sample(3, context=labels)
+        yield type(model).__name__
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = parser.parse_args(argv).device
+    torch.manual_seed(0)
+    for case in ran(device):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(case, flush=True)
+
+
+if __name__ == "__main__":
+    main()

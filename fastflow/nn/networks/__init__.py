@@ -1,0 +1,21 @@
+"""Networks that flows are conditioned by."""
+
+from fastflow.nn.networks.encoder_decoder import EncoderDecoder
+from fastflow.nn.networks.gated_network import ChannelLayerNorm, GatedBlock, GatedNetwork
+from fastflow.nn.networks.glow_network import ActNormConv2d, GlowNetwork, ZeroConv2d
+from fastflow.nn.networks.mlp import MLP
+from fastflow.nn.networks.residual_network import ResidualBlock, ResidualNetwork, WeightNormConv2d
+
+__all__ = [
+    "ActNormConv2d",
+    "ChannelLayerNorm",
+    "EncoderDecoder",
+    "GatedBlock",
+    "GatedNetwork",
+    "GlowNetwork",
+    "MLP",
+    "ResidualBlock",
+    "ResidualNetwork",
+    "WeightNormConv2d",
+    "ZeroConv2d",
+]

@@ -1,0 +1,8 @@
+"""Densities of latents."""
+
+from fastflow.nn.priors.gaussian import GaussianPrior
+from fastflow.nn.priors.logistic import LogisticPrior
+from fastflow.nn.priors.mixture import GaussianMixturePrior
+from fastflow.nn.priors.prior import Prior
+
+__all__ = ["GaussianMixturePrior", "GaussianPrior", "LogisticPrior", "Prior"]

@@ -1,0 +1,62 @@
+"""Gaussian priors."""
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import check, ops
+from fastflow.nn.priors.prior import Prior
+from fastflow.ops.noise import random_seed
+
+
+class GaussianPrior(Prior):
+    """A Gaussian over latents ``[N, C, ...]``: standard, or with a learned mean and log scale for each channel, of each class.
+
+    Args:
+        shape: of one latent, ``(C, ...)``.
+        classes: number of classes; the context is then int64 ``[N]``, and each class has a mean and log scale of its own.
+        learned: learn one mean and log scale (Glow's learned top prior, openai/glow); implied by classes.
+
+    What is learned starts as the standard Gaussian. Raises ValueError for a number of classes below 1, and for a context that is no
+    int64 ``[N]`` where there are classes.
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: int | None = None, learned: bool = False) -> None:
+        super().__init__(shape)
+        check.count("classes", classes, optional=True)
+        self.classes, self.learned = classes, learned or classes is not None
+        if self.learned:
+            size = (shape[0],) if classes is None else (classes, shape[0])
+            self.mean = nn.Parameter(torch.zeros(size))
+            self.log_scale = nn.Parameter(torch.zeros(size))
+
+    def terms(self, n: int, context: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and log scale, as :func:`fastflow.ops.gaussian_log_prob` takes them."""
+        if not self.learned:
+            return None, None
+        if self.classes is None:
+            return self.mean, self.log_scale
+        if context is None or context.dtype != torch.int64 or tuple(context.shape) != (n,):
+            got = "None" if context is None else f"{context.dtype} of {check.shape_of(context)}"
+            raise check.error("context", got, f"int64 classes [{n}] in [0, {self.classes})")
+        columns = [1] * (len(self.shape) - 1)
+        return tuple(v[context].view(n, self.shape[0], *columns).expand(n, *self.shape) for v in (self.mean, self.log_scale))
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        self.check_latent(z)
+        return ops.gaussian_log_prob(z, *self.terms(z.shape[0], context))
+
+    def sample(
+        self,
+        n: int,
+        like: Tensor,
+        temperature: float = 1.0,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        seed = random_seed(like.device, generator)
+        return ops.gaussian_sample(
+            (n, *self.shape), *self.terms(n, context), seed=seed, temperature=temperature, dtype=like.dtype, device=like.device
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, classes={self.classes}, learned={self.learned}"

@@ -1,0 +1,45 @@
+"""What the references share: accumulation dtype, memory layout, broadcasting over channels and samples."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Accumulation dtype: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dense_like(y: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``y`` in the dtype and the strides of ``torch.empty_like(x)``, so that every body and the fake agree on the layout."""
+    y = y.to(dtype or x.dtype)
+    if y.stride() == x.stride() or y.stride() == torch.empty_like(x, device="meta").stride():
+        return y
+    return torch.empty_like(x, dtype=y.dtype).copy_(y)
+
+
+def channel_view(v: Tensor, x: Tensor) -> Tensor:
+    """``v`` of shape ``[C]`` as ``[1, C, 1, ...]``, to broadcast against ``x``."""
+    return v.view(1, -1, *[1] * (x.ndim - 2))
+
+
+def sample_view(v: Tensor, x: Tensor) -> Tensor:
+    """``v`` of shape ``[N]`` as ``[N, 1, ...]``, to broadcast against ``x``."""
+    return v.view(-1, *[1] * (x.ndim - 1))
+
+
+def channel_sum(v: Tensor) -> Tensor:
+    """Sum over everything but dimension 1."""
+    return v.sum([d for d in range(v.ndim) if d != 1])
+
+
+def positions(x: Tensor) -> int:
+    """How many vectors of channels a sample holds: ``H * W`` of an image, 1 of a vector."""
+    return math.prod(x.shape[2:])
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout of a squeezed or unsqueezed ``x``: channels_last when channels are what lies side by side in ``x``."""
+    side_by_side = x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last if side_by_side else torch.contiguous_format

@@ -1,0 +1,31 @@
+"""Squeeze and unsqueeze in plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from fastflow.ops.layout import memory_format
+
+REALNVP_PIXELS = (0, 3, 1, 2)  # of a 2x2 block (00, 01, 10, 11): the main diagonal first
+
+
+def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
+    n, c, h, w = x.shape
+    c, h, w = (c // 4, h, w) if inverse else (c, h // 2, w // 2)
+    layout = memory_format(x)
+    if order == "realnvp" and inverse:
+        x = x.reshape(n, 4, c, h, w)[:, [REALNVP_PIXELS.index(k) for k in range(4)]].flatten(1, 2)
+    # a copy into new memory: of 2x2 pixels and the like the reshaped x would be a view, and an op must not return its input
+    y = torch.empty((n, c, 2 * h, 2 * w) if inverse else (n, 4 * c, h, w), dtype=x.dtype, device=x.device, memory_format=layout)
+    image, squeezed = (y, x) if inverse else (x, y)
+    pixels = image.view(n, c, h, 2, w, 2)
+    if order == "channel":
+        blocks = squeezed.view(n, c, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
+    else:
+        blocks = squeezed.view(n, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2)
+    if inverse:
+        pixels.copy_(blocks)
+    else:
+        blocks.copy_(pixels)
+    if order == "realnvp" and not inverse:
+        y.copy_(y.view(n, 4, c, h, w)[:, list(REALNVP_PIXELS)].flatten(1, 2))
+    return y

@@ -1,0 +1,3 @@
+from fastflow.ops.triangular_solve.op import raise_singular, triangular_solve
+
+__all__ = ["raise_singular", "triangular_solve"]

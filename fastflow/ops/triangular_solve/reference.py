@@ -1,0 +1,23 @@
+"""Batched triangular solve in plain PyTorch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Solve = Callable[[Tensor, Tensor, bool, bool, bool], Tensor]  # triangular_solve, or another that does the same
+
+
+def triangular_solve(A: Tensor, B: Tensor, upper: bool, unit_diagonal: bool, transpose: bool) -> Tensor:
+    left, upper = (A.mT, not upper) if transpose else (A, upper)
+    return torch.linalg.solve_triangular(left, B, upper=upper, unitriangular=unit_diagonal).contiguous()
+
+
+def triangular_solve_backward(
+    A: Tensor, X: Tensor, dX: Tensor, upper: bool, unit_diagonal: bool, transpose: bool, solve: Solve = triangular_solve
+) -> tuple[Tensor, Tensor]:
+    """(dA, dB)."""
+    dB = solve(A, dX, upper, unit_diagonal, not transpose)
+    dA = -(X @ dB.mT if transpose else dB @ X.mT)
+    diagonal = 1 if unit_diagonal else 0
+    return (dA.triu(diagonal) if upper else dA.tril(-diagonal)), dB

@@ -1,0 +1,22 @@
+"""Seeds derived from one seed, a stream for each purpose, so that no two purposes draw the same noise."""
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Stream(IntEnum):
+    """First integer of the path of :func:`derive`. Values are part of what a run reproduces: they never change."""
+
+    PERMUTATION = 1
+    BATCH = 2
+    INITIALIZE = 10
+    TRAINING_NOISE = 11
+    TEST_NOISE = 12
+    SAMPLES = 13
+    EXPLORE = 14
+
+
+def derive(seed: int, *path: int) -> int:
+    """A seed in ``[0, 2^63)`` for one purpose: a hash of ``seed`` and the integers of ``path``."""
+    return int(np.random.SeedSequence((seed, *map(int, path))).generate_state(1, np.uint64)[0] >> np.uint64(1))

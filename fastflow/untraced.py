@@ -1,9 +1,0 @@
-"""What torch.compile is not to look into; a file of its own, since the decorator imports the compiler, which takes a second."""
-
-import torch
-
-from fastflow import reversible
-
-run_chains = torch.compiler.disable(
-    reversible.run_chains, reason="the backward pass of a reversible chain is a program of its own; reversible=False can be traced"
-)

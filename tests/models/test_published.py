@@ -1,0 +1,240 @@
+"""Published MNIST weights: the model that they make against a plain one with multiplied masks, and every file that is refused."""
+
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Normal
+
+from fastflow import CheckpointError
+from fastflow.models import load_published
+from fastflow.models.mnist_flow import VARIANTS
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINTS = Path(os.environ.get("FASTFLOW_PUBLISHED", ROOT.parent / "shared" / "data" / "checkpoints"))
+SIMPLE = CHECKPOINTS / "MNISTFlow_simple_2020-10.ckpt"
+TEST_IMAGES = ROOT / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+
+# what the three models are made of, in the order of their layers: (channels that the network sees, changes, has inside)
+SQUEEZE, SPLIT = "squeeze", "split"
+VARDEQ = [(2, 1, 16)] * 4
+LAYERS = {
+    "simple": [None, *[(1, 1, 32)] * 8],
+    "vardeq": [VARDEQ, *[(1, 1, 32)] * 8],
+    "multiscale": [VARDEQ, *[(1, 1, 32)] * 2, SQUEEZE, *[(4, 4, 48)] * 2, SPLIT, SQUEEZE, *[(8, 8, 64)] * 4],
+}
+
+
+def mask_of(channels, odd):
+    """1 where a value passes through: odd pixels of the checkerboard, the first half of the channels; the others for every second layer."""
+    if channels == 1:
+        mask = (torch.arange(28).view(-1, 1) + torch.arange(28)).remainder(2).view(1, 1, 28, 28)
+    else:
+        mask = (torch.arange(channels) < channels // 2).long().view(1, -1, 1, 1)
+    return (1 - mask if odd else mask).float()
+
+
+def coupling_state(prefix, seen, changed, hidden, odd):
+    def noise(*shape):
+        return torch.randn(shape) * 0.3 / max(1, math.prod(shape[1:])) ** 0.5
+
+    def layer(name, out, *rest):
+        return {f"{prefix}.network.nn.{name}.weight": noise(out, *rest), f"{prefix}.network.nn.{name}.bias": 0.3 * torch.randn(out)}
+
+    state = {f"{prefix}.scaling_factor": 0.3 * torch.randn(changed), f"{prefix}.mask": mask_of(changed, odd)}
+    state |= layer("0", hidden, seen, 3, 3)
+    for i in (1, 3, 5):
+        state |= layer(f"{i}.net.0", hidden, hidden, 3, 3) | layer(f"{i}.net.2", 2 * hidden, 2 * hidden, 1, 1)
+        state |= layer(f"{i + 1}.layer_norm", hidden)
+    return state | layer("8", 2 * changed, 2 * hidden, 3, 3)
+
+
+def published(variant):
+    """A state dict under the published names, with random weights."""
+    state, before = {}, 0
+    for i, layer in enumerate(LAYERS[variant]):
+        if isinstance(layer, tuple):
+            before = before + 1 if layer == LAYERS[variant][i - 1] else 0
+            state |= coupling_state(f"flows.{i}", *layer, before % 2 == 1)
+        elif i == 0 and layer:
+            for j, inner in enumerate(layer):
+                state |= coupling_state(f"flows.0.flows.{j}", *inner, j % 2 == 1)
+    return state
+
+
+# the models once more, plainly ------------------------------------------------------------------------------------------------
+
+
+def both_signs(x):
+    return F.elu(torch.cat([x, -x], dim=1))
+
+
+def network(state, prefix, x):
+    def conv(name, x):
+        weight = state[f"{prefix}.{name}.weight"]
+        return F.conv2d(x, weight, state[f"{prefix}.{name}.bias"], padding=weight.shape[-1] // 2)
+
+    x = conv("0", x)
+    for i in (1, 3, 5):
+        first, second = conv(f"{i}.net.2", both_signs(conv(f"{i}.net.0", x))).chunk(2, dim=1)
+        x = x + first * second.sigmoid()
+        weight, bias = (state[f"{prefix}.{i + 1}.layer_norm.{which}"].view(1, -1, 1, 1) for which in ("weight", "bias"))
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt() * weight + bias
+    return conv("8", both_signs(x))
+
+
+def coupling(state, prefix, z, beside=()):
+    """(z + t) e^s where the mask is 0, with s and t of the network masked by multiplication, and the sum of s."""
+    mask, factor = state[f"{prefix}.mask"], state[f"{prefix}.scaling_factor"].exp().view(1, -1, 1, 1)
+    s, t = network(state, f"{prefix}.network.nn", torch.cat([z * mask, *beside], dim=1)).chunk(2, dim=1)
+    s, t = factor * torch.tanh(s / factor) * (1 - mask), t * (1 - mask)
+    return (z + t) * s.exp(), s.flatten(1).sum(1)
+
+
+def logit_with_log_det(u, alpha=1e-5):
+    p = alpha / 2 + (1 - alpha) * u
+    log_det = (math.log(1 - alpha) - p.log() - (1 - p).log()).flatten(1).sum(1)
+    return p.log() - (1 - p).log(), log_det
+
+
+def log_prob(state, variant, x, noise):
+    x, u, log_p = x.double(), noise, torch.zeros(len(x), dtype=torch.float64)
+    layers, normal = LAYERS[variant], Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    if layers[0]:
+        u, log_p = logit_with_log_det(u)
+        for j in range(4):
+            u, log_det = coupling(state, f"flows.0.flows.{j}", u, [2 * x / 255 - 1])
+            log_p = log_p + log_det
+        log_p = log_p + (u.sigmoid().log() + (-u).sigmoid().log()).flatten(1).sum(1)
+        u = u.sigmoid()
+    z, log_det = logit_with_log_det((x + u) / 256)
+    log_p = log_p + log_det - 784 * math.log(256)
+    for i, layer in enumerate(layers[1:], start=1):
+        if layer == SQUEEZE:
+            z = F.pixel_unshuffle(z, 2)
+        elif layer == SPLIT:
+            z, out = z.chunk(2, dim=1)
+            log_p = log_p + normal.log_prob(out).flatten(1).sum(1)
+        else:
+            z, log_det = coupling(state, f"flows.{i}", z)
+            log_p = log_p + log_det
+    return log_p + normal.log_prob(z).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_under_their_published_names(tmp_path, variant):
+    state, path = published(variant), tmp_path / "epoch=199 (1), best!.CKPT"
+    torch.save({"epoch": 199, "global_step": 78000, "pytorch-lightning_version": "1.0.2", "state_dict": state}, path)
+    model = load_published(path)
+    assert model.config["variant"] == variant and not model.training
+    model, state = model.double(), {name: v.double() for name, v in state.items()}
+    x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    x[0], x[1] = 0, 255
+    noise = torch.ops.fastflow.uniform_noise(x.shape, torch.tensor(4), 0, torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.log_prob(x, seed=4), log_prob(state, variant, x, noise), rtol=1e-11, atol=0)
+        assert torch.equal(model.decode(model.encode(x)), x)
+    plain = tmp_path / "weights.pt"
+    torch.save(state, plain)
+    with torch.no_grad():
+        expected = model.float().log_prob(x, seed=4)
+        assert torch.equal(load_published(str(plain)).log_prob(x, seed=4), expected)
+
+
+def test_the_published_weights():
+    """Those of the tutorial's simple flow on MNIST's first 512 test digits: as the plain model, which has 1.0690 bits/dim there with 8
+    importance samples, give or take 0.003 for the noise."""
+    if not SIMPLE.exists():
+        pytest.skip(f"no {SIMPLE.name} in {CHECKPOINTS}: FASTFLOW_PUBLISHED names its folder")
+    if not TEST_IMAGES.exists():
+        pytest.skip("MNIST is not in data/MNIST/raw")
+    model, state = load_published(SIMPLE), torch.load(SIMPLE, map_location="cpu", weights_only=True)["state_dict"]
+    x = torch.frombuffer(bytearray(TEST_IMAGES.read_bytes()), dtype=torch.uint8, offset=16)[: 512 * 784].view(512, 1, 28, 28)
+    noise = torch.ops.fastflow.uniform_noise((2, 1, 28, 28), torch.tensor(4), 0, torch.float64)
+    with torch.no_grad():
+        plain = log_prob({name: v.double() for name, v in state.items()}, "simple", x[:2], noise)
+        parts = list(x.split(64))
+        draws = torch.stack([torch.cat([model.log_prob(part, seed=s, offset=64 * i) for i, part in enumerate(parts)]) for s in range(8)])
+        torch.testing.assert_close(model.double().log_prob(x[:2], seed=4), plain, rtol=1e-11, atol=0)
+    bits = -(torch.logsumexp(draws, 0) - math.log(8)).mean() / (784 * math.log(2))
+    assert abs(bits.item() - 1.0690) < 0.003
+
+
+# refusals ---------------------------------------------------------------------------------------------------------------------
+
+
+class Code:
+    def __reduce__(self):
+        return os.abort, ()
+
+
+def without(state):
+    del state["flows.3.network.nn.5.net.2.bias"]
+
+
+def with_more(state):
+    state["flows.9.mask"] = torch.ones(1)
+
+
+def reshaped(state):
+    state["flows.2.network.nn.0.weight"] = torch.zeros(32, 2, 3, 3)
+
+
+def masked(state):
+    state["flows.4.mask"] = 1 - state["flows.4.mask"]
+
+
+def no_tensor(state):
+    state["flows.4.mask"] = 1.0
+
+
+def integer_mask(state):
+    state["flows.5.mask"] = 1 - state["flows.5.mask"].long()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (without, "1 names are missing and 0 unexpected, such as flows.3.network.nn.5.net.2.bias"),
+        (with_more, "0 names are missing and 1 unexpected, such as flows.9.mask"),
+        (reshaped, r"flows.2.network.nn.0.weight is \(32, 2, 3, 3\), expected \(32, 1, 3, 3\)"),
+        (masked, "flows.4.mask is another mask than that of MNISTFlow_simple"),
+        (integer_mask, "flows.5.mask is another mask than that of MNISTFlow_simple"),
+        (no_tensor, "holds no state_dict of tensors"),
+        (dict.clear, "not a published model that is known"),
+    ],
+)
+def test_other_weights_are_refused(tmp_path, change, said):
+    state, path = published("simple"), tmp_path / "it.ckpt"
+    change(state)
+    torch.save({"state_dict": state}, path)
+    refused(path, said)
+
+
+def refused(path, said):
+    with pytest.raises(CheckpointError, match=said) as error:
+        load_published(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_files_that_hold_no_weights_are_refused(tmp_path):
+    path = tmp_path / "it.ckpt"
+    refused(path, "no such file")
+    refused(tmp_path, "is a folder")
+    torch.save([torch.zeros(2)], path)
+    refused(path, "holds no state_dict of tensors")
+    torch.save({"state_dict": published("simple")}, path)
+    whole = path.read_bytes()
+    for length in (0, 3, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        refused(path, "truncated or damaged|not a file that torch.save wrote")
+    path.write_bytes(whole[: len(whole) // 2] + b"\xff" + whole[len(whole) // 2 + 1 :])
+    refused(path, "damaged")
+    torch.save({"state_dict": published("simple"), "callbacks": Code()}, path)
+    refused(path, "holds more than tensors and plain values")
+    path.write_bytes(pickle.dumps({"state_dict": Code()}))
+    refused(path, "not a file that torch.save wrote")

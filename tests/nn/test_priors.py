@@ -1,0 +1,201 @@
+"""Priors: densities against torch.distributions, normalization, and samples by their moments, quantiles, temperature and seed."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TransformedDistribution, Uniform
+from torch.distributions.transforms import SigmoidTransform
+
+from fastflow.nn import GaussianMixturePrior, GaussianPrior, LogisticPrior
+from tests.support.cases import randomize
+
+VECTOR, IMAGE = (2,), (2, 1, 2)
+MEANS = torch.tensor([[-1.0, 2.0], [0.5, 0.0], [3.0, -2.0]])
+PRIORS = {
+    "standard": lambda shape: GaussianPrior(shape),
+    "learned": lambda shape: GaussianPrior(shape, learned=True),
+    "classes": lambda shape: GaussianPrior(shape, classes=3),
+    "mixture": lambda shape: GaussianMixturePrior(shape, MEANS),
+    "fixed mixture": lambda shape: GaussianMixturePrior(shape, MEANS, learned=False),
+    "logistic": lambda shape: LogisticPrior(shape),
+}
+every_prior = pytest.mark.parametrize("name", PRIORS)
+every_shape = pytest.mark.parametrize("shape", [VECTOR, IMAGE], ids=str)
+F64 = torch.float64
+
+
+def trained(name, shape):
+    return randomize(PRIORS[name](shape), std=0.3).double()
+
+
+def classes(name, n, k=None):
+    return None if name != "classes" else torch.arange(n) % 3 if k is None else torch.full((n,), k)
+
+
+def columns(v, shape):
+    """``[..., C]`` at every position of a latent."""
+    return v.view(*v.shape, *[1] * (len(shape) - 1)).expand(*v.shape[:-1], *shape)
+
+
+def expected(prior, name, shape, context=None):
+    """The density as a distribution over latents; ``context`` is one class."""
+    if name == "logistic":
+        uniform = Uniform(torch.zeros(shape, dtype=F64), torch.ones(shape, dtype=F64), validate_args=False)
+        return Independent(TransformedDistribution(uniform, SigmoidTransform().inv), len(shape))
+    if name == "standard":
+        mean, scale = torch.zeros(shape, dtype=F64), torch.ones(shape, dtype=F64)
+    else:
+        mean, scale = columns(prior.mean, shape), columns(prior.log_scale.exp(), shape)
+    mean, scale = (mean, scale) if context is None else (mean[context], scale[context])
+    density = Independent(Normal(mean, scale), len(shape))
+    return MixtureSameFamily(Categorical(logits=prior.logit), density) if "mixture" in name else density
+
+
+@every_prior
+@every_shape
+def test_log_prob(name, shape):
+    prior, z = trained(name, shape), 3 * torch.randn(5, *shape, dtype=F64)
+    z[4] = 30  # where 1 - sigmoid rounds to 0 and e^z does not
+    context = classes(name, 5)
+    found = prior.log_prob(z, context)
+    assert found.shape == (5,) and found.dtype == F64
+    if name == "logistic":
+        z = z[:4]
+    wanted = torch.stack([expected(prior, name, shape, None if context is None else context[i]).log_prob(v) for i, v in enumerate(z)])
+    torch.testing.assert_close(found[: len(z)], wanted, rtol=1e-12, atol=1e-12)
+    if name == "logistic":
+        torch.testing.assert_close(found[4:], torch.tensor([-30.0 * z[0].numel()], dtype=F64), rtol=1e-12, atol=0)
+    single = copy.deepcopy(prior).float().log_prob(z.float(), None if context is None else context[: len(z)])
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), wanted, rtol=1e-6, atol=1e-5)
+    assert prior.log_prob(z[:0], classes(name, 0)).shape == (0,)
+
+
+@every_prior
+def test_density_integrates_to_one(name):
+    prior, line = trained(name, VECTOR), torch.linspace(-40, 40, 801, dtype=F64)
+    z = torch.cartesian_prod(line, line)
+    total = prior.log_prob(z, classes(name, len(z), 1)).exp().sum() * 0.1**2
+    assert abs(total.item() - 1) < 1e-9  # of smooth densities that end well inside, sums over a grid are exact
+
+
+@every_prior
+def test_gradients(name):
+    prior, z = trained(name, VECTOR), torch.randn(3, 2, dtype=F64)
+    parameters = list(prior.parameters())
+    assert len(parameters) == {"learned": 2, "classes": 2, "mixture": 3}.get(name, 0)
+    context = classes(name, 3)
+    assert torch.autograd.gradcheck(lambda z, *_: prior.log_prob(z, context), (z.requires_grad_(), *parameters))
+
+
+@every_prior
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_are_of_the_density(name, temperature):
+    """Each value's distribution function, by whole images, since a component of the mixture is that of a whole latent."""
+    prior, n = trained(name, IMAGE), 20000
+    like = torch.empty(0, dtype=F64)
+    x = prior.sample(n, like, temperature, classes(name, n, 2), torch.Generator().manual_seed(1))
+    assert x.shape == (n, *IMAGE) and x.dtype == F64
+    if name == "logistic":
+        cdf = torch.sigmoid(x / temperature)
+    else:
+        terms = (torch.zeros(1, 2), torch.ones(1, 2)) if name == "standard" else (prior.mean.view(-1, 2), prior.log_scale.exp().view(-1, 2))
+        mean, scale = (columns(v.double(), IMAGE).unsqueeze(1) for v in terms)
+        weights = prior.logit.softmax(0) if "mixture" in name else torch.ones(len(mean), dtype=F64) / len(mean)
+        if name == "classes":
+            mean, scale, weights = mean[2:], scale[2:], torch.ones(1, dtype=F64)
+        cdf = (weights.view(-1, *[1] * 4) * Normal(mean, temperature * scale).cdf(x)).sum(0)
+    cdf = cdf.detach().flatten(1).sort(0).values
+    steps = torch.arange(1, n + 1, dtype=F64).unsqueeze(1) / n
+    # Kolmogorov and Smirnov's bound, passed by chance once in a million
+    assert (cdf - steps).abs().max() < 2.7 / n**0.5
+    assert cdf.min() < 10 / n and cdf.max() > 1 - 10 / n
+
+
+def test_a_component_is_that_of_a_whole_latent():
+    prior = GaussianMixturePrior(IMAGE, torch.tensor([[-50.0, -50.0], [50.0, 50.0]]))
+    with torch.no_grad():
+        prior.logit.copy_(torch.tensor([0.25, 0.75]).log())
+    signs = prior.sample(4000, torch.empty(0)).sign().flatten(1)
+    assert (signs == signs[:, :1]).all()
+    assert abs((signs[:, 0] > 0).float().mean() - 0.75) < 5 * (0.25 * 0.75 / 4000) ** 0.5
+
+
+@every_prior
+def test_temperature_and_seed(name):
+    prior, like, context = trained(name, IMAGE), torch.empty(0, dtype=F64), classes(name, 6)
+
+    def draw(seed, temperature=1.0):
+        return prior.sample(6, like, temperature, context, torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    cold = draw(1, 0.0)
+    means = columns(prior.mean, IMAGE) if hasattr(prior, "mean") else torch.zeros(IMAGE, dtype=F64)
+    if name == "classes":
+        assert torch.equal(cold, means[context])
+    elif "mixture" in name:
+        assert all(any(torch.equal(v, m) for m in means) for v in cold)
+    else:
+        assert torch.equal(cold, means.expand(6, *IMAGE))
+    torch.testing.assert_close(draw(1, 0.25) - cold, 0.25 * (draw(1) - cold), rtol=1e-10, atol=1e-12)
+    torch.manual_seed(5)
+    first = prior.sample(6, like, context=context)
+    torch.manual_seed(5)
+    assert torch.equal(prior.sample(6, like, context=context), first)
+    state = torch.get_rng_state()
+    draw(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert prior.sample(0, like, context=classes(name, 0)).shape == (0, *IMAGE)
+
+
+def test_logistic_tails():
+    """Values as large as one in ten million, which 16 bits of noise alone would not reach, and none that is infinite."""
+    x = LogisticPrior((1000,)).sample(1000, torch.empty(0), generator=torch.Generator().manual_seed(1))
+    assert x.isfinite().all() and x.max() > 12 and x.min() < -12  # 1 in 160,000, of a million
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_what_a_mixture_learns_and_keeps(learned):
+    prior = GaussianMixturePrior(VECTOR, MEANS, learned=learned)
+    assert len(list(prior.parameters())) == 3 * learned and set(prior.state_dict()) == {"mean", "log_scale", "logit"}
+    other = GaussianMixturePrior(VECTOR, torch.zeros(3, 2), learned=learned)
+    other.load_state_dict(prior.state_dict())
+    z = torch.randn(4, 2)
+    assert torch.equal(other.log_prob(z), prior.log_prob(z))
+    given = MEANS.clone()
+    prior = GaussianMixturePrior(VECTOR, given, learned=learned)
+    given.zero_()
+    assert torch.equal(prior.mean, MEANS)
+
+
+def test_what_is_learned_starts_as_the_standard_gaussian():
+    z = torch.randn(4, *IMAGE, dtype=F64)
+    standard = GaussianPrior(IMAGE).log_prob(z)
+    torch.testing.assert_close(GaussianPrior(IMAGE, learned=True).double().log_prob(z), standard, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        GaussianPrior(IMAGE, classes=2).double().log_prob(z, torch.tensor([0, 1, 1, 0])), standard, rtol=1e-14, atol=0
+    )
+
+
+ONE_OF_EACH = [make(VECTOR) for make in PRIORS.values()]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: GaussianPrior(VECTOR, classes=0), "classes: got 0, expected a positive integer or None"),
+        (lambda: GaussianPrior(VECTOR, classes=1.5), "classes: got 1.5, expected a positive integer or None"),
+        (lambda: GaussianMixturePrior(VECTOR, torch.zeros(3)), r"means: got shape \[3\], expected \[K, 2\]"),
+        (lambda: GaussianMixturePrior(VECTOR, torch.zeros(2, 3)), r"means: got shape \[2, 3\], expected \[K, 2\]"),
+        (lambda: GaussianMixturePrior(VECTOR, torch.zeros(0, 2)), r"means: got shape \[0, 2\], expected \[K, 2\]"),
+        (lambda: GaussianPrior(VECTOR, 3).log_prob(torch.zeros(2, 2)), r"context: got None, expected int64 classes \[2\] in \[0, 3\)"),
+        (lambda: GaussianPrior(VECTOR, 3).log_prob(torch.zeros(2, 2), torch.zeros(2)), r"context: got torch.float32 of shape \[2\]"),
+        (lambda: GaussianPrior(VECTOR, 3).sample(3, torch.zeros(0), context=torch.tensor([1])), r"context: got torch.int64 of shape \[1\]"),
+        *((lambda p=p: p.log_prob(torch.zeros(2, 2).long()), "z: got dtype torch.int64, expected a floating point") for p in ONE_OF_EACH),
+        *((lambda p=p: p.log_prob(torch.zeros(2, 3)), r"z: got shape \[2, 3\], expected \[2, 2\]") for p in ONE_OF_EACH),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call()

@@ -1,0 +1,260 @@
+"""fastflow::affine_coupling: both masks, every scale function, order and layout of the network's output, both directions."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from fastflow import ops, reference
+from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
+from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, assert_as_reference, assert_no_worse, lay_out, leaf, name, pairwise
+
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
+
+AXES = {"mask": MASKS, "flip": [False, True], "scale": SCALES, "order": ORDERS, "h_order": H_ORDERS, "inverse": [False, True]}
+FULL = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
+PAIRWISE = pairwise(**AXES)
+OP = torch.ops.fastflow.affine_coupling.default
+BACKWARD = torch.ops.fastflow.affine_coupling_backward.default
+INVERSE_BACKWARD = torch.ops.fastflow.affine_coupling_inverse_backward.default
+
+
+def inputs(mask, scale, shape=(2, 4, 3, 2), dtype=torch.float64, h_dtype=None):
+    x = torch.randn(shape, dtype=torch.float64)
+    transformed = shape[1] if mask == "checkerboard" else shape[1] // 2
+    h = torch.randn(shape[0], transformed * (1 if scale == "none" else 2), *shape[2:], dtype=torch.float64)
+    factor = torch.rand(transformed, dtype=torch.float64) + 0.5 if scale in WITH_FACTOR else None
+    return x.to(dtype), h.to(h_dtype or dtype), factor if factor is None else factor.to(dtype)
+
+
+def leaves(*tensors):
+    return [None if t is None else leaf(t) for t in tensors]
+
+
+def log_s(raw, f, scale):
+    if scale == "exp":
+        return raw
+    if scale == "sigmoid":
+        return F.logsigmoid(raw + 2)
+    return f * torch.tanh(raw / f) if scale == "soft_clamp" else f * torch.tanh(raw)
+
+
+def by_hand(x, h, factor, mask, flip, scale, order, h_order):
+    """The textbook's formula, element by element, forward."""
+    y, log_det = x.clone(), torch.zeros(x.shape[0], dtype=x.dtype)
+    n, c, height, width = x.shape
+    for i, k, a, b in product(range(n), range(c), range(height), range(width)):
+        transformed = ((k < c // 2) == flip) if mask == "halves" else (a + b) % 2 == flip
+        if not transformed:
+            continue
+        k_h = k % (c // 2) if mask == "halves" else k
+        count = c // 2 if mask == "halves" else c
+        at_t, at_raw = {"shift_scale": (k_h, k_h + count), "scale_shift": (k_h + count, k_h), "interleaved": (2 * k_h, 2 * k_h + 1)}[
+            h_order
+        ]
+        if scale == "none":
+            y[i, k, a, b] += h[i, k_h, a, b]
+            continue
+        t, raw = h[i, at_t, a, b], h[i, at_raw, a, b]
+        f = None if factor is None else factor[k_h]
+        s = torch.exp(log_s(raw, f, scale))
+        y[i, k, a, b] = s * x[i, k, a, b] + t if order == "scale_first" else s * (x[i, k, a, b] + t)
+        log_det[i] += s.log()
+    return y, log_det
+
+
+@pytest.mark.parametrize("case", [c for c in FULL if not c["inverse"]], ids=name)
+def test_formula_and_inverse(case):
+    x, h, factor = inputs(case["mask"], case["scale"], shape=(2, 4, 2, 3))
+    variant = {k: v for k, v in case.items() if k != "inverse"}
+    y, log_det = ops.affine_coupling(x, h, factor, **variant)
+    torch.testing.assert_close((y, log_det), by_hand(x, h, factor, **variant), rtol=1e-12, atol=1e-12)
+    back, log_det_back = ops.affine_coupling(y, h, factor, **variant, inverse=True)
+    torch.testing.assert_close(back, x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(log_det_back, -log_det, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", FULL, ids=name)
+def test_gradients(case):
+    args = leaves(*inputs(case["mask"], case["scale"]))
+    assert gradcheck(lambda *a: OP(*a, *case.values()), args, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", FULL, ids=name)
+def test_backward_is_that_of_the_reference(case):
+    args = leaves(*inputs(case["mask"], case["scale"]))
+    outputs = reference.affine_coupling(*args, *case.values())
+    dy, dlog_det = (torch.randn_like(v) for v in outputs)
+    given = [a for a in args if a is not None]
+    # an additive coupling's log-det is a constant
+    loss = (outputs[0] * dy).sum() + (outputs[1] * dlog_det).sum()
+    expected = torch.autograd.grad(loss, given)
+    found = BACKWARD(*(None if a is None else a.detach() for a in args), dy, dlog_det, *case.values())
+    torch.testing.assert_close(found[: len(given)], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [c for c in FULL if not c["inverse"]], ids=name)
+def test_inverse_backward(case):
+    variant = {k: v for k, v in case.items() if k != "inverse"}
+    args = leaves(*inputs(case["mask"], case["scale"]))
+    given = [a for a in args if a is not None]
+    y, log_det = ops.affine_coupling(*args, **variant)
+    dy, dlog_det = torch.randn_like(y), torch.randn_like(log_det)
+    expected = torch.autograd.grad([y, log_det], given, [dy, dlog_det])
+    x, *gradients = ops.affine_coupling_inverse_backward(
+        y.detach(), *(a if a is None else a.detach() for a in args[1:]), dy, dlog_det, **variant
+    )
+    torch.testing.assert_close(x, args[0].detach(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(tuple(gradients[: len(given)]), expected, rtol=1e-11, atol=1e-11)
+    assert len(given) == 3 or gradients[2] is None
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=name)
+def test_opcheck(case):
+    torch.library.opcheck(OP, (*leaves(*inputs(case["mask"], case["scale"])), *case.values()))
+
+
+@pytest.mark.parametrize(
+    "mask, scale, layout", [(m, s, v) for m, s in [("halves", "soft_clamp"), ("checkerboard", "none")] for v in LAYOUTS]
+)
+def test_opcheck_layouts(mask, scale, layout):
+    x, h, factor = inputs(mask, scale)
+    x, h = lay_out(x, layout), lay_out(h, layout)
+    variant = (mask, False, scale, "scale_first", "shift_scale")
+    torch.library.opcheck(OP, (*leaves(x, h, factor), *variant, True), test_utils=STATIC)
+    dy, dlog_det = lay_out(torch.randn(x.shape, dtype=x.dtype), layout), torch.randn(2, dtype=x.dtype)
+    torch.library.opcheck(BACKWARD, (x, h, factor, dy, dlog_det, *variant, False), test_utils=STATIC)
+    torch.library.opcheck(INVERSE_BACKWARD, (x, h, factor, dy, dlog_det, *variant), test_utils=STATIC)
+
+
+@pytest.mark.parametrize(
+    "case", pairwise(mask=MASKS, scale=SCALES, x_layout=LAYOUTS, h_layout=LAYOUTS, dtype=["float64", "bfloat16"]), ids=name
+)
+def test_layout_changes_nothing(case):
+    dtype = getattr(torch, case["dtype"])
+    x, h, factor = inputs(case["mask"], case["scale"], shape=(3, 6, 4, 4), dtype=dtype)
+    x, h = lay_out(x, case["x_layout"]), lay_out(h, case["h_layout"])
+    variant = {"mask": case["mask"], "scale": case["scale"]}
+    found = ops.affine_coupling(x, h, factor, **variant)
+    expected = ops.affine_coupling(x.contiguous(), h.contiguous(), factor, **variant)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+    assert found[0].stride() == torch.empty_like(x).stride()
+
+
+def eager(x, h, factor, scale, inverse):
+    """What a user's own coupling computes in the dtype of its tensors: halves, scale first, [shift, scale]."""
+    x_a, x_b = x.chunk(2, dim=1)
+    t, raw = (h, None) if scale == "none" else h.chunk(2, dim=1)
+    f = None if factor is None else factor.view(1, -1, 1, 1)
+    log_scale = torch.zeros_like(t) if scale == "none" else log_s(raw, f, scale)
+    y_b = (x_b - t) * torch.exp(-log_scale) if inverse else x_b * torch.exp(log_scale) + t
+    log_det = log_scale.flatten(1).sum(1)
+    return torch.cat([x_a, y_b], dim=1), -log_det if inverse else log_det
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype, h_dtype", [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16"), ("float32", "float16")])
+def test_half_precision(dtype, h_dtype, scale, inverse):
+    x, h, factor = inputs("halves", scale, (8, 8, 8, 8), getattr(torch, dtype), getattr(torch, h_dtype))
+    weights = torch.randn(8, 8, 8, 8, dtype=torch.float64)
+
+    def run(coupling, *args):
+        args = leaves(*args)
+        y, log_det = coupling(*args)
+        gradients = torch.autograd.grad((y.double() * weights).sum() + log_det.double().sum(), [a for a in args if a is not None])
+        return [v.detach().double() for v in (y, log_det, *gradients)]
+
+    exact = run(lambda *a: eager(*a, scale, inverse), *(a if a is None else a.double() for a in (x, h, factor)))
+    theirs = run(lambda *a: eager(*a, scale, inverse), x, h, factor)
+    ours = run(lambda *a: ops.affine_coupling(*a, scale=scale, inverse=inverse), x, h, factor)
+    assert_no_worse(ours, theirs, exact)
+
+
+def assert_all_three(x, h, factor, dy, dlog_det, variant, inverse):
+    """All three ops beside the reference."""
+    assert_as_reference(OP, x, h, factor, *variant, inverse)
+    assert_as_reference(BACKWARD, x, h, factor, dy, dlog_det, *variant, inverse)
+    if not inverse:
+        assert_as_reference(INVERSE_BACKWARD, x, h, factor, dy, dlog_det, *variant)
+
+
+DTYPES = [("float64",) * 2, ("float32",) * 2, ("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")]
+SHAPES = [(1, 2, 1, 1), (3, 6, 5, 7), (2, 12, 16, 16), (2, 2, 70, 33), (5, 10), (2, 34, 3)]
+
+
+@pytest.mark.parametrize(
+    "case", pairwise(**AXES, dtypes=DTYPES, x=LAYOUTS, h=LAYOUTS, dy=LAYOUTS, shape=SHAPES), ids=lambda c: name(c).replace(" ", "")
+)
+def test_every_body_is_the_reference(case):
+    dtype, h_dtype = (getattr(torch, v) for v in case["dtypes"])
+    x, h, factor = inputs(case["mask"], case["scale"], case["shape"], dtype, h_dtype)
+    x, h, dy = (lay_out(v, case[layout]) for v, layout in ((x, "x"), (h, "h"), (torch.randn(case["shape"]).to(dtype), "dy")))
+    dlog_det = torch.randn(case["shape"][0], dtype=reference.acc_dtype(dtype))
+    assert_all_three(x, h, factor, dy, dlog_det, [case[k] for k in list(AXES)[:-1]], case["inverse"])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("h_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 12, 16, 16), (2, 24, 8, 8), (2, 48, 4, 4)], ids=str)
+def test_as_glow_calls_them(shape, layout, h_dtype, scale):
+    x, h, factor = inputs("halves", scale, shape, torch.float32, getattr(torch, h_dtype))
+    x, h, dy = (lay_out(v, layout) for v in (x, h, torch.randn(shape)))
+    factor = None if factor is None else factor[:1].expand(shape[1] // 2)
+    dlog_det = torch.randn(1).expand(shape[0])
+    for inverse in (False, True):
+        assert_all_three(x, h, factor, dy, dlog_det, ["halves", False, scale, "scale_first", "shift_scale"], inverse)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 3),
+    half=st.integers(1, 5),
+    spatial=st.lists(st.integers(1, 5), max_size=3),
+    case=st.sampled_from(PAIRWISE),
+)
+def test_shapes(n, half, spatial, case):
+    x, h, factor = inputs(case["mask"], case["scale"], (n, 2 * half, *spatial))
+    variant = {k: v for k, v in case.items() if k != "inverse"}
+    y, log_det = ops.affine_coupling(x, h, factor, **variant)
+    assert y.shape == x.shape and log_det.shape == (n,)
+    torch.testing.assert_close(ops.affine_coupling(y, h, factor, **variant, inverse=True)[0], x, rtol=1e-10, atol=1e-10)
+    for i in range(n):  # a sample does not depend on its batch
+        alone = ops.affine_coupling(x[i : i + 1], h[i : i + 1], factor, **variant)
+        torch.testing.assert_close(alone, (y[i : i + 1], log_det[i : i + 1]), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_same_bits_twice(mask):
+    def run():
+        torch.manual_seed(1)
+        args = leaves(*inputs(mask, "soft_clamp", (16, 12, 16, 16), torch.float32))
+        y, log_det = ops.affine_coupling(*args, mask=mask, scale="soft_clamp")
+        return y, log_det, *torch.autograd.grad((y * y).sum() + log_det.sum(), args)
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_what_lies_under_the_mask_is_not_read():
+    """At the positions that pass, the network's output may be anything."""
+    x, h, factor = inputs("checkerboard", "tanh")
+    passing = ~reference.checkerboard_transformed(h, False)
+    args = leaves(x, h.masked_fill(passing, torch.inf), factor)
+    y, log_det = ops.affine_coupling(*args, mask="checkerboard", scale="tanh")
+    dx, dh, dfactor = torch.autograd.grad(y.sum() + log_det.sum(), args)
+    assert y.isfinite().all() and log_det.isfinite().all() and dx.isfinite().all() and dfactor.isfinite().all()
+    assert (dh[passing] == 0).all() and torch.equal(y[passing[:, :4]], x[passing[:, :4]])
+
+
+def test_double_backward_is_an_error():
+    x, h, _ = leaves(*inputs("halves", "exp"))
+    y, _ = ops.affine_coupling(x, h)
+    (dx,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

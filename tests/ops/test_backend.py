@@ -1,0 +1,133 @@
+"""Which body of an op runs: ``fastflow.backend``, and a whole Glow on each."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastflow
+from fastflow import ops
+from fastflow.models import Glow
+from fastflow.nn import ActNorm, AffineCoupling
+from tests.support import interpreter
+from tests.support.cases import KERNELS, randomize
+
+kernels = pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
+interpreted = pytest.mark.skipif(not interpreter.RUNS, reason="kernels are compiled here, not interpreted")
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: got 'cuda', expected one of auto, reference, triton"):
+        fastflow.backend("cuda")
+
+
+@interpreted
+def test_the_block_decides():
+    x, h = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+
+    def launches():
+        with interpreter.traffic() as seen:
+            ops.affine_coupling(x, h)
+        return len(seen.launches)
+
+    assert launches() == 0
+    with fastflow.backend("triton"):
+        assert launches() == 1
+        with fastflow.backend("reference"):
+            assert launches() == 0
+        assert launches() == 1
+    assert launches() == 0
+
+
+def run(code: str, **environment: str) -> str:
+    """What a fresh Python says: its last line, of an error too."""
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+
+
+COUPLE = "import torch, fastflow; print(fastflow.ops.affine_coupling(torch.ones(1, 2), torch.zeros(1, 2))[0].tolist())"
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+def test_triton_without_the_interpreter_is_an_error():
+    assert run(COUPLE) == "[[1.0, 1.0]]"
+    assert run(COUPLE, FASTFLOW_BACKEND="triton", TRITON_INTERPRET="1") == "[[1.0, 1.0]]"
+    error = run(COUPLE, FASTFLOW_BACKEND="triton")
+    assert error.startswith('RuntimeError: backend: "triton"') and "TRITON_INTERPRET=1" in error
+
+
+def test_without_triton():
+    assert run(NO_TRITON + COUPLE) == "[[1.0, 1.0]]"
+    assert run(NO_TRITON + COUPLE, FASTFLOW_BACKEND="triton").startswith('RuntimeError: backend: "triton" needs the package triton')
+
+
+def trained_glow(**kwargs) -> Glow:
+    model = Glow(**{"image_shape": (3, 16, 16), "levels": 2, "steps": 1, "hidden": 4, "reversible": False, **kwargs})
+    context = () if model.classes is None else (torch.tensor([0, 1, 2, 0]),)
+    model.initialize(torch.randint(0, 256, (4, *model.shape), dtype=torch.uint8), *context, seed=1)
+    return randomize(model, std=0.05)
+
+
+VARIANTS = {
+    "affine": {},
+    "classes, logit, sigmoid": {"classes": 3, "logit": True, "scale": "sigmoid"},
+    "additive, reverse": {"coupling": "additive", "conv1x1": "reverse"},
+}
+
+
+@kernels
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS.keys())
+def test_glow(kwargs, memory_format, each_backend):
+    """Loss, gradients, latents and samples of a whole model are the reference's; every pixel comes back."""
+    model = trained_glow(**kwargs).to(memory_format=memory_format)
+    x = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8).contiguous(memory_format=memory_format)
+    context = () if model.classes is None else (torch.tensor([2, 0]),)
+
+    def everything():
+        loss = model(x, *context, seed=3, offset=2**32).mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        latents = model.encode(x, *context)
+        torch.manual_seed(5)
+        return loss.detach(), gradients, latents, model.sample(2, 0.7, *context), model.decode(latents, *context)
+
+    *found, sample, images = everything()
+    with fastflow.backend("reference"):
+        *expected, expected_sample, _ = everything()
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    assert (sample.int() - expected_sample.int()).abs().max() <= 1  # where rounding meets a bin's edge
+    assert torch.equal(images, x)
+
+
+@kernels
+def test_initialization(each_backend):
+    layer = ActNorm(3)
+    x = 5 + 2 * torch.randn(16, 3, 4, 4)
+    y, _ = layer(x)
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(y.var((0, 2, 3), correction=0), torch.ones(3), rtol=1e-5, atol=0)
+
+
+@kernels
+def test_compile(each_backend, monkeypatch):
+    """torch.compile(fullgraph=True) keeps each op as one node, whose body is still the kernel."""
+    flow = randomize(AffineCoupling(nn.Conv2d(2, 4, 1)))
+    x = torch.randn(3, 4, 2, 4)
+    affine_coupling = importlib.import_module("fastflow.triton_kernels.affine_coupling")
+    torch._dynamo.reset()
+    compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
+    outputs = [torch.autograd.grad(sum(v.square().sum() for v in f(x)), list(flow.parameters())) for f in (flow, compiled)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    launched = []
+    launch = affine_coupling.launch
+    monkeypatch.setattr(
+        affine_coupling, "launch", lambda kernel, *args, **kwargs: (launched.append(kernel), launch(kernel, *args, **kwargs))
+    )
+    with torch.no_grad():
+        compiled(x)
+    assert launched == [affine_coupling.affine_coupling_kernel]
+    torch._dynamo.reset()

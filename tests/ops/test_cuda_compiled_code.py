@@ -1,0 +1,73 @@
+"""What nvcc made of the CUDA kernels: no spill on any architecture, no warning, every kernel on the page. No GPU is needed."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+pytest.importorskip("triton")  # its package has cuobjdump
+
+from benchmarks.tools import cuda_kernels  # noqa: E402
+from fastflow.ops import extension  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+pytestmark = pytest.mark.skipif(not extension.cuda, reason="the CUDA extension was not built here: no nvcc, or no CUDA build of torch")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return cuda_kernels.resources(cuda_kernels.library())
+
+
+def test_no_kernel_spills_on_any_architecture(found):
+    assert cuda_kernels.spills(found) == []
+    assert all(set(each) == set(cuda_kernels.ARCHITECTURES) for each in found.values())
+    ptx = cuda_kernels.cuobjdump("--list-ptx", cuda_kernels.library())
+    assert ptx.count(".ptx") == len(SOURCES) and ptx.count("sm_100") == len(SOURCES)  # so that later chips start too
+
+
+def test_the_page_says_what_was_built(found):
+    text = cuda_kernels.PAGE.read_text()
+    listed, built = cuda_kernels.listed(text), cuda_kernels.cells(found)
+    assert listed.keys() == built.keys(), "python -m benchmarks.tools.cuda_kernels writes the page"
+    if f"by nvcc {extension.build['cuda']}:" in text:  # another one allots other registers
+        assert listed == built, "python -m benchmarks.tools.cuda_kernels writes the page"
+
+
+def compile_cubin(source: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
+    nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{os.environ.get('CUDA_HOME', '')}/bin", os.environ["PATH"], "/usr/local/cuda/bin"]))
+    includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem={folder}" for folder in include_paths())]
+    command = [nvcc, "-std=c++20", "-O3", "-cubin", "-arch=sm_90", *includes, *options, source, "-o", out]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+STRICT = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-warn-spills")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_no_warning(source, tmp_path):
+    done = compile_cubin(source, tmp_path / "cubin", *STRICT)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+
+
+def test_the_checks_see_a_stack_and_a_warning(tmp_path):
+    source, out = tmp_path / "careless.cu", tmp_path / "careless.cubin"
+    source.write_text("""
+struct Careless { float* x; int n; };
+template <class Kernel> __global__ void run(Kernel k) {
+  float kept[64];
+  for (int i = 0; i < 64; ++i) kept[i] = k.x[i];
+  int unused;
+  kept[k.n] = 1;
+  for (int i = 0; i < k.n; ++i) k.x[i] = kept[k.n - i];
+}
+template __global__ void run<Careless>(Careless);
+""")
+    assert compile_cubin(source, out, *STRICT).returncode != 0
+    assert compile_cubin(source, out).returncode == 0
+    assert cuda_kernels.spills(cuda_kernels.resources(out)) == ["Careless on cubin: 256 bytes of stack"]

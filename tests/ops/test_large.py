@@ -1,0 +1,272 @@
+"""Every kernel at sizes that count on a device, and past 2^31 elements; the same bodies run small without one."""
+
+import math
+
+import pytest
+import torch
+
+import fastflow
+from fastflow import ops
+from tests.support.cases import lay_out
+
+GLOW = [(512, 12, 16, 16), (512, 24, 8, 8), (512, 48, 4, 4), (16, 12, 128, 128), (4, 48, 32, 32)]
+SMALL = [(3, 12, 8, 8), (2, 4, 48, 64)]
+
+
+def on_both(name: str, small: list, large: list, backend: str = "interpreter"):
+    """Parametrizes by backend and ``name``: ``small`` where kernels run without a device, ``large`` on one."""
+    small, large = ([v if "," in name else (v,) for v in values] for values in (small, large))
+    cases = [(backend, *v) for v in small] + [pytest.param("cuda", *v, marks=pytest.mark.gpu) for v in large]
+    return pytest.mark.parametrize(f"each_backend, {name}", cases, indirect=["each_backend"], ids=str)
+
+
+shapes = on_both("shape", SMALL, GLOW)
+each_layout = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+
+
+def assert_near(found, exact, tolerance=1e-5):
+    """Against float64, by the norm of the error and by its largest element."""
+    for ours, truth in zip(found, exact, strict=True):
+        error = ours.double() - truth
+        assert error.norm() <= tolerance * truth.norm() and error.abs().max() <= tolerance * max(truth.abs().max(), 1)
+
+
+def exactly(op, *args, **kwargs):
+    """``op`` in float64, by its gradients' own definition where it is differentiable: plain PyTorch."""
+    with fastflow.backend("reference"):
+        return op(*(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args), **kwargs)
+
+
+def gradients(op, *args, **kwargs):
+    """Outputs of ``op`` and the gradients of a weighted sum of them."""
+    args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    outputs = op(*args, **kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weighted = [(v * torch.linspace(-1, 2, v.shape[-1], dtype=v.dtype)).sum() for v in outputs if v.requires_grad]
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    return *(v.detach() for v in outputs), *torch.autograd.grad(sum(weighted), leaves)
+
+
+@each_layout
+@pytest.mark.parametrize("mask", ["halves", "checkerboard"])
+@shapes
+def test_affine_coupling(shape, mask, layout, each_backend):
+    n, c, *size = shape
+    k = c // 2 if mask == "halves" else c
+    x, h = lay_out(torch.randn(shape), layout), lay_out(torch.randn(n, 2 * k, *size), layout)
+    factor = torch.rand(k) + 0.5
+    for inverse in (False, True):
+        kwargs = {"mask": mask, "scale": "soft_clamp", "inverse": inverse}
+        found = gradients(ops.affine_coupling, x, h, factor, **kwargs)
+        assert_near(found, exactly(lambda *a, kw=kwargs: gradients(ops.affine_coupling, *a, **kw), x, h, factor))
+    y, log_det, *_ = found
+    args = (x, h, factor, y, log_det)
+    kwargs = {"mask": mask, "scale": "soft_clamp"}
+    found = ops.affine_coupling_inverse_backward(*args, **kwargs)
+    assert_near(found, exactly(ops.affine_coupling_inverse_backward, *args, **kwargs))
+
+
+@each_layout
+@shapes
+def test_actnorm(shape, layout, each_backend):
+    x, s, b = lay_out(torch.randn(shape), layout), 0.3 * torch.randn(shape[1]), torch.randn(shape[1])
+    for inverse in (False, True):
+        found = gradients(ops.actnorm, x, s, b, inverse=inverse)
+        assert_near(found, exactly(lambda *a, v=inverse: gradients(ops.actnorm, *a, inverse=v), x, s, b))
+    args = (x, s, b, found[0], found[1])
+    assert_near(ops.actnorm_inverse_backward(*args), exactly(ops.actnorm_inverse_backward, *args))
+    assert_near(ops.actnorm_statistics(x + 100), exactly(ops.actnorm_statistics, x + 100))
+
+
+@each_layout
+@shapes
+def test_squeeze(shape, layout, each_backend):
+    x = lay_out(torch.randn(shape), layout)
+    for order in ("channel", "space", "realnvp"):
+        y = ops.squeeze(x, order)
+        assert torch.equal(y, exactly(ops.squeeze, x, order).float()) and torch.equal(ops.unsqueeze(y, order), x)
+
+
+@pytest.mark.parametrize("logit", [False, True])
+@on_both("shape", [(3, 3, 16, 16), (2, 3, 20, 12)], [(512, 3, 32, 32), (8, 3, 256, 256)])
+def test_dequantize(shape, logit, each_backend):
+    x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    kwargs = {"scale": 0.95, "shift": 0.025, "logit": logit, "squeeze_order": "channel"}
+    y, log_det = ops.dequantize(x, seed=7, offset=2**33, **kwargs)
+    assert_near((y, log_det), exactly(ops.dequantize, x, seed=7, offset=2**33, dtype=torch.float64, **kwargs))
+    noise = torch.rand(shape)
+    found = gradients(lambda u: ops.dequantize(x, noise=u, **kwargs), noise)
+    assert_near(found, exactly(lambda u: gradients(lambda v: ops.dequantize(x, noise=v, **kwargs), u), noise))
+    centre, _ = ops.dequantize(x, noise=torch.full(shape, 0.5), **kwargs)
+    back, log_det_back = ops.dequantize_inverse(centre, **kwargs)
+    assert torch.equal(back, x)
+    assert_near([log_det_back], [exactly(ops.dequantize_inverse, centre, **kwargs)[1]])
+
+
+@each_layout
+@pytest.mark.parametrize("terms", ["none", "channel", "full"])
+@shapes
+def test_gaussian(shape, terms, layout, each_backend):
+    size = {"none": None, "channel": shape[1:2], "full": shape}[terms]
+    mean, log_scale = (None, None) if size is None else (torch.randn(size), 0.3 * torch.randn(size))
+    if terms == "full":
+        mean, log_scale = lay_out(mean, layout), lay_out(log_scale, layout)
+    args = (lay_out(torch.randn(shape), layout), *(v for v in (mean, log_scale) if v is not None))
+    found = gradients(ops.gaussian_log_prob, *args)
+    assert_near(found, exactly(lambda *a: gradients(ops.gaussian_log_prob, *a), *args))
+    sample = ops.gaussian_sample(shape, mean, log_scale, seed=3, temperature=0.7)
+    truth = exactly(lambda *v: ops.gaussian_sample(shape, *v, seed=3, temperature=0.7, dtype=torch.float64), mean, log_scale)
+    assert_near([sample], [truth])
+
+
+@each_layout
+@on_both("shape", SMALL, GLOW, "emulated")
+def test_conv1x1(shape, layout, each_backend):
+    x, dy = lay_out(torch.randn(shape), layout), lay_out(torch.randn(shape), layout)
+    weight, bias = torch.linalg.qr(torch.randn(shape[1], shape[1])).Q, torch.randn(shape[1])
+    assert_near(gradients(ops.conv1x1, x, weight, bias), exactly(lambda *a: gradients(ops.conv1x1, *a), x, weight, bias))
+    args = x, weight, weight.mT, bias, dy
+    assert_near(ops.conv1x1_inverse_backward(*args), exactly(ops.conv1x1_inverse_backward, *args))
+
+
+@on_both("k, c", [(3, 48)], [(32, 12), (32, 24), (32, 48), (64, 64), (4, 512)], "emulated")
+def test_lu_weight(k, c, each_backend):
+    lower, upper = torch.randn(k, c, c) / c, torch.randn(k, c, c) / c
+    perm, log_s, sign_s = torch.stack([torch.randperm(c) for _ in range(k)]), 0.3 * torch.randn(k, c), torch.randn(k, c).sign()
+
+    def run(lower, upper, log_s, sign_s):
+        return gradients(lambda *a: ops.lu_weight(perm, *a, sign_s), lower, upper, log_s)
+
+    assert_near(run(lower, upper, log_s, sign_s), exactly(run, lower, upper, log_s, sign_s))
+
+
+@on_both("k, n, m", [(2, 48, 200)], [(32, 48, 48), (1, 12, 524_289), (4, 48, 524_289), (2, 512, 4096)], "emulated")
+def test_triangular_solve(k, n, m, each_backend):
+    A, B = torch.randn(k, n, n) / n + 2 * torch.eye(n), torch.randn(k, n, m)
+    for upper in (False, True):
+        found = gradients(lambda A, B, upper=upper: ops.triangular_solve(A, B, upper=upper), A, B)
+        assert_near(found, exactly(lambda A, B, u=upper: gradients(lambda *a: ops.triangular_solve(*a, upper=u), A, B), A, B))
+
+
+@pytest.mark.parametrize("each_backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+def test_a_captured_graph(each_backend):
+    """Replayed on other values it gives what the ops give; a matrix that became singular is told after the replay."""
+    x, dy = torch.randn(8, 12, 8, 8), torch.randn(8, 12, 8, 8)
+    perm, sign_s = torch.stack([torch.randperm(12) for _ in range(3)]), torch.ones(3, 12)
+    lower, upper, log_s = torch.randn(3, 12, 12) / 12, torch.randn(3, 12, 12) / 12, 0.3 * torch.randn(3, 12)
+
+    def step():
+        weight, inverse, log_det = ops.lu_weight(perm, lower, upper, log_s, sign_s)
+        y = ops.conv1x1(x, weight[1])
+        return (
+            *ops.conv1x1_inverse_backward(y, weight[1], inverse[1], None, dy)[:3],
+            log_det,
+            ops.triangular_solve(weight, inverse, upper=True),
+        )
+
+    if each_backend == "cuda":
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()  # compiles, and allocates what a capture must not
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = step()
+        for v in (x, lower, log_s):
+            v.mul_(0.5)
+        graph.replay()
+    else:
+        for v in (x, lower, log_s):
+            v.mul_(0.5)
+        found = step()
+    with fastflow.backend("reference"):
+        torch.testing.assert_close(found, step(), rtol=1e-4, atol=1e-4)
+    ops.raise_singular()
+    log_s[2, 5] = torch.nan
+    if each_backend == "cuda":
+        graph.replay()
+    else:
+        ops.lu_weight(perm, lower, upper, log_s, sign_s)
+    with pytest.raises(ops.SingularError, match="matrix 2 of the stack"):
+        ops.raise_singular()
+
+
+# past 2^31 elements ------------------------------------------------------------------------------------------------------------
+
+MANY = on_both("count", [600], [2**31 + 600])  # elements
+SHARE = torch.bfloat16  # a tensor of this size takes 4 GB
+
+
+@MANY
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("samples", ["one", "many"])
+def test_past_32_bits(count, samples, layout, each_backend):
+    """The last elements are those of a small tensor that holds them alone: where an index wrapped, they would not be."""
+    n, c, width = (1, 4, 2) if samples == "one" else (count // 128 // 4 * 4, 4, 2)
+    height = math.ceil(count / (n * c * width) / 2) * 2
+    shape = (n, c, height, width)
+
+    def random(dtype=SHARE):
+        x = torch.empty(shape, dtype=dtype, memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout))
+        return x.random_(0, 255) if dtype == torch.uint8 else x.normal_()
+
+    def last(v):
+        return v[-1:, :, -6:].clone()
+
+    x, h = random(), random()
+    y, _ = ops.affine_coupling(x, h)
+    assert torch.equal(last(y), ops.affine_coupling(last(x), last(h))[0])
+    back, dx, dh, _ = ops.affine_coupling_inverse_backward(y, h, None, x, torch.zeros(n))
+    expected = ops.affine_coupling_inverse_backward(last(y), last(h), None, last(x), torch.zeros(1))
+    assert all(torch.equal(last(v), e) for v, e in zip((back, dx, dh), expected[:3], strict=True))
+    del y, back, dx, dh, h
+    s, b = torch.tensor([0.1, -0.2, 0.3, 0.4]), torch.randn(c)
+    y, _ = ops.actnorm(x, s, b)
+    assert torch.equal(last(y), ops.actnorm(last(x), s, b)[0])
+    mean, var = ops.actnorm_statistics(x)
+    assert mean.abs().max() < 0.5 and (var - 1).abs().max() < 0.5
+    z = ops.squeeze(y)
+    assert torch.equal(z[-1:, :, -3:], ops.squeeze(last(y))) and torch.equal(last(ops.unsqueeze(z)), last(y))
+    log_prob = ops.gaussian_log_prob(y)
+    assert log_prob.shape == (n,) and log_prob.isfinite().all()
+    del y, z, x
+    images = random(torch.uint8)
+    noisy, _ = ops.dequantize(images, seed=1, dtype=SHARE)
+    alone, _ = ops.dequantize(images[-1:], seed=1, offset=n - 1, dtype=SHARE)
+    assert torch.equal(noisy[-1:], alone)
+    centre = torch.full((), 0.5, dtype=torch.float32).expand(shape)
+    assert torch.equal(last(ops.dequantize_inverse(ops.dequantize(images, noise=centre)[0])[0]), last(images))
+    noise = ops.gaussian_sample(shape, seed=5, dtype=SHARE)
+    assert torch.equal(noise[-1:], ops.gaussian_sample((1, *shape[1:]), seed=5, offset=n - 1, dtype=SHARE))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@on_both("count", [600], [2**31 + 600], "emulated")
+def test_conv1x1_past_32_bits(count, layout, each_backend):
+    shape = (1, 4, math.ceil(count / 16) * 2, 2)
+    x = torch.empty(shape, dtype=SHARE, memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)).normal_()
+    weight, bias = torch.linalg.qr(torch.randn(4, 4)).Q, torch.randn(4)
+    last = x[:, :, -6:].clone()
+    y = ops.conv1x1(x, weight, bias)
+    assert torch.equal(y[:, :, -6:], ops.conv1x1(last, weight, bias))
+    back, dx, *_ = ops.conv1x1_inverse_backward(y, weight, weight.mT, bias, x)
+    expected = ops.conv1x1_inverse_backward(y[:, :, -6:].clone(), weight, weight.mT, bias, last)
+    assert torch.equal(back[:, :, -6:], expected[0]) and torch.equal(dx[:, :, -6:], expected[1])
+
+
+@on_both("width", [601], [2**28 + 1])
+def test_dequantize_rows_that_do_not_merge(width, each_backend):
+    """Each element's row is found by a division, whose operands must not wrap."""
+    x = torch.randint(0, 256, (1, 2, width + 7), dtype=torch.uint8)[:, :, :width]
+    noise = torch.full((), 0.5).expand(x.shape)
+    y, _ = ops.dequantize(x, noise=noise)
+    for end in (slice(0, 9), slice(width - 9, width)):
+        assert torch.equal(y[:, :, end], ops.dequantize(x[:, :, end], noise=noise[:, :, end])[0])
+
+
+@on_both("height", [300], [2**29])
+def test_dequantize_many_rows(height, each_backend):
+    x = torch.randint(0, 256, (1, 4, height, 2), dtype=torch.uint8)
+    y, _ = ops.dequantize(x, seed=1, squeeze_order="channel", dtype=SHARE)
+    unsqueezed, _ = ops.dequantize(x, seed=1, dtype=SHARE)
+    assert torch.equal(ops.unsqueeze(y)[:, :, -50:], unsqueezed[:, :, -50:])

@@ -1,0 +1,77 @@
+"""Every kernel compiled for the GPUs of three generations, in a process of its own: where kernels are interpreted, none compiles."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, cache: Path) -> str:
+    """What the script prints, with benchmarks.tools.kernels imported; into an empty cache, so that all is compiled."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTFLOW_BACKEND")}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    script = f"from benchmarks import kernels\n{script}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_moves_less_than_16_bytes_at_a_time(tmp_path):
+    found = run(
+        """
+for spec in kernels.recorded():
+    for capability in kernels.CAPABILITIES:
+        for fault in kernels.defects(spec, kernels.compiled(spec, capability)):
+            print(f"sm_{capability}", *spec.row(), fault, sep=", ")
+""",
+        tmp_path,
+    )
+    assert not found, found
+
+
+def test_every_kernel_is_recorded_and_on_the_page(tmp_path):
+    found = run(
+        """
+import importlib, pkgutil
+import fastflow.triton_kernels
+from triton.runtime.jit import JITFunction
+
+specs = kernels.recorded()
+modules = [importlib.import_module(f"fastflow.triton_kernels.{m.name}") for m in pkgutil.iter_modules(fastflow.triton_kernels.__path__)]
+written = {name for m in modules for name, v in vars(m).items() if isinstance(v, JITFunction) and name.endswith("_kernel")}
+print("never launched:", written - {spec.kernel for spec in specs})
+print("given no images:", *sorted({spec.kernel for spec in specs if not spec.images}))
+recorded = {kernel: (shared, set(rows)) for kernel, (shared, rows) in kernels.described(specs).items()}
+listed = kernels.listed(kernels.PAGE.read_text())
+print("not as on the page:", [kernel for kernel in recorded.keys() | listed.keys() if recorded.get(kernel) != listed.get(kernel)])
+""",
+        tmp_path,
+    )
+    # the width of loads is checked of images: only what sums over programs may be given none
+    expected = "never launched: set()\ngiven no images: merge_statistics_kernel sum_slots_kernel\nnot as on the page: []\n"
+    assert found == expected, "python -m benchmarks.tools.kernels writes the page"
+
+
+def test_the_check_sees_a_misaligned_pointer_a_scalar_load_and_a_spill(tmp_path):
+    found = run(
+        """
+from dataclasses import replace
+spec = next(s for s in kernels.recorded() if s.kernel == "affine_coupling_backward_kernel" and s.layout == "contiguous")
+for changed in (
+    spec,
+    replace(spec, attrs=()),
+    replace(spec, attrs=spec.attrs[1:]),  # the first pointer alone
+    replace(spec, options=(*spec.options, ("maxnreg", 24))),
+):
+    print(len(kernels.defects(changed, kernels.compiled(changed, 90))))
+""",
+        tmp_path,
+    )
+    assert found == "0\n2\n1\n1\n"

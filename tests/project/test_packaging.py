@@ -1,0 +1,99 @@
+"""What was built works, and what is packed holds what it must."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastflow.ops import extension
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_compiler_means_an_extension():
+    assert extension.cpu == (shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None)
+    if extension.cpu:
+        assert set(extension.build) == {"torch", "compiler", "cpu_targets", "cuda", "cuda_archs"}
+
+
+@pytest.mark.skipif(not extension.cuda, reason="the CUDA extension was not built here: no nvcc, or no CUDA build of torch")
+def test_every_op_of_the_extension_has_each_body():
+    of_each, of_the_cpu = (ROOT / "csrc" / "schemas.cpp").read_text().split("constexpr const char* CPU_SCHEMAS[]")
+    everywhere = (("fastflow_C", "CPU"), ("fastflow_C", "CUDA"), ("fastflow_emulated", "CPU"))
+    for text, places in ((of_each, everywhere), (of_the_cpu, everywhere[:1])):
+        names = re.findall(r'^    "(\w+)\(', text, re.MULTILINE)
+        assert names
+        for name in names:
+            for namespace, key in places:
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key), (namespace, name, key)
+    assert extension.build["cuda"] and extension.build["cuda_archs"]
+
+
+# In one process, which imports torch once; an index would do the same in two.
+PACK = """
+import os, sys, tarfile
+from setuptools import build_meta
+out = sys.argv[1]
+sdist = os.path.join(out, build_meta.build_sdist(out))
+tarfile.open(sdist).extractall(out)
+os.chdir(sdist.removesuffix(".tar.gz"))
+build_meta.build_wheel(out)
+"""
+
+
+def pack(out):
+    """An sdist, and the wheel built from that sdist; without CUDA, whose compilation alone takes half a minute."""
+    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "data", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, out / "tree", ignore=skip)
+    env = {**os.environ, "FASTFLOW_CUDA": "0"}
+    done = subprocess.run([sys.executable, "-c", PACK, out], cwd=out / "tree", env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert "CUDA extension: left out: FASTFLOW_CUDA=0" in done.stdout
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def test_sdist_and_wheel(tmp_path):
+    """One test, since parallel workers would each build for their own."""
+    sdist, wheel = pack(tmp_path)
+    sdist_holds_all_sources(sdist, tmp_path / "tree")
+    wheel_works_outside_the_checkout(wheel, tmp_path / "site")
+
+
+def sdist_holds_all_sources(sdist, tree):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    for folder, pattern in [("csrc", "*.*"), ("triton_kernels", "*.py"), ("fastflow", "*.py"), ("tests", "*.py")]:
+        assert {str(path.relative_to(tree)) for path in (tree / folder).rglob(pattern)} <= names
+    assert {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml", "fastflow/py.typed"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+def wheel_works_outside_the_checkout(wheel, site):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(site)
+    assert {"fastflow/triton_kernels/__init__.py", "fastflow/py.typed"} <= names
+    assert not [name for name in names if name.startswith(("tests", "csrc", "triton_kernels", "benchmarks"))]
+    assert bool([name for name in names if name.startswith("fastflow/_C.")]) == extension.cpu
+    code = (
+        "import torch, fastflow.triton_kernels as t; from fastflow.ops import extension, triangular_solve\n"
+        "A, B = 2 * torch.eye(3).expand(2, 3, 3), torch.ones(2, 3, 4)\n"
+        "print(triangular_solve(A, B, upper=True).sum().item(), extension.cpu, extension.cuda, t.__file__)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=site, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "12.0",
+        str(extension.cpu),
+        "False",
+        f"{site}/fastflow/triton_kernels/__init__.py",
+    ]

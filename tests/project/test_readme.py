@@ -1,0 +1,44 @@
+"""The Python in README and docs runs as it stands, and what is shown of the tools is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_opens_with_two_commands():
+    before_python = README.split("```python")[0]
+    assert re.findall(r"^make \w+", before_python, flags=re.MULTILINE) == ["make train", "make test"]
+    assert len(blocks(README)[0].strip().splitlines()) == 15
+
+
+def test_the_first_block_trains_and_samples(capsys):
+    names = {}
+    exec(blocks(README)[0], names)
+    model, samples, loss = (names[k] for k in ("model", "samples", "loss"))
+    assert samples.dtype == torch.uint8 and samples.ndim == 4 and samples.shape[1:] == model.shape
+    assert 7 < loss.item() < 10 and all(p.grad is not None for p in model.parameters())
+    assert "bits/dim" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page):
+    names = {}  # a page's blocks follow on each other
+    for block in blocks((ROOT / page).read_text()):
+        exec(block, names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    here = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert target.startswith("http") or (here / target).exists(), target

@@ -1,0 +1,20 @@
+"""Every flow by its own rule of reversible backprop, and by the general one, on every body of its ops."""
+
+import pytest
+
+from fastflow.nn import ActNorm
+from tests.nn.test_modules import FLOWS, batch, trained
+from tests.reversible.test_reversible import assert_as_stored
+
+pytestmark = pytest.mark.usefixtures("each_backend")
+
+
+@pytest.mark.parametrize("rule", ["its own rule", "the general rule"])
+@pytest.mark.parametrize("make, shape", FLOWS.values(), ids=FLOWS.keys())
+def test_every_flow(make, shape, rule):
+    flow = trained(make)
+    if rule == "the general rule":
+        flow.register_forward_hook(lambda *_: None)  # which a rule of its own would pass by
+    steps = [flow, trained(lambda: ActNorm(flow(batch(shape))[0].shape[1]))]
+    for x in (batch(shape).requires_grad_(), batch(shape)):
+        assert_as_stored(steps, x)

@@ -1,0 +1,147 @@
+"""The training step over static buffers: bit for bit an ordinary step, and on a GPU the captured one bit for bit the uncaptured."""
+
+import copy
+
+import pytest
+import torch
+
+from fastflow.models import Glow
+from fastflow.trainer.ranks import Ranks
+from fastflow.trainer.step import Step
+from tests.support.cases import randomize
+
+STEPS, CLIP, ADAM = 6, 2.0, {"betas": (0.9, 0.95), "eps": 1e-6}
+device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def model(device="cpu", classes=None, **options):
+    made = Glow((3, 8, 8), levels=2, steps=2, hidden=8, classes=classes, **options).to(device)
+    x, labels = batch(0, device, classes)
+    made.initialize(x, labels, seed=0)
+    return randomize(made, std=0.05).train().to(memory_format=torch.channels_last)
+
+
+def batch(step, device="cpu", classes=None, n=6):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randint(0, 256, (n, 3, 8, 8), generator=generator, dtype=torch.uint8).to(device)
+    return x, None if classes is None else torch.randint(0, classes, (n,), generator=generator).to(device)
+
+
+def rate(step):
+    return 1e-3 * (step + 1) / 3
+
+
+def static(trained, classes=None, **options):
+    """The reports, and the optimizer, of some steps."""
+    optimizer = torch.optim.Adam(trained.parameters(), lr=0.0, fused=True, **ADAM)
+    step = Step(trained, optimizer, Ranks(), batch_size=6, clip=CLIP, **options)
+    where = next(trained.parameters()).device
+    return [step(*batch(i, where, classes), 100 + i, rate(i))[:2] for i in range(STEPS)], optimizer
+
+
+def ordinary(trained, classes=None, bf16=False):
+    """The same in the plainest way: new tensors, a float for a rate, no flags."""
+    optimizer, reports = torch.optim.Adam(trained.parameters(), lr=0.0, fused=True, **ADAM), []
+    for i in range(STEPS):
+        x, labels = batch(i, classes=classes)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(i)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            bits = trained(x.contiguous(memory_format=torch.channels_last), labels, seed=100 + i)
+        (bits.sum() * (1 / 6)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), CLIP)
+        optimizer.step()
+        reports.append((bits.sum().item() / 6, norm.item()))
+    return reports, optimizer
+
+
+def assert_same_bits(a, b):
+    (first, one), (second, other) = a, b
+    assert first == second
+    pairs = zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True)
+    for p, q in pairs:
+        assert torch.equal(p, q) and torch.equal(p.grad, q.grad)
+        assert all(torch.equal(one.state[p][k].cpu(), other.state[q][k].cpu()) for k in ("exp_avg", "exp_avg_sq", "step"))
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("options", [{}, {"classes": 3}, {"bf16": True}, {"reversible": False}], ids=str)
+def test_an_ordinary_step_bit_for_bit(options, capture):
+    """``capture`` on the CPU is all of a captured step, the capturable optimizer too, but for the capture."""
+    how = {k: v for k, v in options.items() if k in ("classes", "bf16")}
+    ours = model(**{k: v for k, v in options.items() if k != "bf16"})
+    theirs = copy.deepcopy(ours)
+    found, expected = static(ours, **how, capture=capture), ordinary(theirs, **how)
+    assert_same_bits(found, expected)
+    assert found[1].param_groups[0]["capturable"] == capture
+    assert any(norm > CLIP for _, norm in expected[0])
+
+
+@device
+def test_the_buffers_stay_where_they_are(device):
+    trained = model(device)
+    step = Step(trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=True)
+    x, _ = batch(0, device)
+    step(x, None, 1, 1e-3)
+
+    def places():
+        held = [step.x, step.seed, step.lr, step.wishes, *trained.parameters()]
+        return [t.data_ptr() for t in held + [v for state in step.optimizer.state.values() for v in state.values()]]
+
+    before = places()
+    for i in range(3):
+        step(*batch(i, device), i, 1e-3)
+    assert places() == before
+
+
+@device
+@pytest.mark.parametrize("capture", [False, True])
+def test_an_update_that_is_not_finite_is_left_out(device, capture):
+    trained = model(device)
+    step = Step(trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=capture)
+    for i in range(6):
+        bits, norm = step(*batch(i, device), i, 1e-3)[:2]
+    assert 0 < norm < torch.inf
+    with torch.no_grad():
+        trained.flows[0].steps[0].coupling.net[0].conv.weight[0, 0, 0, 0] = torch.inf
+    before = copy.deepcopy(trained.state_dict()), copy.deepcopy(step.optimizer.state_dict()["state"])
+    bits, norm = step(*batch(7, device), 7, 1e-3)[:2]
+    assert not (torch.tensor([bits, norm]).isfinite().all())
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, before[0][name]), name
+    for i, state in step.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, before[1][i][k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("parts", [2, 4, 6])
+def test_accumulated_parts_are_the_whole(parts):
+    whole = model().double()
+    parted = copy.deepcopy(whole)
+    expected, found = static(whole), static(parted, parts=parts)
+    for a, b in zip(expected[0], found[0], strict=True):
+        assert b == pytest.approx(a, rel=1e-12)
+    torch.testing.assert_close(list(parted.parameters()), list(whole.parameters()), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"classes": 3}, {"bf16": True}, {"parts": 2}, {"reversible": False}], ids=str)
+def test_captured_is_uncaptured_bit_for_bit(options):
+    how = {k: v for k, v in options.items() if k in ("classes", "bf16", "parts")}
+    ours = model("cuda", **{k: v for k, v in options.items() if k not in ("bf16", "parts")})
+    theirs = copy.deepcopy(ours)
+    found, expected = static(ours, **how, capture=True), static(theirs, **how)
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_is_one_launch():
+    trained = model("cuda")
+    step = Step(trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=True)
+    for i in range(5):
+        step(*batch(i, "cuda"), i, 1e-3)
+    assert step.graph is not None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        step(*batch(6, "cuda"), 6, 1e-3)
+    launches = [e.name for e in profiled.events() if "LaunchKernel" in e.name or "GraphLaunch" in e.name]
+    assert launches.count("cudaGraphLaunch") == 1 and len(launches) < 12, launches
