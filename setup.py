@@ -21,7 +21,9 @@ def find_cuda_home() -> Path | None:
         nvcc = shutil.which("nvcc")
         roots = [Path(nvcc).resolve().parent.parent] if nvcc else []
         roots.append(Path("/usr/local/cuda"))
-    return next((r for r in roots if (r / "include/cuda_runtime.h").exists() and (r / "bin/nvcc").exists()), None)
+    return next(
+        (r for r in roots if (r / "include/cuda_runtime.h").exists() and (r / "bin/nvcc").exists()), None
+    )
 
 
 cuda_home = find_cuda_home()
@@ -36,13 +38,17 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 
 
 def cuda_toolkit_version() -> str:
-    out = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True
+    ).stdout
     return re.search(r"release (\d+\.\d+)", out)[1]
 
 
 def why_no_cpp() -> str | None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    return None if shutil.which(compiler) else f"no C++ compiler ({compiler} is not on PATH; CXX names another)"
+    return (
+        None if shutil.which(compiler) else f"no C++ compiler ({compiler} is not on PATH; CXX names another)"
+    )
 
 
 def why_no_cuda() -> str | None:
@@ -71,7 +77,9 @@ def extensions() -> list:
         return []
 
     headers = sorted(str(p) for p in Path("csrc").rglob("*.*h"))
-    cuda_version, archs = ("", "") if no_cuda else (cuda_toolkit_version(), os.environ["TORCH_CUDA_ARCH_LIST"])
+    cuda_version, archs = (
+        ("", "") if no_cuda else (cuda_toolkit_version(), os.environ["TORCH_CUDA_ARCH_LIST"])
+    )
     built = [
         CppExtension(
             "fastflow._C",

@@ -36,7 +36,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for mode in harness.modes(case):
                 for provider in harness.with_compiled(case, options).providers:
                     about = (name, case.name, case.shape, str(case.dtype)[6:], case.layout, mode)
-                    given.append(pytest.param(case, mode, provider, "-".join(about), id="-".join((*about, provider))))
+                    given.append(
+                        pytest.param(case, mode, provider, "-".join(about), id="-".join((*about, provider)))
+                    )
     metafunc.parametrize(("case", "mode", "provider", "group"), given)
 
 
@@ -51,5 +53,7 @@ def test_case(case, mode, provider, group, benchmark, prepare, copy_gb_s, pytest
 
     benchmark(call)
     if benchmark.stats:  # not with --benchmark-disable
-        benchmark.extra_info |= harness.row_of(case, mode, provider, found, 1e6 * benchmark.stats.stats.median, copy_gb_s)
+        benchmark.extra_info |= harness.row_of(
+            case, mode, provider, found, 1e6 * benchmark.stats.stats.median, copy_gb_s
+        )
         benchmark.extra_info |= harness.metadata(pytestconfig.option.device)

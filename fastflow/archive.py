@@ -37,7 +37,9 @@ def read(path, device="cpu"):
     except PermissionError as error:
         raise CheckpointError(f"{path}: no permission to read it") from error
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: not a checkpoint: holds more than tensors and plain values") from error
+        raise CheckpointError(
+            f"{path}: not a checkpoint: holds more than tensors and plain values"
+        ) from error
     except Exception as error:  # torch raises half a dozen types, some with pages of advice
         raise CheckpointError(f"{path}: cannot be loaded to {device} ({first_line(error)})") from error
 

@@ -30,7 +30,9 @@ def count(argument: str, value: int | None, optional: bool = False) -> None:
 
 def floating(argument: str, t: Tensor, min_dim: int = 2) -> None:
     if t.dtype not in FLOATING:
-        raise error(argument, f"dtype {t.dtype}", "a floating point tensor (float64, float32, bfloat16, float16)")
+        raise error(
+            argument, f"dtype {t.dtype}", "a floating point tensor (float64, float32, bfloat16, float16)"
+        )
     if t.ndim < min_dim:
         raise error(argument, shape_of(t), "a batch [N, C, ...]")
 
@@ -62,4 +64,6 @@ def diagonal(op: str, d: Tensor) -> None:
     if singular.any():
         matrix, place = singular.nonzero()[0].tolist()
         found = f"{d[matrix, place].item():g} at place {place} of its diagonal"
-        raise SingularError(f"{op}: matrix {matrix} of the stack has {found}, expected a finite number other than 0")
+        raise SingularError(
+            f"{op}: matrix {matrix} of the stack has {found}, expected a finite number other than 0"
+        )

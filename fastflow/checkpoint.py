@@ -55,7 +55,9 @@ def save(path, model, training=None):
 
     path, name = Path(path), type(model).__name__
     if name not in fastflow.models.__all__:
-        raise CheckpointError(f"{path}: model is a {name}, expected one of {', '.join(fastflow.models.__all__)}")
+        raise CheckpointError(
+            f"{path}: model is a {name}, expected one of {', '.join(fastflow.models.__all__)}"
+        )
     contents = {
         "format": FORMAT,
         "fastflow": fastflow.__version__,
@@ -67,13 +69,18 @@ def save(path, model, training=None):
     try:
         with replacing(path) as file:
             torch.save(contents, file)
-    except (OSError, RuntimeError) as error:  # where a write fails torch's own error may come last, and hide the disk's
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # where a write fails torch's own error may come last, and hide the disk's
         disk = error
         while disk is not None and not isinstance(disk, OSError):
             disk = disk.__context__
         if disk is None:
             raise
-        raise OSError(disk.errno, f"not written, {path.name} is what it was before: {disk.strerror}", str(path)) from error
+        raise OSError(
+            disk.errno, f"not written, {path.name} is what it was before: {disk.strerror}", str(path)
+        ) from error
 
 
 def read(path, device="cpu"):
@@ -108,12 +115,16 @@ def build(contents, path):
     name, config, state = contents["model"], contents["config"], contents["state_dict"]
     if name not in fastflow.models.__all__:
         known = ", ".join(fastflow.models.__all__)
-        raise CheckpointError(f"{path}: holds the model {name!r}; fastflow {fastflow.__version__} knows {known}")
+        raise CheckpointError(
+            f"{path}: holds the model {name!r}; fastflow {fastflow.__version__} knows {known}"
+        )
     try:
         with torch.random.fork_rng([]):  # the first weights are not kept, and draw from nobody's generator
             model = getattr(fastflow.models, name)(**config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {name} does not take its configuration ({archive.first_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: {name} does not take its configuration ({archive.first_line(error)})"
+        ) from error
     expected = model.state_dict()
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
@@ -122,11 +133,15 @@ def build(contents, path):
         raise CheckpointError(f"{path}: weights do not fit {name}: {counts}")
     for key, value in expected.items():
         if value.shape != state[key].shape:
-            raise CheckpointError(f"{path}: weights do not fit {name}: {key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}")
+            raise CheckpointError(
+                f"{path}: weights do not fit {name}: {key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+            )
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(dtypes) == 1:
         model.to(*dtypes)  # buffers outside the state too
-    model.load_state_dict(state, assign=True)  # assign keeps the file's dtypes, so that a float64 model stays one
+    model.load_state_dict(
+        state, assign=True
+    )  # assign keeps the file's dtypes, so that a float64 model stays one
     return model.eval()
 
 

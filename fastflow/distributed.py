@@ -5,7 +5,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def merge_statistics(count: int, mean: Tensor, var: Tensor, group: "dist.ProcessGroup | None" = None) -> tuple[int, Tensor, Tensor]:
+def merge_statistics(
+    count: int, mean: Tensor, var: Tensor, group: "dist.ProcessGroup | None" = None
+) -> tuple[int, Tensor, Tensor]:
     """``(count, mean, biased var)`` of the values of all ranks of ``group`` (None: of all), from those of each; the same bits on each.
 
     Where torch.distributed is not initialised they come back as they are.

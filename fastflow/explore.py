@@ -52,9 +52,22 @@ def interpolate(
         raise check.error("x1", f"{len(x1)} samples", f"{len(x0)}, as x0")
     mix = _arc if method == "spherical" else _line
     with _evaluating(model):
-        seeds = (None, None) if seed is None else (derive(seed, Stream.EXPLORE, 0), derive(seed, Stream.EXPLORE, 1))
-        ends = list(zip(model.encode(x0, context, seed=seeds[0]), model.encode(x1, context, seed=seeds[1]), strict=True))
-        path = [model.decode(tuple(mix(z0, z1, t) for z0, z1 in ends), context) for t in torch.linspace(0, 1, steps).tolist()]
+        seeds = (
+            (None, None)
+            if seed is None
+            else (derive(seed, Stream.EXPLORE, 0), derive(seed, Stream.EXPLORE, 1))
+        )
+        ends = list(
+            zip(
+                model.encode(x0, context, seed=seeds[0]),
+                model.encode(x1, context, seed=seeds[1]),
+                strict=True,
+            )
+        )
+        path = [
+            model.decode(tuple(mix(z0, z1, t) for z0, z1 in ends), context)
+            for t in torch.linspace(0, 1, steps).tolist()
+        ]
     return torch.stack(path, dim=1)
 
 
@@ -116,10 +129,14 @@ def dequantized(model, x: Tensor, seed: int = 0, draws: int = 8) -> Tensor:
         raise check.error("model", "continuous samples", "a model of uint8 samples, which it dequantizes")
     check.count("draws", draws)
     with _evaluating(model):
-        return torch.stack([model.dequantize(x, seed=derive(seed, Stream.EXPLORE, k))[0] for k in range(draws)])
+        return torch.stack(
+            [model.dequantize(x, seed=derive(seed, Stream.EXPLORE, k))[0] for k in range(draws)]
+        )
 
 
-def density(model, limits: tuple[tuple[float, float], tuple[float, float]], size: int = 400, batch_size: int = 2**16):
+def density(
+    model, limits: tuple[tuple[float, float], tuple[float, float]], size: int = 400, batch_size: int = 2**16
+):
     """A model's density over the plane, and its integral over the limits by the midpoint rule, which is near 1 where both are wide enough.
 
     Args:
@@ -134,7 +151,10 @@ def density(model, limits: tuple[tuple[float, float], tuple[float, float]], size
         raise check.error("model", f"samples of shape {list(model.shape)}", "continuous vectors [N, 2]")
     check.count("size", size)
     like, middle = model.dequantize.like, (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    (x, y), cell = (low + (high - low) * middle for low, high in limits), math.prod((high - low) / size for low, high in limits)
+    (x, y), cell = (
+        (low + (high - low) * middle for low, high in limits),
+        math.prod((high - low) / size for low, high in limits),
+    )
     points = torch.cartesian_prod(y, x).flip(1).to(like)
     with _evaluating(model):
         values = torch.cat([model.log_prob(part).double().exp().cpu() for part in points.split(batch_size)])

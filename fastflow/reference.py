@@ -5,7 +5,12 @@ formulas and vector-Jacobian products are derived in docs/maths.md. Everything c
 dtype and the dense layout of its input. Arguments are checked by the functions of :mod:`fastflow.ops`, not here.
 """
 
-from fastflow.ops.actnorm.reference import actnorm, actnorm_backward, actnorm_inverse_backward, actnorm_statistics
+from fastflow.ops.actnorm.reference import (
+    actnorm,
+    actnorm_backward,
+    actnorm_inverse_backward,
+    actnorm_statistics,
+)
 from fastflow.ops.affine_coupling.reference import (
     affine_coupling,
     affine_coupling_backward,
@@ -18,8 +23,22 @@ from fastflow.ops.affine_coupling.reference import (
 )
 from fastflow.ops.conv1x1.reference import conv1x1, conv1x1_backward, conv1x1_inverse_backward
 from fastflow.ops.dequantize.reference import dequantize, dequantize_backward, dequantize_inverse
-from fastflow.ops.gaussian.reference import LOG_2PI, gaussian_log_prob, gaussian_log_prob_backward, gaussian_sample, gaussian_terms
-from fastflow.ops.layout import acc_dtype, channel_sum, channel_view, dense_like, memory_format, positions, sample_view
+from fastflow.ops.gaussian.reference import (
+    LOG_2PI,
+    gaussian_log_prob,
+    gaussian_log_prob_backward,
+    gaussian_sample,
+    gaussian_terms,
+)
+from fastflow.ops.layout import (
+    acc_dtype,
+    channel_sum,
+    channel_view,
+    dense_like,
+    memory_format,
+    positions,
+    sample_view,
+)
 from fastflow.ops.lu_weight.reference import lu_weight, lu_weight_backward
 from fastflow.ops.noise.reference import LOW32, normal_noise, philox, uniform_noise
 from fastflow.ops.squeeze.reference import REALNVP_PIXELS, squeeze

@@ -19,4 +19,6 @@ class Stream(IntEnum):
 
 def derive(seed: int, *path: int) -> int:
     """A seed in ``[0, 2^63)`` for one purpose: a hash of ``seed`` and the integers of ``path``."""
-    return int(np.random.SeedSequence((seed, *map(int, path))).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(
+        np.random.SeedSequence((seed, *map(int, path))).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    )

@@ -26,7 +26,11 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
-BACKENDS = {"interpreter": "triton", "cuda": "auto", "compiled": "auto"}  # fastflow.backend's name for what runs there
+BACKENDS = {
+    "interpreter": "triton",
+    "cuda": "auto",
+    "compiled": "auto",
+}  # fastflow.backend's name for what runs there
 
 
 @pytest.fixture(

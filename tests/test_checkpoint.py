@@ -14,7 +14,9 @@ from fastflow.models import Glow
 
 def tiny(**changes):
     model = Glow(**{"image_shape": (3, 8, 8), "levels": 2, "steps": 1, "hidden": 8} | changes)
-    x = torch.randint(0, 2**model.n_bits, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = torch.randint(
+        0, 2**model.n_bits, (8, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     model.initialize(x, torch.arange(8) % 2 if model.classes else None, seed=0)
     return model
 
@@ -44,7 +46,9 @@ def refused(path, *words):
 def test_round_trip_keeps_every_bit_and_the_model_in_eval_mode(tmp_path, double):
     model = tiny(classes=2, n_bits=5)
     model = model.double() if double else model
-    fastflow.save(tmp_path / "model.pt", model, {"step": 3, "state": {"a": torch.arange(3)}, "list": [1, None, 2.5]})
+    fastflow.save(
+        tmp_path / "model.pt", model, {"step": 3, "state": {"a": torch.arange(3)}, "list": [1, None, 2.5]}
+    )
     generator = torch.get_rng_state()
     loaded = fastflow.load(tmp_path / "model.pt")
     assert torch.equal(torch.get_rng_state(), generator)  # whoever draws next draws as without loading
@@ -76,7 +80,9 @@ def test_a_full_disk_leaves_the_former_file_and_nothing_beside(after, tmp_path):
     assert after < len(before)
     resource.setrlimit(resource.RLIMIT_FSIZE, (after, kept[1]))
     try:
-        with pytest.raises(OSError, match="not written, model.pt is what it was before: File too large") as error:
+        with pytest.raises(
+            OSError, match="not written, model.pt is what it was before: File too large"
+        ) as error:
             fastflow.save(path, model, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
@@ -163,7 +169,13 @@ def test_other_models_versions_and_weights(tmp_path):
         rewrite(path, **changes)
         return path
 
-    refused(written(format=2, fastflow="9.0"), "format 2", "fastflow 9.0", f"fastflow {fastflow.__version__}", "format 1")
+    refused(
+        written(format=2, fastflow="9.0"),
+        "format 2",
+        "fastflow 9.0",
+        f"fastflow {fastflow.__version__}",
+        "format 1",
+    )
     refused(written(model="Gloom"), "'Gloom'", "Glow")
     refused(written(model="__all__"), "'__all__'")
     refused(written(state_dict=...), "without state_dict")
@@ -173,5 +185,7 @@ def test_other_models_versions_and_weights(tmp_path):
     refused(written(config=config | {"hidden": 16}), "do not fit Glow", "(8", "expected (16")
     refused(written(config=config | {"steps": 2}), "do not fit Glow", "missing")
     name = next(iter(state))
-    refused(written(state_dict={k: v for k, v in state.items() if k != name}), "1 missing, 0 unexpected", name)
+    refused(
+        written(state_dict={k: v for k, v in state.items() if k != name}), "1 missing, 0 unexpected", name
+    )
     refused(written(state_dict=state | {"more": torch.zeros(1)}), "0 missing, 1 unexpected", "more")

@@ -23,7 +23,9 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
 
 def images(n, c=1, size=28):
-    return torch.randint(0, 256, (n, c, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    return torch.randint(
+        0, 256, (n, c, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
+    )
 
 
 def shaken(model, x, context=None):
@@ -37,7 +39,11 @@ def shaken(model, x, context=None):
 
 @pytest.fixture(scope="module")
 def glow():
-    return shaken(Glow(image_shape=(3, 8, 8), levels=3, steps=1, hidden=8, classes=2), images(16, 3, 8), torch.arange(16) % 2)
+    return shaken(
+        Glow(image_shape=(3, 8, 8), levels=3, steps=1, hidden=8, classes=2),
+        images(16, 3, 8),
+        torch.arange(16) % 2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,9 @@ def multiscale():
 
 @pytest.fixture(scope="module")
 def plane():
-    return shaken(VectorGlow(prior="mixture"), torch.randn(256, 2, generator=torch.Generator().manual_seed(0)))
+    return shaken(
+        VectorGlow(prior="mixture"), torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
+    )
 
 
 @pytest.mark.parametrize("method", explore.METHODS)
@@ -131,14 +139,20 @@ def test_dequantized_values_fall_into_their_bins(glow, multiscale):
     assert all(torch.equal(glow.dequantize.inverse(draw)[0], x) for draw in y)
     assert torch.equal(y, explore.dequantized(glow, x, seed=3, draws=4)) and not torch.equal(y[0], y[1])
     x = images(2)
-    for draw in explore.dequantized(multiscale, x, draws=2):  # past the logit, values at a bin's edge may be rounded across it
+    for draw in explore.dequantized(
+        multiscale, x, draws=2
+    ):  # past the logit, values at a bin's edge may be rounded across it
         assert (multiscale.dequantize.inverse(draw)[0].int() - x.int()).abs().max() <= 1
 
 
 def test_density_lies_on_the_grid_as_plotted(plane):
     limits = (-8.0, 8.0), (-7.0, 9.0)
     values, integral = explore.density(plane, limits, size=320, batch_size=10_000)
-    assert values.shape == (320, 320) and values.dtype == torch.float64 and integral == pytest.approx(1, abs=0.01)
+    assert (
+        values.shape == (320, 320)
+        and values.dtype == torch.float64
+        and integral == pytest.approx(1, abs=0.01)
+    )
     cell = 16 / 320
     point = torch.tensor([[-8 + (200 + 0.5) * cell, -7 + (130 + 0.5) * cell]])  # column 200, row 130
     assert values[130, 200].item() == pytest.approx(plane.log_prob(point).exp().item(), rel=1e-4)
@@ -146,11 +160,16 @@ def test_density_lies_on_the_grid_as_plotted(plane):
 
 def test_scores_of_anomaly():
     train = torch.tensor([1.0, 1.2, 1.4])
-    assert torch.allclose(explore.typicality(torch.tensor([0.2, 1.2, 2.2]), train), torch.tensor([1.0, 0.0, 1.0]), atol=1e-6)
+    assert torch.allclose(
+        explore.typicality(torch.tensor([0.2, 1.2, 2.2]), train), torch.tensor([1.0, 0.0, 1.0]), atol=1e-6
+    )
     data, outliers = torch.randn(50), torch.randn(40) + 1
     expected = ((outliers[:, None] > data).double() + (outliers[:, None] == data).double() / 2).mean().item()
     assert explore.auroc(data, outliers) == pytest.approx(expected)
-    assert explore.auroc(data, data) == pytest.approx(0.5) and explore.auroc(torch.zeros(3), torch.zeros(2)) == 0.5
+    assert (
+        explore.auroc(data, data) == pytest.approx(0.5)
+        and explore.auroc(torch.zeros(3), torch.zeros(2)) == 0.5
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,14 +183,23 @@ def test_scores_of_anomaly():
         (lambda m: explore.interpolate(m, images(2), images(3)), "x1: got 3 samples, expected 2, as x0"),
         (lambda m: explore.resample(m, m.encode(images(1)), 2, levels=2), "levels: got 2, expected 1 to 1"),
         (lambda m: explore.resample(m, m.encode(images(1)), 0), "n: got 0, expected a positive integer"),
-        (lambda m: explore.resample(NICE(4, 1, 4, 1), (torch.zeros(1, 4),), 2), "model: got one latent, expected a multi-scale model"),
+        (
+            lambda m: explore.resample(NICE(4, 1, 4, 1), (torch.zeros(1, 4),), 2),
+            "model: got one latent, expected a multi-scale model",
+        ),
         (
             lambda m: explore.dequantized(VectorGlow(), torch.zeros(1, 2)),
             "model: got continuous samples, expected a model of uint8",
         ),
         (lambda m: explore.dequantized(m, images(1), draws=0), "draws: got 0, expected a positive integer"),
-        (lambda m: explore.density(m, ((0, 1), (0, 1))), r"model: got samples of shape \[1, 28, 28\], expected continuous vectors"),
-        (lambda m: explore.density(VectorGlow(4), ((0, 1), (0, 1))), r"model: got samples of shape \[4\], expected continuous vectors"),
+        (
+            lambda m: explore.density(m, ((0, 1), (0, 1))),
+            r"model: got samples of shape \[1, 28, 28\], expected continuous vectors",
+        ),
+        (
+            lambda m: explore.density(VectorGlow(4), ((0, 1), (0, 1))),
+            r"model: got samples of shape \[4\], expected continuous vectors",
+        ),
     ],
 )
 def test_what_cannot_be(call, words, multiscale):
@@ -192,13 +220,21 @@ def test_means_of_a_mixture_start_around_0():
 def files(tmp_path_factory, multiscale, glow):
     """Checkpoints by name, and MNIST-like data."""
     folder = tmp_path_factory.mktemp("files")
-    models = {"multiscale": multiscale, "simple": shaken(mnist_flow("simple", reversible=False), images(8)), "glow": glow}
+    models = {
+        "multiscale": multiscale,
+        "simple": shaken(mnist_flow("simple", reversible=False), images(8)),
+        "glow": glow,
+    }
     models["vectors"] = VectorGlow(steps=1)
     for name, model in models.items():
         fastflow.save(folder / f"{name}.pt", model)
     np.savez(folder / "digits.npz", x=images(24)[:, 0].numpy(), x_test=images(12)[:, 0].numpy())
     np.savez(
-        folder / "classes.npz", x=images(12, 3, 8).numpy(), y=np.arange(12) % 2, x_test=images(6, 3, 8).numpy(), y_test=np.arange(6) % 2
+        folder / "classes.npz",
+        x=images(12, 3, 8).numpy(),
+        y=np.arange(12) % 2,
+        x_test=images(6, 3, 8).numpy(),
+        y_test=np.arange(6) % 2,
     )
     return folder
 
@@ -215,19 +251,44 @@ def test_a_run_folder_loads_as_its_last_checkpoint(files, tmp_path):
 
 def test_published_weights_load_too(files, multiscale, tmp_path):
     state = multiscale.state_dict()
-    theirs = {name: ours if isinstance(ours, torch.Tensor) else state[ours] for name, ours in published._names(multiscale).items()}
+    theirs = {
+        name: ours if isinstance(ours, torch.Tensor) else state[ours]
+        for name, ours in published._names(multiscale).items()
+    }
     path = tmp_path / "flow.ckpt"
     torch.save({"state_dict": theirs, "pytorch-lightning_version": "1.0"}, path)
     x = images(2)
     assert torch.equal(fastflow.load(path)(x, seed=0), multiscale(x, seed=0))
     data = ["--data", str(files / "digits.npz")]
-    assert main(["interpolate", str(path), *data, "--pairs", "1", "--steps", "2", "--out", str(tmp_path / "out.png")]) == 0
+    assert (
+        main(
+            [
+                "interpolate",
+                str(path),
+                *data,
+                "--pairs",
+                "1",
+                "--steps",
+                "2",
+                "--out",
+                str(tmp_path / "out.png"),
+            ]
+        )
+        == 0
+    )
     assert main(["evaluate", str(path), *data, "--images", "2", "--samples", "1"]) == 0
 
 
 def test_interpolate_writes_a_row_for_each_pair(files, tmp_path, capsys):
     out = tmp_path / "out.png"
-    argv = ["interpolate", str(files / "multiscale.pt"), "--data", str(files / "digits.npz"), "--out", str(out)]
+    argv = [
+        "interpolate",
+        str(files / "multiscale.pt"),
+        "--data",
+        str(files / "digits.npz"),
+        "--out",
+        str(out),
+    ]
     assert main([*argv, "--pairs", "2", "--steps", "5"]) == 0
     assert size_of(out) == (2 * (5 * 30 + 2), 2 * (2 * 30 + 2))
     assert capsys.readouterr().out == f"{out}: 2 pairs of digits, linear in 2 latents\n"
@@ -244,12 +305,30 @@ def test_interpolate_writes_a_row_for_each_pair(files, tmp_path, capsys):
         ("interpolate FILES/none.pt --data FILES/digits.npz", "none.pt: no such file"),
         ("interpolate FILES/multiscale.pt", "does not say what it was trained on: give --data"),
         ("interpolate FILES/multiscale.pt --data FILES/classes.npz", "image size 28"),
-        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --pairs 0", "pairs is 0, expected at least 1"),
-        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --pairs 7", "pairs is 7, but digits has 12 test images"),
-        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --steps 1", "steps is 1, expected at least 2"),
-        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --method cubic", "method is 'cubic', expected linear or spherical"),
-        ("interpolate FILES/vectors.pt --data FILES/digits.npz", "holds a VectorGlow of vectors [2], expected a model of images"),
-        ("interpolate FILES/multiscale.pt --data FILES/digits.npz --out FILES/none/out.png", "No such file or directory"),
+        (
+            "interpolate FILES/multiscale.pt --data FILES/digits.npz --pairs 0",
+            "pairs is 0, expected at least 1",
+        ),
+        (
+            "interpolate FILES/multiscale.pt --data FILES/digits.npz --pairs 7",
+            "pairs is 7, but digits has 12 test images",
+        ),
+        (
+            "interpolate FILES/multiscale.pt --data FILES/digits.npz --steps 1",
+            "steps is 1, expected at least 2",
+        ),
+        (
+            "interpolate FILES/multiscale.pt --data FILES/digits.npz --method cubic",
+            "method is 'cubic', expected linear or spherical",
+        ),
+        (
+            "interpolate FILES/vectors.pt --data FILES/digits.npz",
+            "holds a VectorGlow of vectors [2], expected a model of images",
+        ),
+        (
+            "interpolate FILES/multiscale.pt --data FILES/digits.npz --out FILES/none/out.png",
+            "No such file or directory",
+        ),
         ("sample FILES/vectors.pt", "holds a VectorGlow of vectors [2], expected a model of images"),
         ("sample FILES/multiscale.pt --n 0", "n is 0, expected at least 1"),
         ("sample FILES/multiscale.pt --temperature 0.5 -1", "temperature is -1.0, expected at least 0"),

@@ -8,7 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow.triton_kernels.tiles import accumulator, launch, offset, output, readable, sum_slots, tile_indices, tiles, whole, written
+from fastflow.triton_kernels.tiles import (
+    accumulator,
+    launch,
+    offset,
+    output,
+    readable,
+    sum_slots,
+    tile_indices,
+    tiles,
+    whole,
+    written,
+)
 
 
 @triton.jit(do_not_specialize=["blocks", "positions"])
@@ -72,8 +83,12 @@ def actnorm_backward_kernel(
         n = unit // p_blocks
         k_x, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k_x < K) & (p < P)
-        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_dy = tl.load(dy + offset(n, k_x, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0).to(
+            ACC
+        )
+        b_dy = tl.load(
+            dy + offset(n, k_x, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0
+        ).to(ACC)
         if VECTORS:
             b_dlog_det = tl.load(dlog_det + p * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
         else:
@@ -88,7 +103,11 @@ def actnorm_backward_kernel(
             # the log-det holds each channel's log scale once a position
             b_dlog_scale += tl.where(mask, b_dx * b_shifted + b_dlog_det, 0.0)
             b_dbias += tl.where(mask, b_dx, 0.0)
-        tl.store(dx + offset(n, k_x, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P), b_dx.to(dx.dtype.element_ty), mask=mask)
+        tl.store(
+            dx + offset(n, k_x, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P),
+            b_dx.to(dx.dtype.element_ty),
+            mask=mask,
+        )
         if FROM_OUTPUT:
             at_x_out = x_out + offset(n, k_x, p, x_out_n, x_out_k, x_out_p, SIDE_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, (b_shifted - b_b).to(x_out.dtype.element_ty), mask=mask)
@@ -133,7 +152,9 @@ def actnorm_statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def merge_statistics_kernel(slots, mean, var, count, K, ACC: tl.constexpr, TILE_S: tl.constexpr, TILE_K: tl.constexpr):
+def merge_statistics_kernel(
+    slots, mean, var, count, K, ACC: tl.constexpr, TILE_S: tl.constexpr, TILE_K: tl.constexpr
+):
     # slots: [count, 3, K] -> mean, var: [K]
     k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
     s = tl.arange(0, TILE_S)
@@ -152,7 +173,10 @@ def merge_statistics_kernel(slots, mean, var, count, K, ACC: tl.constexpr, TILE_
         at = slots + (start + s).to(tl.int64)[:, None] * (3 * K) + k[None, :]
         mask = (start + s < count)[:, None] & (k < K)[None, :]
         deviation = tl.load(at + K, mask=mask, other=0.0) - b_mean[None, :]
-        squares += tl.load(at + 2 * K, mask=mask, other=0.0) + tl.load(at, mask=mask, other=0.0) * deviation * deviation
+        squares += (
+            tl.load(at + 2 * K, mask=mask, other=0.0)
+            + tl.load(at, mask=mask, other=0.0) * deviation * deviation
+        )
     tl.store(mean + k, b_mean, mask=k < K)
     tl.store(var + k, tl.sum(squares, 0) / n, mask=k < K)
 

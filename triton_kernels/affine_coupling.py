@@ -122,7 +122,9 @@ def load_h(
     b_t = tl.load(h + offset(n, k_t, p, h_n, h_k, h_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     b_raw = b_t
     if SCALE != "none":
-        b_raw = tl.load(h + offset(n, k_raw, p, h_n, h_k, h_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_raw = tl.load(h + offset(n, k_raw, p, h_n, h_k, h_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(
+            ACC
+        )
     if MASK == "checkerboard":
         b_t = tl.where(active, b_t, 0.0)
         b_raw = tl.where(active, b_raw, 0.0)
@@ -151,14 +153,36 @@ def affine_coupling_kernel(
     for i in range(loops):
         k, p = tile_indices(part * loops + i, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
-        k_v = k + K if MASK == "halves" and not FLIP else k  # the transformed half, and below the one that passes
+        k_v = (
+            k + K if MASK == "halves" and not FLIP else k
+        )  # the transformed half, and below the one that passes
         k_pass = k + K if FLIP else k
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
         b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
-            b_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
+            b_pass = tl.load(
+                x + offset(n, k_pass, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0
+            )
         b_t, b_raw, b_f = load_h(
-            h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, SIDE_H, VEC_K, VEC_P
+            h,
+            factor,
+            k,
+            p,
+            n,
+            K,
+            mask,
+            active,
+            stride_factor,
+            h_n,
+            h_k,
+            h_p,
+            SCALE,
+            H_ORDER,
+            MASK,
+            ACC,
+            SIDE_H,
+            VEC_K,
+            VEC_P,
         )
         b_v = b_x.to(ACC)
         if SCALE == "none":
@@ -173,7 +197,9 @@ def affine_coupling_kernel(
                 b_s = tl.exp(b_log_s)
                 b_y = b_v * b_s + b_t if ORDER == "scale_first" else (b_v + b_t) * b_s
             total += b_log_s
-        tl.store(y + offset(n, k_v, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
+        tl.store(
+            y + offset(n, k_v, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask
+        )
         if MASK == "halves":
             tl.store(y + offset(n, k_pass, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_pass, mask=mask)
     if VECTORS:
@@ -216,12 +242,34 @@ def affine_coupling_backward_kernel(
             b_v = b_x.to(ACC)
         b_dy = tl.load(dy + offset(n, k_v, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
-            b_dy_pass = tl.load(dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0)
+            b_dy_pass = tl.load(
+                dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0
+            )
             if FROM_OUTPUT:
-                b_x_pass = tl.load(x + offset(n, k_pass, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
+                b_x_pass = tl.load(
+                    x + offset(n, k_pass, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0
+                )
         if SCALE != "none" or FROM_OUTPUT:
             b_t, b_raw, b_f = load_h(
-                h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p, SCALE, H_ORDER, MASK, ACC, SIDE_H, VEC_K, VEC_P
+                h,
+                factor,
+                k,
+                p,
+                n,
+                K,
+                mask,
+                active,
+                stride_factor,
+                h_n,
+                h_k,
+                h_p,
+                SCALE,
+                H_ORDER,
+                MASK,
+                ACC,
+                SIDE_H,
+                VEC_K,
+                VEC_P,
             )
         b_g = b_dy.to(ACC)
         k_t, k_raw = h_channels(k, K, SCALE, H_ORDER)
@@ -256,11 +304,23 @@ def affine_coupling_backward_kernel(
             b_dlog_s = tl.where(mask & active, b_dlog_s, 0.0)
             b_draw, b_df = log_scale_vjp(b_dlog_s, b_raw, b_f, SCALE)
             b_dfactor += b_df
-            tl.store(dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, SIDE_DH, VEC_K, VEC_P), b_draw.to(dh.dtype.element_ty), mask=mask)
+            tl.store(
+                dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, SIDE_DH, VEC_K, VEC_P),
+                b_draw.to(dh.dtype.element_ty),
+                mask=mask,
+            )
         if MASK == "checkerboard":
             b_dt = tl.where(active, b_dt, 0.0)
-        tl.store(dh + offset(n, k_t, p, dh_n, dh_k, dh_p, SIDE_DH, VEC_K, VEC_P), b_dt.to(dh.dtype.element_ty), mask=mask)
-        tl.store(dx + offset(n, k_v, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P), b_dv.to(dx.dtype.element_ty), mask=mask)
+        tl.store(
+            dh + offset(n, k_t, p, dh_n, dh_k, dh_p, SIDE_DH, VEC_K, VEC_P),
+            b_dt.to(dh.dtype.element_ty),
+            mask=mask,
+        )
+        tl.store(
+            dx + offset(n, k_v, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P),
+            b_dv.to(dx.dtype.element_ty),
+            mask=mask,
+        )
         if FROM_OUTPUT:
             at_x_out = x_out + offset(n, k_v, p, x_out_n, x_out_k, x_out_p, SIDE_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, b_v.to(x_out.dtype.element_ty), mask=mask)
@@ -274,7 +334,9 @@ def affine_coupling_backward_kernel(
         tl.store(dfactor + slot.to(tl.int64) * K + k, tl.sum(b_dfactor, 1), mask=k < K)
 
 
-def _variant(x: Tensor, mask: str, flip: bool, scale: str, order: str, h_order: str) -> tuple[int, tuple[int, int], dict]:
+def _variant(
+    x: Tensor, mask: str, flip: bool, scale: str, order: str, h_order: str
+) -> tuple[int, tuple[int, int], dict]:
     """(transformed channels, (W, H), constants) of a coupling."""
     if mask == "checkerboard" and x.ndim > 5:
         raise ValueError(
@@ -285,7 +347,14 @@ def _variant(x: Tensor, mask: str, flip: bool, scale: str, order: str, h_order: 
     parity = {2: "channel", 3: "line", 4: "image"}.get(x.ndim, "volume")
     if x.ndim > 2 and math.prod(x.shape[2:]) == 1:
         parity = "single"
-    constants = {"MASK": mask, "FLIP": flip, "SCALE": scale, "ORDER": order, "H_ORDER": h_order, "PARITY": parity}
+    constants = {
+        "MASK": mask,
+        "FLIP": flip,
+        "SCALE": scale,
+        "ORDER": order,
+        "H_ORDER": h_order,
+        "PARITY": parity,
+    }
     return k, (width, height), constants
 
 
@@ -295,7 +364,15 @@ def _factor(factor: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
 
 
 def affine_coupling(
-    x: Tensor, h: Tensor, factor: Tensor | None, mask: str, flip: bool, scale: str, order: str, h_order: str, inverse: bool
+    x: Tensor,
+    h: Tensor,
+    factor: Tensor | None,
+    mask: str,
+    flip: bool,
+    scale: str,
+    order: str,
+    h_order: str,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     k, size, variant = _variant(x, mask, flip, scale, order, h_order)
     acc, triton_acc = accumulator(x.dtype)

@@ -21,7 +21,16 @@ from torch import Tensor
 
 from fastflow.triton_kernels.noise import uniform
 from fastflow.triton_kernels.squeeze import squeezed_channel, squeezed_like, steps
-from fastflow.triton_kernels.tiles import LOOPS, PROGRAMS, accumulator, block_size, launch, power_of_two, sum_parts, whole
+from fastflow.triton_kernels.tiles import (
+    LOOPS,
+    PROGRAMS,
+    accumulator,
+    block_size,
+    launch,
+    power_of_two,
+    sum_parts,
+    whole,
+)
 
 # Calls of Philox in a tile, one a thread, each for 8 elements: 32 bytes of float32 a thread, which are two vectors. A tile that is
 # given its noise is cut the same way.
@@ -148,11 +157,17 @@ def dequantize_kernel(
         block, c, i, j, mask = places(t, C, H, W, 8, MODE, LINE, WIDE, TILE_B, TILE_C)
         b_x = tl.load(x + at(n, c, i, j, x_n, x_c, x_h, x_w, MODE, VECS[0]), mask=mask, other=0).to(ACC)
         if HAS_NOISE:
-            u = tl.load(noise + at(n, c, i, j, noise_n, noise_c, noise_h, noise_w, MODE, VECS[1]), mask=mask, other=0.0).to(ACC)
+            u = tl.load(
+                noise + at(n, c, i, j, noise_n, noise_c, noise_h, noise_w, MODE, VECS[1]),
+                mask=mask,
+                other=0.0,
+            ).to(ACC)
         else:
             u = uniform(block, sample_offset + n, tl.load(seed), ACC)
             if MODE == "channels":
-                u = tl.reshape(tl.permute(tl.reshape(u, [TILE_B, TILE_C, 8]), [0, 2, 1]), [TILE_B * 8, TILE_C])
+                u = tl.reshape(
+                    tl.permute(tl.reshape(u, [TILE_B, TILE_C, 8]), [0, 2, 1]), [TILE_B * 8, TILE_C]
+                )
         b_y, q = dequantized(b_x, u, BINS, SLOPE, SHIFT, REST)
         if LOGIT:
             log_p, log_q = tl.log(b_y), tl.log(q)
@@ -187,12 +202,16 @@ def dequantize_backward_kernel(
     ).to(ACC)  # fmt: skip
     if LOGIT:
         b_x = tl.load(x + at(n, c, i, j, x_n, x_c, x_h, x_w, MODE, VECS[0]), mask=mask, other=0).to(ACC)
-        u = tl.load(noise + at(n, c, i, j, noise_n, noise_c, noise_h, noise_w, MODE, VECS[1]), mask=mask, other=0.0).to(ACC)
+        u = tl.load(
+            noise + at(n, c, i, j, noise_n, noise_c, noise_h, noise_w, MODE, VECS[1]), mask=mask, other=0.0
+        ).to(ACC)
         p, q = dequantized(b_x, u, BINS, SLOPE, SHIFT, REST)
         dl = tl.load(dlog_det + n * stride_dlog_det).to(ACC)
         g = (g + dl * (p - q)) / (p * q)
     b_dnoise = (g * SLOPE).to(dnoise.dtype.element_ty)
-    tl.store(dnoise + at(n, c, i, j, dnoise_n, dnoise_c, dnoise_h, dnoise_w, MODE, VECS[2]), b_dnoise, mask=mask)
+    tl.store(
+        dnoise + at(n, c, i, j, dnoise_n, dnoise_c, dnoise_h, dnoise_w, MODE, VECS[2]), b_dnoise, mask=mask
+    )
 
 
 @triton.jit
@@ -220,7 +239,9 @@ def dequantize_inverse_kernel(
             total += tl.where(mask, -tl.abs(p) - 2 * tl.log(1 + e), 0.0)
             p = tl.where(p < 0, e, 1.0) / (1 + e)
         b_x = tl.minimum(tl.maximum(tl.floor((p - SHIFT) * PER_BIN), 0.0), BINS - 1)
-        tl.store(x + at(n, c, i, j, x_n, x_c, x_h, x_w, MODE, VECS[0]), b_x.to(tl.int32).to(tl.uint8), mask=mask)
+        tl.store(
+            x + at(n, c, i, j, x_n, x_c, x_h, x_w, MODE, VECS[0]), b_x.to(tl.int32).to(tl.uint8), mask=mask
+        )
     b_log_det = elements(C, H, W, ACC) * LOG_SLOPE
     if LOGIT:
         tl.store(log_det + tl.program_id(0), tl.sum(total) - tl.where(part == 0, b_log_det, 0.0))
@@ -239,7 +260,9 @@ class Cut(NamedTuple):
     constants: dict
 
 
-def _merged(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tuple[list[int], list[tuple[int, ...]]]:
+def _merged(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]
+) -> tuple[list[int], list[tuple[int, ...]]]:
     """A sample's sizes and, for each of them, the tensors' strides, with every pair of dimensions made one that is one in all tensors."""
     sizes, dims = [], []
     for size, *step in zip(shape[1:], *(s[1:] for s in strides), strict=True):
@@ -254,12 +277,21 @@ def _merged(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...]) -> tup
         sizes, dims = [1], [(1,) * len(strides)]
     none = (0,) * len(strides)
     if len(sizes) < 3:  # two are channels and positions, one is positions
-        sizes, dims = [*sizes[:-1], *[1] * (3 - len(sizes)), sizes[-1]], [*dims[:-1], *[none] * (3 - len(sizes)), dims[-1]]
+        sizes, dims = (
+            [*sizes[:-1], *[1] * (3 - len(sizes)), sizes[-1]],
+            [*dims[:-1], *[none] * (3 - len(sizes)), dims[-1]],
+        )
     return sizes, dims
 
 
 @lru_cache(maxsize=4096)
-def _cut(shape: tuple[int, ...], images: tuple[tuple[int, ...], ...], squeezed: tuple[int, ...] | None, draws: bool, reduces: bool) -> Cut:
+def _cut(
+    shape: tuple[int, ...],
+    images: tuple[tuple[int, ...], ...],
+    squeezed: tuple[int, ...] | None,
+    draws: bool,
+    reduces: bool,
+) -> Cut:
     """Cuts images of ``shape`` that lie as ``images``, beside a tensor that lies squeezed. ``draws``: noise, which goes by the elements'
     order; ``reduces``: to a sum over each sample.
     """
@@ -302,7 +334,14 @@ def _cut(shape: tuple[int, ...], images: tuple[tuple[int, ...], ...], squeezed: 
     )  # fmt: skip
 
 
-def cut(image: Tensor, *images: Tensor, continuous: Tensor, squeeze_order: str | None, draws: bool = False, reduces: bool = False) -> Cut:
+def cut(
+    image: Tensor,
+    *images: Tensor,
+    continuous: Tensor,
+    squeeze_order: str | None,
+    draws: bool = False,
+    reduces: bool = False,
+) -> Cut:
     """Cuts ``image`` and what has its shape; ``continuous`` comes last, squeezed or not."""
     strides = (image.stride(), *(v.stride() for v in images))
     if squeeze_order is None:
@@ -323,7 +362,13 @@ def restored(result: Tensor, buffer: Tensor) -> Tensor:
 def _map(n_bits: int, scale: float, shift: float) -> dict:
     """Python's numbers, since an argument of a kernel is float32."""
     bins = 2.0**n_bits
-    return {"BINS": bins, "SLOPE": scale / bins, "SHIFT": shift, "REST": 1 - scale - shift, "LOG_SLOPE": math.log(scale / bins)}
+    return {
+        "BINS": bins,
+        "SLOPE": scale / bins,
+        "SHIFT": shift,
+        "REST": 1 - scale - shift,
+        "LOG_SLOPE": math.log(scale / bins),
+    }
 
 
 def dequantize(
@@ -360,9 +405,15 @@ def dequantize_backward(
     return restored(dnoise, out)
 
 
-def dequantize_inverse(y: Tensor, n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None) -> tuple[Tensor, Tensor]:
+def dequantize_inverse(
+    y: Tensor, n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None
+) -> tuple[Tensor, Tensor]:
     acc, triton_acc = accumulator(y.dtype)
-    x = torch.empty_like(y, dtype=torch.uint8) if squeeze_order is None else squeezed_like(y, True, torch.uint8)
+    x = (
+        torch.empty_like(y, dtype=torch.uint8)
+        if squeeze_order is None
+        else squeezed_like(y, True, torch.uint8)
+    )
     out, y = four(x), four(y)
     t = cut(out, continuous=y, squeeze_order=squeeze_order, reduces=logit)
     log_det = y.new_empty(y.shape[0] * (t.split if logit else 1), dtype=acc)

@@ -67,7 +67,22 @@ def gaussian_log_prob_kernel(
         mask = (k < K) & (p < P)
         b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, SIDE_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, SIDE_MEAN, VEC_K, VEC_P)
-        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, SIDE_LOG_SCALE, VEC_K, VEC_P)
+        b_s = load_term(
+            log_scale,
+            n,
+            k,
+            p,
+            K,
+            mask,
+            log_scale_n,
+            log_scale_k,
+            log_scale_p,
+            LOG_SCALE,
+            ACC,
+            SIDE_LOG_SCALE,
+            VEC_K,
+            VEC_P,
+        )
         b_e = b_z - b_m
         if LOG_SCALE != "none":
             b_e = b_e * tl.exp(-b_s)
@@ -110,7 +125,22 @@ def gaussian_log_prob_backward_kernel(
         mask = (k < K) & (p < P)
         b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, SIDE_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, SIDE_MEAN, VEC_K, VEC_P)
-        b_s = load_term(log_scale, n, k, p, K, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, ACC, SIDE_LOG_SCALE, VEC_K, VEC_P)
+        b_s = load_term(
+            log_scale,
+            n,
+            k,
+            p,
+            K,
+            mask,
+            log_scale_n,
+            log_scale_k,
+            log_scale_p,
+            LOG_SCALE,
+            ACC,
+            SIDE_LOG_SCALE,
+            VEC_K,
+            VEC_P,
+        )
         if VECTORS:
             b_g = tl.load(dlog_prob + p * stride_dlog_prob, mask=p < P, other=0.0).to(ACC)
         else:
@@ -120,14 +150,20 @@ def gaussian_log_prob_backward_kernel(
         if LOG_SCALE != "none":
             b_r = tl.exp(-b_s)
             b_ge = b_ge * b_r * b_r
-        tl.store(dz + offset(n, k, p, dz_n, dz_k, dz_p, SIDE_DZ, VEC_K, VEC_P), (-b_ge).to(dz.dtype.element_ty), mask=mask)
+        tl.store(
+            dz + offset(n, k, p, dz_n, dz_k, dz_p, SIDE_DZ, VEC_K, VEC_P),
+            (-b_ge).to(dz.dtype.element_ty),
+            mask=mask,
+        )
         if MEAN == "full":
             at_dmean = dmean + offset(n, k, p, dmean_n, dmean_k, dmean_p, SIDE_DMEAN, VEC_K, VEC_P)
             tl.store(at_dmean, b_ge.to(dmean.dtype.element_ty), mask=mask)
         elif MEAN == "channel":
             b_dmean += tl.where(mask, b_ge, 0.0)
         if LOG_SCALE == "full":
-            at_dlog_scale = dlog_scale + offset(n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, SIDE_DLOG_SCALE, VEC_K, VEC_P)
+            at_dlog_scale = dlog_scale + offset(
+                n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, SIDE_DLOG_SCALE, VEC_K, VEC_P
+            )
             tl.store(at_dlog_scale, (b_ge * b_e - b_g).to(dlog_scale.dtype.element_ty), mask=mask)
         elif LOG_SCALE == "channel":
             b_dlog_scale += tl.where(mask, b_ge * b_e - b_g, 0.0)
@@ -143,7 +179,9 @@ def gaussian_log_prob_backward_kernel(
 
 
 @triton.jit
-def load_drawn_term(v, n, e, k, p, mask, v_n, v_k, v_p, TERM: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr):
+def load_drawn_term(
+    v, n, e, k, p, mask, v_n, v_k, v_p, TERM: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr
+):
     if TERM == "full":
         at = n * v_n + (e if FLAT else k * v_k + p * v_p)
         return tl.load(v + at, mask=mask, other=0.0).to(ACC)
@@ -169,7 +207,9 @@ def gaussian_sample_kernel(
     b_z = normal(block, sample_offset + n, tl.load(seed), ACC)
     b_z = b_z * temperature + b_z * temperature_rest
     if LOG_SCALE != "none":
-        b_s = load_drawn_term(log_scale, n, e, k, p, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, FLAT_LOG_SCALE, ACC)
+        b_s = load_drawn_term(
+            log_scale, n, e, k, p, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, FLAT_LOG_SCALE, ACC
+        )
         b_z = b_z * tl.exp(b_s)
     if MEAN != "none":
         b_z += load_drawn_term(mean, n, e, k, p, mask, mean_n, mean_k, mean_p, MEAN, FLAT_MEAN, ACC)
@@ -180,10 +220,15 @@ def _kind(v: Tensor | None) -> str:
     return "none" if v is None else "channel" if v.ndim == 1 else "full"
 
 
-def _terms(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> tuple[list[Tensor], list[Tensor], list[int], dict]:
+def _terms(
+    z: Tensor, mean: Tensor | None, log_scale: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], list[int], dict]:
     """(what the kernel reads, what decides the tiles, strides of terms for each channel, constants); z stands in for what is not there."""
     kinds = [_kind(v) for v in (mean, log_scale)]
-    read = [z if v is None else readable(v) if kind == "full" else v for v, kind in zip((mean, log_scale), kinds, strict=True)]
+    read = [
+        z if v is None else readable(v) if kind == "full" else v
+        for v, kind in zip((mean, log_scale), kinds, strict=True)
+    ]
     tiled = [v if kind == "full" else z for v, kind in zip(read, kinds, strict=True)]
     channel = [v.stride(0) if kind == "channel" else 0 for v, kind in zip(read, kinds, strict=True)]
     return read, tiled, channel, {"MEAN": kinds[0], "LOG_SCALE": kinds[1]}
@@ -209,9 +254,15 @@ def gaussian_log_prob_backward(
     dz, dz_out = output(z)
     z = readable(z)
     read, tiled, channel, kinds = _terms(z, mean, log_scale)
-    results, outs, summed = [], [], []  # gradients in their layout; what the kernel writes; what is summed over programs
+    results, outs, summed = (
+        [],
+        [],
+        [],
+    )  # gradients in their layout; what the kernel writes; what is summed over programs
     for v in (mean, log_scale):
-        result, out = output(v) if _kind(v) == "full" else (z.new_empty(0) if v is None else torch.empty_like(v), z)
+        result, out = (
+            output(v) if _kind(v) == "full" else (z.new_empty(0) if v is None else torch.empty_like(v), z)
+        )
         results.append((result, out))
         outs.append(out)
         if _kind(v) == "channel":
@@ -229,7 +280,13 @@ def gaussian_log_prob_backward(
 
 
 def gaussian_sample(
-    size: list[int], mean: Tensor | None, log_scale: Tensor | None, temperature: float, seed: Tensor, offset: int, dtype: torch.dtype
+    size: list[int],
+    mean: Tensor | None,
+    log_scale: Tensor | None,
+    temperature: float,
+    seed: Tensor,
+    offset: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     out = torch.empty(size, dtype=dtype, device=seed.device)
     if not out.numel():

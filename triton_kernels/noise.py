@@ -60,8 +60,17 @@ def cos_sin_of_word(word, ACC: tl.constexpr):
     r = (w - (quadrant << 30)).to(ACC) * 1.4629180792671596e-09
     r2 = r * r
     if ACC == tl.float64:
-        s = r2 * (-1 / 5040 + r2 * (1 / 362880 + r2 * (-1 / 39916800 + r2 * (1 / 6227020800 - r2 / 1307674368000))))
-        c = r2 * (-1 / 720 + r2 * (1 / 40320 + r2 * (-1 / 3628800 + r2 * (1 / 479001600 + r2 * (-1 / 87178291200 + r2 / 20922789888000)))))
+        s = r2 * (
+            -1 / 5040 + r2 * (1 / 362880 + r2 * (-1 / 39916800 + r2 * (1 / 6227020800 - r2 / 1307674368000)))
+        )
+        c = r2 * (
+            -1 / 720
+            + r2
+            * (
+                1 / 40320
+                + r2 * (-1 / 3628800 + r2 * (1 / 479001600 + r2 * (-1 / 87178291200 + r2 / 20922789888000)))
+            )
+        )
     else:
         s = r2 * (-1 / 5040 + r2 / 362880)
         c = r2 * (-1 / 720 + r2 * (1 / 40320 - r2 / 3628800))
@@ -99,5 +108,7 @@ def uniform_noise(size: list[int], seed: Tensor, offset: int, dtype: torch.dtype
         d = out[0].numel()
         each = triton.cdiv(triton.cdiv(d, 8), BLOCKS)
         acc = tl.float64 if dtype == torch.float64 else tl.float32
-        launch(uniform_noise_kernel, size[0] * each, out, seed, offset, d, each, warps=4, ACC=acc, BLOCKS=BLOCKS)
+        launch(
+            uniform_noise_kernel, size[0] * each, out, seed, offset, d, each, warps=4, ACC=acc, BLOCKS=BLOCKS
+        )
     return out

@@ -56,10 +56,18 @@ def squeeze_planar_kernel(
     upper = image + ((n * image_n + c * image_c + 2 * i * image_h) * VEC_IMAGE + j_image * image_w)
     lower = image + ((n * image_n + c * image_c + (2 * i + 1) * image_h) * VEC_IMAGE + j_image * image_w)
     at = n * squeezed_n + i * squeezed_h
-    at_00 = squeezed + ((at + squeezed_channel(c, 0, 0, C, ORDER) * squeezed_c) * VEC_SQUEEZED + j_squeezed * squeezed_w)
-    at_01 = squeezed + ((at + squeezed_channel(c, 0, 1, C, ORDER) * squeezed_c) * VEC_SQUEEZED + j_squeezed * squeezed_w)
-    at_10 = squeezed + ((at + squeezed_channel(c, 1, 0, C, ORDER) * squeezed_c) * VEC_SQUEEZED + j_squeezed * squeezed_w)
-    at_11 = squeezed + ((at + squeezed_channel(c, 1, 1, C, ORDER) * squeezed_c) * VEC_SQUEEZED + j_squeezed * squeezed_w)
+    at_00 = squeezed + (
+        (at + squeezed_channel(c, 0, 0, C, ORDER) * squeezed_c) * VEC_SQUEEZED + j_squeezed * squeezed_w
+    )
+    at_01 = squeezed + (
+        (at + squeezed_channel(c, 0, 1, C, ORDER) * squeezed_c) * VEC_SQUEEZED + j_squeezed * squeezed_w
+    )
+    at_10 = squeezed + (
+        (at + squeezed_channel(c, 1, 0, C, ORDER) * squeezed_c) * VEC_SQUEEZED + j_squeezed * squeezed_w
+    )
+    at_11 = squeezed + (
+        (at + squeezed_channel(c, 1, 1, C, ORDER) * squeezed_c) * VEC_SQUEEZED + j_squeezed * squeezed_w
+    )
     if INVERSE:
         b_00 = tl.load(at_00, mask=mask_squeezed)
         b_01 = tl.load(at_01, mask=mask_squeezed)
@@ -141,14 +149,26 @@ def squeeze_channels_last_kernel(
 
 def steps(shape: tuple[int, ...], stride: tuple[int, ...], inner: int) -> tuple[int, tuple[int, ...]]:
     """(vector, strides): those of dimensions of one element count nothing; the others than ``inner`` come in vectors where it has 1."""
-    stride = tuple(0 if size == 1 and d != inner else step for d, (size, step) in enumerate(zip(shape, stride, strict=True)))
+    stride = tuple(
+        0 if size == 1 and d != inner else step
+        for d, (size, step) in enumerate(zip(shape, stride, strict=True))
+    )
     outer = [step for d, step in enumerate(stride) if d != inner]
     vec = math.gcd(16, *outer) if stride[inner] == 1 else 1
     return vec, tuple(step if d == inner else step // vec for d, step in enumerate(stride))
 
 
 @lru_cache(maxsize=4096)
-def _plan(itemsize: int, n: int, c: int, h: int, w: int, image: tuple[int, ...], squeezed: tuple[int, ...], channels_last: bool):
+def _plan(
+    itemsize: int,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    image: tuple[int, ...],
+    squeezed: tuple[int, ...],
+    channels_last: bool,
+):
     """(kernel, programs, sizes and strides, constants) for squeezed images [n, 4c, h, w] of the two strides."""
     inner, across, rows = (1, c, n * h * w) if channels_last else (3, w, n * c * h)
     vec = math.gcd(16, across)
@@ -158,11 +178,21 @@ def _plan(itemsize: int, n: int, c: int, h: int, w: int, image: tuple[int, ...],
     tile = block_size(across, elements)
     tile_r = elements // tile
     programs = -(-rows // tile_r) * -(-across // tile)
-    constants = {"WIDE": rows + tile_r > 2**31, "VEC_IMAGE": vec_image, "VEC_SQUEEZED": vec_squeezed, "TILE_R": tile_r}
+    constants = {
+        "WIDE": rows + tile_r > 2**31,
+        "VEC_IMAGE": vec_image,
+        "VEC_SQUEEZED": vec_squeezed,
+        "TILE_R": tile_r,
+    }
     if channels_last:  # channels have stride 1
         sizes = (rows, c // vec, h, w, image[0], *image[2:], squeezed[0], *squeezed[2:])
         return squeeze_channels_last_kernel, programs, sizes, {"VEC_C": vec, "TILE_C": tile, **constants}
-    return squeeze_planar_kernel, programs, (rows, c, h, w // vec, *image, *squeezed), {"VEC_W": vec, "TILE_W": tile, **constants}
+    return (
+        squeeze_planar_kernel,
+        programs,
+        (rows, c, h, w // vec, *image, *squeezed),
+        {"VEC_W": vec, "TILE_W": tile, **constants},
+    )
 
 
 def squeezed_like(x: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
@@ -183,5 +213,15 @@ def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
     kernel, programs, sizes, constants = _plan(
         x.element_size(), n, c, h // 2, w // 2, image.stride(), squeezed.stride(), channels_last
     )  # fmt: skip
-    launch(kernel, programs, image.view(integer), squeezed.view(integer), *sizes, warps=WARPS, ORDER=order, INVERSE=inverse, **constants)
+    launch(
+        kernel,
+        programs,
+        image.view(integer),
+        squeezed.view(integer),
+        *sizes,
+        warps=WARPS,
+        ORDER=order,
+        INVERSE=inverse,
+        **constants,
+    )
     return y

@@ -56,7 +56,9 @@ def readable(x: Tensor) -> Tensor:
 def output(x: Tensor) -> tuple[Tensor, Tensor]:
     """Memory in the layout of ``torch.empty_like(x)``, and memory that a kernel can write: the same, unless it is no ``[N, K, P]``."""
     result = torch.empty_like(x)
-    return result, result if strides(result) is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    return result, result if strides(result) is not None else torch.empty_like(
+        x, memory_format=torch.contiguous_format
+    )
 
 
 def written(result: Tensor, buffer: Tensor) -> Tensor:
@@ -101,9 +103,15 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     if vectors:
         n, p = 1, n
         layouts = tuple(Strides(0, s.channel, s.sample) for s in layouts)
-    adjacent = tuple("positions" if s.position == 1 else "channels" if s.channel == 1 else "none" for s in layouts)
-    along_p = [(s.sample, s.channel) for s, side in zip(layouts, adjacent, strict=True) if side == "positions"]
-    along_k = [(s.sample, s.position) for s, side in zip(layouts, adjacent, strict=True) if side == "channels"]
+    adjacent = tuple(
+        "positions" if s.position == 1 else "channels" if s.channel == 1 else "none" for s in layouts
+    )
+    along_p = [
+        (s.sample, s.channel) for s, side in zip(layouts, adjacent, strict=True) if side == "positions"
+    ]
+    along_k = [
+        (s.sample, s.position) for s, side in zip(layouts, adjacent, strict=True) if side == "channels"
+    ]
     vec_p = math.gcd(16, p, *(v for pair in along_p for v in pair)) if along_p else 1
     vec_k = math.gcd(16, k, *(v for pair in along_k for v in pair)) if along_k else 1
     vec = {"positions": vec_p, "channels": vec_k, "none": 1}
@@ -132,7 +140,14 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
         warps=min(max(tile_k * tile_p // (32 * per_thread), 1), 8),
         sizes=(k // vec_k, p // vec_p),
         strides=tuple(v // vec[side] for s, side in zip(layouts, adjacent, strict=True) for v in s),
-        constants={"SIDES": adjacent, "VEC_K": vec_k, "VEC_P": vec_p, "TILE_K": tile_k, "TILE_P": tile_p, "VECTORS": vectors},
+        constants={
+            "SIDES": adjacent,
+            "VEC_K": vec_k,
+            "VEC_P": vec_p,
+            "TILE_K": tile_k,
+            "TILE_P": tile_p,
+            "VECTORS": vectors,
+        },
     )
 
 
@@ -153,7 +168,9 @@ def launch(kernel, programs: int, *args, warps: int, **constants) -> None:
 
 
 @triton.jit
-def offset(n, k, p, stride_n, stride_k, stride_p, SIDE: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr):
+def offset(
+    n, k, p, stride_n, stride_k, stride_p, SIDE: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr
+):
     """Where element (n, k, p) of a tensor lies. Strides come in units of a vector, so that the compiler sees what they divide by."""
     if SIDE == "positions":
         return n * stride_n * VEC_P + k * stride_k * VEC_P + p

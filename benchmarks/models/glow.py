@@ -42,7 +42,10 @@ from fastflow.models import Glow
 from fastflow.ops.noise import random_seed
 
 SIZES = {"L=3 K=8 hidden 128 batch 16": (32, 3, 8, 128, 16)}
-ON_A_GPU = {"L=3 K=32 hidden 512 batch 64": (32, 3, 32, 512, 64), "L=3 K=32 hidden 512 batch 256": (32, 3, 32, 512, 256)}
+ON_A_GPU = {
+    "L=3 K=32 hidden 512 batch 64": (32, 3, 32, 512, 64),
+    "L=3 K=32 hidden 512 batch 256": (32, 3, 32, 512, 256),
+}
 QUICK = {"L=2 K=2 hidden 8 batch 3": (8, 2, 2, 8, 3)}
 TOLERANCE = 1e-9  # of float64, over the largest value
 
@@ -95,7 +98,9 @@ class Plain(Provider):
         if not self.same_noise:
             return self.decode([torch.randn(n, *shape, **about) for shape in self.shapes])
         noise = [
-            ops.gaussian_sample((n, *shape), None, None, seed=random_seed(self.like.device, generator), **about)
+            ops.gaussian_sample(
+                (n, *shape), None, None, seed=random_seed(self.like.device, generator), **about
+            )
             for shape in reversed(self.shapes)
         ]
         return self.decode(noise[::-1])
@@ -151,7 +156,10 @@ def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[st
     errors, expected, pixels = {}, None, None
     for name, provider in found.items():
         step(provider, given)
-        results = {"bits/dim": provider.bits(*given).detach().double(), "bits/dim without gradients": log_prob(provider, given).double()}
+        results = {
+            "bits/dim": provider.bits(*given).detach().double(),
+            "bits/dim without gradients": log_prob(provider, given).double(),
+        }
         results |= {n: p.grad.double() for n, p in provider.names.items()}
         if isinstance(provider, Plain):
             provider.same_noise = True
@@ -165,7 +173,9 @@ def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[st
         errors[name] = each[worst]
         off = (sample - pixels).abs()
         if not each[worst] <= tolerance or off.max() > 1 or (off > 0).float().mean() > 1e-3:
-            raise ValueError(f"{name}: {worst} is off by {each[worst]:.1e} of its largest value, a pixel by {off.max()}; no row is written")
+            raise ValueError(
+                f"{name}: {worst} is off by {each[worst]:.1e} of its largest value, a pixel by {off.max()}; no row is written"
+            )
     return errors
 
 
@@ -189,13 +199,19 @@ def work(pipe, name: str, coupling: str, shape: tuple, device: str) -> None:
         pipe.send(harness.turn(calls[mode], seconds, device))
 
 
-def times(names: list[str], coupling: str, shape: tuple, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def times(
+    names: list[str], coupling: str, shape: tuple, options: argparse.Namespace
+) -> dict[str, dict[str, list[float]]]:
     """Milliseconds, p20, p50 and p80, of each provider in each mode."""
     context = multiprocessing.get_context("spawn")
     workers = {}
-    for name in tqdm(names, desc="starting, compiling", leave=False):  # one after the other: two compiling at once take longer
+    for name in tqdm(
+        names, desc="starting, compiling", leave=False
+    ):  # one after the other: two compiling at once take longer
         pipe, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, name, coupling, shape, options.device), daemon=True)
+        process = context.Process(
+            target=work, args=(theirs, name, coupling, shape, options.device), daemon=True
+        )
         process.start()
         theirs.close()
         pipe.recv()
@@ -210,12 +226,17 @@ def times(names: list[str], coupling: str, shape: tuple, options: argparse.Names
         pipe.send(None)
         process.join()
     return {
-        mode: {name: [us / 1e3 for us in np.quantile(t, harness.QUANTILES)] for name, t in each.items()} for mode, each in taken.items()
+        mode: {name: [us / 1e3 for us in np.quantile(t, harness.QUANTILES)] for name, t in each.items()}
+        for mode, each in taken.items()
     }
 
 
 def couplings(device: str) -> list[str]:
-    return [c for c, library in published.COUPLINGS.items() if device == "cpu" or c == "soft_clamp" or published.installed(library)]
+    return [
+        c
+        for c, library in published.COUPLINGS.items()
+        if device == "cpu" or c == "soft_clamp" or published.installed(library)
+    ]
 
 
 def measure(size: str, coupling: str, shape: tuple, options: argparse.Namespace) -> list[dict]:

@@ -63,7 +63,10 @@ def _unpivoted(c: int, k: float) -> tuple[Tensor, ...]:
     Q = torch.linalg.qr(torch.randn(c, c, dtype=torch.float64)).Q
     turn = math.acos(10**-k) - math.atan2(Q[1, 0], Q[0, 0])
     first, second = Q[0].clone(), Q[1].clone()
-    Q[0], Q[1] = math.cos(turn) * first - math.sin(turn) * second, math.sin(turn) * first + math.cos(turn) * second
+    Q[0], Q[1] = (
+        math.cos(turn) * first - math.sin(turn) * second,
+        math.sin(turn) * first + math.cos(turn) * second,
+    )
     L, U = torch.eye(c, dtype=Q.dtype), Q
     for i in range(c):
         L[i + 1 :, i] = U[i + 1 :, i] / U[i, i]
@@ -79,17 +82,26 @@ def parameters(kind: str, setting: float, c: int, draws: int) -> tuple[Tensor, .
     if kind == "trained":
         if c > 48:
             return None
-        return _of_layers([m for m in _glow(setting).modules() if isinstance(m, InvertibleConv1x1) and m.num_features == c])
+        return _of_layers(
+            [m for m in _glow(setting).modules() if isinstance(m, InvertibleConv1x1) and m.num_features == c]
+        )
     if kind == "unpivoted":
         return tuple(map(torch.stack, zip(*(_unpivoted(c, setting) for _ in range(draws)), strict=True)))
     modest = 0.5 / math.sqrt(c)
     sizes = {side: setting / math.sqrt(c) if kind == side else modest for side in ("lower", "upper")}
     perm = torch.stack([torch.randperm(c) for _ in range(draws)])
     log_s = (2 * torch.rand(draws, c) - 1) * (setting if kind == "log_s" else 0)
-    return perm, *(size * torch.randn(draws, c, c) for size in sizes.values()), log_s, torch.randn(draws, c).sign()
+    return (
+        perm,
+        *(size * torch.randn(draws, c, c) for size in sizes.values()),
+        log_s,
+        torch.randn(draws, c).sign(),
+    )
 
 
-def triangles(perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> tuple[Tensor, Tensor]:
+def triangles(
+    perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor
+) -> tuple[Tensor, Tensor]:
     L = lower.tril(-1) + torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     return L, upper.triu(1) + torch.diag_embed(sign_s * log_s.exp())
 
@@ -113,7 +125,9 @@ def ways(perm: Tensor, *rest: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     weight, inverse, _ = ops.lu_weight(perm, *rest)
 
     def two_solves(y: Tensor) -> Tensor:
-        return ops.triangular_solve(U, ops.triangular_solve(L, _unpermuted(y, perm), upper=False, unit_diagonal=True), upper=True)
+        return ops.triangular_solve(
+            U, ops.triangular_solve(L, _unpermuted(y, perm), upper=False, unit_diagonal=True), upper=True
+        )
 
     def by_linalg(y: Tensor) -> Tensor:
         z = torch.linalg.solve_triangular(L, _unpermuted(y, perm), upper=False, unitriangular=True)
@@ -167,8 +181,17 @@ def measured(given: tuple[Tensor, ...], dtype: torch.dtype, positions: int) -> l
 @torch.no_grad()
 def precision(quick: bool) -> list[dict]:
     rows, about = [], harness.metadata("cpu")
-    kinds = {kind: settings[-1:] for kind, settings in SETTINGS.items() if kind != "trained"} if quick else SETTINGS
-    cases = [(c, kind, setting) for c in ((3,) if quick else CHANNELS) for kind, settings in kinds.items() for setting in settings]
+    kinds = (
+        {kind: settings[-1:] for kind, settings in SETTINGS.items() if kind != "trained"}
+        if quick
+        else SETTINGS
+    )
+    cases = [
+        (c, kind, setting)
+        for c in ((3,) if quick else CHANNELS)
+        for kind, settings in kinds.items()
+        for setting in settings
+    ]
     for c, kind, setting in (bar := tqdm(cases, desc="inverse_precision")):
         bar.set_postfix_str(f"C={c} {kind} {setting}")
         torch.manual_seed(0)
@@ -177,7 +200,9 @@ def precision(quick: bool) -> list[dict]:
         if given is None:
             continue
         case = {"kind": kind, "setting": setting, "channels": c} | conditions(*given)
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)[: 4 if kind in HALVES else 1]:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)[
+            : 4 if kind in HALVES else 1
+        ]:
             rows += [case | row | about for row in measured(given, dtype, 5 if quick else POSITIONS)]
     return rows
 
@@ -198,7 +223,9 @@ def time_cases(quick: bool) -> list[harness.Case]:
         return solve(y, L[0], U[0], perm[0])
 
     cases = []
-    for n, c, side in [(2, 3, 2)] if quick else [(64, 12, 16), (64, 24, 8), (64, 48, 4), (64, 12, 32), (64, 48, 32)]:
+    for n, c, side in (
+        [(2, 3, 2)] if quick else [(64, 12, 16), (64, 24, 8), (64, 48, 4), (64, 12, 32), (64, 48, 32)]
+    ):
 
         def image(n=n, c=c, side=side):
             return torch.randn(n, c, side, side)
@@ -210,7 +237,10 @@ def time_cases(quick: bool) -> list[harness.Case]:
             return image(), ops.lu_weight(perm, *rest)[1][0], L[0], U[0], perm[0]
 
         about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "compiled": False}
-        providers = {EXPLICIT: lambda y, inverse, *_: ops.conv1x1(y, inverse), SOLVES: lambda y, _, *given: solve(y, *given)}
+        providers = {
+            EXPLICIT: lambda y, inverse, *_: ops.conv1x1(y, inverse),
+            SOLVES: lambda y, _, *given: solve(y, *given),
+        }
         cases.append(harness.Case("weights at hand", inputs=at_hand, providers=providers, **about))
         providers = {EXPLICIT: explicit_from_parameters, SOLVES: solve_from_parameters}
         inputs = lambda c=c, image=image: (image(), *parameters("log_s", 1, c, 1))  # noqa: E731
@@ -252,19 +282,36 @@ def tables(rows: list[dict], times: list[dict]) -> dict[str, str]:
         if c == shown:
             about = by_way[EXPLICIT]
             cells = [f"{by_way[name]['round_trip_2']} / {by_way[name]['inverse_2']}" for name in names]
-            lines.append([f"{kind} {setting}", about["condition"], about["condition_lower"], about["condition_upper"], *cells])
+            lines.append(
+                [
+                    f"{kind} {setting}",
+                    about["condition"],
+                    about["condition_lower"],
+                    about["condition_upper"],
+                    *cells,
+                ]
+            )
     head = [f"W, C = {shown}", "κ(W)", "κ(L)", "κ(U)", *names]
     result = {"errors": page.table(head, lines)}
 
     def ratios(settings: list[dict[str, dict]]) -> list[str]:
         over = [(other, error) for other in (SOLVES, LINALG) for error in ("round_trip_2", "inverse_2")]
-        return [_span([float(by_way[EXPLICIT][error]) / float(by_way[other][error]) for by_way in settings]) for other, error in over]
+        return [
+            _span([float(by_way[EXPLICIT][error]) / float(by_way[other][error]) for by_way in settings])
+            for other, error in over
+        ]
 
     groups = {}
     for (c, kind, _), by_way in single.items():
         groups.setdefault((f"C = {c}", kind), []).append(by_way)
-    groups["all whose round trip loses less than 1e-2", ""] = [w for w in single.values() if float(w[EXPLICIT]["round_trip_2"]) < 1e-2]
-    head = [f"{error}, explicit / {other}" for other in (SOLVES, LINALG) for error in ("round trip", "inverse alone")]
+    groups["all whose round trip loses less than 1e-2", ""] = [
+        w for w in single.values() if float(w[EXPLICIT]["round_trip_2"]) < 1e-2
+    ]
+    head = [
+        f"{error}, explicit / {other}"
+        for other in (SOLVES, LINALG)
+        for error in ("round trip", "inverse alone")
+    ]
     lines = [[*group, str(len(settings)), *ratios(settings)] for group, settings in groups.items()]
     result["ratios"] = page.table(["", "W", "settings", *head], lines)
 
@@ -276,14 +323,20 @@ def tables(rows: list[dict], times: list[dict]) -> dict[str, str]:
     for (kind, setting), found in by_dtype.items():
         cells = [found[dtype]["round_trip_max"] for dtype in ("float64", "float32", "bfloat16", "float16")]
         lines.append([f"{kind} {setting}", found["float32"]["condition"], *cells])
-    result["dtypes"] = page.table([f"W, C = {shown}", "κ(W)", "float64", "float32", "bfloat16", "float16"], lines)
+    result["dtypes"] = page.table(
+        [f"W, C = {shown}", "κ(W)", "float64", "float32", "bfloat16", "float16"], lines
+    )
 
     by_case = {}
     for row in times:
         by_case.setdefault((row["case"], row["shape"]), {})[row["provider"]] = row
-    lines = [[*case, f[EXPLICIT]["p50_us"], f[SOLVES]["p50_us"], f[SOLVES]["ratio"]] for case, f in by_case.items()]
+    lines = [
+        [*case, f[EXPLICIT]["p50_us"], f[SOLVES]["p50_us"], f[SOLVES]["ratio"]] for case, f in by_case.items()
+    ]
     about = f"p50 in µs on {times[0]['device']}, torch {times[0]['torch']}, commit {times[0]['commit']}"
-    result["times"] = f"{page.table(['', 'N x C x H x W', EXPLICIT, SOLVES, 'solves / explicit'], lines)}\n\n({about})"
+    result["times"] = (
+        f"{page.table(['', 'N x C x H x W', EXPLICIT, SOLVES, 'solves / explicit'], lines)}\n\n({about})"
+    )
     return result
 
 
@@ -298,13 +351,20 @@ def plot(rows: list[dict], path: Path) -> None:
     axes = figure.subplots(2, len(kinds), sharex="col", sharey=True, squeeze=False)
     styles = ("o-", "s-", "^--", "v--", "x:")
     colours = ("#d62728", "#1f77b4", "#17becf", "#ff7f0e", "#555555")
-    for error, title, line in (("round_trip_2", "round trip", axes[0]), ("inverse_2", "inverse alone", axes[1])):
+    for error, title, line in (
+        ("round_trip_2", "round trip", axes[0]),
+        ("inverse_2", "inverse alone", axes[1]),
+    ):
         for kind, ax in zip(kinds, line, strict=True):
             across = "condition_lower" if kind == "unpivoted" else "condition"
             of_kind = [row for row in single if row["kind"] == kind and row["channels"] == shown]
-            for way, style, colour in zip(dict.fromkeys(row["way"] for row in single), styles, colours, strict=True):
+            for way, style, colour in zip(
+                dict.fromkeys(row["way"] for row in single), styles, colours, strict=True
+            ):
                 points = [(float(row[across]), float(row[error])) for row in of_kind if row["way"] == way]
-                ax.loglog(*zip(*points, strict=True), style, color=colour, mfc="none", lw=1.2, ms=6, label=way)
+                ax.loglog(
+                    *zip(*points, strict=True), style, color=colour, mfc="none", lw=1.2, ms=6, label=way
+                )
             if kind != "unpivoted":
                 ends = [1, max(float(row[across]) for row in of_kind)]
                 ax.loglog(ends, [2**-24 * k for k in ends], ":", color="#aaaaaa", label="2^-24 κ(W)")
@@ -321,7 +381,9 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of precision.md and pictures/")
+        parser.add_argument(
+            "--docs", type=Path, default=harness.ROOT / "docs", help="folder of precision.md and pictures/"
+        )
 
     options = harness.arguments(__doc__, argv, add)
     rows = precision(options.quick)

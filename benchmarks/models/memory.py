@@ -113,14 +113,18 @@ class WithoutLogDet(nn.Module):
 
 def images(options: argparse.Namespace) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (options.batch, 3, options.side, options.side), dtype=torch.uint8, generator=generator).to(options.device)
+    return torch.randint(
+        0, 256, (options.batch, 3, options.side, options.side), dtype=torch.uint8, generator=generator
+    ).to(options.device)
 
 
 def build(way: str, k: int, options: argparse.Namespace) -> Glow:
     """A Glow initialised on the images, the same for each way; parameters are those of the plain model, in its order."""
     torch.manual_seed(0)
     shape = (3, options.side, options.side)
-    model = Glow(shape, levels=3, steps=k, hidden=options.hidden, reversible=way == "reversible").to(options.device)
+    model = Glow(shape, levels=3, steps=k, hidden=options.hidden, reversible=way == "reversible").to(
+        options.device
+    )
     model.initialize(images(options)[:4], seed=0)
     with torch.no_grad():
         for p in model.parameters():  # a network that ends in zeros would hide what goes wrong before
@@ -147,13 +151,20 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     def gradient(way: str) -> Tensor:
         model = build(way, 2, options).double()
         step(model, x)
-        return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
+        return torch.cat(
+            [
+                torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                for p in model.parameters()
+            ]
+        )
 
     for way in ways():
         truth = gradient("without log-det" if way == "memcnn" else "stored")
         errors[way] = ((gradient(way) - truth).norm() / truth.norm()).item()
         if not errors[way] <= 1e-9:
-            raise ValueError(f"{way}: its gradient is off by {errors[way]:.1e}, expected 1e-9; no row is written")
+            raise ValueError(
+                f"{way}: its gradient is off by {errors[way]:.1e}, expected 1e-9; no row is written"
+            )
     return errors
 
 
@@ -209,7 +220,16 @@ def peak_or_inf(way: str, k: int, options: argparse.Namespace) -> tuple[float, f
 def peak_of_its_own(way: str, k: int, options: argparse.Namespace) -> tuple[float, float]:
     """In a process of its own; freed tensors go back to the system at once, so that the peak is that of what is alive."""
     size = [f"--{name}={getattr(options, name)}" for name in ("device", "side", "batch", "hidden")]
-    command = [sys.executable, "-m", "benchmarks.models.memory", *size, f"--limit-mib={options.limit_mib}", "--one", way, str(k)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.models.memory",
+        *size,
+        f"--limit-mib={options.limit_mib}",
+        "--one",
+        way,
+        str(k),
+    ]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT, env=environment)
     if done.returncode:
@@ -238,7 +258,9 @@ def largest(fits: Callable[[int], bool], guess: int = 1) -> int:
     return fitting
 
 
-def largest_batch(way: str, k: int, swept: list[tuple[int, float]], options: argparse.Namespace) -> tuple[int, float]:
+def largest_batch(
+    way: str, k: int, swept: list[tuple[int, float]], options: argparse.Namespace
+) -> tuple[int, float]:
     """The largest batch within ``options.limit_mib``, and MiB that it took; guessed from ``swept``, what other batches took."""
     took = {0: math.nan}
 
@@ -280,7 +302,9 @@ def against(what: str, rows: list[dict]) -> dict[tuple, dict[str, list[tuple[int
     for row in rows:
         size = tuple(int(row[name]) for name in SIZE if name != what)
         found.setdefault(size, {}).setdefault(row["way"], []).append((int(row[what]), float(row["peak_mib"])))
-    found = {size: {way: points for way, points in ways.items() if len(points) > 1} for size, ways in found.items()}
+    found = {
+        size: {way: points for way, points in ways.items() if len(points) > 1} for size, ways in found.items()
+    }
     return {size: ways for size, ways in found.items() if ways}
 
 
@@ -291,16 +315,28 @@ def tables(rows: list[dict], timed: list[dict], batches: list[dict]) -> dict[str
             at = dict(points)
             ks = sorted(at)
             peaks = f"{at[ks[0]]:,.0f} at K = {ks[0]}, {at[ks[-1]]:,.0f} at K = {ks[-1]}"
-            lines.append([f"{side}x{side}, batch {batch}, hidden {hidden}", way, peaks, f"{growth(points):.2f}"])
+            lines.append(
+                [f"{side}x{side}, batch {batch}, hidden {hidden}", way, peaks, f"{growth(points):.2f}"]
+            )
     about = "{device}, torch {torch}, commit {commit}".format(**rows[0])
     peaks = f"{page.table(['images', 'way', 'peak, MiB', 'MiB for a step more'], lines)}\n\n({about})"
     lines = [
-        [f"{r['side']}x{r['side']}, batch {r['batch']}, hidden {r['hidden']}, K = {r['k']}", r["way"], r["p50_s"], r["ratio"]]
+        [
+            f"{r['side']}x{r['side']}, batch {r['batch']}, hidden {r['hidden']}, K = {r['k']}",
+            r["way"],
+            r["p50_s"],
+            r["ratio"],
+        ]
         for r in timed
     ]
     times = f"{page.table(['images', 'way', 'forward + backward', 'over stored'], lines)}\n\n(p50 in seconds on {about})"
     lines = [
-        [f"{r['side']}x{r['side']}, hidden {r['hidden']}, K = {r['k']}", r["way"], f"{r['limit_mib']:,}", f"{r['largest_batch']:,}"]
+        [
+            f"{r['side']}x{r['side']}, hidden {r['hidden']}, K = {r['k']}",
+            r["way"],
+            f"{r['limit_mib']:,}",
+            f"{r['largest_batch']:,}",
+        ]
         for r in batches
     ]
     largest = f"{page.table(['images', 'way', 'limit, MiB', 'largest batch'], lines)}\n\n({about})"
@@ -313,15 +349,32 @@ def plot(rows: list[dict], path: Path) -> None:
 
     panels = []
     for (side, batch, hidden), found in against("k", rows).items():
-        panels.append((f"{side}x{side}, batch {batch}, hidden {hidden}", "K, steps at each of three levels", "a step", found))
+        panels.append(
+            (
+                f"{side}x{side}, batch {batch}, hidden {hidden}",
+                "K, steps at each of three levels",
+                "a step",
+                found,
+            )
+        )
     for (side, hidden, k), found in against("batch", rows).items():
         panels.append((f"{side}x{side}, hidden {hidden}, K = {k}", "batch", "an image", found))
     figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
-    styles = dict(zip(WAYS, (("o-", "#555555"), ("^--", "#1f77b4"), ("s:", "#ff7f0e"), ("o-", "#d62728")), strict=True))
-    for (title, label, one, found), ax in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+    styles = dict(
+        zip(WAYS, (("o-", "#555555"), ("^--", "#1f77b4"), ("s:", "#ff7f0e"), ("o-", "#d62728")), strict=True)
+    )
+    for (title, label, one, found), ax in zip(
+        panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True
+    ):
         for way, points in found.items():
             style, colour = styles[way]
-            ax.plot(*zip(*sorted(points), strict=True), style, color=colour, mfc="none", label=f"{way}: {growth(points):.2f} MiB {one}")
+            ax.plot(
+                *zip(*sorted(points), strict=True),
+                style,
+                color=colour,
+                mfc="none",
+                label=f"{way}: {growth(points):.2f} MiB {one}",
+            )
         ax.set_yscale("log")
         ax.set_title(title, fontsize=10)
         ax.set_xlabel(label)
@@ -336,16 +389,24 @@ def case(k: int, way: str, options: argparse.Namespace) -> dict:
     return {"side": options.side, "batch": options.batch, "hidden": options.hidden, "k": k, "way": way}
 
 
-def measure_peaks(sizes: list[tuple], errors: dict[str, float], options: argparse.Namespace) -> tuple[list[dict], dict[tuple, list]]:
+def measure_peaks(
+    sizes: list[tuple], errors: dict[str, float], options: argparse.Namespace
+) -> tuple[list[dict], dict[tuple, list]]:
     """Rows, and ``{(side, hidden, K, way): [(batch, MiB in all)]}``."""
     about, rows, in_all = harness.metadata(options.device), [], {}
     measured = peak_or_inf if options.device == "cuda" else peak_of_its_own
-    for options.side, options.batch, options.hidden, k, way in (bar := tqdm([(*size, way) for size in sizes for way in ways()])):
+    for options.side, options.batch, options.hidden, k, way in (
+        bar := tqdm([(*size, way) for size in sizes for way in ways()])
+    ):
         bar.set_postfix_str(f"{way}, {options.side}x{options.side}, batch {options.batch}, K={k}")
         peak_mib, took = measured(way, k, options)
         if math.isinf(peak_mib):
             continue
-        rows.append(case(k, way, options) | {"peak_mib": f"{peak_mib:.2f}", "gradient_error": f"{errors[way]:.1e}"} | about)
+        rows.append(
+            case(k, way, options)
+            | {"peak_mib": f"{peak_mib:.2f}", "gradient_error": f"{errors[way]:.1e}"}
+            | about
+        )
         harness.append(options.results / "memory.csv", rows[-1:])
         in_all.setdefault((options.side, options.hidden, k, way), []).append((options.batch, took))
     return rows, in_all
@@ -356,23 +417,38 @@ def measure_times(sizes: list[tuple], errors: dict[str, float], options: argpars
     for options.side, options.batch, options.hidden, k in sizes:
         found = times(k, options)
         for way, (p20, p50, p80) in found.items():
-            seconds = {"p20_s": f"{p20:.4f}", "p50_s": f"{p50:.4f}", "p80_s": f"{p80:.4f}", "ratio": f"{p50 / found['stored'][1]:.3f}"}
+            seconds = {
+                "p20_s": f"{p20:.4f}",
+                "p50_s": f"{p50:.4f}",
+                "p80_s": f"{p80:.4f}",
+                "ratio": f"{p50 / found['stored'][1]:.3f}",
+            }
             rows.append(case(k, way, options) | seconds | {"gradient_error": f"{errors[way]:.1e}"} | about)
         harness.append(options.results / "memory_time.csv", rows[-len(found) :])
     return rows
 
 
-def measure_batches(size: tuple, in_all: dict[tuple, list], errors: dict[str, float], options: argparse.Namespace) -> list[dict]:
+def measure_batches(
+    size: tuple, in_all: dict[tuple, list], errors: dict[str, float], options: argparse.Namespace
+) -> list[dict]:
     about, rows = harness.metadata(options.device), []
     options.side, options.hidden, k = size
     if options.device == "cuda":  # what this process has is not the others'
         gc.collect()
         torch.cuda.empty_cache()
-    ordered = sorted(ways(), key=lambda way: way not in ("stored", "reversible"))  # what it is about first: a run may be cut
+    ordered = sorted(
+        ways(), key=lambda way: way not in ("stored", "reversible")
+    )  # what it is about first: a run may be cut
     for way in (bar := tqdm(ordered[: 2 if options.quick else None], desc="largest batch")):
         bar.set_postfix_str(way)
         batch, took = largest_batch(way, k, in_all.get((*size, way), []), options)
-        row = {"side": options.side, "hidden": options.hidden, "k": k, "way": way, "limit_mib": options.limit_mib}
+        row = {
+            "side": options.side,
+            "hidden": options.hidden,
+            "k": k,
+            "way": way,
+            "limit_mib": options.limit_mib,
+        }
         row |= {"largest_batch": batch, "peak_mib": f"{took:.2f}", "gradient_error": f"{errors[way]:.1e}"}
         rows.append(row | about)
         harness.append(options.results / "memory_batch.csv", rows[-1:])
@@ -381,8 +457,14 @@ def measure_batches(size: tuple, in_all: dict[tuple, list], errors: dict[str, fl
 
 def main(argv: list[str] | None = None) -> None:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of memory.md and pictures/")
-        parser.add_argument("--limit-mib", type=int, help="for the largest batch: 256, and on a GPU all of its memory, unless given")
+        parser.add_argument(
+            "--docs", type=Path, default=harness.ROOT / "docs", help="folder of memory.md and pictures/"
+        )
+        parser.add_argument(
+            "--limit-mib",
+            type=int,
+            help="for the largest batch: 256, and on a GPU all of its memory, unless given",
+        )
         for name, value in (("side", 32), ("batch", 32), ("hidden", 512)):
             parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
         parser.add_argument("--one", nargs=2, metavar=("WAY", "K"), help=argparse.SUPPRESS)
@@ -399,7 +481,9 @@ def main(argv: list[str] | None = None) -> None:
         side, hidden, k, batches = 32, 16, 2, (4, 64)
         options.limit_mib = 256 if on_a_gpu else 16
     else:
-        sizes = [(32, 32, 512, k) for k in (2, 4, 8, 16, 32)] + [(side, 4, 64, k) for side in (128, 256) for k in (2, 8)]
+        sizes = [(32, 32, 512, k) for k in (2, 4, 8, 16, 32)] + [
+            (side, 4, 64, k) for side in (128, 256) for k in (2, 8)
+        ]
         side, hidden, k, batches = (32, 512, 32, (32, 128, 512)) if on_a_gpu else (32, 64, 32, (8, 32, 128))
         timed_sizes = [(32, 32, 64, 8), (32, 32, 512, 4)]
         options.limit_mib = options.limit_mib or (device_mib() if on_a_gpu else 256)

@@ -47,7 +47,9 @@ class Inverse(nn.Module):
 class Squeeze(nn.Module):
     def forward(self, x):
         n, c, h, w = x.shape
-        return x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(n, 4 * c, h // 2, w // 2), None
+        return x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(
+            n, 4 * c, h // 2, w // 2
+        ), None
 
     def inverse(self, y):
         n, c, h, w = y.shape
@@ -90,7 +92,9 @@ class BatchNorm(nn.Module):
 
     def forward(self, x):
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-        return (x - mean) * torch.rsqrt(var + self.eps), -0.5 * x.shape[2] * x.shape[3] * torch.log(var + self.eps).sum()
+        return (x - mean) * torch.rsqrt(var + self.eps), -0.5 * x.shape[2] * x.shape[3] * torch.log(
+            var + self.eps
+        ).sum()
 
     def inverse(self, y):
         return y * (self.like.var + self.eps).sqrt().view(1, -1, 1, 1) + self.like.mean.view(1, -1, 1, 1)
@@ -131,7 +135,10 @@ class Layer:
     def providers(self) -> dict[str, nn.Module]:
         found = {"eager": self.plain, "fastflow": self.ours}
         like = torch.empty(0, dtype=torch.float64)
-        for library, make, wrap in (("nflows", self.nflows, published.Nflows), ("normflows", self.normflows, published.Normflows)):
+        for library, make, wrap in (
+            ("nflows", self.nflows, published.Nflows),
+            ("normflows", self.normflows, published.Normflows),
+        ):
             if make is not None and published.installed(library):
                 found[library] = wrap(make(), like)
         return found
@@ -142,7 +149,11 @@ def layers(c: int, side: int, hidden: int) -> list[Layer]:
     shift_first = glow_step(c, side, hidden, published.SHIFT_FIRST).double()
     additive = glow_step(c, side, hidden, "additive").coupling.double()
     actnorm, conv1x1, affine = step.actnorm, step.conv1x1, step.coupling
-    permute, split, norm = flows.Permute(c, "random"), perturbed(flows.Split(c)), flows.BatchNorm(c, momentum=0)
+    permute, split, norm = (
+        flows.Permute(c, "random"),
+        perturbed(flows.Split(c)),
+        flows.BatchNorm(c, momentum=0),
+    )
     return [
         Layer(
             "ActNorm",
@@ -158,7 +169,12 @@ def layers(c: int, side: int, hidden: int) -> list[Layer]:
             lambda: published.nflows_conv1x1(conv1x1),
             lambda: published.normflows_conv1x1(conv1x1),
         ),
-        Layer("AffineCoupling, soft_clamp", affine, plain_glow.Coupling(affine), nflows=lambda: published.nflows_coupling(affine, c)),
+        Layer(
+            "AffineCoupling, soft_clamp",
+            affine,
+            plain_glow.Coupling(affine),
+            nflows=lambda: published.nflows_coupling(affine, c),
+        ),
         Layer(
             f"AffineCoupling, {published.SHIFT_FIRST}",
             shift_first.coupling,
@@ -173,7 +189,9 @@ def layers(c: int, side: int, hidden: int) -> list[Layer]:
             lambda: published.normflows_coupling(additive),
             log_det=False,
         ),
-        Layer("GlowStep, soft_clamp", step, plain_glow.Step(step), nflows=lambda: published.nflows_step(step)),
+        Layer(
+            "GlowStep, soft_clamp", step, plain_glow.Step(step), nflows=lambda: published.nflows_step(step)
+        ),
         Layer(
             f"GlowStep, {published.SHIFT_FIRST}",
             shift_first,
@@ -209,11 +227,21 @@ def of_size(n: int, c: int, side: int, hidden: int) -> list[harness.Case]:
         size = (n, c // 4, 2 * side, 2 * side) if layer.squeezes else (n, c, side, side)
         shape, providers = "x".join(map(str, size)), layer.providers()
         forward = {name: Forward(given, layer.log_det).double() for name, given in providers.items()}
-        found.append(harness.Case(layer.name, shape=shape, inputs=lambda size=size: (torch.randn(size),), providers=forward, **about))
+        found.append(
+            harness.Case(
+                layer.name,
+                shape=shape,
+                inputs=lambda size=size: (torch.randn(size),),
+                providers=forward,
+                **about,
+            )
+        )
         if layer.inverse:
             inverse = {name: Inverse(given) for name, given in providers.items()}
             z = lambda: (torch.randn(n, c, side, side),)  # noqa: E731
-            found.append(harness.Case(f"{layer.name}, inverse", shape=shape, inputs=z, providers=inverse, **about))
+            found.append(
+                harness.Case(f"{layer.name}, inverse", shape=shape, inputs=z, providers=inverse, **about)
+            )
     return found
 
 

@@ -23,13 +23,19 @@ PICTURES = {"curve.png": "photos_curve.png", "samples.png": "photos_samples.png"
 def train(out: Path, more: list[str]) -> tuple[dict, float]:
     """result.json of `fastflow train` with its defaults, and the seconds that it took."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "fastflow", "train", "--out", str(out), *more], check=True, cwd=harness.ROOT)
+    subprocess.run(
+        [sys.executable, "-m", "fastflow", "train", "--out", str(out), *more], check=True, cwd=harness.ROOT
+    )
     return json.loads((out / "result.json").read_text()), time.perf_counter() - began
 
 
 def text(row: dict) -> str:
     """README's account of a row."""
-    codecs = {name: float(row[f"{name.lower()}_bits_per_dim"]) for name in ("PNG", "WebP") if row[f"{name.lower()}_bits_per_dim"]}
+    codecs = {
+        name: float(row[f"{name.lower()}_bits_per_dim"])
+        for name in ("PNG", "WebP")
+        if row[f"{name.lower()}_bits_per_dim"]
+    }
     numbers = {name: float(row[name]) for name in ("test_bits_per_dim", "test_bits_per_dim_1_sample")}
     counts = {name: int(row[name]) for name in ("test_images", "importance_samples")}
     printed = report({"model": row["model"], "codecs_bits_per_dim": codecs} | numbers | counts)
@@ -46,7 +52,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     pictures = options.readme.parent / "docs" / "pictures"
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        more = ["--device", options.device, *(["--steps", "2", "--hidden", "4", "--eval-images", "4"] if options.quick else [])]
+        more = [
+            "--device",
+            options.device,
+            *(["--steps", "2", "--hidden", "4", "--eval-images", "4"] if options.quick else []),
+        ]
         result, seconds = train(run, more)
         pictures.mkdir(parents=True, exist_ok=True)
         for name, shown in PICTURES.items():

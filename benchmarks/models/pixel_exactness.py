@@ -19,7 +19,13 @@ from fastflow.models.model import Model
 from fastflow.trainer import data
 
 # (model, scale function)
-MODELS = (("Glow", "soft_clamp"), ("Glow", "tanh"), ("Glow", "sigmoid"), ("RealNVP", "tanh"), ("NICE", "none"))
+MODELS = (
+    ("Glow", "soft_clamp"),
+    ("Glow", "tanh"),
+    ("Glow", "sigmoid"),
+    ("RealNVP", "tanh"),
+    ("NICE", "none"),
+)
 
 
 def trained(source, name: str, scale: str, steps: int, hidden: int) -> Model:

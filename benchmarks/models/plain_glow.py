@@ -98,7 +98,9 @@ class ShiftFirstCoupling(nn.Module):
         self.network = Network(like.net)
 
     def shift_and_scale(self, x_a):
-        shift, scale = self.network(x_a).unflatten(1, (-1, 2)).unbind(2)  # faster to differentiate than slices of every second channel
+        shift, scale = (
+            self.network(x_a).unflatten(1, (-1, 2)).unbind(2)
+        )  # faster to differentiate than slices of every second channel
         return shift, torch.sigmoid(scale + 2)
 
     def forward(self, x):
@@ -151,7 +153,9 @@ class Split(nn.Module):
 
 
 def gaussian(z, mean, log_std):
-    return (-0.5 * math.log(2 * math.pi) - log_std - 0.5 * ((z - mean) * (-log_std).exp()) ** 2).sum((1, 2, 3))
+    return (-0.5 * math.log(2 * math.pi) - log_std - 0.5 * ((z - mean) * (-log_std).exp()) ** 2).sum(
+        (1, 2, 3)
+    )
 
 
 class PlainGlow(nn.Module):

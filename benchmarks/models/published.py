@@ -16,7 +16,10 @@ from benchmarks.models import plain_glow
 from fastflow.nn import AffineCoupling, GlowStep
 
 SHIFT_FIRST = "sigmoid, shift first"  # the coupling of OpenAI's Glow
-COUPLINGS = {"soft_clamp": "nflows", SHIFT_FIRST: "normflows"}  # each is what one of the libraries has, and the other not
+COUPLINGS = {
+    "soft_clamp": "nflows",
+    SHIFT_FIRST: "normflows",
+}  # each is what one of the libraries has, and the other not
 DEPRECATED = r"torch\.(triangular_solve|lu) is deprecated"  # what they call
 
 
@@ -28,11 +31,17 @@ def installed(library: str) -> bool:
 def settle(step: GlowStep, coupling: str) -> None:
     """Gives a step one of the couplings, and weights that nflows can have too: no permutation, and positive diagonals."""
     if coupling == SHIFT_FIRST:
-        step.coupling = AffineCoupling(step.coupling.net, scale="sigmoid", order="shift_first", h_order="interleaved")
+        step.coupling = AffineCoupling(
+            step.coupling.net, scale="sigmoid", order="shift_first", h_order="interleaved"
+        )
     conv = step.conv1x1
     conv.perm.copy_(torch.arange(conv.num_features))
     conv.sign_s.fill_(1)
-    for p in (conv.lower, conv.upper, conv.log_s):  # near the identity: without its pivots a rotation's L U has a poor inverse
+    for p in (
+        conv.lower,
+        conv.upper,
+        conv.log_s,
+    ):  # near the identity: without its pivots a rotation's L U has a poor inverse
         p.mul_(0.1)
 
 
@@ -101,7 +110,9 @@ def nflows_step(like: GlowStep):
     from nflows import transforms
 
     c = like.conv1x1.num_features
-    return transforms.CompositeTransform([nflows_actnorm(like.actnorm), nflows_conv1x1(like.conv1x1), nflows_coupling(like.coupling, c)])
+    return transforms.CompositeTransform(
+        [nflows_actnorm(like.actnorm), nflows_conv1x1(like.conv1x1), nflows_coupling(like.coupling, c)]
+    )
 
 
 def nflows_squeeze():
@@ -173,7 +184,9 @@ def normflows_step(like: GlowStep):
     from normflows.flows import GlowBlock
 
     made = GlowBlock(like.conv1x1.num_features, hidden_channels=1, scale_map="sigmoid", use_lu=True)
-    made.flows = nn.ModuleList([normflows_coupling(like.coupling), normflows_conv1x1(like.conv1x1), normflows_actnorm(like.actnorm)])
+    made.flows = nn.ModuleList(
+        [normflows_coupling(like.coupling), normflows_conv1x1(like.conv1x1), normflows_actnorm(like.actnorm)]
+    )
     return made
 
 

@@ -29,10 +29,19 @@ from fastflow.nn import glow_level
 from fastflow.trainer import data
 
 # dtype of the state and of the networks, and how much larger than with stored activations the reversible error may be
-KINDS = {"float64": (torch.float64, None), "float32": (torch.float32, None), "bfloat16 networks": (torch.float32, torch.bfloat16)}
+KINDS = {
+    "float64": (torch.float64, None),
+    "float32": (torch.float32, None),
+    "bfloat16 networks": (torch.float32, torch.bfloat16),
+}
 MAY_BE = {"float32": 1.5, "bfloat16 networks": 2.0}
 FLOAT64_ERROR = 1e-12
-WAYS = {"stored": (False, None), "reversible": (True, None), "every 8": (True, 8), "plain inverse": (True, None)}
+WAYS = {
+    "stored": (False, None),
+    "reversible": (True, None),
+    "every 8": (True, 8),
+    "plain inverse": (True, None),
+}
 
 
 def gradient(model: Glow, x: Tensor, networks: torch.dtype | None) -> Tensor:
@@ -72,7 +81,11 @@ def measure(model: Glow, images: dict[str, Tensor], batch: int) -> list[dict]:
                 one, stored = models[kind], None
                 for way in WAYS if kind == "float32" else ("stored", "reversible", "every 8"):
                     reversible, every = WAYS[way]
-                    with mock.patch.object(glow_level, "_correction", lambda *_: 0.0) if way == "plain inverse" else nullcontext():
+                    with (
+                        mock.patch.object(glow_level, "_correction", lambda *_: 0.0)
+                        if way == "plain inverse"
+                        else nullcontext()
+                    ):
                         off = drift(one, x, networks) if reversible and every is None else None
                         found = gradient(reversed_by(one, reversible, every), x, networks)
                     error = ((found - truth).norm() / truth.norm()).item()
@@ -86,7 +99,9 @@ def groups(rows: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:
     """The rows by (steps of training, images, numbers) and way."""
     found = {}
     for row in rows:
-        found.setdefault((row["after"], row["images"], row["numbers"]), {}).setdefault(row["backprop"], []).append(row)
+        found.setdefault((row["after"], row["images"], row["numbers"]), {}).setdefault(
+            row["backprop"], []
+        ).append(row)
     return found
 
 
@@ -97,7 +112,9 @@ def failures(rows: Iterable[dict]) -> list[str]:
         error = {way: median(float(row["error"]) for row in found) for way, found in ways.items()}
         bound = FLOAT64_ERROR if numbers == "float64" else MAY_BE[numbers] * error["stored"]
         if not error["reversible"] <= bound:
-            wrong.append(f"after {after} steps, {images}, {numbers}: error {error['reversible']:.1e}, expected at most {bound:.1e}")
+            wrong.append(
+                f"after {after} steps, {images}, {numbers}: error {error['reversible']:.1e}, expected at most {bound:.1e}"
+            )
     return wrong
 
 
@@ -112,7 +129,10 @@ def table(rows: list[dict]) -> str:
     lines = []
     for (after, images, numbers), ways in groups(rows).items():
         cells = [cell(ways[way], ways["stored"]) if way in ways else "" for way in WAYS]
-        drifts = [f"{max(float(row['drift']) for row in ways[way]):.1e}" if way in ways else "" for way in ("reversible", "plain inverse")]
+        drifts = [
+            f"{max(float(row['drift']) for row in ways[way]):.1e}" if way in ways else ""
+            for way in ("reversible", "plain inverse")
+        ]
         lines.append([str(after), images, numbers, *cells, *drifts])
     return page.table(["steps", "images", "numbers", *WAYS, "drift", "drift, plain inverse"], lines)
 
@@ -134,17 +154,25 @@ def main(argv: list[str] | None = None) -> list[dict]:
     test = source.test[: options.batch * options.batches]
     noise = torch.randint(0, 256, test.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    model = Glow(image_shape=source.image_shape, levels=3, steps=options.steps_per_level, hidden=options.hidden)
+    model = Glow(
+        image_shape=source.image_shape, levels=3, steps=options.steps_per_level, hidden=options.hidden
+    )
     size = {"data": source.name, "steps_per_level": options.steps_per_level, "hidden": options.hidden}
     about, rows = harness.metadata("cpu"), []
     for step, _ in enumerate(training.train(model, source, max(options.after), desc="training"), start=1):
         if step in options.after:
-            rows += [{"after": step} | row for row in measure(model, {"test images": test, "uniform noise": noise}, options.batch)]
+            rows += [
+                {"after": step} | row
+                for row in measure(model, {"test images": test, "uniform noise": noise}, options.batch)
+            ]
 
     def text(value: object) -> object:
         return "" if value is None else f"{value:.3e}" if isinstance(value, float) else value
 
-    harness.append(options.results / "reversible_gradients.csv", [size | {k: text(v) for k, v in row.items()} | about for row in rows])
+    harness.append(
+        options.results / "reversible_gradients.csv",
+        [size | {k: text(v) for k, v in row.items()} | about for row in rows],
+    )
     page.write(options.docs / "memory.md", {"gradients": table(rows)})
     print(table(rows), *(f"WORSE THAN IT SHOULD BE: {line}" for line in failures(rows)), sep="\n")
     return rows

@@ -31,7 +31,11 @@ EVERY = 5  # steps a row
 def resident() -> float:
     """MiB that this process holds, where the system says so."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20 if statm.exists() else float("nan")
+    return (
+        int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+        if statm.exists()
+        else float("nan")
+    )
 
 
 def run(way: str, options: argparse.Namespace) -> list[dict]:
@@ -40,12 +44,22 @@ def run(way: str, options: argparse.Namespace) -> list[dict]:
         torch.set_num_threads(threads)
     source = data.load(options.data, options.data_dir)
     torch.manual_seed(0)
-    model = Glow(source.image_shape, levels=3, steps=options.steps_per_level, hidden=options.hidden, reversible=reversible)
+    model = Glow(
+        source.image_shape,
+        levels=3,
+        steps=options.steps_per_level,
+        hidden=options.hidden,
+        reversible=reversible,
+    )
     rows, losses = [], []
     for step, loss in enumerate(training.train(model, source, options.steps, desc=way), start=1):
         losses.append(loss)
         if step % EVERY == 0:
-            row = {"step": step, "bits_per_dim": f"{sum(losses) / len(losses):.6f}", "resident_mib": f"{resident():.1f}"}
+            row = {
+                "step": step,
+                "bits_per_dim": f"{sum(losses) / len(losses):.6f}",
+                "resident_mib": f"{resident():.1f}",
+            }
             if step % (5 * EVERY) == 0 or step == options.steps:
                 row |= {"drift": f"{drift(model, source.test[:16], None):.2e}"}
             rows.append(row)
@@ -54,7 +68,10 @@ def run(way: str, options: argparse.Namespace) -> list[dict]:
 
 
 def run_of_its_own(way: str, options: argparse.Namespace) -> list[dict]:
-    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in ("data", "data_dir", "steps", "steps_per_level", "hidden")]
+    given = [
+        f"--{name.replace('_', '-')}={getattr(options, name)}"
+        for name in ("data", "data_dir", "steps", "steps_per_level", "hidden")
+    ]
     command = [sys.executable, "-m", "benchmarks.models.reversible_soak", *given, "--one", way]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=harness.ROOT, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -67,7 +84,12 @@ def column(rows: list[dict], way: str, name: str) -> tuple[list[int], list[float
 
 def differences(rows: list[dict], way: str) -> list[float]:
     """Of the losses from those of stored."""
-    return [a - b for a, b in zip(column(rows, way, "bits_per_dim")[1], column(rows, "stored", "bits_per_dim")[1], strict=True)]
+    return [
+        a - b
+        for a, b in zip(
+            column(rows, way, "bits_per_dim")[1], column(rows, "stored", "bits_per_dim")[1], strict=True
+        )
+    ]
 
 
 def summary(rows: list[dict]) -> str:
@@ -88,7 +110,11 @@ def plot(rows: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     (losses, apart), (drifts, memory) = figure.subplots(2, 2)
-    styles = {"stored": ("-", "#555555"), "reversible": ("--", "#d62728"), "stored, one thread": (":", "#1f77b4")}
+    styles = {
+        "stored": ("-", "#555555"),
+        "reversible": ("--", "#d62728"),
+        "stored, one thread": (":", "#1f77b4"),
+    }
     for way, (line, colour) in styles.items():
         style = {"color": colour, "linestyle": line, "label": way}
         losses.plot(*column(rows, way, "bits_per_dim"), **style)
@@ -112,7 +138,9 @@ def plot(rows: list[dict], path: Path) -> None:
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="photos", help="as in fastflow train")
-    parser.add_argument("--data-dir", type=lambda p: str(Path(p).resolve()), default=str(harness.ROOT / "data"))
+    parser.add_argument(
+        "--data-dir", type=lambda p: str(Path(p).resolve()), default=str(harness.ROOT / "data")
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--steps-per-level", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=64)
@@ -125,7 +153,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return []
     size = {"data": options.data, "steps_per_level": options.steps_per_level, "hidden": options.hidden}
     about = harness.metadata("cpu")
-    rows = [size | {"way": way} | {"drift": ""} | row | about for way in WAYS for row in run_of_its_own(way, options)]
+    rows = [
+        size | {"way": way} | {"drift": ""} | row | about
+        for way in WAYS
+        for row in run_of_its_own(way, options)
+    ]
     harness.append(options.results / "reversible_soak.csv", rows)
     plot(rows, options.docs / "pictures" / "reversible_soak.png")
     print(summary(rows))

@@ -76,7 +76,10 @@ def build(shape: tuple, device: str, reversible: bool = False) -> Glow:
 def batches(shape: tuple, count: int, device: str) -> list[torch.Tensor]:
     side, *_, batch = shape
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8).to(device) for _ in range(count)]
+    return [
+        torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8).to(device)
+        for _ in range(count)
+    ]
 
 
 def plain(shape: tuple, device: str, compiled: bool):
@@ -103,7 +106,9 @@ def ours(shape: tuple, device: str, on: set[str]):
     if "compile" in on:
         model.compile_networks()
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    step = Step(model, optimizer, Ranks(), batch_size=shape[-1], clip=CLIP, bf16="bf16" in on, capture="graph" in on)
+    step = Step(
+        model, optimizer, Ranks(), batch_size=shape[-1], clip=CLIP, bf16="bf16" in on, capture="graph" in on
+    )
     if "channels_last" not in on:
         step.x = step.x.contiguous()
     return lambda x, seed: step(x, None, seed, LEARNING_RATE)[0]
@@ -148,14 +153,19 @@ def matmul_tflop_s(dtype: torch.dtype, options: argparse.Namespace) -> float:
     """TFLOP/s, at the median time, of a large matrix product; in TF32 where float32 convolutions are, of which most of the work is."""
     n = 128 if options.quick else 8192 if options.device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=options.device).to(dtype) for _ in range(2))
-    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    before, torch.backends.cuda.matmul.allow_tf32 = (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
     a @ b  # the first takes longer
     taken = harness.turn(lambda: a @ b, min(options.seconds, 1.0), options.device)
     torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * n**3 / np.median(taken) / 1e6
 
 
-def images_per_second(step, shape: tuple, options: argparse.Namespace) -> tuple[list[float], float, list[float]]:
+def images_per_second(
+    step, shape: tuple, options: argparse.Namespace
+) -> tuple[list[float], float, list[float]]:
     """Images/s at p20, p50 and p80 of the times, MiB at the peak where a GPU tells it, and the losses of the first steps."""
     drawn = batches(shape, 4, options.device)
     losses = [step(drawn[i % 4], i) for i in range(6)]  # compiles, and captures after three
@@ -164,7 +174,9 @@ def images_per_second(step, shape: tuple, options: argparse.Namespace) -> tuple[
     taken, end = [], time.perf_counter() + options.seconds
     while time.perf_counter() < end or len(taken) < 3:
         before = time.perf_counter()
-        step(drawn[len(taken) % 4], len(taken))  # ends with a look at the loss, so that all of it is in the time
+        step(
+            drawn[len(taken) % 4], len(taken)
+        )  # ends with a look at the loss, so that all of it is in the time
         taken.append(time.perf_counter() - before)
     peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else float("nan")
     return [shape[-1] / t for t in np.quantile(taken, harness.QUANTILES)], peak, losses
@@ -176,7 +188,9 @@ def attempt(shape: tuple, name: str, on: set[str] | None, options: argparse.Name
     gc.collect()  # what the last way held is to be had
     torch.cuda.empty_cache()
     try:
-        step = plain(shape, options.device, name == COMPILED) if on is None else ours(shape, options.device, on)
+        step = (
+            plain(shape, options.device, name == COMPILED) if on is None else ours(shape, options.device, on)
+        )
         return images_per_second(step, shape, options)
     except torch.OutOfMemoryError:
         return None
@@ -208,9 +222,20 @@ def measure(options: argparse.Namespace) -> list[dict]:
         tflop_s = gflop_image * p50 / 1e3
         row = {"size": title(shape), "way": name}
         row |= {"images_s_p20": f"{p20:.1f}", "images_s_p50": f"{p50:.1f}", "images_s_p80": f"{p80:.1f}"}
-        row |= {"over_plain": f"{p50 / plain_p50:.3f}", "model_gflop_image": f"{gflop_image:.4g}", "tflop_s": f"{tflop_s:.3g}"}
-        row |= {"matmul_tflop_s": f"{reached[dtype]:.3g}", "share_of_matmul": f"{tflop_s / reached[dtype]:.4f}"}
-        rows.append(row | {"peak_mib": f"{peak:.0f}", "error": f"{error:.1e}", "tolerance": f"{tolerance:.0e}"} | about)
+        row |= {
+            "over_plain": f"{p50 / plain_p50:.3f}",
+            "model_gflop_image": f"{gflop_image:.4g}",
+            "tflop_s": f"{tflop_s:.3g}",
+        }
+        row |= {
+            "matmul_tflop_s": f"{reached[dtype]:.3g}",
+            "share_of_matmul": f"{tflop_s / reached[dtype]:.4f}",
+        }
+        rows.append(
+            row
+            | {"peak_mib": f"{peak:.0f}", "error": f"{error:.1e}", "tolerance": f"{tolerance:.0e}"}
+            | about
+        )
         harness.append(options.results / "training_speed.csv", rows[-1:])
     if wrong:
         raise ValueError("\n".join(wrong))
@@ -232,11 +257,15 @@ def sources(options: argparse.Namespace) -> dict[str, tuple[data.Batches, int]]:
     folder = Path(tempfile.mkdtemp(prefix="loader"))
     smooth = np.linspace(0, 255, 256, dtype=np.uint8)
     for i in range(16 if options.quick else 512):
-        Image.fromarray(np.stack([np.roll(np.add.outer(smooth // 2, smooth // 2), 7 * i + c) for c in range(3)], axis=2)).save(
-            folder / f"{i}.jpg"
-        )
+        Image.fromarray(
+            np.stack([np.roll(np.add.outer(smooth // 2, smooth // 2), 7 * i + c) for c in range(3)], axis=2)
+        ).save(folder / f"{i}.jpg")
     jpegs = data.Folder(folder, 32)
-    found = {"50,000 images in memory": (in_memory, 0), "photographs": (data.Photos(), 0), "a folder of JPEGs, 256x256": (jpegs, 0)}
+    found = {
+        "50,000 images in memory": (in_memory, 0),
+        "photographs": (data.Photos(), 0),
+        "a folder of JPEGs, 256x256": (jpegs, 0),
+    }
     found["a folder of JPEGs, 256x256, 2 workers"] = (jpegs, 2)
     return {name: (data.Batches(source, batch, seed=0), workers) for name, (source, workers) in found.items()}
 
@@ -257,7 +286,9 @@ def measure_loader(options: argparse.Namespace) -> list[dict]:
             taken.append(time.perf_counter() - before)
         # the mean: workers hand over what they drew ahead in no time, and then make one wait
         speed = drawn.size * len(taken) / sum(taken)
-        rows.append({"source": name, "workers": workers, "batch": drawn.size, "images_s": f"{speed:.0f}"} | about)
+        rows.append(
+            {"source": name, "workers": workers, "batch": drawn.size, "images_s": f"{speed:.0f}"} | about
+        )
     harness.append(options.results / "loader.csv", rows)
     return rows
 
@@ -268,8 +299,12 @@ def measure_loader(options: argparse.Namespace) -> list[dict]:
 def tables(rows: list[dict], loaded: list[dict]) -> dict[str, str]:
     about = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
     columns = ("size", "way", "images_s_p50", "over_plain", "tflop_s")
-    lines = [[*(r[c] for c in columns), f"{float(r['share_of_matmul']):.0%}"] for r in sorted(rows, key=batch_of)]
-    speed = page.table(["Glow", "step", "images/s", "over plain", "TFLOP/s", "share of a matrix product's"], lines)
+    lines = [
+        [*(r[c] for c in columns), f"{float(r['share_of_matmul']):.0%}"] for r in sorted(rows, key=batch_of)
+    ]
+    speed = page.table(
+        ["Glow", "step", "images/s", "over plain", "TFLOP/s", "share of a matrix product's"], lines
+    )
     speed += f"\n\n(p50; FLOPs are plain PyTorch's, and the matrix product is a large one of the same precision in the same run; {about})"
     lines = [[r["source"], f"{int(r['images_s']):,}"] for r in loaded]
     return {"speed": speed, "loader": f"{page.table(['source', 'images/s'], lines)}\n\n({about})"}

@@ -17,11 +17,15 @@ from fastflow import ops, reference
 
 
 def actnorm(x, log_scale, bias):
-    return log_scale.exp().view(1, -1, 1, 1) * (x + bias.view(1, -1, 1, 1)), (x.shape[2] * x.shape[3] * log_scale.sum()).expand(len(x))
+    return log_scale.exp().view(1, -1, 1, 1) * (x + bias.view(1, -1, 1, 1)), (
+        x.shape[2] * x.shape[3] * log_scale.sum()
+    ).expand(len(x))
 
 
 def inverse(z, log_scale, bias):
-    return z * torch.exp(-log_scale).view(1, -1, 1, 1) - bias.view(1, -1, 1, 1), (-z.shape[2] * z.shape[3] * log_scale.sum()).expand(len(z))
+    return z * torch.exp(-log_scale).view(1, -1, 1, 1) - bias.view(1, -1, 1, 1), (
+        -z.shape[2] * z.shape[3] * log_scale.sum()
+    ).expand(len(z))
 
 
 def statistics(x):
@@ -38,7 +42,11 @@ def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
 
     elements = n * c * side * side
     about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "layout": layout}
-    inputs = {"inputs": lambda: (image(), *parameters()), "gradients_of": (0, 1, 2), "bytes_moved": 8 * elements}
+    inputs = {
+        "inputs": lambda: (image(), *parameters()),
+        "gradients_of": (0, 1, 2),
+        "bytes_moved": 8 * elements,
+    }
     return [
         harness.Case("actnorm", providers={"eager": actnorm, "fastflow": ops.actnorm}, **inputs, **about),
         harness.Case(

@@ -37,7 +37,9 @@ def inverse_backward(op, y, h, dy, dlog_det, factor=None):
 
 
 def eager_inverse_backward(*args, scale):
-    return reference.affine_coupling_inverse_backward(*args, "halves", False, scale, "scale_first", "shift_scale")
+    return reference.affine_coupling_inverse_backward(
+        *args, "halves", False, scale, "scale_first", "shift_scale"
+    )
 
 
 def of_size(n: int, c: int, side: int, layout: str, scale: str) -> list[harness.Case]:
@@ -65,7 +67,10 @@ def of_size(n: int, c: int, side: int, layout: str, scale: str) -> list[harness.
             inputs=lambda: (image(), image(), image(), torch.randn(n), *factor()),
             providers={
                 name: functools.partial(inverse_backward, functools.partial(op, scale=scale))
-                for name, op in (("eager", eager_inverse_backward), ("fastflow", ops.affine_coupling_inverse_backward))
+                for name, op in (
+                    ("eager", eager_inverse_backward),
+                    ("fastflow", ops.affine_coupling_inverse_backward),
+                )
             },
             bytes_moved=24 * elements,
             **about,
@@ -78,7 +83,13 @@ def cases(options: argparse.Namespace) -> list[harness.Case]:
     # on a GPU 200 MB a tensor, so that the launch no longer counts
     larger = [(64 if options.device == "cpu" else 49152 // c, c, 32) for c in (12, 24, 48)]
     sizes = [(2, 4, 3)] if options.quick else [*levels, *larger]
-    return [case for size in sizes for layout in LAYOUTS for scale in SCALES for case in of_size(*size, layout, scale)]
+    return [
+        case
+        for size in sizes
+        for layout in LAYOUTS
+        for scale in SCALES
+        for case in of_size(*size, layout, scale)
+    ]
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

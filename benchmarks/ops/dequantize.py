@@ -51,12 +51,28 @@ def of_size(n: int, c: int, side: int, name: str) -> list[harness.Case]:
 
     elements = n * c * side * side
     about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32}
-    forward = {"eager": functools.partial(dequantize, **MAPS[name]), "fastflow": _called(ops.dequantize, **MAPS[name])}
-    backward = {"eager": functools.partial(inverse, **MAPS[name]), "fastflow": functools.partial(ops.dequantize_inverse, **MAPS[name])}
-    noise = {"inputs": lambda: (image(), torch.rand(n, c, side, side)), "gradients_of": (1,), "bytes_moved": 9 * elements}
+    forward = {
+        "eager": functools.partial(dequantize, **MAPS[name]),
+        "fastflow": _called(ops.dequantize, **MAPS[name]),
+    }
+    backward = {
+        "eager": functools.partial(inverse, **MAPS[name]),
+        "fastflow": functools.partial(ops.dequantize_inverse, **MAPS[name]),
+    }
+    noise = {
+        "inputs": lambda: (image(), torch.rand(n, c, side, side)),
+        "gradients_of": (1,),
+        "bytes_moved": 9 * elements,
+    }
     return [
         harness.Case(name, providers=forward, **noise, **about),
-        harness.Case(f"{name}, inverse", inputs=lambda: (latent(),), providers=backward, bytes_moved=5 * elements, **about),
+        harness.Case(
+            f"{name}, inverse",
+            inputs=lambda: (latent(),),
+            providers=backward,
+            bytes_moved=5 * elements,
+            **about,
+        ),
     ]
 
 

@@ -21,7 +21,9 @@ def standard(z):
 
 
 def conditional(z, mean, log_scale):
-    return -(0.5 * (z - mean) ** 2 * torch.exp(-2 * log_scale) + log_scale + 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
+    return -(0.5 * (z - mean) ** 2 * torch.exp(-2 * log_scale) + log_scale + 0.5 * math.log(2 * math.pi)).sum(
+        (1, 2, 3)
+    )
 
 
 def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:

@@ -23,7 +23,9 @@ def loop(P, perm, lower, upper, log_s, sign_s):
     steps = []
     for p, l, u, s, sign in zip(P, lower, upper, log_s, sign_s, strict=True):  # noqa: E741
         L, U = l.tril(-1) + unit, u.triu(1) + torch.diag(sign * s.exp())
-        inverse = torch.linalg.solve_triangular(U, torch.linalg.solve_triangular(L, p.mT, upper=False, unitriangular=True), upper=True)
+        inverse = torch.linalg.solve_triangular(
+            U, torch.linalg.solve_triangular(L, p.mT, upper=False, unitriangular=True), upper=True
+        )
         steps.append((p @ (L @ U), inverse, s.sum()))
     return tuple(map(torch.stack, zip(*steps, strict=True)))
 
@@ -48,15 +50,33 @@ def loop_of_steps(k: int) -> Callable:
 def stack(k: int, c: int) -> tuple[torch.Tensor, ...]:
     perm = torch.stack([torch.randperm(c) for _ in range(k)])
     P = torch.nn.functional.one_hot(perm, c).float()
-    return P, perm, torch.randn(k, c, c) / c, torch.randn(k, c, c) / c, 0.3 * torch.randn(k, c), torch.randn(k, c).sign()
+    return (
+        P,
+        perm,
+        torch.randn(k, c, c) / c,
+        torch.randn(k, c, c) / c,
+        0.3 * torch.randn(k, c),
+        torch.randn(k, c).sign(),
+    )
 
 
 def of_size(k: int, c: int, compiled: bool) -> list[harness.Case]:
-    providers = {"eager": unbound, "eager_batched": on_stack(reference.lu_weight), "fastflow": on_stack(ops.lu_weight)}
+    providers = {
+        "eager": unbound,
+        "eager_batched": on_stack(reference.lu_weight),
+        "fastflow": on_stack(ops.lu_weight),
+    }
     if compiled:
         providers["compile_batched"] = torch.compile(on_stack(reference.lu_weight), dynamic=False)
     about = {"shape": f"{k}x{c}x{c}", "dtype": torch.float32}
-    of_stack = harness.Case("stack", inputs=lambda: stack(k, c), providers=providers, gradients_of=(2, 3, 4), compiled=k <= 8, **about)
+    of_stack = harness.Case(
+        "stack",
+        inputs=lambda: stack(k, c),
+        providers=providers,
+        gradients_of=(2, 3, 4),
+        compiled=k <= 8,
+        **about,
+    )
     steps = harness.Case(
         "steps",
         inputs=lambda: tuple(v.clone() for s in stack(k, c) for v in s),

@@ -14,13 +14,23 @@ from fastflow import ops, reference
 
 
 def of_size(*size: int) -> list[harness.Case]:
-    about = {"shape": "x".join(map(str, size)), "dtype": torch.float32, "bytes_moved": 4 * torch.Size(size).numel()}
+    about = {
+        "shape": "x".join(map(str, size)),
+        "dtype": torch.float32,
+        "bytes_moved": 4 * torch.Size(size).numel(),
+    }
 
     def case(name, eager, ours):
-        providers = {"eager": lambda seed: eager(list(size), seed, 0, torch.float32), "fastflow": lambda seed: ours(size, seed=seed)}
+        providers = {
+            "eager": lambda seed: eager(list(size), seed, 0, torch.float32),
+            "fastflow": lambda seed: ours(size, seed=seed),
+        }
         return harness.Case(name, inputs=lambda: (torch.randint(2**62, ()),), providers=providers, **about)
 
-    return [case("uniform", reference.uniform_noise, ops.uniform_noise), case("normal", reference.normal_noise, ops.gaussian_sample)]
+    return [
+        case("uniform", reference.uniform_noise, ops.uniform_noise),
+        case("normal", reference.normal_noise, ops.gaussian_sample),
+    ]
 
 
 def cases(options: argparse.Namespace) -> list[harness.Case]:

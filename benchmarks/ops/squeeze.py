@@ -54,7 +54,10 @@ def of_size(n: int, c: int, side: int, layout: str, order: str) -> list[harness.
                 dtype=torch.float32,
                 layout=layout,
                 inputs=lambda size=size: (image(*size),),
-                providers={"eager": functools.partial(eager, order=order), "fastflow": functools.partial(ours, order=order)},
+                providers={
+                    "eager": functools.partial(eager, order=order),
+                    "fastflow": functools.partial(ours, order=order),
+                },
                 gradients_of=(0,),
                 bytes_moved=8 * n * c * side * side,
             )
@@ -65,7 +68,13 @@ def of_size(n: int, c: int, side: int, layout: str, order: str) -> list[harness.
 def cases(options: argparse.Namespace) -> list[harness.Case]:
     larger = 64 if options.device == "cpu" else 1024
     sizes = [(2, 3, 4)] if options.quick else [(64, 3, 32), (64, 6, 16), (larger, 12, 64)]
-    return [case for size in sizes for layout in LAYOUTS for order in ORDERS for case in of_size(*size, layout, order)]
+    return [
+        case
+        for size in sizes
+        for layout in LAYOUTS
+        for order in ORDERS
+        for case in of_size(*size, layout, order)
+    ]
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -19,7 +19,9 @@ LARGEST = 1 << 25  # elements of B; K = 32 with n = 512 and m = 16384 would be a
 
 def eager(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     if B.is_cuda and B.shape[2] > 524280:  # where cuBLAS gives up
-        return torch.cat([torch.linalg.solve_triangular(A, part, upper=True) for part in B.split(1 << 18, dim=2)], dim=2)
+        return torch.cat(
+            [torch.linalg.solve_triangular(A, part, upper=True) for part in B.split(1 << 18, dim=2)], dim=2
+        )
     return torch.linalg.solve_triangular(A, B, upper=True)
 
 
@@ -46,7 +48,9 @@ def sizes(quick: bool) -> list[tuple[int, int, int]]:
 
 
 def cases(options: argparse.Namespace) -> list[harness.Case]:
-    return [of_size(*size, dtype) for size in sizes(options.quick) for dtype in (torch.float32, torch.float64)]
+    return [
+        of_size(*size, dtype) for size in sizes(options.quick) for dtype in (torch.float32, torch.float64)
+    ]
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

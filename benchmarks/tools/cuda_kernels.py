@@ -29,20 +29,29 @@ class Resources:
 def library() -> Path:
     found = sorted((ROOT / "fastflow").glob("_cuda.*"))
     if not found:
-        raise FileNotFoundError("the CUDA extension was not built: `make setup`, where nvcc and a CUDA build of torch are")
+        raise FileNotFoundError(
+            "the CUDA extension was not built: `make setup`, where nvcc and a CUDA build of torch are"
+        )
     return found[0]
 
 
 def cuobjdump(option: str, path: Path) -> str:
-    return subprocess.run([TOOLS / "cuobjdump", option, path], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [TOOLS / "cuobjdump", option, path], check=True, capture_output=True, text=True
+    ).stdout
 
 
 def _readable(symbols: Iterable[str]) -> dict[str, str]:
     """``_ZN8fastflow3runI...`` as ``Conv1x1Kernel<float, 24>``."""
     symbols = list(symbols)
-    names = subprocess.run(["c++filt", *symbols], check=True, capture_output=True, text=True).stdout.splitlines()
+    names = subprocess.run(
+        ["c++filt", *symbols], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     inner = re.compile(r"run<(.*?) *>\(")
-    return {s: inner.search(n.replace("fastflow::", "").replace("c10::", ""))[1] for s, n in zip(symbols, names, strict=True)}
+    return {
+        s: inner.search(n.replace("fastflow::", "").replace("c10::", ""))[1]
+        for s, n in zip(symbols, names, strict=True)
+    }
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
@@ -64,7 +73,12 @@ def resources(path: Path) -> dict[str, dict[str, Resources]]:
 
 
 def spills(found: dict[str, dict[str, Resources]]) -> list[str]:
-    return [f"{kernel} on {arch}: {r.stack} bytes of stack" for kernel, each in found.items() for arch, r in each.items() if r.stack]
+    return [
+        f"{kernel} on {arch}: {r.stack} bytes of stack"
+        for kernel, each in found.items()
+        for arch, r in each.items()
+        if r.stack
+    ]
 
 
 def widest(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -83,10 +97,16 @@ def widest(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def _order(kernel: str) -> tuple:
-    return *re.match(r"(\w+)<(\w+)", kernel).groups(), *(int(n) for n in re.findall(r", (\d+)", kernel)), kernel
+    return (
+        *re.match(r"(\w+)<(\w+)", kernel).groups(),
+        *(int(n) for n in re.findall(r", (\d+)", kernel)),
+        kernel,
+    )
 
 
-def page(found: dict[str, dict[str, Resources]], widths: dict[str, dict[str, tuple[int, int]]], nvcc: str) -> str:
+def page(
+    found: dict[str, dict[str, Resources]], widths: dict[str, dict[str, tuple[int, int]]], nvcc: str
+) -> str:
     text = f"""# What nvcc makes of the CUDA kernels
 
 Each kernel of `csrc/`, compiled for sm_80, sm_90 and sm_100 by nvcc {nvcc}: `python -m benchmarks.tools.cuda_kernels`, which takes no GPU.
@@ -115,12 +135,18 @@ def _three(values: Iterable) -> str:
 def cells(found: dict[str, dict[str, Resources]]) -> dict[str, tuple[str, str]]:
     """The cells of each kernel's row for registers and spills."""
     each = {kernel: [archs[arch] for arch in ARCHITECTURES] for kernel, archs in found.items()}
-    return {kernel: (" / ".join(str(r.registers) for r in rs), _three(r.stack for r in rs)) for kernel, rs in each.items()}
+    return {
+        kernel: (" / ".join(str(r.registers) for r in rs), _three(r.stack for r in rs))
+        for kernel, rs in each.items()
+    }
 
 
 def listed(text: str) -> dict[str, tuple[str, str]]:
     """What a page has in these cells."""
-    return {kernel: (registers, stack) for kernel, registers, stack in re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \|", text, re.MULTILINE)}
+    return {
+        kernel: (registers, stack)
+        for kernel, registers, stack in re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \|", text, re.MULTILINE)
+    }
 
 
 def main() -> None:

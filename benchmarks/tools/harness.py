@@ -76,8 +76,17 @@ def add_arguments(add_argument: Callable) -> None:
     """The options that all benchmarks share, and pytest has too."""
     add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add_argument("--seconds", type=float, default=0.4, help="time for a case and mode, without compiling")
-    add_argument("--quick", action="store_true", help="tiny sizes, hardly any repetitions, no torch.compile: to see that it runs")
-    add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="with what torch.compile makes")
+    add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes, hardly any repetitions, no torch.compile: to see that it runs",
+    )
+    add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with what torch.compile makes",
+    )
 
 
 def settle(options: argparse.Namespace) -> None:
@@ -86,7 +95,11 @@ def settle(options: argparse.Namespace) -> None:
     options.compiled = options.compiled and not options.quick
 
 
-def arguments(description: str, argv: list[str] | None, add: Callable[[argparse.ArgumentParser], object] = lambda _: None):
+def arguments(
+    description: str,
+    argv: list[str] | None,
+    add: Callable[[argparse.ArgumentParser], object] = lambda _: None,
+):
     """A benchmark's options: those that all share, where rows go, and those that ``add`` adds."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     add_arguments(parser.add_argument)
@@ -111,7 +124,10 @@ def metadata(device: str) -> dict[str, str]:
     else:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+            platform.processor(),
+        )
         name = f"{model or platform.machine()}, {torch.get_num_threads()} threads"
     try:
         triton = version("triton")
@@ -153,15 +169,21 @@ def parameters(provider: Callable) -> list[nn.Parameter]:
     return list(provider.parameters()) if isinstance(provider, nn.Module) else []
 
 
-def _compute(provider: Callable, args: tuple, leaves: list[Tensor], upstream: list[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
+def _compute(
+    provider: Callable, args: tuple, leaves: list[Tensor], upstream: list[Tensor]
+) -> tuple[tuple[Tensor, ...], ...]:
     """The outputs and, where there are ``leaves``, the gradients by those; apart from them the gradients by the provider's parameters."""
     if not leaves:
         with torch.no_grad():
             return _outputs(provider, args), ()
     out = _outputs(provider, args)
-    varying = [(v, g) for v, g in zip(out, upstream, strict=True) if v.requires_grad]  # not the log-det of a map that has a constant one
+    varying = [
+        (v, g) for v, g in zip(out, upstream, strict=True) if v.requires_grad
+    ]  # not the log-det of a map that has a constant one
     own = parameters(provider)
-    gradients = torch.autograd.grad([v for v, _ in varying], [*leaves, *own], [g for _, g in varying], materialize_grads=bool(own))
+    gradients = torch.autograd.grad(
+        [v for v, _ in varying], [*leaves, *own], [g for _, g in varying], materialize_grads=bool(own)
+    )
     return (*out, *gradients[: len(leaves)]), gradients[len(leaves) :]
 
 
@@ -185,12 +207,18 @@ def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], flo
     for name, provider in case.providers.items():
         found, gradients = _compute(provider, *inputs)
         pairs = list(zip(found, truth, strict=True))
-        pairs += [(g, shared[id(p)]) for p, g in zip(parameters(provider), gradients, strict=False) if id(p) in shared]
+        pairs += [
+            (g, shared[id(p)])
+            for p, g in zip(parameters(provider), gradients, strict=False)
+            if id(p) in shared
+        ]
         each = torch.stack([relative_error(*pair) for pair in pairs])
         errors[name] = error = each.max().item()
         if not error <= tolerance:  # nor is NaN
             where = f"{case.name} {case.shape} {str(case.dtype)[6:]} {case.layout} {mode}, output {each.argmax().item()}"
-            raise ValueError(f"{where}: {name} is off by {error:.1e} of the largest value, expected {tolerance:.1e}; no row is written")
+            raise ValueError(
+                f"{where}: {name} is off by {error:.1e} of the largest value, expected {tolerance:.1e}; no row is written"
+            )
         if provider is case.reference:
             tolerance = max(TOLERANCE[case.dtype], 2 * error)
     return errors, tolerance
@@ -209,7 +237,9 @@ class Prepared:
 def with_compiled(case: Case, options: argparse.Namespace) -> Case:
     if not options.compiled or not case.compiled:
         return case
-    return dataclasses.replace(case, providers=case.providers | {"compile": torch.compile(case.reference, dynamic=False)})
+    return dataclasses.replace(
+        case, providers=case.providers | {"compile": torch.compile(case.reference, dynamic=False)}
+    )
 
 
 def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
@@ -218,10 +248,14 @@ def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
     torch.compiler.reset()  # or shapes would use up its limit of recompilations
     modules = isinstance(case.reference, nn.Module)
     if modules:
-        exact = dataclasses.replace(case, dtype=torch.float64, providers={k: p.to(options.device) for k, p in case.providers.items()})
+        exact = dataclasses.replace(
+            case, dtype=torch.float64, providers={k: p.to(options.device) for k, p in case.providers.items()}
+        )
         exact = with_compiled(exact, options)
         errors, tolerance = _errors(exact, mode, _input_set(exact, mode, options.device))
-        case = dataclasses.replace(case, providers={k: p.to(case.dtype) for k, p in copy.deepcopy(case.providers).items()})
+        case = dataclasses.replace(
+            case, providers={k: p.to(case.dtype) for k, p in copy.deepcopy(case.providers).items()}
+        )
     case = with_compiled(case, options)
     sets = [_input_set(case, mode, options.device)]
     size = sum(v.nbytes for v in sets[0][0])
@@ -230,7 +264,9 @@ def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
         errors, tolerance = _errors(case, mode, sets[0])
     cycles = {provider: itertools.cycle(sets) for provider in case.providers}
     calls = {p: lambda f=f, c=cycles[p]: _compute(f, *next(c)) for p, f in case.providers.items()}
-    return Prepared(calls, errors, tolerance, {name: launches(call, name, options.device) for name, call in calls.items()})
+    return Prepared(
+        calls, errors, tolerance, {name: launches(call, name, options.device) for name, call in calls.items()}
+    )
 
 
 def launches(call: Callable, provider: str, device: str) -> int | str:
@@ -287,10 +323,23 @@ def modes(case: Case) -> tuple[str, ...]:
     return ("forward", "forward+backward") if case.gradients_of else ("forward",)
 
 
-def row_of(case: Case, mode: str, provider: str, prepared: Prepared, p50_us: float, copy_gb_s: float) -> dict[str, str | int]:
+def row_of(
+    case: Case, mode: str, provider: str, prepared: Prepared, p50_us: float, copy_gb_s: float
+) -> dict[str, str | int]:
     """What a row says beside the time itself."""
-    row = {"case": case.name, "shape": case.shape, "dtype": str(case.dtype)[6:], "layout": case.layout, "provider": provider, "mode": mode}
-    row |= {"error": f"{prepared.errors[provider]:.1e}", "tolerance": f"{prepared.tolerance:.1e}", "launches": prepared.launches[provider]}
+    row = {
+        "case": case.name,
+        "shape": case.shape,
+        "dtype": str(case.dtype)[6:],
+        "layout": case.layout,
+        "provider": provider,
+        "mode": mode,
+    }
+    row |= {
+        "error": f"{prepared.errors[provider]:.1e}",
+        "tolerance": f"{prepared.tolerance:.1e}",
+        "launches": prepared.launches[provider],
+    }
     moved = case.bytes_moved if mode == "forward" else None
     return row | {"gb_s": f"{moved / p50_us / 1e3:.1f}" if moved else "", "copy_gb_s": f"{copy_gb_s:.1f}"}
 
@@ -300,7 +349,9 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
     device = options.device
     torch.backends.cudnn.allow_tf32 = False  # its 10 bits are no match for float32
     if device == "cpu" and os.getloadavg()[0] > 0.3:
-        print(f"other programs are running here, {os.getloadavg()[0]:.1f} at a time over the last minute: the times are not worth keeping")
+        print(
+            f"other programs are running here, {os.getloadavg()[0]:.1f} at a time over the last minute: the times are not worth keeping"
+        )
     about, copy_gb_s, rows, wrong = metadata(device), copy_bandwidth(device, options.seconds), [], []
     for case, mode in (bar := tqdm([(each, mode) for each in cases for mode in modes(each)], desc=name)):
         bar.set_postfix_str(f"{case.name} {case.shape} {mode}")
@@ -311,7 +362,9 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
             for library in times.keys() & set(LIBRARIES) if not options.quick else ():
                 if times[library][1] < reference:
                     found = f"the reference takes {reference:.1f} us, {library} {times[library][1]:.1f}: a straw man"
-                    raise ValueError(f"{case.name} {case.shape} {case.layout} {mode}: {found}; no row is written")
+                    raise ValueError(
+                        f"{case.name} {case.shape} {case.layout} {mode}: {found}; no row is written"
+                    )
         except ValueError as error:
             wrong.append(str(error))
             tqdm.write(wrong[-1])
@@ -319,9 +372,16 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
         found = []
         for provider, (p20, p50, p80) in times.items():
             row = {"name": name} | row_of(case, mode, provider, prepared, p50, copy_gb_s)
-            row |= {"p20_us": f"{p20:.2f}", "p50_us": f"{p50:.2f}", "p80_us": f"{p80:.2f}", "ratio": f"{p50 / reference:.3f}"}
+            row |= {
+                "p20_us": f"{p20:.2f}",
+                "p50_us": f"{p50:.2f}",
+                "p80_us": f"{p80:.2f}",
+                "ratio": f"{p50 / reference:.3f}",
+            }
             found.append(row | about)
-        append(options.results / f"{name}.csv", found)  # at once: a run that is cut keeps what it has measured
+        append(
+            options.results / f"{name}.csv", found
+        )  # at once: a run that is cut keeps what it has measured
         rows += found
     if rows:
         report(rows)
@@ -341,7 +401,11 @@ def with_cases() -> dict[str, ModuleType]:
 
 
 def main(
-    name: str, description: str, cases: Callable[[argparse.Namespace], list[Case]], argv: list[str] | None, seconds: float = 0.4
+    name: str,
+    description: str,
+    cases: Callable[[argparse.Namespace], list[Case]],
+    argv: list[str] | None,
+    seconds: float = 0.4,
 ) -> list[dict]:
     """A benchmark's command line."""
     options = arguments(description, argv, lambda parser: parser.set_defaults(seconds=seconds))
@@ -359,5 +423,9 @@ def report(rows: list[dict]) -> None:
     ours = [float(row["ratio"]) for row in rows if row["provider"] == "fastflow"]
     if ours:
         slower = sum(ratio > 1 for ratio in ours)
-        print(f"fastflow: slower than the reference in {slower} of {len(ours)}, time over its {min(ours):.2f} to {max(ours):.2f}")
-    print(f"microseconds, p50, on {rows[0]['device']}; in parentheses the time over that of the first provider: above 1 is slower")
+        print(
+            f"fastflow: slower than the reference in {slower} of {len(ours)}, time over its {min(ours):.2f} to {max(ours):.2f}"
+        )
+    print(
+        f"microseconds, p50, on {rows[0]['device']}; in parentheses the time over that of the first provider: above 1 is slower"
+    )

@@ -34,11 +34,15 @@ def took(rows: list[dict]) -> str:
 
 
 def text(device: str, files: dict[str, list[dict]]) -> str:
-    parts = [f"On {device}. 1 is plain PyTorch, which is no slower than nflows and normflows in the same run; above 1 is slower."]
+    parts = [
+        f"On {device}. 1 is plain PyTorch, which is no slower than nflows and normflows in the same run; above 1 is slower."
+    ]
     if "glow" in files:
         parts.append(
             f"{glow(files['glow'])}\n\n(`python -m benchmarks.models.glow`; normflows beside plain PyTorch with the coupling that it has)"
         )
     if {"memory", "memory_time"} <= files.keys():
-        parts.append(f"{grown(files['memory'])}, {took(files['memory_time'])}: `python -m benchmarks.models.memory`.")
+        parts.append(
+            f"{grown(files['memory'])}, {took(files['memory_time'])}: `python -m benchmarks.models.memory`."
+        )
     return "\n\n".join(parts)

@@ -60,7 +60,11 @@ class Spec:
         """The constants that are neither the tile nor seen from dtype and layout, nor a number that only ends up in an instruction."""
         shown = []
         for name, value in self._constants().items():
-            if name.startswith(("TILE", "VEC_")) or value is None or isinstance(value, (tuple, float, triton.language.dtype)):
+            if (
+                name.startswith(("TILE", "VEC_"))
+                or value is None
+                or isinstance(value, (tuple, float, triton.language.dtype))
+            ):
                 continue
             if isinstance(value, bool):
                 shown += [name.lower()] * value
@@ -101,7 +105,9 @@ def _dtype(t: Tensor) -> str:
 def spec_of(kernel: JITFunction, args: tuple, kwargs: dict) -> Spec:
     """What Triton would compile for these arguments: its own binder says what is specialized."""
     backend = make_backend(GPUTarget("cuda", CAPABILITIES[0], 32))
-    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **kwargs)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *args, **kwargs
+    )
     _, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
     tensors = {name: t for name, t in bound.items() if isinstance(t, Tensor)}
     images = {name: t for name, t in tensors.items() if t.ndim == 4}
@@ -117,7 +123,12 @@ def spec_of(kernel: JITFunction, args: tuple, kwargs: dict) -> Spec:
         attrs=tuple((path, tuple(map(tuple, v))) for path, v in attrs.items()),
         options=tuple(sorted(options.items())),
         images=bool(images),
-        dtype=", ".join([_dtype(first), *(f"{name} {_dtype(t)}" for name, t in described.items() if t.dtype != first.dtype)]),
+        dtype=", ".join(
+            [
+                _dtype(first),
+                *(f"{name} {_dtype(t)}" for name, t in described.items() if t.dtype != first.dtype),
+            ]
+        ),
         layout=(layouts.pop() if len(layouts) == 1 else "mixed" if layouts else "–") + "".join(expanded),
         shape=times(first.shape[1:]),
     )
@@ -129,7 +140,9 @@ def recording() -> Iterator[dict[Spec, None]]:
     from fastflow.triton_kernels import tiles
 
     if tiles.INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1: kernels are interpreted in this process, and Triton then compiles none; unset it")
+        raise RuntimeError(
+            "TRITON_INTERPRET=1: kernels are interpreted in this process, and Triton then compiles none; unset it"
+        )
     specs: dict[Spec, None] = {}
     run = JITFunction.run
 
@@ -182,13 +195,19 @@ def _alone(x: Tensor) -> None:
 
 def _variational(images: Tensor) -> None:
     """Dequantization with noise from a model, which has a gradient (arXiv:1902.00275)."""
-    noise = ops.uniform_noise(tuple(images.shape), seed=0).contiguous(memory_format=_format(images)).requires_grad_()
+    noise = (
+        ops.uniform_noise(tuple(images.shape), seed=0)
+        .contiguous(memory_format=_format(images))
+        .requires_grad_()
+    )
     y, log_det = ops.dequantize(images, noise=noise, scale=0.9, shift=0.05, logit=True)
     torch.autograd.backward([y, log_det], [torch.empty_like(y), torch.empty_like(log_det)])
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return (
+        torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    )
 
 
 def _pixels(shape: str) -> int:
@@ -203,7 +222,9 @@ def recorded() -> list[Spec]:
         (torch.channels_last, torch.float32),
         (torch.channels_last, torch.bfloat16),
     ):
-        images = torch.randint(256, (BATCH, *IMAGE), dtype=torch.uint8).contiguous(memory_format=memory_format)
+        images = torch.randint(256, (BATCH, *IMAGE), dtype=torch.uint8).contiguous(
+            memory_format=memory_format
+        )
         model = Glow(IMAGE, levels=3, steps=1, hidden=8, reversible=False).to(memory_format=memory_format)
         with fastflow.backend("reference"):
             model.initialize(images)
@@ -214,13 +235,25 @@ def recorded() -> list[Spec]:
                 if network == torch.float32:
                     _alone(x)
             latents = model.encode(images)
-            model.decode(tuple(z.nan_to_num_() for z in latents))  # it refuses the NaN that memory may have held
+            model.decode(
+                tuple(z.nan_to_num_() for z in latents)
+            )  # it refuses the NaN that memory may have held
             model.sample(BATCH)
             if network == torch.float32:
                 _variational(images)
         specs |= launched
     layouts = ("contiguous", "channels_last", "mixed", "–")
-    return sorted(specs, key=lambda s: (s.module, s.kernel, s.dtype, layouts.index(s.layout.split(",")[0]), s.variant(), -_pixels(s.shape)))
+    return sorted(
+        specs,
+        key=lambda s: (
+            s.module,
+            s.kernel,
+            s.dtype,
+            layouts.index(s.layout.split(",")[0]),
+            s.variant(),
+            -_pixels(s.shape),
+        ),
+    )
 
 
 # compiling ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +270,9 @@ class Resources:
     shared: int
     loads: Counter  # how many instructions of how many bytes a thread
     stores: Counter
-    loaded: int  # bytes a thread of the blocks of 4-byte elements that a program reads, where that is 16 or more
+    loaded: (
+        int  # bytes a thread of the blocks of 4-byte elements that a program reads, where that is 16 or more
+    )
     stored: int
 
 
@@ -278,7 +313,10 @@ def defects(spec: Spec, found: Resources) -> list[str]:
     if found.stack:
         faults.append(f"spills registers into {found.stack} bytes of stack")
     if spec.images and spec.layout == "contiguous":
-        for verb, accesses, expected in (("loads", found.loads, found.loaded), ("stores", found.stores, found.stored)):
+        for verb, accesses, expected in (
+            ("loads", found.loads, found.loaded),
+            ("stores", found.stores, found.stored),
+        ):
             wide = sum(width * n for width, n in accesses.items() if width >= 16)
             if wide < expected:
                 faults.append(f"{verb} {wide} of {expected} bytes a thread 16 or more at a time")
@@ -287,7 +325,19 @@ def defects(spec: Spec, found: Resources) -> list[str]:
 
 # the page ----------------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("variant", "dtype", "layout", "shape", "warps", "tile", "registers", "spills", "shared", "load", "store")
+COLUMNS = (
+    "variant",
+    "dtype",
+    "layout",
+    "shape",
+    "warps",
+    "tile",
+    "registers",
+    "spills",
+    "shared",
+    "load",
+    "store",
+)
 RECORDED = 6  # of these columns, what is known before anything is compiled
 INTRODUCTION = f"""# What the compiler makes of the kernels
 
@@ -366,16 +416,26 @@ def listed(text: str) -> dict[str, tuple[str, set[tuple[str, ...]]]]:
     for section in text.split("\n## ")[1:]:
         kernel, _, body = section.partition("\n")
         shared = re.search(r"^All: (.*)\.$", body, re.MULTILINE)
-        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("|")][2:]
-        rows = {(*line[:at], shape, *line[at + 1 : RECORDED]) for line in lines for shape in line[at].split(", ")}
+        lines = [
+            [cell.strip() for cell in line.strip("|").split("|")]
+            for line in body.splitlines()
+            if line.startswith("|")
+        ][2:]
+        rows = {
+            (*line[:at], shape, *line[at + 1 : RECORDED]) for line in lines for shape in line[at].split(", ")
+        }
         kernels[kernel] = shared[1] if shared else "", rows
     return kernels
 
 
-def compile_all(specs: list[Spec], processes: int, done: Callable[[], object] = lambda: None) -> dict[Spec, list[Resources]]:
+def compile_all(
+    specs: list[Spec], processes: int, done: Callable[[], object] = lambda: None
+) -> dict[Spec, list[Resources]]:
     """Resources of each spec on each architecture."""
     jobs = [(spec, capability) for spec in specs for capability in CAPABILITIES]
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         futures = [pool.submit(compiled, *job) for job in jobs]
         for future in concurrent.futures.as_completed(futures):
             future.result()

@@ -13,7 +13,9 @@ def write(page: Path, found: dict[str, str]) -> None:
     text = page.read_text()
     for name, new in found.items():
         begin, end = rf"(<!-- {re.escape(name)}: written by \S+ -->)", f"<!-- end of {name} -->"
-        text, count = re.subn(f"{begin}.*?{re.escape(end)}", lambda m, t=f"\n{new}\n{end}": m[1] + t, text, flags=re.S)
+        text, count = re.subn(
+            f"{begin}.*?{re.escape(end)}", lambda m, t=f"\n{new}\n{end}": m[1] + t, text, flags=re.S
+        )
         if count != 1:
             raise ValueError(f"{page.name}: got {count} pairs of markers for {name}, expected one")
     page.write_text(text)

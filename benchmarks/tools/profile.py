@@ -51,12 +51,21 @@ def run(step: Callable[[int], object], device: str) -> profile:
 def by_time(profiled: profile, device: str) -> list[dict]:
     """Name, calls and microseconds a step, and share of the time of all."""
     if device == "cuda":
-        kernels = [e for e in profiled.key_averages() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        events = [(e.key, e.count, e.self_device_time_total) for e in kernels]  # operators have the time of their kernels once more
+        kernels = [
+            e
+            for e in profiled.key_averages()
+            if e.device_type == DeviceType.CUDA and not e.is_user_annotation
+        ]
+        events = [
+            (e.key, e.count, e.self_device_time_total) for e in kernels
+        ]  # operators have the time of their kernels once more
     else:
         events = [(e.key, e.count, e.self_cpu_time_total) for e in profiled.key_averages()]
     total = sum(us for *_, us in events)
-    rows = [{"name": name, "calls": count / STEPS, "us": us / STEPS, "share": us / total} for name, count, us in events]
+    rows = [
+        {"name": name, "calls": count / STEPS, "us": us / STEPS, "share": us / total}
+        for name, count, us in events
+    ]
     return sorted(rows, key=lambda row: -row["us"])
 
 
@@ -77,17 +86,32 @@ def by_bytes(traffic: Traffic, profiled: profile, device: str) -> list[dict]:
             us[name] += event.device_time_total if device == "cuda" else event.cpu_time_total
     rows = []
     for name, moved in traffic.bytes.most_common():
-        speed = STEPS * moved / us[name] / 1e3 if us[name] and seen[name] == STEPS * traffic.calls[name] else None
-        row = {"name": name, "calls": traffic.calls[name], "mib": moved / 2**20, "share": moved / traffic.bytes.total()}
+        speed = (
+            STEPS * moved / us[name] / 1e3 if us[name] and seen[name] == STEPS * traffic.calls[name] else None
+        )
+        row = {
+            "name": name,
+            "calls": traffic.calls[name],
+            "mib": moved / 2**20,
+            "share": moved / traffic.bytes.total(),
+        }
         rows.append(row | {"gb_s": speed})
     return rows
 
 
 def row_of(size: str, row: dict) -> dict[str, str]:
     """As it is kept: of a table by time the microseconds, of one by bytes the MiB and GB/s."""
-    kept = {"size": size, "by": "time" if "us" in row else "bytes", "name": row["name"], "calls": f"{row['calls']:.3g}"}
+    kept = {
+        "size": size,
+        "by": "time" if "us" in row else "bytes",
+        "name": row["name"],
+        "calls": f"{row['calls']:.3g}",
+    }
     kept |= {"share": f"{row['share']:.4f}", "us": f"{row['us']:.1f}" if "us" in row else ""}
-    return kept | {"mib": f"{row['mib']:.3f}" if "mib" in row else "", "gb_s": f"{row['gb_s']:.3g}" if row.get("gb_s") else ""}
+    return kept | {
+        "mib": f"{row['mib']:.3f}" if "mib" in row else "",
+        "gb_s": f"{row['gb_s']:.3g}" if row.get("gb_s") else "",
+    }
 
 
 def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
@@ -106,17 +130,31 @@ def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
         step(0)
     timed, moved = by_time(profiled, options.device), by_bytes(traffic, profiled, options.device)
     about, size = harness.metadata(options.device), title((*model, batch))
-    harness.append(options.results / "profile.csv", [row_of(size, row) | about for row in timed[: options.top] + moved[: options.top]])
+    harness.append(
+        options.results / "profile.csv",
+        [row_of(size, row) | about for row in timed[: options.top] + moved[: options.top]],
+    )
     head = f"of a step, {size}"
-    lines = [[r["name"][:90], f"{r['calls']:.0f}", f"{r['us']:.0f}", f"{r['share']:.1%}"] for r in timed[: options.top]]
+    lines = [
+        [r["name"][:90], f"{r['calls']:.0f}", f"{r['us']:.0f}", f"{r['share']:.1%}"]
+        for r in timed[: options.top]
+    ]
     print(page.table([head, "calls", "us", "share"], lines), end="\n\n")
     lines = [
-        [r["name"], f"{r['calls']}", f"{r['mib']:.2f}", f"{r['share']:.1%}", f"{r['gb_s']:.3g}" if r["gb_s"] else ""]
+        [
+            r["name"],
+            f"{r['calls']}",
+            f"{r['mib']:.2f}",
+            f"{r['share']:.1%}",
+            f"{r['gb_s']:.3g}" if r["gb_s"] else "",
+        ]
         for r in moved[: options.top]
     ]
     print(page.table([head, "calls", "MiB", "share", "GB/s"], lines))
     ms, mib = (sum(r[column] for r in rows) for rows, column in ((timed, "us"), (moved, "mib")))
-    print(f"\n{ms / 1e3:.1f} ms and {mib:.1f} MiB a step in all; {about['device']}, torch {about['torch']}, commit {about['commit']}")
+    print(
+        f"\n{ms / 1e3:.1f} ms and {mib:.1f} MiB a step in all; {about['device']}, torch {about['torch']}, commit {about['commit']}"
+    )
     return timed, moved
 
 

@@ -26,7 +26,11 @@ KEYS = {
     "modules": OPS,
     "profile": ("size", "by", "name"),
 }
-GLOW_MODES = {"forward+backward": "forward + backward, ms", "log_prob": "log_prob, ms", "sample": "a batch of samples, ms"}
+GLOW_MODES = {
+    "forward+backward": "forward + backward, ms",
+    "log_prob": "log_prob, ms",
+    "sample": "a batch of samples, ms",
+}
 FOOTNOTE = "torch {torch}, commit {commit}, {date}"
 
 
@@ -42,7 +46,9 @@ def read(results: Path) -> dict[str, dict[str, list[dict]]]:
             case = tuple(row[column] for column in key)
             of_device.pop(case, None)
             of_device[case] = row
-    return {device: {name: list(rows.values()) for name, rows in files.items()} for device, files in found.items()}
+    return {
+        device: {name: list(rows.values()) for name, rows in files.items()} for device, files in found.items()
+    }
 
 
 def ops_of(files: dict[str, list[dict]]) -> dict[tuple[str, str], list[dict]]:
@@ -73,7 +79,9 @@ def spread(values: list[float]) -> str:
 
 
 def share_of_copy(rows: list[dict]) -> str:
-    shares = [float(r["gb_s"]) / float(r["copy_gb_s"]) for r in rows if r["provider"] == "fastflow" and r["gb_s"]]
+    shares = [
+        float(r["gb_s"]) / float(r["copy_gb_s"]) for r in rows if r["provider"] == "fastflow" and r["gb_s"]
+    ]
     return f"{max(shares):.0%}" if shares else ""
 
 
@@ -96,7 +104,13 @@ def ops_table(files: dict[str, list[dict]]) -> str:
         ours = ratios(rows, "fastflow")
         slower = sum(ratio > 1 for ratio in ours)
         if ours:
-            cells = [str(len(ours)), spread(ours), f"{slower} of {len(ours)}", spread(compiled(rows)), launches(rows)]
+            cells = [
+                str(len(ours)),
+                spread(ours),
+                f"{slower} of {len(ours)}",
+                spread(compiled(rows)),
+                launches(rows),
+            ]
             cells += [share_of_copy(rows), about(rows)]
             lines.append([name, mode, *cells])
     head = [
@@ -117,7 +131,11 @@ def losses(files: dict[str, list[dict]]) -> str:
     """Every case of an op in which FastFlow takes longer than plain PyTorch."""
     lines = []
     for (name, mode), rows in ops_of(files).items():
-        eager = {tuple(r[c] for c in OPS[:-1]): r for r in rows if float(r["ratio"]) == 1 and r["provider"] != "fastflow"}
+        eager = {
+            tuple(r[c] for c in OPS[:-1]): r
+            for r in rows
+            if float(r["ratio"]) == 1 and r["provider"] != "fastflow"
+        }
         for row in rows:
             if row["provider"] == "fastflow" and float(row["ratio"]) > 1:
                 base = eager.get(tuple(row[c] for c in OPS[:-1]))
@@ -142,7 +160,9 @@ def training_table(rows: list[dict]) -> str:
     columns["over plain's"] = [f"{float(r['over_plain']):.2f}" for r in rows]
     shares = [r.get("share_of_matmul") for r in rows]  # which older rows do not have
     if any(shares):
-        columns["share of a matrix product's FLOP/s"] = [f"{float(share):.0%}" if share else "" for share in shares]
+        columns["share of a matrix product's FLOP/s"] = [
+            f"{float(share):.0%}" if share else "" for share in shares
+        ]
     peaks = [r["peak_mib"] for r in rows]
     if {*peaks} != {"nan"}:  # of a GPU's allocator
         columns["peak, MiB"] = peaks
@@ -153,23 +173,41 @@ def memory_table(rows: list[dict]) -> str:
     ways = list(dict.fromkeys(row["way"] for row in rows))
     peaks: dict[tuple, dict[str, str]] = {}
     for row in rows:
-        peaks.setdefault((row["side"], row["batch"], row["hidden"], row["k"]), {})[row["way"]] = f"{float(row['peak_mib']):.0f}"
-    body = [[f"{s}x{s}", b, h, k, *(found.get(way, "") for way in ways)] for (s, b, h, k), found in peaks.items()]
+        peaks.setdefault((row["side"], row["batch"], row["hidden"], row["k"]), {})[row["way"]] = (
+            f"{float(row['peak_mib']):.0f}"
+        )
+    body = [
+        [f"{s}x{s}", b, h, k, *(found.get(way, "") for way in ways)] for (s, b, h, k), found in peaks.items()
+    ]
     return page.table(["images", "batch", "hidden", "K", *(f"{way}, MiB" for way in ways)], body)
 
 
 def memory_time_table(rows: list[dict]) -> str:
-    body = [[f"{r['side']}x{r['side']}", *(r[c] for c in ("batch", "hidden", "k", "way", "p50_s", "ratio"))] for r in rows]
+    body = [
+        [f"{r['side']}x{r['side']}", *(r[c] for c in ("batch", "hidden", "k", "way", "p50_s", "ratio"))]
+        for r in rows
+    ]
     return page.table(["images", "batch", "hidden", "K", "way", "forward + backward, s", "over stored"], body)
 
 
 def memory_batch_table(rows: list[dict]) -> str:
-    body = [[f"{r['side']}x{r['side']}", *(r[c] for c in ("hidden", "k", "way", "limit_mib", "largest_batch", "peak_mib"))] for r in rows]
-    return page.table(["images", "hidden", "K", "way", "limit, MiB", "largest batch", "peak at it, MiB"], body)
+    body = [
+        [
+            f"{r['side']}x{r['side']}",
+            *(r[c] for c in ("hidden", "k", "way", "limit_mib", "largest_batch", "peak_mib")),
+        ]
+        for r in rows
+    ]
+    return page.table(
+        ["images", "hidden", "K", "way", "limit, MiB", "largest batch", "peak at it, MiB"], body
+    )
 
 
 def loader_table(rows: list[dict]) -> str:
-    return page.table(["source", "workers", "batch", "images/s"], [[r["source"], r["workers"], r["batch"], r["images_s"]] for r in rows])
+    return page.table(
+        ["source", "workers", "batch", "images/s"],
+        [[r["source"], r["workers"], r["batch"], r["images_s"]] for r in rows],
+    )
 
 
 def modules_table(rows: list[dict]) -> str:
@@ -179,7 +217,11 @@ def modules_table(rows: list[dict]) -> str:
     for row in rows:
         lines.setdefault((row["case"], row["shape"], row["mode"]), {})[row["provider"]] = row
     body = [
-        [*case, found["eager"]["p50_us"], *(f"{float(found[name]['ratio']):.2f}" if name in found else "" for name in others)]
+        [
+            *case,
+            found["eager"]["p50_us"],
+            *(f"{float(found[name]['ratio']):.2f}" if name in found else "" for name in others),
+        ]
         for case, found in lines.items()
     ]
     return page.table(["layer", "x", "mode", "plain, us", *(f"{name}" for name in others)], body)
@@ -187,7 +229,11 @@ def modules_table(rows: list[dict]) -> str:
 
 def profile_table(rows: list[dict]) -> str:
     """Of the newest run, the ten first by time and by bytes."""
-    newest = [r for r in rows if (r["commit"], r["date"], r["size"]) == tuple(rows[-1][c] for c in ("commit", "date", "size"))]
+    newest = [
+        r
+        for r in rows
+        if (r["commit"], r["date"], r["size"]) == tuple(rows[-1][c] for c in ("commit", "date", "size"))
+    ]
     timed, moved = ([r for r in newest if r["by"] == by][:10] for by in ("time", "bytes"))
     lines = [[f"`{r['name'][:60]}`", r["calls"], r["us"], f"{float(r['share']):.0%}"] for r in timed]
     by_time = page.table([f"of a step, {rows[-1]['size']}, by time", "calls", "us", "share"], lines)
@@ -214,16 +260,24 @@ def slug(device: str) -> str:
 def section(device: str, files: dict[str, list[dict]], pictures: dict[str, str]) -> str:
     parts = [f"## {device}"]
     if "benchmarks" in pictures:
-        parts.append(f"![FastFlow's time over plain PyTorch's, op by op and for a whole Glow]({pictures['benchmarks']})")
+        parts.append(
+            f"![FastFlow's time over plain PyTorch's, op by op and for a whole Glow]({pictures['benchmarks']})"
+        )
     for name, (title, table) in TABLES.items():
         if name in files:
-            parts += [f"### {title}", table(files[name]), f"({about(files[name])}; rows in `results/{name}.csv`)"]
+            parts += [
+                f"### {title}",
+                table(files[name]),
+                f"({about(files[name])}; rows in `results/{name}.csv`)",
+            ]
         if name in pictures:
             parts.append(f"![Images/s of a training step against batch]({pictures[name]})")
     if table := ops_table(files):
         parts += ["### Ops", "Time over plain PyTorch's: median over the cases, least and most.", table]
     if table := losses(files):
-        parts += [f"<details><summary>Every case in which an op takes longer than plain PyTorch</summary>\n\n{table}\n\n</details>"]
+        parts += [
+            f"<details><summary>Every case in which an op takes longer than plain PyTorch</summary>\n\n{table}\n\n</details>"
+        ]
     return "\n\n".join(parts)
 
 
@@ -234,13 +288,19 @@ def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
     groups = {key: rows for key, rows in ops_of(files).items() if ratios(rows, "fastflow")}
     glow = [r for r in files.get("glow", ()) if r["size"] == files["glow"][-1]["size"]]
     couplings = list(dict.fromkeys(r["coupling"] for r in glow))
-    names = sorted(dict.fromkeys((r["mode"], r["provider"]) for r in glow), key=lambda name: list(GLOW_MODES).index(name[0]))
+    names = sorted(
+        dict.fromkeys((r["mode"], r["provider"]) for r in glow),
+        key=lambda name: list(GLOW_MODES).index(name[0]),
+    )
     if not groups and not glow:
         return False
     figure = Figure(figsize=(11, 1.6 + 0.28 * max(len(groups), len(names))), layout="constrained")
     left, right = figure.subplots(1, 2)
     for y, rows in enumerate(groups.values()):
-        for values, offset, style in ((ratios(rows, "fastflow"), -0.13, "C3o"), (compiled(rows), 0.13, "C0x")):
+        for values, offset, style in (
+            (ratios(rows, "fastflow"), -0.13, "C3o"),
+            (compiled(rows), 0.13, "C0x"),
+        ):
             left.plot(values, [y + offset] * len(values), style, markersize=4, alpha=0.6, linestyle="none")
     left.plot([], [], "C3o", label="FastFlow")
     left.plot([], [], "C0x", label="torch.compile of plain")
@@ -254,7 +314,9 @@ def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
         rows, thick = [r for r in glow if r["coupling"] == coupling], 0.8 / len(couplings)
         y = [names.index((r["mode"], r["provider"])) + (i + 0.5) * thick - 0.4 for r in rows]
         colors = ["C3" if "fastflow" in r["provider"] else "0.6" for r in rows]
-        right.barh(y, [float(r["ratio"]) for r in rows], thick, color=colors, alpha=1 - 0.5 * i, label=coupling)
+        right.barh(
+            y, [float(r["ratio"]) for r in rows], thick, color=colors, alpha=1 - 0.5 * i, label=coupling
+        )
     if len(couplings) > 1:
         right.margins(y=0.08)
         right.legend(fontsize=8, frameon=False, loc="upper left")
@@ -311,16 +373,22 @@ PLOTS = {"benchmarks": plot, "training_speed": plot_batches}
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
-    parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of benchmarks.md and pictures/")
+    parser.add_argument(
+        "--docs", type=Path, default=harness.ROOT / "docs", help="folder of benchmarks.md and pictures/"
+    )
     parser.add_argument("--readme", type=Path, default=harness.ROOT / "README.md")
     options = parser.parse_args(argv)
     sections, rows = [], read(options.results)
     for device, files in rows.items():
         pictures = {name: f"pictures/{name}_{slug(device)}.png" for name in PLOTS}
-        drawn = {name: path for name, path in pictures.items() if PLOTS[name](device, files, options.docs / path)}
+        drawn = {
+            name: path for name, path in pictures.items() if PLOTS[name](device, files, options.docs / path)
+        }
         sections.append(section(device, files, drawn))
     page.write(options.docs / "benchmarks.md", {"sections": "\n\n".join(sections)})
-    measured = [highlights.text(device, files) for device, files in rows.items() if files.keys() & {"glow", "memory"}]
+    measured = [
+        highlights.text(device, files) for device, files in rows.items() if files.keys() & {"glow", "memory"}
+    ]
     page.write(options.readme, {"measured": "\n\n".join(measured)})
     print(f"{options.docs / 'benchmarks.md'}: {len(sections)} device{'s' * (len(sections) != 1)}")
 

@@ -43,9 +43,14 @@ def ran(device: str) -> Iterator[str]:
             yield f"layers on {n}x{c}x{h}x{w}, {layout}"
     for k, n, m in ((3, 5, 7), (2, 48, 48), (1, 64, 3)):
         a = torch.randn(k, n, n, device=device, requires_grad=True)
-        ops.triangular_solve(a + n * torch.eye(n, device=device), torch.randn(k, n, m, device=device), upper=True).sum().backward()
+        ops.triangular_solve(
+            a + n * torch.eye(n, device=device), torch.randn(k, n, m, device=device), upper=True
+        ).sum().backward()
         yield f"triangular_solve {k}x{n}x{m}"
-    for model in (Glow((3, 8, 8), levels=2, steps=2, hidden=8, logit=True, classes=3), RealNVP((3, 8, 8), hidden=4, blocks=1)):
+    for model in (
+        Glow((3, 8, 8), levels=2, steps=2, hidden=8, logit=True, classes=3),
+        RealNVP((3, 8, 8), hidden=4, blocks=1),
+    ):
         model = model.to(device)
         x = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8, device=device)
         labels: Tensor | None = None if model.classes is None else torch.arange(3, device=device)

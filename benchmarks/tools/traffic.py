@@ -16,7 +16,10 @@ def tensors(of) -> list[Tensor]:
 
 def size(moved: list[Tensor]) -> int:
     """Bytes of the tensors, of one that comes twice once; an expanded one has those that it was expanded from."""
-    parts = {(v.data_ptr(), v.dtype, *((n, step) for n, step in zip(v.shape, v.stride(), strict=True) if step)) for v in moved}
+    parts = {
+        (v.data_ptr(), v.dtype, *((n, step) for n, step in zip(v.shape, v.stride(), strict=True) if step))
+        for v in moved
+    }
     return sum(dtype.itemsize * math.prod(n for n, _ in dimensions) for _, dtype, *dimensions in parts)
 
 
@@ -44,8 +47,12 @@ class Traffic(TorchDispatchMode):
     @staticmethod
     def moved(schema, args, kwargs, result) -> int:
         given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
-        changed = {a.name for a in schema.arguments if a.name in given and a.alias_info and a.alias_info.is_write}
-        unread = {a.name for a in schema.arguments if a.name in changed and (a.is_out or schema.name in OVERWRITE)}
+        changed = {
+            a.name for a in schema.arguments if a.name in given and a.alias_info and a.alias_info.is_write
+        }
+        unread = {
+            a.name for a in schema.arguments if a.name in changed and (a.is_out or schema.name in OVERWRITE)
+        }
         storages = {v.untyped_storage().data_ptr() for v in tensors(given)}
         made = [v for v in tensors(result) if v.untyped_storage().data_ptr() not in storages]
         is_view = tensors(result) and not made and not changed

@@ -29,14 +29,21 @@ def unlike(images):
         "inverted": 255 - images,
         "dimmed to a quarter": images // 4,
         "constant": torch.arange(n).mul(256).div(n).byte().view(n, 1, 1, 1).expand(n, c, h, w),
-        "black, one pixel": torch.zeros_like(images).flatten(1).scatter(1, torch.arange(n)[:, None] % (c * h * w), 255).view_as(images),
+        "black, one pixel": torch.zeros_like(images)
+        .flatten(1)
+        .scatter(1, torch.arange(n)[:, None] % (c * h * w), 255)
+        .view_as(images),
         "photographs": gray.repeat(1 + n // len(gray), 1, 1, 1)[:n],
-        "noise": torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        "noise": torch.randint(
+            0, 256, images.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        ),
     }
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--out", default="docs/pictures/anomaly.png")
     parser.add_argument("--data", default="mnist")
@@ -47,14 +54,19 @@ def main(argv=None):
     source = data.load(options.data, options.data_dir, model.shape[1])
     train, test = data.Batches(source, options.images, seed=0)[0][0], source.test[: options.images]
     groups = {"training": train, "test": test, **unlike(test)}
-    scores = {name: evaluate(model, x.contiguous() >> (8 - model.n_bits)) for name, x in tqdm(groups.items(), desc="groups")}
+    scores = {
+        name: evaluate(model, x.contiguous() >> (8 - model.n_bits))
+        for name, x in tqdm(groups.items(), desc="groups")
+    }
     train = scores.pop("training")
     distances = {name: explore.typicality(s, train) for name, s in scores.items()}
     print(f"{'':20s} bits/dim   AUROC of bits/dim   AUROC of typicality")
     for name, s in scores.items():
         areas = [explore.auroc(kind["test"], kind[name]) for kind in (scores, distances)]
         print(f"{name:20s} {s.mean():8.3f}   {areas[0]:17.3f}   {areas[1]:19.3f}")
-    picture.save_scores(options.out, {"bits/dim": scores, "typicality: distance from the training mean": distances})
+    picture.save_scores(
+        options.out, {"bits/dim": scores, "typicality: distance from the training mean": distances}
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def trained(prior, steps=1000, batch=2048, lr=5e-3):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="docs/pictures/density.png")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--size", type=int, default=500, help="cells of the grid along each dimension")
@@ -53,7 +55,9 @@ def main(argv=None):
         density, integral = explore.density(model, LIMITS, options.size)
         with torch.no_grad():
             log_likelihood = model.log_prob(held_out).mean().item()
-        print(f"{prior} prior: held-out log-likelihood {log_likelihood:.4f} nats, integral of the density {integral:.5f}")
+        print(
+            f"{prior} prior: held-out log-likelihood {log_likelihood:.4f} nats, integral of the density {integral:.5f}"
+        )
         densities[f"{prior} prior"] = density, model.sample(5000)
     picture.save_densities(options.out, held_out[:5000], densities, LIMITS)
 

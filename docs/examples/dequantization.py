@@ -18,7 +18,9 @@ from fastflow.trainer import data, picture
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--out", default="docs/pictures/dequantization.png")
     parser.add_argument("--data", default="mnist")
@@ -28,8 +30,12 @@ def main(argv=None):
     panels = {}
     for path in options.checkpoints:
         model = fastflow.load(path)
-        x = data.load(options.data, options.data_dir, model.shape[1]).test[: options.images] >> (8 - model.n_bits)
-        panels[f"{type(model.dequantize).__name__}, {Path(path).name}"] = {"all pixels": explore.dequantized(model, x)}
+        x = data.load(options.data, options.data_dir, model.shape[1]).test[: options.images] >> (
+            8 - model.n_bits
+        )
+        panels[f"{type(model.dequantize).__name__}, {Path(path).name}"] = {
+            "all pixels": explore.dequantized(model, x)
+        }
     picture.save_histograms(options.out, panels, "value after dequantization", bins=256)
 
 

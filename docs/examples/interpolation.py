@@ -16,7 +16,9 @@ from fastflow.trainer import data, picture
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--out", default="docs/pictures/interpolation.png")
     parser.add_argument("--data", default="mnist")
@@ -27,8 +29,13 @@ def main(argv=None):
     model = fastflow.load(options.checkpoint)
     images = data.load(options.data, options.data_dir, model.shape[1]).test >> (8 - model.n_bits)
     x0, x1 = images[: 2 * options.pairs].chunk(2)
-    paths = {method: explore.interpolate(model, x0, x1, options.steps, method=method, seed=0) for method in explore.METHODS}
-    rows = {f"pair {i + 1}, {method}": path[i] for i in range(options.pairs) for method, path in paths.items()}
+    paths = {
+        method: explore.interpolate(model, x0, x1, options.steps, method=method, seed=0)
+        for method in explore.METHODS
+    }
+    rows = {
+        f"pair {i + 1}, {method}": path[i] for i in range(options.pairs) for method, path in paths.items()
+    }
     picture.save_rows(options.out, rows, model.n_bits)
 
 

@@ -19,7 +19,9 @@ from fastflow.trainer.evaluate import sample
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--out", default="docs/pictures/resampling.png")
     parser.add_argument("--data", default="mnist")
@@ -28,7 +30,9 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=10)
     options = parser.parse_args(argv)
     model = fastflow.load(options.checkpoint)
-    images = data.load(options.data, options.data_dir, model.shape[1]).test[: options.rows] >> (8 - model.n_bits)
+    images = data.load(options.data, options.data_dir, model.shape[1]).test[: options.rows] >> (
+        8 - model.n_bits
+    )
     rows = {}
     for kind, x in (("test image", images), ("sample", sample(model, options.rows, seed=2))):
         others = explore.resample(model, model.encode(x, seed=0), options.n)

@@ -16,7 +16,9 @@ from fastflow.trainer.evaluate import sample
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("--out", default="docs/pictures/temperature.png")
     parser.add_argument("--n", type=int, default=12)

@@ -86,12 +86,30 @@ class Glow(Model):
 
 
 def _check_config(
-    image_shape, levels, steps, hidden, coupling, conv1x1, n_bits, classes, learned_prior, logit, scale, reversible, checkpoint_every
+    image_shape,
+    levels,
+    steps,
+    hidden,
+    coupling,
+    conv1x1,
+    n_bits,
+    classes,
+    learned_prior,
+    logit,
+    scale,
+    reversible,
+    checkpoint_every,
 ) -> None:
     check.one_of("coupling", coupling, COUPLINGS)
     check.one_of("conv1x1", conv1x1, CONV1X1)
     check.one_of("scale", scale, SCALES)
-    counts = {"levels": levels, "steps": steps, "hidden": hidden, "classes": classes, "checkpoint_every": checkpoint_every}
+    counts = {
+        "levels": levels,
+        "steps": steps,
+        "hidden": hidden,
+        "classes": classes,
+        "checkpoint_every": checkpoint_every,
+    }
     for name, value in counts.items():
         check.count(name, value, optional=name in ("classes", "checkpoint_every"))
     if len(image_shape) != 3 or min(image_shape) < 1:
@@ -103,7 +121,13 @@ def _check_config(
     if levels > fitting:
         multiple = 2**levels
         padded = (-(-h // multiple) * multiple, -(-w // multiple) * multiple)
-        fits = f"at most {fitting} level{'s' * (fitting != 1)} for this image" if fitting else "an even height and width"
+        fits = (
+            f"at most {fitting} level{'s' * (fitting != 1)} for this image"
+            if fitting
+            else "an even height and width"
+        )
         raise check.error(
-            "levels", f"{levels} for image_shape {tuple(image_shape)}", f"{fits}, or images padded to {padded[0]}x{padded[1]}"
+            "levels",
+            f"{levels} for image_shape {tuple(image_shape)}",
+            f"{fits}, or images padded to {padded[0]}x{padded[1]}",
         )

@@ -35,7 +35,9 @@ class MNISTFlow(Model):
         if variant == "simple":
             dequantize = LogitDequantize(alpha=1e-5, preset="tutorial")
         else:
-            dequantize = VariationalDequantize(chain(*(_checkerboard(16, i % 2 == 1, seen=2) for i in range(4))))
+            dequantize = VariationalDequantize(
+                chain(*(_checkerboard(16, i % 2 == 1, seen=2) for i in range(4)))
+            )
         if variant != "multiscale":
             flow = chain(*(_checkerboard(32, i % 2 == 1) for i in range(8)))
             super().__init__(_SHAPE, dequantize, [flow], [], GaussianPrior(_SHAPE), None, config)
@@ -43,7 +45,15 @@ class MNISTFlow(Model):
         images = (_checkerboard(32, i % 2 == 1) for i in range(2))
         first = chain(*images, Squeeze(), *(_ChannelCoupling(4, 48, i % 2 == 1) for i in range(2)))
         second = chain(Squeeze(), *(_ChannelCoupling(8, 64, i % 2 == 1) for i in range(4)))
-        super().__init__(_SHAPE, dequantize, [first, second], [Split(4, prior="standard")], GaussianPrior((8, 7, 7)), None, config)
+        super().__init__(
+            _SHAPE,
+            dequantize,
+            [first, second],
+            [Split(4, prior="standard")],
+            GaussianPrior((8, 7, 7)),
+            None,
+            config,
+        )
 
 
 def mnist_flow(variant: str = "multiscale", reversible: bool = True) -> MNISTFlow:
@@ -69,14 +79,21 @@ _FORM = {"scale": "soft_clamp", "order": "shift_first", "h_order": "scale_shift"
 
 
 def _checkerboard(hidden: int, flip: bool, seen: int = 1) -> AffineCoupling:
-    return AffineCoupling(GatedNetwork(seen, 2, hidden), mask="checkerboard", flip=flip, num_features=1, **_FORM)
+    return AffineCoupling(
+        GatedNetwork(seen, 2, hidden), mask="checkerboard", flip=flip, num_features=1, **_FORM
+    )
 
 
 class _ChannelCoupling(AffineCoupling):
     """A coupling of halves with the tutorial's parameters, those of a mask over all channels: half of its factors do nothing."""
 
     def __init__(self, channels: int, hidden: int, flip: bool) -> None:
-        super().__init__(_Masked(GatedNetwork(channels, 2 * channels, hidden), channels, flip), flip=flip, num_features=channels, **_FORM)
+        super().__init__(
+            _Masked(GatedNetwork(channels, 2 * channels, hidden), channels, flip),
+            flip=flip,
+            num_features=channels,
+            **_FORM,
+        )
 
     def factor(self, x: Tensor) -> Tensor:
         return self.log_factor.exp().chunk(2)[0 if self.flip else 1]
@@ -91,7 +108,11 @@ class _Masked(nn.Module):
         half = channels // 2
         self.padding = (0, 0, 0, 0, half, 0) if flip else (0, 0, 0, 0, 0, half)
         first = 0 if flip else half
-        self.register_buffer("out", torch.tensor([*range(first, first + half), *range(channels + first, channels + first + half)]), False)
+        self.register_buffer(
+            "out",
+            torch.tensor([*range(first, first + half), *range(channels + first, channels + first + half)]),
+            False,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(F.pad(x, self.padding)).index_select(1, self.out)

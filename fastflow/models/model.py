@@ -41,7 +41,9 @@ class Model(nn.Module):
         self.dequantize, self.prior = dequantize, prior
         self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
+    def log_prob(
+        self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
+    ) -> Tensor:
         """Log-probability of the samples, ``[N]`` nats; of discrete ones a lower bound of it, by one draw of the dequantization noise.
 
         The noise comes from torch's generator, or is a function of ``(seed, offset + sample, element)``.
@@ -57,15 +59,21 @@ class Model(nn.Module):
                 log_prob = log_prob + log_prob_z
         return log_prob + self.prior.log_prob(y, context)
 
-    def bits_per_dim(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
+    def bits_per_dim(
+        self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
+    ) -> Tensor:
         """Negative log-probability in bits for each of a sample's values, ``[N]``."""
         return self.log_prob(x, context, seed=seed, offset=offset) / (-math.log(2) * math.prod(self.shape))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
+    ) -> Tensor:
         """:meth:`bits_per_dim`, so that DDP and torch.compile wrap training."""
         return self.bits_per_dim(x, context, seed=seed, offset=offset)
 
-    def initialize(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0) -> None:
+    def initialize(
+        self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
+    ) -> None:
         """Initialises every ActNorm that has not been, from a batch, as the first forward pass in training mode does.
 
         Where torch.distributed is initialised every rank has to, each with its own share of a batch: see :class:`fastflow.nn.ActNorm`.
@@ -98,7 +106,9 @@ class Model(nn.Module):
                 module.net.compile(**{"dynamic": False} | options)
 
     @torch.no_grad()
-    def encode(self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None) -> tuple[Tensor, ...]:
+    def encode(
+        self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Latents, fine to coarse, of x, if discrete dequantized at the bin centre: ``decode(encode(x))`` is x.
 
         With a ``seed`` it is dequantized by noise, a function of ``(seed, sample, element)``, as in training: what comes back may differ
@@ -149,7 +159,9 @@ class Model(nn.Module):
         if latents is None:
             latents = (None,) * len(self.flows)
         self._check_latents(latents, n)
-        with torch.inference_mode():  # past autograd's part of each op, which costs the CPU a tenth of a sample's time
+        with (
+            torch.inference_mode()
+        ):  # past autograd's part of each op, which costs the CPU a tenth of a sample's time
             y = latents[-1]
             if y is None:
                 y = self.prior.sample(n, self.dequantize.like, temperature, context, generator)
@@ -182,13 +194,20 @@ class Model(nn.Module):
         if self.n_bits is None:
             if _values_are_free(x) and not x.isfinite().all():
                 raise check.error("x", "inf or NaN", values)
-        elif self.n_bits < 8 and _values_are_free(x) and x.numel() and (largest := int(x.max())) >= 2**self.n_bits:
+        elif (
+            self.n_bits < 8
+            and _values_are_free(x)
+            and x.numel()
+            and (largest := int(x.max())) >= 2**self.n_bits
+        ):
             raise check.error("x", f"a value of {largest}", values)
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
         if self.classes is None:
             if context is not None:
-                raise check.error("context", f"a tensor of {check.shape_of(context)}", "None, the model has no classes")
+                raise check.error(
+                    "context", f"a tensor of {check.shape_of(context)}", "None, the model has no classes"
+                )
             return
         expected = f"int64 classes [{n}] in [0, {self.classes})"
         if context is None:
@@ -196,8 +215,14 @@ class Model(nn.Module):
         if context.dtype != torch.int64 or tuple(context.shape) != (n,):
             raise check.error("context", f"{context.dtype} of {check.shape_of(context)}", expected)
         self._check_device("context", context)
-        if _values_are_free(context) and n and not (0 <= int(context.min()) and int(context.max()) < self.classes):
-            raise check.error("context", f"values from {int(context.min())} to {int(context.max())}", expected)
+        if (
+            _values_are_free(context)
+            and n
+            and not (0 <= int(context.min()) and int(context.max()) < self.classes)
+        ):
+            raise check.error(
+                "context", f"values from {int(context.min())} to {int(context.max())}", expected
+            )
 
     def _check_latents(self, latents: tuple[Tensor | None, ...], n: int | None = None) -> None:
         shapes = self.latent_shapes()
@@ -211,7 +236,9 @@ class Model(nn.Module):
                 raise check.error(f"latents[{i}]", "None", "a tensor")
             if tuple(z.shape) != (len(latents[-1]) if n is None else n, *shape):
                 samples = "N" if n is None else n
-                raise check.error(f"latents[{i}]", check.shape_of(z), f"[{samples}, {', '.join(map(str, shape))}]")
+                raise check.error(
+                    f"latents[{i}]", check.shape_of(z), f"[{samples}, {', '.join(map(str, shape))}]"
+                )
             self._check_device(f"latents[{i}]", z)
             if z.dtype != like.dtype:
                 raise check.error(f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's")
@@ -220,7 +247,9 @@ class Model(nn.Module):
 
     def _check_device(self, argument: str, t: Tensor) -> None:
         if t.device != self.dequantize.like.device:
-            raise check.error(argument, f"device {t.device}", f"{self.dequantize.like.device}, where the model is")
+            raise check.error(
+                argument, f"device {t.device}", f"{self.dequantize.like.device}, where the model is"
+            )
 
 
 def _values_are_free(t: Tensor) -> bool:

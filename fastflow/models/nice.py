@@ -4,7 +4,17 @@ import math
 
 from fastflow import check
 from fastflow.models.model import Model
-from fastflow.nn import MLP, AdditiveCoupling, Dequantize, Flatten, GaussianPrior, LogisticPrior, Permute, Scale, Sequential
+from fastflow.nn import (
+    MLP,
+    AdditiveCoupling,
+    Dequantize,
+    Flatten,
+    GaussianPrior,
+    LogisticPrior,
+    Permute,
+    Scale,
+    Sequential,
+)
 
 PRIORS = ("logistic", "gaussian")
 
@@ -54,7 +64,9 @@ class NICE(Model):
         check.count("couplings", couplings)
         dimensions = math.prod(shape)
         if not shape or min(shape) < 1 or dimensions % 2:
-            raise check.error("features", features, "an even number of dimensions, or the shape of an image that has one")
+            raise check.error(
+                "features", features, "an even number of dimensions, or the shape of an image that has one"
+            )
         half = dimensions // 2
         flow = Sequential(
             *([Flatten(shape)] if len(shape) > 1 else []),

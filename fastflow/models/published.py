@@ -30,22 +30,30 @@ def load_published(path, device: torch.device | str = "cpu") -> MNISTFlow:
     if missing or unexpected:
         such_as = ", such as " + min(missing or unexpected)
         counts = f"{len(missing)} names are missing and {len(unexpected)} unexpected{such_as}"
-        raise CheckpointError(f"{path}: not a published model that is known; beside the nearest, MNISTFlow_{variant}, {counts}")
+        raise CheckpointError(
+            f"{path}: not a published model that is known; beside the nearest, MNISTFlow_{variant}, {counts}"
+        )
     model, expected = models[variant], models[variant].state_dict()
     for theirs, ours in names[variant].items():
         wanted = ours if isinstance(ours, Tensor) else expected[ours]
         if state[theirs].shape != wanted.shape:
-            raise CheckpointError(f"{path}: {theirs} is {tuple(state[theirs].shape)}, expected {tuple(wanted.shape)}")
+            raise CheckpointError(
+                f"{path}: {theirs} is {tuple(state[theirs].shape)}, expected {tuple(wanted.shape)}"
+            )
         if isinstance(ours, Tensor) and not torch.equal(state[theirs], ours):
             raise CheckpointError(f"{path}: {theirs} is another mask than that of MNISTFlow_{variant}")
-    model.load_state_dict({ours: state[theirs] for theirs, ours in names[variant].items() if isinstance(ours, str)})
+    model.load_state_dict(
+        {ours: state[theirs] for theirs, ours in names[variant].items() if isinstance(ours, str)}
+    )
     return model.eval()
 
 
 def _names(model: MNISTFlow) -> dict[str, str | Tensor]:
     """Of each name in the published file the name here; of a mask what it has to be."""
     names: dict[str, str | Tensor] = {}
-    flows = [m for flow in model.flows for m in (*flow, None)][:-1]  # a split between the levels has a place in their list
+    flows = [m for flow in model.flows for m in (*flow, None)][
+        :-1
+    ]  # a split between the levels has a place in their list
     places = [(f"flows.{1 + i}", m) for i, m in enumerate(flows)]
     if hasattr(model.dequantize, "flow"):
         places += [(f"flows.0.flows.{i}", m) for i, m in enumerate(model.dequantize.flow)]
@@ -61,7 +69,10 @@ def _names(model: MNISTFlow) -> dict[str, str | Tensor]:
         last = 2 * len(gated.blocks) + 2
         layers = {"0": "conv_in", str(last): "conv_out"}
         for j in range(len(gated.blocks)):
-            layers |= {f"{1 + 2 * j}.net.0": f"blocks.{j}.conv_in", f"{1 + 2 * j}.net.2": f"blocks.{j}.conv_out"}
+            layers |= {
+                f"{1 + 2 * j}.net.0": f"blocks.{j}.conv_in",
+                f"{1 + 2 * j}.net.2": f"blocks.{j}.conv_out",
+            }
             layers |= {f"{2 + 2 * j}.layer_norm": f"blocks.{j}.norm"}
         for layer, name in layers.items():
             for parameter in ("weight", "bias"):
@@ -75,4 +86,8 @@ def _mask(coupling: nn.Module) -> Tensor:
     if coupling.mask == "checkerboard":
         return coupling.network_input(torch.ones(1, 1, 28, 28, dtype=factor.dtype, device=factor.device))
     c = factor.shape[0]
-    return (torch.arange(c, device=factor.device) // (c // 2) == int(coupling.flip)).to(factor.dtype).view(1, c, 1, 1)
+    return (
+        (torch.arange(c, device=factor.device) // (c // 2) == int(coupling.flip))
+        .to(factor.dtype)
+        .view(1, c, 1, 1)
+    )

@@ -2,7 +2,17 @@
 
 from fastflow import check
 from fastflow.models.model import Model
-from fastflow.nn import AffineCoupling, BatchNorm, GaussianPrior, LogitDequantize, Permute, ResidualNetwork, Sequential, Split, Squeeze
+from fastflow.nn import (
+    AffineCoupling,
+    BatchNorm,
+    GaussianPrior,
+    LogitDequantize,
+    Permute,
+    ResidualNetwork,
+    Sequential,
+    Split,
+    Squeeze,
+)
 
 
 class RealNVP(Model):
@@ -63,20 +73,28 @@ class RealNVP(Model):
         c, h, w = image_shape
         multiple = 2 ** (scales - 1)
         if h % multiple or w % multiple:
-            raise check.error("scales", f"{scales} for image_shape {tuple(image_shape)}", f"a height and width that {multiple} divides")
+            raise check.error(
+                "scales",
+                f"{scales} for image_shape {tuple(image_shape)}",
+                f"a height and width that {multiple} divides",
+            )
 
         def coupling(channels: int, hidden: int, mask: str, flip: bool) -> list:
             seen, changed = (channels, channels) if mask == "checkerboard" else (channels // 2, channels // 2)
             net = ResidualNetwork(seen, 2 * changed, hidden, blocks)
             return [
-                AffineCoupling(net, mask=mask, flip=flip, scale="tanh", h_order="scale_shift", num_features=changed),
+                AffineCoupling(
+                    net, mask=mask, flip=flip, scale="tanh", h_order="scale_shift", num_features=changed
+                ),
                 BatchNorm(channels, momentum),
             ]
 
         flows, splits = [], []
         for scale in range(scales):
             last = scale == scales - 1
-            layers = [m for i in range(4 if last else 3) for m in coupling(c, hidden, "checkerboard", i % 2 == 1)]
+            layers = [
+                m for i in range(4 if last else 3) for m in coupling(c, hidden, "checkerboard", i % 2 == 1)
+            ]
             if not last:
                 layers.append(Squeeze("space"))  # halves are the rows of a block, which the checkerboards mix
                 c, h, w, hidden = 4 * c, h // 2, w // 2, 2 * hidden
@@ -85,7 +103,15 @@ class RealNVP(Model):
                 splits.append(Split(c, prior="standard"))
                 c //= 2
             flows.append(Sequential(*layers, reversible=reversible, checkpoint_every=checkpoint_every))
-        super().__init__(image_shape, LogitDequantize(n_bits), flows, splits, GaussianPrior((c, h, w), classes), classes, config)
+        super().__init__(
+            image_shape,
+            LogitDequantize(n_bits),
+            flows,
+            splits,
+            GaussianPrior((c, h, w), classes),
+            classes,
+            config,
+        )
 
 
 def _diagonals_first(channels: int) -> list[int]:

@@ -4,7 +4,16 @@ import torch
 
 from fastflow import check
 from fastflow.models.model import Model
-from fastflow.nn import MLP, ActNorm, AffineCoupling, Continuous, GaussianMixturePrior, GaussianPrior, InvertibleConv1x1, Sequential
+from fastflow.nn import (
+    MLP,
+    ActNorm,
+    AffineCoupling,
+    Continuous,
+    GaussianMixturePrior,
+    GaussianPrior,
+    InvertibleConv1x1,
+    Sequential,
+)
 
 PRIORS = ("gaussian", "mixture")
 
@@ -66,8 +75,20 @@ class VectorGlow(Model):
             )
         ]
         shape = (features,)
-        prior = GaussianPrior(shape) if prior == "gaussian" else GaussianMixturePrior(shape, _means(components, features))
-        super().__init__(shape, Continuous(), [Sequential(*layers_of_steps, reversible=reversible)], [], prior, None, config)
+        prior = (
+            GaussianPrior(shape)
+            if prior == "gaussian"
+            else GaussianMixturePrior(shape, _means(components, features))
+        )
+        super().__init__(
+            shape,
+            Continuous(),
+            [Sequential(*layers_of_steps, reversible=reversible)],
+            [],
+            prior,
+            None,
+            config,
+        )
 
 
 def _means(components: int, features: int) -> torch.Tensor:

@@ -54,14 +54,20 @@ class ActNorm(Flow):
     def initialize(self, x: Tensor) -> None:
         """Sets scale and bias from the statistics of ``x``, whether or not it was done before."""
         check_channels(x, self.num_features)
-        mean, var = ops.actnorm_statistics(x) if x.numel() else (torch.zeros_like(self.bias), torch.zeros_like(self.bias))
+        mean, var = (
+            ops.actnorm_statistics(x)
+            if x.numel()
+            else (torch.zeros_like(self.bias), torch.zeros_like(self.bias))
+        )
         count, mean, var = merge_statistics(x.numel() // self.num_features, mean, var, self.process_group)
         if not count:
             return
         std = var.sqrt()
         # below this, what varies is rounding: scaling it up would give noise or infinities
         constant = std <= 1e-6 * mean.abs() + torch.finfo(std.dtype).tiny
-        self.log_scale.copy_(torch.where(constant, torch.zeros_like(std), -torch.log(torch.where(constant, 1.0, std))))
+        self.log_scale.copy_(
+            torch.where(constant, torch.zeros_like(std), -torch.log(torch.where(constant, 1.0, std)))
+        )
         self.bias.copy_(-mean)
         self.initialized.fill_(True)
         self._read = True

@@ -68,7 +68,13 @@ class AffineCoupling(Flow):
         return self.net(x) if context is None else self.net(x, context)
 
     def _variant(self) -> dict:
-        return {"mask": self.mask, "flip": self.flip, "scale": self.scale, "order": self.order, "h_order": self.h_order}
+        return {
+            "mask": self.mask,
+            "flip": self.flip,
+            "scale": self.scale,
+            "order": self.order,
+            "h_order": self.h_order,
+        }
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h = self._network(self.network_input(x), context)
@@ -83,7 +89,10 @@ class AffineCoupling(Flow):
     ) -> tuple[Tensor, Tensor, Gradients]:
         with torch.enable_grad():
             x_a = self.network_input(z).detach().requires_grad_()
-            h, factor = self._network(x_a.view_as(x_a), context), self.factor(z)  # a view, since hooks on what comes in want no leaf
+            h, factor = (
+                self._network(x_a.view_as(x_a), context),
+                self.factor(z),
+            )  # a view, since hooks on what comes in want no leaf
         x, dx, dh, dfactor = ops.affine_coupling_inverse_backward(
             z, h.detach(), None if factor is None else factor.detach(), dz, dlog_det, **self._variant()
         )

@@ -52,7 +52,9 @@ class BatchNorm(Flow):
             share = self._share()
             self.mean.lerp_(batch_mean, share)
             self.var.lerp_(batch_var, share)
-            new_mean, new_var, share = self._kept(share) if torch.compiler.is_compiling() else (self.mean, self.var, share)
+            new_mean, new_var, share = (
+                self._kept(share) if torch.compiler.is_compiling() else (self.mean, self.var, share)
+            )
         # the values are the buffers', the gradient is that of the batch's part of them
         mean = new_mean + share * (batch_mean - batch_mean.detach())
         var = new_var + share * (batch_var - batch_var.detach())
@@ -65,10 +67,14 @@ class BatchNorm(Flow):
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Gradients]:
-        x, dx, dlog_scale, dbias = ops.actnorm_inverse_backward(z, *self._terms(self.mean, self.var), dz, dlog_det)
+        x, dx, dlog_scale, dbias = ops.actnorm_inverse_backward(
+            z, *self._terms(self.mean, self.var), dz, dlog_det
+        )
         if self.training:
             each = self._share() / (x.shape[0] * positions(x))
-            slope = -each * dlog_scale / (self.var + self.eps)  # of v in x: 2 (x - mean) / count, and v counts half in the log scale
+            slope = (
+                -each * dlog_scale / (self.var + self.eps)
+            )  # of v in x: 2 (x - mean) / count, and v counts half in the log scale
             columns = [-1, *[1] * (x.ndim - 2)]
             centred = x - x.mean(_all_but_channels(x), keepdim=True)
             dx = (dx - (each * dbias).view(columns) + slope.view(columns) * centred).to(dx.dtype)
@@ -82,7 +88,11 @@ class BatchNorm(Flow):
         computes there again starts from buffers that have moved by then, and gave the share of the next batch (torch 2.14)."""
         values = torch.cat([self.mean, self.var, share.view(1)])
         zeros = torch.zeros_like(values)
-        return ops.actnorm(values.view(1, -1), zeros, zeros)[0].view(-1).split([self.num_features, self.num_features, 1])
+        return (
+            ops.actnorm(values.view(1, -1), zeros, zeros)[0]
+            .view(-1)
+            .split([self.num_features, self.num_features, 1])
+        )
 
     def _terms(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         return -0.5 * torch.log(var + self.eps), -mean

@@ -62,8 +62,14 @@ class InvertibleConv1x1(Flow):
     ) -> tuple[Tensor, Tensor, Gradients]:
         with torch.enable_grad():
             weight, weight_inverse, log_det = self.weights()
-        x, dx, dweight, _ = ops.conv1x1_inverse_backward(z, weight.detach(), weight_inverse.detach(), None, dz)
-        return x, dx, vjp((weight, log_det), (dweight, (positions(z) * dlog_det.sum()).to(log_det.dtype)), wanted)
+        x, dx, dweight, _ = ops.conv1x1_inverse_backward(
+            z, weight.detach(), weight_inverse.detach(), None, dz
+        )
+        return (
+            x,
+            dx,
+            vjp((weight, log_det), (dweight, (positions(z) * dlog_det.sum()).to(log_det.dtype)), wanted),
+        )
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, lu={self.lu}"

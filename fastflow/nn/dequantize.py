@@ -28,7 +28,9 @@ class Dequantize(Flow):
         if not 1 <= n_bits <= 8:
             raise check.error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
         self.n_bits = n_bits
-        self.register_buffer("like", torch.empty(0), persistent=False)  # carries the dtype and device of the outputs
+        self.register_buffer(
+            "like", torch.empty(0), persistent=False
+        )  # carries the dtype and device of the outputs
 
     def forward(
         self,

@@ -30,21 +30,36 @@ class FlowReport:
     gradient_tolerance: float = 1e-5
 
     def failures(self) -> list[str]:
-        errors = {"inverse": self.inverse_error, "log_det of the inverse": self.log_det_sum, "log_det": self.log_det_error}
+        errors = {
+            "inverse": self.inverse_error,
+            "log_det of the inverse": self.log_det_sum,
+            "log_det": self.log_det_error,
+        }
         failed = [name for name, e in errors.items() if e is not None and not e <= self.tolerance]
-        return failed + [f"gradient of {name}" for name, e in self.gradient_errors.items() if not e <= self.gradient_tolerance]
+        return failed + [
+            f"gradient of {name}"
+            for name, e in self.gradient_errors.items()
+            if not e <= self.gradient_tolerance
+        ]
 
     def __str__(self) -> str:
         rows = [
             ("inverse(forward(x)) - x", self.inverse_error, self.tolerance),
             ("log_det + log_det of the inverse", self.log_det_sum, self.tolerance),
             ("log_det - log|det Jacobian|", self.log_det_error, self.tolerance),
-            *((f"gradient of {name}", e, self.gradient_tolerance) for name, e in self.gradient_errors.items()),
+            *(
+                (f"gradient of {name}", e, self.gradient_tolerance)
+                for name, e in self.gradient_errors.items()
+            ),
         ]
         width = max(len(name) for name, _, _ in rows)
         lines = []
         for name, error, tolerance in rows:
-            verdict = "n/a" if error is None else f"{error:.1e}  {'ok' if error <= tolerance else f'WRONG, over {tolerance:.0e}'}"
+            verdict = (
+                "n/a"
+                if error is None
+                else f"{error:.1e}  {'ok' if error <= tolerance else f'WRONG, over {tolerance:.0e}'}"
+            )
             lines.append(f"{name:<{width}}  {verdict}")
         return "\n".join(lines)
 
@@ -64,7 +79,10 @@ class Flow(nn.Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        first = {name: next(i for i, c in enumerate(cls.__mro__) if name in vars(c)) for name in ("forward", "inverse", "inverse_backward")}
+        first = {
+            name: next(i for i, c in enumerate(cls.__mro__) if name in vars(c))
+            for name in ("forward", "inverse", "inverse_backward")
+        }
         if min(first["forward"], first["inverse"]) < first["inverse_backward"]:
             cls.inverse_backward = None
 
@@ -76,7 +94,14 @@ class Flow(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
-    def check(self, x: Tensor, context: Tensor | None = None, *, tolerance: float = 1e-8, gradient_tolerance: float = 1e-5) -> FlowReport:
+    def check(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        tolerance: float = 1e-8,
+        gradient_tolerance: float = 1e-5,
+    ) -> FlowReport:
         """Measures the inverse, the log-det against autograd's Jacobian, and the gradients against central differences, those of its own
         ``inverse_backward`` against autograd.
 
@@ -96,10 +121,14 @@ class Flow(nn.Module):
         with torch.no_grad():
             z, log_det = flow(x, context)
             if log_det.shape != (x.shape[0],):
-                raise check.error("log_det", check.shape_of(log_det), f"[{x.shape[0]}], one value for each sample")
+                raise check.error(
+                    "log_det", check.shape_of(log_det), f"[{x.shape[0]}], one value for each sample"
+                )
             back, log_det_back = flow.inverse(z, context)
         report = FlowReport(
-            inverse_error=_largest((back.double() - x.double()) / (1 + x.double().abs().max())) if x.numel() else 0.0,
+            inverse_error=_largest((back.double() - x.double()) / (1 + x.double().abs().max()))
+            if x.numel()
+            else 0.0,
             log_det_sum=_largest((log_det + log_det_back) / (1 + log_det.abs())),
             log_det_error=_jacobian_error(flow, x, context) if x.is_floating_point() else None,
             gradient_errors=_gradient_errors(flow, x, context) if x.is_floating_point() else {},
@@ -122,7 +151,9 @@ def _jacobian_error(flow: Flow, x: Tensor, context: Tensor | None) -> float:
     if columns.shape[1] != x.flatten(1).shape[1]:
         raise check.error("z", check.shape_of(z), f"as many elements a sample as x, {list(x.shape)}")
     rows = [
-        torch.autograd.grad(columns[:, d].sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True)[0].flatten(1)
+        torch.autograd.grad(
+            columns[:, d].sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True
+        )[0].flatten(1)
         for d in range(columns.shape[1])
     ]
     jacobian = torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet
@@ -147,7 +178,9 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
     variables = {"x": x} | {name: p for name, p in flow.named_parameters() if p.requires_grad}
     if context is not None and context.is_floating_point():
         variables["context"] = context
-    gradients = torch.autograd.grad(loss(), list(variables.values()), allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        loss(), list(variables.values()), allow_unused=True, materialize_grads=True
+    )
     errors = {}
     for (name, v), gradient in zip(variables.items(), gradients, strict=True):
         direction = random_like(v)
@@ -160,7 +193,9 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
         errors[name] = abs(numeric - exact) / max(1.0, abs(numeric))
     if has_its_own_rule(flow):
         with torch.no_grad():
-            back, dx, found = flow.inverse_backward(z.detach(), *weights, list(variables.values())[1:], context)
+            back, dx, found = flow.inverse_backward(
+                z.detach(), *weights, list(variables.values())[1:], context
+            )
         for (name, v), gradient in zip(variables.items(), gradients, strict=True):
             by_rule = dx if v is x else found.get(v, torch.zeros_like(v))
             errors[f"{name} by inverse_backward"] = _largest(by_rule - gradient) / (1 + _largest(gradient))

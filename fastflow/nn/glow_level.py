@@ -32,14 +32,21 @@ class GlowStep(Flow):
     """
 
     def __init__(
-        self, num_features: int, hidden: int = 512, coupling: str = "affine", conv1x1: str = "lu", scale: str = "soft_clamp"
+        self,
+        num_features: int,
+        hidden: int = 512,
+        coupling: str = "affine",
+        conv1x1: str = "lu",
+        scale: str = "soft_clamp",
     ) -> None:
         super().__init__()
         half = num_features // 2
         self.actnorm = ActNorm(num_features)
         self.conv1x1 = _mixing(num_features, conv1x1)
         if coupling == "affine":
-            self.coupling = AffineCoupling(GlowNetwork(half, num_features, hidden), scale=scale, num_features=half)
+            self.coupling = AffineCoupling(
+                GlowNetwork(half, num_features, hidden), scale=scale, num_features=half
+            )
         else:
             self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden))
 
@@ -57,12 +64,20 @@ class GlowStep(Flow):
         return ops.conv1x1(z, weight, bias), coupling_log_det - ops.positions(z) * log_det
 
     def inverse_backward(
-        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None, *linear: Tensor
+        self,
+        z: Tensor,
+        dz: Tensor,
+        dlog_det: Tensor,
+        wanted: Sequence[Tensor],
+        context: Tensor | None = None,
+        *linear: Tensor,
     ) -> tuple[Tensor, Tensor, Gradients]:
         y, dy, gradients = self.coupling.inverse_backward(z, dz, dlog_det, wanted, context)
         with torch.enable_grad():
             weight, bias, weight_inverse, _, log_det = linear or folded([self])[0]
-        x, dx, dweight, dbias = ops.conv1x1_inverse_backward(y, weight.detach(), weight_inverse.detach(), bias.detach(), dy)
+        x, dx, dweight, dbias = ops.conv1x1_inverse_backward(
+            y, weight.detach(), weight_inverse.detach(), bias.detach(), dy
+        )
         dlog_det = (ops.positions(z) * dlog_det.sum()).to(log_det.dtype)
         add(gradients, vjp((weight, bias, log_det), (dweight, dbias, dlog_det), wanted))
         return x, dx, gradients
@@ -88,7 +103,10 @@ def _correction(weight: Tensor, inverse: Tensor) -> Tensor | float:
 
     Without it a walk back through 32 steps ends up about twice as far from where the forward pass was (docs/memory.md).
     """
-    if weight.dtype != torch.float32 or weight.device.type not in ("cpu", "cuda"):  # others may have no float64
+    if weight.dtype != torch.float32 or weight.device.type not in (
+        "cpu",
+        "cuda",
+    ):  # others may have no float64
         return 0.0
     w, v = weight.double(), inverse.double()
     return (v - v @ (w @ v)).float()
@@ -105,7 +123,9 @@ class GlowLevel(Flow):
     Shape: ``[N, C, H, W]`` to ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
     """
 
-    def __init__(self, steps: list[GlowStep], reversible: bool = True, checkpoint_every: int | None = None) -> None:
+    def __init__(
+        self, steps: list[GlowStep], reversible: bool = True, checkpoint_every: int | None = None
+    ) -> None:
         super().__init__()
         check.count("checkpoint_every", checkpoint_every, optional=True)
         self.squeeze = Squeeze()
@@ -118,7 +138,9 @@ class GlowLevel(Flow):
         pending = self.training and not all(step.actnorm._initialized for step in self.steps)
         weights = None if pending else folded
         if self.reversible:
-            x, steps_log_det = reversible(self.steps, x, context, weights=weights, checkpoint_every=self.checkpoint_every)
+            x, steps_log_det = reversible(
+                self.steps, x, context, weights=weights, checkpoint_every=self.checkpoint_every
+            )
         else:
             x, steps_log_det = stored(self.steps, x, context, weights=weights)
         return x, log_det + steps_log_det

@@ -39,7 +39,9 @@ class Scale(Flow):
         with torch.enable_grad():
             log_scale = self.log_scale.view_as(self.log_scale)
         bias = torch.zeros_like(log_scale)
-        x, dx, dlog_scale, _ = ops.actnorm_inverse_backward(z, log_scale.detach(), bias.detach(), dz, dlog_det)
+        x, dx, dlog_scale, _ = ops.actnorm_inverse_backward(
+            z, log_scale.detach(), bias.detach(), dz, dlog_det
+        )
         return x, dx, vjp([log_scale], [dlog_scale], wanted)
 
     def extra_repr(self) -> str:

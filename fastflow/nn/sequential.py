@@ -53,7 +53,11 @@ class Sequential(Flow):
     def _flat(self) -> Iterator[Flow]:
         """The flows, and in place of a Sequential among them its own, so that each is recomputed alone."""
         for flow in self.flows:
-            alike = type(flow) is Sequential and flow.reversible and flow.checkpoint_every in (None, self.checkpoint_every)
+            alike = (
+                type(flow) is Sequential
+                and flow.reversible
+                and flow.checkpoint_every in (None, self.checkpoint_every)
+            )
             if alike and not has_hooks(flow) and flow._compiled_call_impl is None:
                 yield from flow._flat()
             else:

@@ -44,11 +44,18 @@ class Split(nn.Module):
             raise check.error("z", check.shape_of(z), f"{list(kept.shape)}, like the half that stays")
         return torch.cat([kept, z], dim=1)
 
-    def sample(self, kept: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self, kept: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Draws z given the half that stays, and returns x."""
         seed = random_seed(kept.device, generator)
         z = ops.gaussian_sample(
-            tuple(kept.shape), *self.terms(kept), seed=seed, temperature=temperature, dtype=kept.dtype, device=kept.device
+            tuple(kept.shape),
+            *self.terms(kept),
+            seed=seed,
+            temperature=temperature,
+            dtype=kept.dtype,
+            device=kept.device,
         )
         return self.inverse(kept, z)
 

@@ -30,7 +30,9 @@ class Squeeze(Flow):
         return ops.squeeze(x, self.order), torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.unsqueeze(z, self.order), torch.zeros(z.shape[0], dtype=acc_dtype(z.dtype), device=z.device)
+        return ops.unsqueeze(z, self.order), torch.zeros(
+            z.shape[0], dtype=acc_dtype(z.dtype), device=z.device
+        )
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None

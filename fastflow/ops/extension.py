@@ -40,9 +40,13 @@ def _load_cuda() -> None:
 
 
 def _warn(name: str, error: Exception) -> None:
-    warnings.warn(f"{name} is installed but does not load, so its ops run from PyTorch: {error}", stacklevel=3)
+    warnings.warn(
+        f"{name} is installed but does not load, so its ops run from PyTorch: {error}", stacklevel=3
+    )
 
 
 _load_cpu()
-if cpu and build["cuda"]:  # _C registers the schemas of the CUDA bodies, and knows whether a library is only left over
+if (
+    cpu and build["cuda"]
+):  # _C registers the schemas of the CUDA bodies, and knows whether a library is only left over
     _load_cuda()

@@ -54,7 +54,9 @@ class backend:
 
 def _extension(device: torch.device) -> str | None:
     """The namespace of torch.ops that holds the extension's bodies for tensors of this device; None where PyTorch is to run."""
-    if _backend == "reference" or not (extension.cpu if device.type == "cpu" else device.type == "cuda" and _has_code_for(device)):
+    if _backend == "reference" or not (
+        extension.cpu if device.type == "cpu" else device.type == "cuda" and _has_code_for(device)
+    ):
         return None
     return "fastflow_emulated" if _backend == "emulated" and device.type == "cpu" else "fastflow_C"
 
@@ -62,8 +64,14 @@ def _extension(device: torch.device) -> str | None:
 @functools.cache
 def _has_code_for(device: torch.device) -> bool:
     """Whether the CUDA extension was compiled for this GPU: for its generation, or an earlier one's PTX."""
-    oldest = min(re.findall(r"\d+\.\d+", extension.build["cuda_archs"]), key=float, default="0.0") if extension.cuda else None
-    return oldest is not None and torch.cuda.get_device_capability(device) >= tuple(map(int, oldest.split(".")))
+    oldest = (
+        min(re.findall(r"\d+\.\d+", extension.build["cuda_archs"]), key=float, default="0.0")
+        if extension.cuda
+        else None
+    )
+    return oldest is not None and torch.cuda.get_device_capability(device) >= tuple(
+        map(int, oldest.split("."))
+    )
 
 
 @functools.cache
@@ -71,7 +79,9 @@ def _compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops, namespace), name).default
 
 
-def with_compiled(name: str, reference: Callable, on: Callable[..., Tensor], applies: Callable[..., bool] = lambda *_: True) -> Callable:
+def with_compiled(
+    name: str, reference: Callable, on: Callable[..., Tensor], applies: Callable[..., bool] = lambda *_: True
+) -> Callable:
     """The body that calls the extension's op ``name`` where it is built and ``applies`` to the arguments, else ``reference``.
 
     ``on`` gives the argument whose device decides.
@@ -122,7 +132,9 @@ def raise_singular() -> None:
     """See :func:`fastflow.ops.raise_singular`."""
     if extension.cuda and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
-            if torch._C._cuda_hasPrimaryContext(device):  # a synchronisation would make one, of hundreds of MB
+            if torch._C._cuda_hasPrimaryContext(
+                device
+            ):  # a synchronisation would make one, of hundreds of MB
                 torch.cuda.synchronize(device)
         _call(torch.ops.fastflow_C.raise_singular.default)
     if extension.cpu:
@@ -146,7 +158,9 @@ def _runs_kernels(device: torch.device) -> bool:
         return device.type == "cuda" and _kernels("tiles") is not None
     if _backend == "triton":
         if _kernels("tiles") is None:
-            raise RuntimeError('backend: "triton" needs the package triton, which is not installed; "auto" and "reference" do without')
+            raise RuntimeError(
+                'backend: "triton" needs the package triton, which is not installed; "auto" and "reference" do without'
+            )
         if device.type == "cpu" and not _kernels("tiles").INTERPRETED:
             raise RuntimeError(
                 'backend: "triton" takes tensors on the CPU to Triton\'s interpreter, which wants TRITON_INTERPRET=1 in the environment '
@@ -175,7 +189,13 @@ def with_kernel(reference: Callable, family: str, on: Callable[..., Tensor] = la
     return body
 
 
-def register(name: str, signature: str, body: Callable, fake: Callable, function: type[torch.autograd.Function] | None = None) -> None:
+def register(
+    name: str,
+    signature: str,
+    body: Callable,
+    fake: Callable,
+    function: type[torch.autograd.Function] | None = None,
+) -> None:
     """Defines ``torch.ops.fastflow.NAME``: ``body`` for every device, ``fake`` for tracing, ``function`` under the Autograd key.
 
     Under the Autograd key the op itself is differentiable: opcheck holds for inputs that require grad, torch.compile sees one node.

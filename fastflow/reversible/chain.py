@@ -17,7 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Gradients = dict[Tensor, Tensor]
 Weights = Callable[[list[nn.Module]], list[tuple[Tensor, ...]]]
-NO_INVERSE = 0.05  # of the largest value: an inverse that is farther off than this gives no gradient worth having
+NO_INVERSE = (
+    0.05  # of the largest value: an inverse that is farther off than this gives no gradient worth having
+)
 
 
 def stored(
@@ -57,7 +59,9 @@ def reversible(
     steps without a rule of their own, on the CPU, where looking is free).
     """
     steps = list(steps)
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()  # torch 2.11 says both of compiling
+    exporting = (
+        torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    )  # torch 2.11 says both of compiling
     if not torch.is_grad_enabled() or x.is_meta or exporting:
         return stored(steps, x, context, weights=weights)
     run = run_chains
@@ -66,19 +70,27 @@ def reversible(
     return run(steps, x, context, weights, checkpoint_every or max(1, len(steps)))
 
 
-def run_chains(steps: list[nn.Module], x: Tensor, context: Tensor | None, weights: Weights | None, length: int) -> tuple[Tensor, Tensor]:
+def run_chains(
+    steps: list[nn.Module], x: Tensor, context: Tensor | None, weights: Weights | None, length: int
+) -> tuple[Tensor, Tensor]:
     """What :func:`reversible` does where gradients are wanted: chains of ``length`` steps, each of which keeps its output."""
     chains = [_Chain(steps[start : start + length], weights, start) for start in range(0, len(steps), length)]
     if context is not None and not isinstance(context, Tensor):
-        raise TypeError(f"context: got {type(context).__name__}, expected a tensor or None; reversible=False hands on whatever it is")
+        raise TypeError(
+            f"context: got {type(context).__name__}, expected a tensor or None; reversible=False hands on whatever it is"
+        )
     parameters = [p for chain in chains for p in chain.distinct]
-    if not any(t is not None and t.requires_grad for t in (x, context, *parameters)) or any(map(is_lazy, parameters)):
+    if not any(t is not None and t.requires_grad for t in (x, context, *parameters)) or any(
+        map(is_lazy, parameters)
+    ):
         return stored(steps, x, context, weights=weights)
     if any("_is_replica" in vars(step) for step in steps):  # nn.DataParallel's, which have no parameters
         return stored(steps, x, context, weights=weights)
     for i, step in enumerate(steps):
         if getattr(getattr(step, "inverse", None), "__isabstractmethod__", not hasattr(step, "inverse")):
-            raise ValueError(f"steps[{i}]: {type(step).__name__} has no inverse, expected a step that has; reversible=False does without")
+            raise ValueError(
+                f"steps[{i}]: {type(step).__name__} has no inverse, expected a step that has; reversible=False does without"
+            )
     log_det = _zeros(x)
     for chain in chains:
         x, part = _Reversible.apply(chain, x, context, *chain.distinct)
@@ -86,7 +98,9 @@ def run_chains(steps: list[nn.Module], x: Tensor, context: Tensor | None, weight
     return x, log_det
 
 
-def vjp(outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], wanted: Sequence[Tensor]) -> Gradients:
+def vjp(
+    outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], wanted: Sequence[Tensor]
+) -> Gradients:
     """The gradients of those of ``wanted`` that the outputs depend on."""
     pairs = [(v, g) for v, g in zip(outputs, cotangents, strict=True) if v is not None and v.requires_grad]
     if not pairs or not wanted:
@@ -102,7 +116,9 @@ def add(gradients: Gradients, more: Gradients) -> None:
 
 
 def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    return torch.zeros(
+        x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+    )
 
 
 def _given(steps: list[nn.Module], weights: Weights | None) -> list[tuple[Tensor, ...]]:
@@ -113,7 +129,9 @@ class _Reversible(torch.autograd.Function):
     """Parameters are inputs of it, so that their hooks run, and gradients of all of them come back at once."""
 
     @staticmethod
-    def forward(ctx, chain: "_Chain", x: Tensor, context: Tensor | None, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, chain: "_Chain", x: Tensor, context: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
         z, log_det = chain.forward(x.detach(), None if context is None else context.detach())
         ctx.chain = chain
         ctx.save_for_backward(z, context)
@@ -139,7 +157,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("the gradients of a reversible chain cannot be differentiated again: there are no second derivatives")
+        raise RuntimeError(
+            "the gradients of a reversible chain cannot be differentiated again: there are no second derivatives"
+        )
 
 
 class _Chain:
@@ -148,17 +168,25 @@ class _Chain:
     def __init__(self, steps: list[nn.Module], weights: Weights | None, start: int) -> None:
         self.steps, self.weights, self.start = steps, weights, start
         self.modules = [tuple(step.modules()) for step in steps]
-        self.rules = [has_its_own_rule(step, modules) for step, modules in zip(steps, self.modules, strict=True)]
+        self.rules = [
+            has_its_own_rule(step, modules) for step, modules in zip(steps, self.modules, strict=True)
+        ]
         # not step.parameters(), which takes as long as a kernel does: {id: p} is each once, as that has them
         self.parameters = [
-            tuple({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()) for modules in self.modules
+            tuple({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
+            for modules in self.modules
         ]
         self.distinct = tuple({id(p): p for each in self.parameters for p in each}.values())
-        self.places = [(m, name, p) for modules in self.modules for m in modules for name, p in m._parameters.items()]
+        self.places = [
+            (m, name, p) for modules in self.modules for m in modules for name, p in m._parameters.items()
+        ]
 
     def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         self.modes = tuple(m.training for each in self.modules for m in each)
-        self.autocast = {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in {"cpu", x.device.type}}
+        self.autocast = {
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in {"cpu", x.device.type}
+        }
         self.generators = _generators(x.device, self.steps)
         self.replays: list[_Replay] = []
         log_det = _zeros(x)
@@ -169,10 +197,18 @@ class _Chain:
                 versions = _versions(self.parameters[i]) if buffers else None
                 x, step_log_det = step(x, context, *given)
                 if not isinstance(step_log_det, Tensor) or step_log_det.shape != log_det.shape:
-                    got = list(step_log_det.shape) if isinstance(step_log_det, Tensor) else type(step_log_det).__name__
+                    got = (
+                        list(step_log_det.shape)
+                        if isinstance(step_log_det, Tensor)
+                        else type(step_log_det).__name__
+                    )
                     expected = f"{list(log_det.shape)}, one value for each sample"
-                    raise ValueError(f"log_det of steps[{self.start + i}] ({type(step).__name__}): got {got}, expected {expected}")
-                if buffers and _versions(self.parameters[i]) != versions:  # it has initialised itself, which is not to be done again
+                    raise ValueError(
+                        f"log_det of steps[{self.start + i}] ({type(step).__name__}): got {got}, expected {expected}"
+                    )
+                if (
+                    buffers and _versions(self.parameters[i]) != versions
+                ):  # it has initialised itself, which is not to be done again
                     buffers = _buffers(self.modules[i], self.rules[i])
                 before, states = states, [get() for get, _ in self.generators]
                 self.replays.append(_Replay(before, states, buffers))
@@ -180,11 +216,19 @@ class _Chain:
                     _draw.add(step)
                 log_det = log_det + step_log_det
         moved = {(id(m), name) for replay in self.replays for m, name, *_ in replay.buffers}
-        still = [b for each in self.modules for m in each for name, b in m._buffers.items() if b is not None and (id(m), name) not in moved]
+        still = [
+            b
+            for each in self.modules
+            for m in each
+            for name, b in m._buffers.items()
+            if b is not None and (id(m), name) not in moved
+        ]
         self.watched = (*self.distinct, *{id(b): b for b in still if not b.is_inference()}.values())
         self.versions = _versions(self.watched)
         if any(m._parameters.get(name) is not p for m, name, p in self.places):
-            raise RuntimeError("parameters of a reversible chain were exchanged for others while it ran; reversible=False allows it")
+            raise RuntimeError(
+                "parameters of a reversible chain were exchanged for others while it ran; reversible=False allows it"
+            )
         return x, log_det
 
     def backward(self, z, context, dz, dlog_det, need_dx) -> tuple[Tensor | None, Tensor | None, Gradients]:
@@ -206,17 +250,28 @@ class _Chain:
                 add(gradients, found)
             if self.weights is not None:
                 pairs = [
-                    (v, gradients.pop(leaf, None)) for vs, ls in zip(given, leaves, strict=True) for v, leaf in zip(vs, ls, strict=True)
+                    (v, gradients.pop(leaf, None))
+                    for vs, ls in zip(given, leaves, strict=True)
+                    for v, leaf in zip(vs, ls, strict=True)
                 ]
                 pairs = [(v, g) for v, g in pairs if g is not None]
-                add(gradients, vjp([v for v, _ in pairs], [g for _, g in pairs], [p for p in self.distinct if p.requires_grad]))
+                add(
+                    gradients,
+                    vjp(
+                        [v for v, _ in pairs],
+                        [g for _, g in pairs],
+                        [p for p in self.distinct if p.requires_grad],
+                    ),
+                )
         return dz if need_dx else None, None if context is None else gradients.pop(context, None), gradients
 
     def _first(self, context: Tensor | None) -> int:
         """The first step in which something wants a gradient."""
         if self.weights is not None or (context is not None and context.requires_grad):
             return 0
-        wanting = (i for i, parameters in enumerate(self.parameters) if any(p.requires_grad for p in parameters))
+        wanting = (
+            i for i, parameters in enumerate(self.parameters) if any(p.requires_grad for p in parameters)
+        )
         return next(wanting, len(self.steps))
 
     def _general_rule(self, i: int) -> Callable[..., tuple[Tensor, Tensor, Gradients]]:
@@ -229,7 +284,9 @@ class _Chain:
             x.requires_grad_(x.is_floating_point() or x.is_complex())
             self.replays[i].restore(self.generators)
             with torch.enable_grad():
-                z_again, log_det = step(x.view_as(x), *args)  # a view, since hooks on what comes in want no leaf
+                z_again, log_det = step(
+                    x.view_as(x), *args
+                )  # a view, since hooks on what comes in want no leaf
             self._assert_inverse(i, z_again.detach(), z)
             found = vjp((z_again, log_det), (dz, dlog_det), [x, *wanted] if x.requires_grad else wanted)
             dx = found.pop(x, None)
@@ -250,7 +307,11 @@ class _Chain:
     def _assert_unchanged(self) -> None:
         for v, *versions in zip(self.watched, *self.versions, *_versions(self.watched), strict=True):
             if versions[:2] != versions[2:]:
-                named = ((i, n, p) for i, step in enumerate(self.steps) for n, p in (*step.named_parameters(), *step.named_buffers()))
+                named = (
+                    (i, n, p)
+                    for i, step in enumerate(self.steps)
+                    for n, p in (*step.named_parameters(), *step.named_buffers())
+                )
                 name = next((f"steps[{self.start + i}].{n}" for i, n, p in named if p is v), "a parameter")
                 raise RuntimeError(
                     f"{name} of a reversible chain changed between forward and backward, which recomputes activations from it: call "
@@ -263,9 +324,17 @@ class _Chain:
         draws = any(replay.states for replay in self.replays)
         states = [get() for get, _ in self.generators] if draws else []
         modules = [m for each in self.modules for m in each]
-        modes = [(m, m.training) for m, training in zip(modules, self.modes, strict=True) if m.training is not training]
+        modes = [
+            (m, m.training)
+            for m, training in zip(modules, self.modes, strict=True)
+            if m.training is not training
+        ]
         moved = {(m, name): m._buffers[name] for replay in self.replays for m, name, *_ in replay.buffers}
-        exchanged = [(m, name, m._parameters.get(name), p) for m, name, p in self.places if m._parameters.get(name) is not p]
+        exchanged = [
+            (m, name, m._parameters.get(name), p)
+            for m, name, p in self.places
+            if m._parameters.get(name) is not p
+        ]
         hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in self.distinct if p._backward_hooks]
         with self._uncached():
             try:
@@ -295,7 +364,9 @@ class _Chain:
         with ExitStack() as stack:
             for device, (enabled, dtype) in self.autocast.items():
                 if enabled or torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+                    stack.enter_context(
+                        torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+                    )
             cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
             try:
                 yield
@@ -306,12 +377,21 @@ class _Chain:
 class _Replay:
     """What one step changed in the forward pass, as it was before: states of generators, buffers."""
 
-    def __init__(self, states: list[Tensor], now: list[Tensor], buffers: list[tuple[nn.Module, str, Tensor | None]]) -> None:
+    def __init__(
+        self, states: list[Tensor], now: list[Tensor], buffers: list[tuple[nn.Module, str, Tensor | None]]
+    ) -> None:
         self.states = [] if all(map(torch.equal, states, now)) else states
-        moved = ((m, name, b, m._buffers[name]) for m, name, b in buffers if not _unmoved(b, m._buffers[name]))
+        moved = (
+            (m, name, b, m._buffers[name]) for m, name, b in buffers if not _unmoved(b, m._buffers[name])
+        )
         # a flag that was set stays so: what it says is done once
         self.buffers = [
-            (m, name, after.clone() if _is_flag(after) else before, after.clone() if _is_flow(m) and after is not None else None)
+            (
+                m,
+                name,
+                after.clone() if _is_flag(after) else before,
+                after.clone() if _is_flow(m) and after is not None else None,
+            )
             for m, name, before, after in moved
         ]
 
@@ -352,12 +432,16 @@ def _buffers(modules: Sequence[nn.Module], by_rule: bool) -> list[tuple[nn.Modul
 _draw: WeakSet[nn.Module] = WeakSet()  # steps that have been seen to draw random numbers
 
 
-def _generators(device: torch.device, steps: Sequence[nn.Module]) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+def _generators(
+    device: torch.device, steps: Sequence[nn.Module]
+) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
     """What reads and what sets the state of the generators that steps on this device draw from."""
     generators = [(torch.get_rng_state, torch.set_rng_state)]
     if device.type == "cpu":
         return generators
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # a graph keeps its generator's state to itself
+    if (
+        device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    ):  # a graph keeps its generator's state to itself
         for step in steps:
             if step in _draw:
                 raise RuntimeError(
@@ -367,14 +451,18 @@ def _generators(device: torch.device, steps: Sequence[nn.Module]) -> list[tuple[
         return generators
     of_device = torch.get_device_module(device)
     where = () if device.type == "mps" else (device,)
-    return [*generators, (lambda: of_device.get_rng_state(*where), lambda state: of_device.set_rng_state(state, *where))]
+    return [
+        *generators,
+        (lambda: of_device.get_rng_state(*where), lambda state: of_device.set_rng_state(state, *where)),
+    ]
 
 
 def has_its_own_rule(step: nn.Module, modules: Sequence[nn.Module] | None = None) -> bool:
     """Whether ``inverse_backward`` holds: not where a flow within has none, nor where one has hooks, which the rule would pass by."""
     flows = [m for m in modules or step.modules() if _is_flow(m)]
     return step in flows and all(
-        m.inverse_backward is not None and not has_hooks(m) and not vars(m).keys() & {"forward", "inverse"} for m in flows
+        m.inverse_backward is not None and not has_hooks(m) and not vars(m).keys() & {"forward", "inverse"}
+        for m in flows
     )
 
 

@@ -5,5 +5,6 @@ import torch
 from fastflow.reversible import chain
 
 run_chains = torch.compiler.disable(
-    chain.run_chains, reason="the backward pass of a reversible chain is a program of its own; reversible=False can be traced"
+    chain.run_chains,
+    reason="the backward pass of a reversible chain is a program of its own; reversible=False can be traced",
 )

@@ -25,7 +25,9 @@ def build_model(config, source):
     for field in fields(Config):
         given = getattr(config, field.name)
         if field.name in others and given != field.default:
-            raise ConfigError(f"{field.name} is {given}, but {config.model} has none; it takes {', '.join(taken) or 'no such option'}")
+            raise ConfigError(
+                f"{field.name} is {given}, but {config.model} has none; it takes {', '.join(taken) or 'no such option'}"
+            )
     if config.class_conditional and source.classes is None:
         raise ConfigError(f"class_conditional: {source.name} has no labels")
     try:

@@ -30,8 +30,18 @@ def main(argv=None):
         return _run(argv)
     except ModuleNotFoundError as error:
         return _missing(error)
-    except (CheckpointError, ConfigError, DataError, DeviceError, LostRankError, NonFiniteError, SingularError) as error:
-        line = str(error).strip().splitlines()[-1]  # from a worker process the message is a traceback's last line
+    except (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DeviceError,
+        LostRankError,
+        NonFiniteError,
+        SingularError,
+    ) as error:
+        line = (
+            str(error).strip().splitlines()[-1]
+        )  # from a worker process the message is a traceback's last line
         return _fail(line.removeprefix("fastflow.trainer.data.DataError: "))
     except OSError as error:
         if error.filename is None or error.strerror is None:
@@ -188,8 +198,15 @@ def _evaluate(options):
         bf16=options.bf16,
         each=True,
     )
-    result = {"model": type(model).__name__, "test_images": len(images), "importance_samples": options.samples}
-    result |= {"test_bits_per_dim": bounds[-1].mean().item(), "test_bits_per_dim_1_sample": bounds[0].mean().item()}
+    result = {
+        "model": type(model).__name__,
+        "test_images": len(images),
+        "importance_samples": options.samples,
+    }
+    result |= {
+        "test_bits_per_dim": bounds[-1].mean().item(),
+        "test_bits_per_dim_1_sample": bounds[0].mean().item(),
+    }
     result["codecs_bits_per_dim"] = picture.codec_bits_per_dim(images[:1000]) if model.n_bits == 8 else {}
     print(report(result))
 
@@ -247,7 +264,9 @@ def _interpolate(options):
     context = None if model.classes is None else source.test_labels[: options.pairs].to(options.device)
     rows = explore.interpolate(model, x0, x1, options.steps, context, options.method, options.seed).cpu()
     picture.save_grid(options.out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
-    print(f"{options.out}: {options.pairs} pairs of {source.name}, {options.method} in {len(model.latent_shapes())} latents")
+    print(
+        f"{options.out}: {options.pairs} pairs of {source.name}, {options.method} in {len(model.latent_shapes())} latents"
+    )
 
 
 def _source(options, model, training, path):
@@ -274,7 +293,9 @@ def _images_only(model, path):
     from fastflow.trainer.config import ConfigError
 
     if len(model.shape) != 3:
-        raise ConfigError(f"{path}: holds a {type(model).__name__} of vectors {list(model.shape)}, expected a model of images")
+        raise ConfigError(
+            f"{path}: holds a {type(model).__name__} of vectors {list(model.shape)}, expected a model of images"
+        )
 
 
 def _file(path):

@@ -3,7 +3,9 @@
 import math
 from dataclasses import asdict, dataclass
 
-_MAY_CHANGE = set("resume out steps minutes lr clip save_every device workers data_dir accumulate bf16 compile cuda_graph timeout".split())
+_MAY_CHANGE = set(
+    "resume out steps minutes lr clip save_every device workers data_dir accumulate bf16 compile cuda_graph timeout".split()
+)
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,12 @@ def check_changes(training, config):
     for name in given:
         if name not in _MAY_CHANGE and kept.get(name, given[name]) != given[name]:
             allowed = ", ".join(sorted(_MAY_CHANGE - {"resume", "out"}))
-            raise ConfigError(f"{name} is {given[name]}, the run has {kept[name]}; a resumed run may change {allowed}")
+            raise ConfigError(
+                f"{name} is {given[name]}, the run has {kept[name]}; a resumed run may change {allowed}"
+            )
     if config.out is not None:
-        raise ConfigError(f"out is {config.out}, but a resumed run goes on in its own folder, {config.resume}")
+        raise ConfigError(
+            f"out is {config.out}, but a resumed run goes on in its own folder, {config.resume}"
+        )
     if config.steps < training["step"]:
         raise ConfigError(f"steps is {config.steps}, the run is at step {training['step']} already")

@@ -81,7 +81,9 @@ class Photos:
         tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3, size, size)
         self.test = torch.from_numpy(tiles.copy())
         self.image_shape = (3, size, size)
-        self.length = 2 * (427 // size) * (512 // size)  # an epoch: as many crops as tiles would cover the columns
+        self.length = (
+            2 * (427 // size) * (512 // size)
+        )  # an epoch: as many crops as tiles would cover the columns
         self._windows = np.lib.stride_tricks.sliding_window_view(photos[..., :512], (size, size), axis=(2, 3))
 
     def draw(self, indices, uniform):
@@ -136,13 +138,18 @@ class Folder:
             roots = (path / "train", held_out)
         else:
             files = _images_in(path)
-            keys = [int.from_bytes(hashlib.sha256(f.relative_to(path).as_posix().encode()).digest()[:8]) for f in files]
+            keys = [
+                int.from_bytes(hashlib.sha256(f.relative_to(path).as_posix().encode()).digest()[:8])
+                for f in files
+            ]
             chosen = {i for i, key in enumerate(keys) if key % 10 == 0} or {int(np.argmin(keys))}
             train = [f for i, f in enumerate(files) if i not in chosen]
             test = [f for i, f in enumerate(files) if i in chosen]
             roots = (path, path)
             if not train:
-                raise DataError(f"{path}: has {len(files)} image, expected at least 2, one of them to test on")
+                raise DataError(
+                    f"{path}: has {len(files)} image, expected at least 2, one of them to test on"
+                )
         names = [f.relative_to(roots[0]).parts for f in train]
         self.classes, self._labels, self.test_labels = None, None, None
         if all(len(parts) > 1 for parts in names):
@@ -189,9 +196,13 @@ def _cifar10(data_dir):
 
 
 def _mnist(data_dir, size):
-    train, test = _torchvision("MNIST", data_dir, "MNIST/raw/train-images-idx3-ubyte.gz and the other three files")
+    train, test = _torchvision(
+        "MNIST", data_dir, "MNIST/raw/train-images-idx3-ubyte.gz and the other three files"
+    )
     edge = (size - 28) // 2
-    images = [np.pad(d.data.numpy()[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge))) for d in (train, test)]
+    images = [
+        np.pad(d.data.numpy()[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge))) for d in (train, test)
+    ]
     return Images("mnist", *images, train.targets.numpy(), test.targets.numpy())
 
 
@@ -209,7 +220,9 @@ def _torchvision(name, data_dir, expected):
         return kind(data_dir, train=True, download=True), kind(data_dir, train=False, download=True)
     except (OSError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{name.lower()}: not found and not downloaded ({reason}); expected {Path(data_dir) / expected}") from error
+        raise DataError(
+            f"{name.lower()}: not found and not downloaded ({reason}); expected {Path(data_dir) / expected}"
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -221,12 +234,16 @@ def _npz(path, image_size):
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:  # zipfile's, zlib's, numpy's
-        raise DataError(f"{path}: cannot be read as .npz ({str(error).strip().splitlines()[0][:120]})") from error
+        raise DataError(
+            f"{path}: cannot be read as .npz ({str(error).strip().splitlines()[0][:120]})"
+        ) from error
     if len(arrays) == 1:
         arrays = {"x": next(iter(arrays.values()))}
     x, y = (arrays.get(key, arrays.get(f"{key}_train")) for key in "xy")
     if x is None:
-        raise DataError(f"{path}: has arrays {', '.join(arrays)}; expected x (images), and y, x_test, y_test at will")
+        raise DataError(
+            f"{path}: has arrays {', '.join(arrays)}; expected x (images), and y, x_test, y_test at will"
+        )
     x, y = _as_images(path, "x", x), _as_labels(path, "y", y, len(x))
     if "x_test" in arrays:
         x_test = _as_images(path, "x_test", arrays["x_test"])
@@ -254,7 +271,9 @@ def _as_images(path, key, x):
     elif x.ndim == 4 and x.shape[3] in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     elif x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise DataError(f"{path}: {key} is {x.shape}, expected [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3")
+        raise DataError(
+            f"{path}: {key} is {x.shape}, expected [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
+        )
     if len(x) == 0:
         raise DataError(f"{path}: {key} is empty")
     return x
@@ -283,7 +302,9 @@ class Batches(Dataset):
         self._epoch, self._order = None, None
 
     def __getitem__(self, step):
-        uniform = np.random.default_rng(derive(self.seed, Stream.BATCH, step)).random((self.size, 4))[self.part]
+        uniform = np.random.default_rng(derive(self.seed, Stream.BATCH, step)).random((self.size, 4))[
+            self.part
+        ]
         x, labels = self.source.draw(self._indices(step)[self.part], uniform[:, :3])
         if self.flip:
             mirrored = torch.from_numpy(uniform[:, 3] < 0.5).to(x.device)

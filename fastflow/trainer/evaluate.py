@@ -13,7 +13,9 @@ from fastflow.trainer.step import autocast
 
 
 @torch.no_grad()
-def evaluate(model, images, labels=None, *, samples=1, seed=0, batch_size=250, bf16=False, each=False, ranks=None) -> Tensor:
+def evaluate(
+    model, images, labels=None, *, samples=1, seed=0, batch_size=250, bf16=False, each=False, ranks=None
+) -> Tensor:
     r"""Bits/dim of each image, :math:`-\log_2 \frac{1}{K} \sum_k p_k(x) / D` over K draws of the dequantization noise.
 
     More samples tighten the bound (arXiv:1509.00519, equation 8).  The noise depends on (seed, k, image) alone.
@@ -33,13 +35,17 @@ def evaluate(model, images, labels=None, *, samples=1, seed=0, batch_size=250, b
             part = slice(start, start + batch_size)
             context = None if labels is None else labels[part].to(device)
             with autocast(device, bf16):
-                nats = model.log_prob(images[part].to(device), context, seed=derive(seed, Stream.TEST_NOISE, k), offset=start)
+                nats = model.log_prob(
+                    images[part].to(device), context, seed=derive(seed, Stream.TEST_NOISE, k), offset=start
+                )
             log_prob[k, part] = nats.double().cpu()
     with ranks.losing():
         ranks.add(log_prob, patiently=True)  # exact: all but one are zero
     model.train(was_training)
     dimensions = images[0].numel() * math.log(2)
-    bounds = torch.logcumsumexp(log_prob, 0) - torch.arange(1, samples + 1, dtype=torch.float64).log()[:, None]
+    bounds = (
+        torch.logcumsumexp(log_prob, 0) - torch.arange(1, samples + 1, dtype=torch.float64).log()[:, None]
+    )
     return -(bounds if each else bounds[-1]) / dimensions
 
 
@@ -70,10 +76,17 @@ def pictures(run, config, model, metrics, board, step, codecs=None):
 
 def report(result):
     """The closing table, from what result.json holds."""
-    bits, one, k = result["test_bits_per_dim"], result["test_bits_per_dim_1_sample"], result["importance_samples"]
+    bits, one, k = (
+        result["test_bits_per_dim"],
+        result["test_bits_per_dim_1_sample"],
+        result["importance_samples"],
+    )
     samples = f"{k} importance samples, {one:.3f} with one" if k > 1 else "one sample of the noise"
     width = max(5, len(result["model"]))
-    lines = [f"bits/dim on {result['test_images']} test images", f"  {result['model']:{width}s} {bits:.3f}  ({samples})"]
+    lines = [
+        f"bits/dim on {result['test_images']} test images",
+        f"  {result['model']:{width}s} {bits:.3f}  ({samples})",
+    ]
     notes = {"PNG": "optimize=True", "WebP": "lossless, quality 100, method 6"}
     for name, value in result["codecs_bits_per_dim"].items():
         first = ", the first 1000 images" if result["test_images"] > 1000 else ""

@@ -57,7 +57,9 @@ def save_curve(path, rows, baselines=None):
         axes.plot(*zip(*test, strict=True), "o-", color="tab:orange", markersize=3, label="test")
     for (name, bits), style in zip((baselines or {}).items(), ("--", ":", "-."), strict=False):
         axes.axhline(bits, color="gray", linestyle=style, linewidth=1, label=f"{name} {bits:.2f}")
-    shown = np.concatenate([train[len(train) // 20 :], [bits for _, bits in test], list((baselines or {}).values())])
+    shown = np.concatenate(
+        [train[len(train) // 20 :], [bits for _, bits in test], list((baselines or {}).values())]
+    )
     if len(shown):
         low, high = shown.min(), np.quantile(shown, 0.98)
         axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
@@ -78,7 +80,9 @@ def save_rows(path, rows, n_bits=8):
     columns = max(len(images) for images in rows.values())
     figure = Figure(figsize=(0.6 * columns, 0.6 * columns * height / width * len(rows)))
     figure.subplots_adjust(0, 0, 1, 1, hspace=0)
-    for axes, (name, picture) in zip(figure.subplots(len(rows), squeeze=False).flat, pictures.items(), strict=True):
+    for axes, (name, picture) in zip(
+        figure.subplots(len(rows), squeeze=False).flat, pictures.items(), strict=True
+    ):
         axes.imshow(picture, interpolation="nearest")
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
         axes.set(xticks=[], yticks=[])
@@ -91,11 +95,22 @@ def save_histograms(path, panels, xlabel, bins=100, log=False):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.4 * len(panels)), layout="constrained")
-    for axes, (title, groups) in zip(figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True):
+    for axes, (title, groups) in zip(
+        figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True
+    ):
         values = [np.asarray(v).ravel() for v in groups.values()]
         edges = np.histogram_bin_edges(np.concatenate(values), bins)
         for i, (name, v) in enumerate(zip(groups, values, strict=True)):
-            axes.hist(v, edges, density=True, histtype="stepfilled", color=f"C{i}", alpha=0.5, edgecolor=f"C{i}", label=name)
+            axes.hist(
+                v,
+                edges,
+                density=True,
+                histtype="stepfilled",
+                color=f"C{i}",
+                alpha=0.5,
+                edgecolor=f"C{i}",
+                label=name,
+            )
         axes.set_title(title, fontsize=10)
         axes.set(xlabel=xlabel, ylabel="density", yscale="log" if log else "linear")
         axes.grid(alpha=0.3)
@@ -113,12 +128,16 @@ def save_scores(path, panels):
 
     names = list(next(iter(panels.values())))
     figure = Figure(figsize=(9, 0.7 + 0.36 * len(names)), layout="constrained")
-    for axes, (title, groups) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels.items(), strict=True):
+    for axes, (title, groups) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels.items(), strict=True
+    ):
         for i, scores in enumerate(map(np.asarray, groups.values())):
             height = i + np.random.default_rng(i).uniform(-0.3, 0.3, len(scores))
             axes.scatter(scores, height, s=4, linewidths=0, alpha=0.6, color=f"C{i}")
         threshold = np.quantile(np.asarray(groups[names[0]]), 0.95)
-        axes.axvline(threshold, color="gray", linestyle="--", linewidth=1, label=f"0.95 quantile of {names[0]}")
+        axes.axvline(
+            threshold, color="gray", linestyle="--", linewidth=1, label=f"0.95 quantile of {names[0]}"
+        )
         axes.set(xscale="log", yticks=range(len(names)), yticklabels=names, title=title)
         axes.title.set_fontsize(10)
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -137,11 +156,19 @@ def save_densities(path, data, densities, limits):
     (left, right), (low, high) = limits
     height = 0.4 + 3.1 * (high - low) / (right - left)
     figure = Figure(figsize=(9.6, height * len(densities)), layout="constrained")
-    for row, (name, (density, samples)) in zip(figure.subplots(len(densities), 3, squeeze=False), densities.items(), strict=True):
+    for row, (name, (density, samples)) in zip(
+        figure.subplots(len(densities), 3, squeeze=False), densities.items(), strict=True
+    ):
         for axes, title, points in ((row[0], "data", data), (row[2], f"samples, {name}", samples)):
             axes.scatter(*np.asarray(points).T, s=1, linewidths=0, color="tab:blue", rasterized=True)
             axes.set_title(title, fontsize=10)
-        row[1].imshow(np.asarray(density), extent=(left, right, low, high), origin="lower", cmap="magma", interpolation="bilinear")
+        row[1].imshow(
+            np.asarray(density),
+            extent=(left, right, low, high),
+            origin="lower",
+            cmap="magma",
+            interpolation="bilinear",
+        )
         row[1].set_title(f"density, {name}", fontsize=10)
         for axes in row:
             axes.set(xlim=(left, right), ylim=(low, high), aspect="equal")
@@ -170,7 +197,9 @@ def codec_bits_per_dim(images):
         settings["WebP"] = {"format": "WEBP", "lossless": True, "quality": 100, "method": 6}
     sizes = dict.fromkeys(settings, 0)
     for image in images:
-        picture = Image.fromarray(image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+        picture = Image.fromarray(
+            image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+        )
         for name, setting in settings.items():
             file = io.BytesIO()
             picture.save(file, **setting)

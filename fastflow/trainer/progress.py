@@ -19,12 +19,16 @@ class Metrics:
         self.path = path
         kept = [_COLUMNS]
         if step and path.exists():
-            for line in path.read_bytes().decode(errors="replace").split("\n")[1:-1]:  # a row without its end is cut
+            for line in (
+                path.read_bytes().decode(errors="replace").split("\n")[1:-1]
+            ):  # a row without its end is cut
                 if line.split(",")[0] != str(len(kept)) or len(kept) > step:
                     break
                 kept.append(line)
         if len(kept) <= step:
-            raise CheckpointError(f"{path}: has {len(kept) - 1} rows in order, the checkpoint is at step {step}")
+            raise CheckpointError(
+                f"{path}: has {len(kept) - 1} rows in order, the checkpoint is at step {step}"
+            )
         with checkpoint.replacing(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
         self._file = open(path, "ab", buffering=0)  # a row is one write, so that none is seen half
@@ -60,7 +64,9 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            size = shutil.get_terminal_size()  # 80 by 24 where the terminal does not say: tqdm would show nothing
+            size = (
+                shutil.get_terminal_size()
+            )  # 80 by 24 where the terminal does not say: tqdm would show nothing
             bar_format = "step {n_fmt}/{total_fmt} |{bar}| {desc}, {remaining} left"
             shape = {"ncols": size.columns, "nrows": size.lines, "bar_format": bar_format}
             self._bar = tqdm(total=total, initial=step, desc="starting", **shape)

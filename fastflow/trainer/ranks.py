@@ -89,8 +89,12 @@ def _losing() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if _is_of_a_collective(error):
-            reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().split("\n")[0]).split(". ")[0][:160]  # less its place in gloo
-            raise LostRankError(f"another rank has died or does not answer; its own error says why ({reason})") from None
+            reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().split("\n")[0]).split(". ")[0][
+                :160
+            ]  # less its place in gloo
+            raise LostRankError(
+                f"another rank has died or does not answer; its own error says why ({reason})"
+            ) from None
         raise
 
 
@@ -98,7 +102,9 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistError):
         return True
     said = str(error).lower()
-    return any(word in said for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer"))
+    return any(
+        word in said for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+    )
 
 
 @contextmanager
@@ -125,12 +131,18 @@ def join(device: str = "cpu", timeout: float = 60.0) -> Iterator[tuple[Ranks, to
         if chosen.index is None:
             chosen = torch.device("cuda", local)
         if chosen.index >= torch.cuda.device_count():
-            raise DeviceError(f"rank {local} of this machine has no GPU, of which it sees {torch.cuda.device_count()}: start fewer ranks")
+            raise DeviceError(
+                f"rank {local} of this machine has no GPU, of which it sees {torch.cuda.device_count()}: start fewer ranks"
+            )
         torch.cuda.set_device(chosen)
     with _losing():
         if mine:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
-        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local, dist.new_group(backend="gloo", timeout=PATIENCE))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
+            )
+        ranks = Ranks(
+            dist.get_rank(), dist.get_world_size(), local, dist.new_group(backend="gloo", timeout=PATIENCE)
+        )
         ranks.wait()  # or a rank with an error might be gone before another has found it, which could then not tell its own
     yield ranks, chosen
     if mine:  # after an error the others may wait for what will not come: no farewell, the process ends

@@ -11,8 +11,14 @@ from fastflow.trainer.ranks import share
 
 WARM_UP = 3  # steps before a capture: libraries choose their kernels and take their memory
 # what a step changes of the buffers it brings together itself; torch 2.14 has given the option another name
-BROADCAST_BUFFERS = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters)
-WARM_UP_OF_RANKS = 11  # DistributedDataParallel measures the order of gradients in its first steps, and rebuilds its buckets
+BROADCAST_BUFFERS = next(
+    n
+    for n in ("forward_sync_buffers", "broadcast_buffers")
+    if n in signature(DistributedDataParallel).parameters
+)
+WARM_UP_OF_RANKS = (
+    11  # DistributedDataParallel measures the order of gradients in its first steps, and rebuilds its buckets
+)
 
 
 def autocast(device, enabled):
@@ -37,7 +43,9 @@ class Step:
         capture: capture the step in a CUDA graph after some steps of warm-up.
     """
 
-    def __init__(self, model, optimizer, ranks, *, batch_size, parts=1, clip=float("inf"), bf16=False, capture=False):
+    def __init__(
+        self, model, optimizer, ranks, *, batch_size, parts=1, clip=float("inf"), bf16=False, capture=False
+    ):
         self.model, self.optimizer, self.ranks = model, optimizer, ranks
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -45,18 +53,26 @@ class Step:
         self.first, end = share(batch_size, ranks.index, ranks.count)
         self.bounds = [share(end - self.first, i, parts) for i in range(parts)]
 
-        self.statistics = [b for b in model.running_statistics() if b.is_floating_point()] if ranks.count > 1 else []
+        self.statistics = (
+            [b for b in model.running_statistics() if b.is_floating_point()] if ranks.count > 1 else []
+        )
 
         # The buffers: what a step reads that is not the model's, and what it reports.
         shape = (end - self.first, *model.shape)
-        self.x = torch.empty(shape, dtype=torch.uint8, device=self.device).contiguous(memory_format=torch.channels_last)
-        self.labels = None if model.classes is None else torch.empty(shape[:1], dtype=torch.int64, device=self.device)
+        self.x = torch.empty(shape, dtype=torch.uint8, device=self.device).contiguous(
+            memory_format=torch.channels_last
+        )
+        self.labels = (
+            None if model.classes is None else torch.empty(shape[:1], dtype=torch.int64, device=self.device)
+        )
         self.seed = torch.empty((), dtype=torch.int64, device=self.device)
         exact = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
         self.wishes = torch.zeros(2, dtype=exact, device=self.device)
         self.report: Tensor | None = None
         # The CPU's fused Adam takes any dtype, CUDA's a float32.
-        self.lr = torch.empty((), dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device)
+        self.lr = torch.empty(
+            (), dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device
+        )
         for group in optimizer.param_groups:
             group.update(lr=self.lr, capturable=capture)
 
@@ -66,7 +82,9 @@ class Step:
         if ranks.count > 1:
             with torch.cuda.stream(self.stream) if self.stream else nullcontext():
                 device_ids = [self.device.index] if self.device.type == "cuda" else None
-                self.forward = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **{BROADCAST_BUFFERS: False})
+                self.forward = DistributedDataParallel(
+                    model, device_ids, gradient_as_bucket_view=True, **{BROADCAST_BUFFERS: False}
+                )
 
     def __call__(self, x, labels, seed, lr, wishes=(0.0, 0.0)):
         """Takes one step; gives bits/dim and gradient norm of the whole batch, and the sums of the ranks' ``wishes``, as floats.
@@ -132,13 +150,17 @@ class Step:
         report = self.ranks.add(torch.cat([summed.to(self.wishes.dtype).view(1), self.wishes]))
         if self.statistics:  # each rank's batches moved its own: all go on from their mean
             mean = self.ranks.add(torch.cat([b.flatten() for b in self.statistics])) / self.ranks.count
-            for buffer, value in zip(self.statistics, mean.split([b.numel() for b in self.statistics]), strict=True):
+            for buffer, value in zip(
+                self.statistics, mean.split([b.numel() for b in self.statistics]), strict=True
+            ):
                 buffer.copy_(value.view_as(buffer))
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         bad = ~(report[0].isfinite() & norm.isfinite())
         # where it is bad, gradients are left as they are, to be looked at
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm.masked_fill(bad, 0))
-        self.optimizer.found_inf = bad.float()  # what torch.amp.GradScaler tells a fused optimizer: skip this update
+        self.optimizer.found_inf = (
+            bad.float()
+        )  # what torch.amp.GradScaler tells a fused optimizer: skip this update
         self.optimizer.step()
         self.report = torch.cat([report[:1] / self.batch_size, norm.to(report.dtype).view(1), report[1:]])

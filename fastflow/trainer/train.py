@@ -67,12 +67,18 @@ def _train(config, ranks, device):
         raise ConfigError(f"cuda_graph: the device is {device}, expected a CUDA device")
     if config.batch_size < ranks.count * config.accumulate:
         parts = f"(ranks times accumulate, {ranks.count} x {config.accumulate})"
-        raise ConfigError(f"batch_size is {config.batch_size}, expected at least {ranks.count * config.accumulate} {parts}")
+        raise ConfigError(
+            f"batch_size is {config.batch_size}, expected at least {ranks.count * config.accumulate} {parts}"
+        )
     bf16 = device.type == "cuda" and not config.float64 if config.bf16 is None else config.bf16
     saved = read_run(config.resume) if config.resume else None
     if saved:
         check_changes(saved["training"], config)
-    size = 28 if config.image_size is None and config.data == "mnist" and config.model.startswith("mnist-") else config.image_size
+    size = (
+        28
+        if config.image_size is None and config.data == "mnist" and config.model.startswith("mnist-")
+        else config.image_size
+    )
     source = ranks.first_then_rest(lambda: data.load(config.data, config.data_dir, size))
     if device.type == "cuda" and not config.workers and isinstance(source, data.Images):
         if source.nbytes < torch.cuda.mem_get_info(device)[0] / 8:
@@ -108,7 +114,9 @@ def _train(config, ranks, device):
     if config.compile:
         model.compile_networks()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(_groups(model, config.scale_l2), lr=config.lr, betas=tuple(config.betas), fused=True)
+    optimizer = torch.optim.Adam(
+        _groups(model, config.scale_l2), lr=config.lr, betas=tuple(config.betas), fused=True
+    )
     if saved:
         optimizer.load_state_dict(state["optimizer"])
         _set_rng(state["rng"])
@@ -126,7 +134,9 @@ def _train(config, ranks, device):
         take_step.alone()  # compiling may take one rank longer than the others would wait in a step
         ranks.wait()
     averages, weights = list(shown.parameters()), list(model.parameters())
-    statistics = list(zip(shown.running_statistics(), model.running_statistics(), strict=True)) if config.ema else []
+    statistics = (
+        list(zip(shown.running_statistics(), model.running_statistics(), strict=True)) if config.ema else []
+    )
     test = source.test >> (8 - config.n_bits)
     test_labels = source.test_labels if config.class_conditional else None
     metrics = Metrics(run / "metrics.csv", step) if ranks.first else None
@@ -139,7 +149,11 @@ def _train(config, ranks, device):
 
     def save():
         state = {"config": asdict(config), "data": identity, "step": step, "total": total, "best": best}
-        state |= {"seconds": seconds + time.monotonic() - began, "optimizer": optimizer.state_dict(), "rng": _rng()}
+        state |= {
+            "seconds": seconds + time.monotonic() - began,
+            "optimizer": optimizer.state_dict(),
+            "rng": _rng(),
+        }
         state |= {"trained": model.state_dict()} if config.ema else {}
         metrics.sync()
         checkpoint.save(run / "last.pt", shown, state)
@@ -181,10 +195,14 @@ def _train(config, ranks, device):
                         reason = diagnose(model, x, labels, seed, part[0])
                 except SingularError as error:  # which a GPU's kernels can only say now
                     reason = str(error)
-                raise ends(f"bits/dim {bits:g}, gradient norm {grad_norm:g}; {reason}", "last good checkpoint")
+                raise ends(
+                    f"bits/dim {bits:g}, gradient norm {grad_norm:g}; {reason}", "last good checkpoint"
+                )
             step += 1
             if config.ema:
-                decay = min(config.ema, (1 + step) / (10 + step))  # so that the first weights are soon forgotten
+                decay = min(
+                    config.ema, (1 + step) / (10 + step)
+                )  # so that the first weights are soon forgotten
                 get_ema_multi_avg_fn(decay)(averages, weights, None)
                 for average, value in statistics:
                     average.copy_(value)
@@ -193,14 +211,21 @@ def _train(config, ranks, device):
                 progress.update(bits, total)
             taken = step - begun_at - 1  # the first may have compiled something
             stepping += time.monotonic() - start if taken else 0.0
-            if ranks.first and limit < math.inf and taken and ((step - begun_at) % 50 == 0 or time.monotonic() - looked > 10):
+            if (
+                ranks.first
+                and limit < math.inf
+                and taken
+                and ((step - begun_at) % 50 == 0 or time.monotonic() - looked > 10)
+            ):
                 looked = time.monotonic()
                 left = limit - seconds - (looked - began)
                 fitting = step + _steps_that_fit(config, left, stepping / taken, len(test))
                 fitting = min(max(fitting, step + 1), config.steps)
                 # Estimates err, and the schedule should not follow each error; towards the end they have to hold.
                 if fitting < (0.95 * total if step < total / 2 else total) or fitting > 1.05 * total:
-                    progress.say(f"step {step}: {fitting} of {config.steps} steps fit in {limit / 60:g} minutes")
+                    progress.say(
+                        f"step {step}: {fitting} of {config.steps} steps fit in {limit / 60:g} minutes"
+                    )
                     fits = fitting
 
             last = step >= total
@@ -217,7 +242,10 @@ def _train(config, ranks, device):
                 metrics.write(step, step * config.batch_size // source.length, lr, bits, grad_norm, test_bits)
                 if board:
                     values = {"train/bits_per_dim": bits, "train/grad_norm": grad_norm, "train/lr": lr}
-                    values |= {"test/bits_per_dim": test_bits, "images_per_second": progress.images_per_second}
+                    values |= {
+                        "test/bits_per_dim": test_bits,
+                        "images_per_second": progress.images_per_second,
+                    }
                     for name, value in values.items():
                         if value is not None:
                             board.add_scalar(name, value, step)
@@ -237,12 +265,19 @@ def _train(config, ranks, device):
         ranks.wait()
         again = f"python -m fastflow train --resume {run}"
         signum = stop[0] if stop else signal.SIGTERM
-        raise Interrupted(f"stopped at step {step} of {total}, saved {run / 'last.pt'}; to go on: {again}", signum)
+        raise Interrupted(
+            f"stopped at step {step} of {total}, saved {run / 'last.pt'}; to go on: {again}", signum
+        )
 
     # The end: the whole test set, the pictures, the codecs.  All of it is done again by resuming a finished run.
     bounds = bits_of_test(config.final_samples)
     if ranks.first:
-        result = {"model": type(shown).__name__, "step": step, "test_images": len(test), "importance_samples": config.final_samples}
+        result = {
+            "model": type(shown).__name__,
+            "step": step,
+            "test_images": len(test),
+            "importance_samples": config.final_samples,
+        }
         result |= {"test_bits_per_dim": bounds[-1], "test_bits_per_dim_1_sample": bounds[0]}
         codecs = picture.codec_bits_per_dim(test[:1000]) if config.n_bits == 8 else {}
         result["codecs_bits_per_dim"] = codecs
@@ -273,7 +308,9 @@ def diagnose(model, x, labels, seed, offset=0):
     def hook(name):
         def look(module, inputs, output):
             if not first and not all(t.isfinite().all() for t in _tensors(output)):
-                first.append(f"the first output that is not finite is that of {name} ({type(module).__name__})")
+                first.append(
+                    f"the first output that is not finite is that of {name} ({type(module).__name__})"
+                )
 
         return look
 
@@ -328,7 +365,9 @@ def _new_folder(config):
     if config.out is not None:
         run = Path(config.out)
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise ConfigError(f"out: {run} exists; --resume {run} goes on with a run, another --out starts one")
+            raise ConfigError(
+                f"out: {run} exists; --resume {run} goes on with a run, another --out starts one"
+            )
         run.mkdir(parents=True, exist_ok=True)
         return run
     n = 1

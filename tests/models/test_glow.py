@@ -68,7 +68,10 @@ def test_log_prob_is_the_jacobian_s(case):
             kept = kept.chunk(2, dim=1)[0]
             terms = model.splits[i].net(kept).chunk(2, dim=1)
         elif context is not None:
-            terms = (v[context][:, :, None, None].expand_as(kept) for v in (model.prior.mean, model.prior.log_scale))
+            terms = (
+                v[context][:, :, None, None].expand_as(kept)
+                for v in (model.prior.mean, model.prior.log_scale)
+            )
         mean, log_scale = (torch.as_tensor(v, dtype=y.dtype).expand_as(kept).flatten(1) for v in terms)
         part = z[:, at : at + mean.shape[1]]
         at += mean.shape[1]
@@ -113,7 +116,12 @@ def test_sample(case):
         return model.sample(4, temperature, labels(model, 4), torch.Generator().manual_seed(seed))
 
     x = draw(1)
-    assert x.shape == (4, 3, 4, 4) and x.dtype == torch.uint8 and int(x.max()) < 2**model.n_bits and not x.requires_grad
+    assert (
+        x.shape == (4, 3, 4, 4)
+        and x.dtype == torch.uint8
+        and int(x.max()) < 2**model.n_bits
+        and not x.requires_grad
+    )
     assert torch.equal(draw(1), x) and not torch.equal(draw(2), x)
     assert torch.equal(draw(1, temperature=0.0), draw(2, temperature=0.0))
     torch.manual_seed(3)
@@ -139,10 +147,13 @@ def test_classes_change_density_and_samples():
     by_class = [model.log_prob(x, zeros + k, seed=1) for k in range(3)]
     assert all((by_class[i] != by_class[j]).all() for i, j in ((0, 1), (1, 2)))
     torch.testing.assert_close(
-        model.log_prob(x, torch.tensor([2, 0, 1]), seed=1), torch.stack([by_class[2][0], by_class[0][1], by_class[1][2]])
+        model.log_prob(x, torch.tensor([2, 0, 1]), seed=1),
+        torch.stack([by_class[2][0], by_class[0][1], by_class[1][2]]),
     )
     generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-    assert not torch.equal(*(model.sample(3, context=zeros + k, generator=g) for k, g in zip((0, 2), generators, strict=True)))
+    assert not torch.equal(
+        *(model.sample(3, context=zeros + k, generator=g) for k, g in zip((0, 2), generators, strict=True))
+    )
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -184,7 +195,11 @@ def test_first_batch_initialises_every_actnorm(conv1x1):
         torch.testing.assert_close(by_forward(x, seed=1), by_call(x, seed=1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), None], ids=["deepcopy", "pickle", "state_dict"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), None],
+    ids=["deepcopy", "pickle", "state_dict"],
+)
 def test_copies_are_the_same_model(copied):
     model = trained(classes=3)
     if copied:
@@ -216,7 +231,9 @@ def test_same_bits_twice():
 def test_channels_last_changes_nothing():
     model = trained()
     x = images(model)
-    torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last), seed=1), model(x, seed=1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        model(x.contiguous(memory_format=torch.channels_last), seed=1), model(x, seed=1), rtol=1e-5, atol=0
+    )
 
 
 def test_an_untrained_model_s_bits_are_those_of_its_dequantization():
@@ -236,7 +253,11 @@ def by_hand(y, n_bits):
 
 
 def one_layer(flow, image_shape, n_bits=8):
-    return Model(image_shape, Dequantize(n_bits), [flow], [], GaussianPrior(image_shape), None, {}).double().eval()
+    return (
+        Model(image_shape, Dequantize(n_bits), [flow], [], GaussianPrior(image_shape), None, {})
+        .double()
+        .eval()
+    )
 
 
 @pytest.mark.parametrize("n_bits", [8, 5, 1])

@@ -37,16 +37,26 @@ def glow(**kwargs):
 MODELS = {
     "RealNVP": realnvp,
     "RealNVP of one scale": lambda **kw: realnvp(image_shape=(1, 3, 5), scales=1, **kw),
-    "RealNVP of three scales, classes, 5 bits": lambda **kw: realnvp(image_shape=(1, 4, 8), scales=3, classes=3, n_bits=5, **kw),
+    "RealNVP of three scales, classes, 5 bits": lambda **kw: realnvp(
+        image_shape=(1, 4, 8), scales=3, classes=3, n_bits=5, **kw
+    ),
     "NICE": nice,
-    "NICE of images, Gaussian, 5 bits": lambda **kw: nice(features=(2, 3, 2), couplings=3, layers=1, prior="gaussian", n_bits=5, **kw),
+    "NICE of images, Gaussian, 5 bits": lambda **kw: nice(
+        features=(2, 3, 2), couplings=3, layers=1, prior="gaussian", n_bits=5, **kw
+    ),
     "VectorGlow": vector_glow,
-    "VectorGlow, mixture": lambda **kw: vector_glow(features=2, layers=1, prior="mixture", components=3, **kw),
-    "Glow, additive, reverse, learned prior": lambda **kw: glow(coupling="additive", conv1x1="reverse", learned_prior=True, **kw),
+    "VectorGlow, mixture": lambda **kw: vector_glow(
+        features=2, layers=1, prior="mixture", components=3, **kw
+    ),
+    "Glow, additive, reverse, learned prior": lambda **kw: glow(
+        coupling="additive", conv1x1="reverse", learned_prior=True, **kw
+    ),
     "Glow, shuffle, classes": lambda **kw: glow(conv1x1="shuffle", classes=3, **kw),
 }
 MNIST = {f"MNIST, {variant}": lambda variant=variant, **kw: mnist_flow(variant, **kw) for variant in VARIANTS}
-SIX_LEVELS = {"Glow of six levels": lambda **kw: glow(image_shape=(1, 64, 64), levels=6, steps=1, hidden=4, **kw)}
+SIX_LEVELS = {
+    "Glow of six levels": lambda **kw: glow(image_shape=(1, 64, 64), levels=6, steps=1, hidden=4, **kw)
+}
 
 
 def of(*groups):
@@ -89,7 +99,10 @@ def test_log_prob_is_the_jacobian_s(make):
                 out.append(z)
         return [*out, y]
 
-    kept, expected = y, log_det + jacobian_log_det(lambda y: torch.cat([z.flatten(1) for z in latents(y)], dim=1), y)
+    kept, expected = (
+        y,
+        log_det + jacobian_log_det(lambda y: torch.cat([z.flatten(1) for z in latents(y)], dim=1), y),
+    )
     *early, last = latents(y)
     for flow, split, z in zip(model.flows, model.splits, early, strict=False):
         kept = flow(kept)[0].chunk(2, dim=1)[0]
@@ -104,7 +117,11 @@ def test_decode_of_encode(make):
     """Exact for uint8, constant samples too; to rounding for vectors."""
     model = trained(make, n=4)
     discrete = model.n_bits is not None
-    samples = [data(model)] + [torch.full((3, *model.shape), v, dtype=torch.uint8) for v in (0, 2 ** (model.n_bits or 1) - 1) if discrete]
+    samples = [data(model)] + [
+        torch.full((3, *model.shape), v, dtype=torch.uint8)
+        for v in (0, 2 ** (model.n_bits or 1) - 1)
+        if discrete
+    ]
     for x in samples:
         latents = model.encode(x, labels(model))
         assert [tuple(z.shape[1:]) for z in latents] == model.latent_shapes()
@@ -123,7 +140,9 @@ def test_samples(make):
         return model.sample(n, temperature, labels(model, n), torch.Generator().manual_seed(seed))
 
     x = draw(1)
-    assert x.shape == (n, *model.shape) and x.dtype == (torch.float32 if model.n_bits is None else torch.uint8)
+    assert x.shape == (n, *model.shape) and x.dtype == (
+        torch.float32 if model.n_bits is None else torch.uint8
+    )
     assert not x.requires_grad and not x.is_inference()
     assert model.n_bits is None or int(x.max()) < 2**model.n_bits
     assert torch.equal(draw(1), x) and not torch.equal(draw(2), x)
@@ -185,7 +204,10 @@ def test_models_of_half_as_many_bits_count_a_pixel_alike():
         assert torch.equal(model.flows[0](found)[1], torch.zeros(3, dtype=F64))
         torch.testing.assert_close(found, y, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
-            model.prior.log_prob(model.flows[0](found)[0]) + log_det, log_p - 8 * torch.tensor(scale, dtype=F64).log(), rtol=1e-12, atol=0
+            model.prior.log_prob(model.flows[0](found)[0]) + log_det,
+            log_p - 8 * torch.tensor(scale, dtype=F64).log(),
+            rtol=1e-12,
+            atol=0,
         )
 
 
@@ -201,7 +223,10 @@ def test_reversible_gradients_are_the_stored_ones(make):
     for n in (6, 3):
         n = 2 if on.shape == (1, 28, 28) else n
         x, context = data(on, n), labels(on, n)
-        found, expected = (outputs_and_gradients(lambda m=m: (m(x, context, seed=1),), list(m.parameters())) for m in (on, off))  # noqa: B023
+        found, expected = (
+            outputs_and_gradients(lambda m=m, x=x, c=context: (m(x, c, seed=1),), list(m.parameters()))
+            for m in (on, off)
+        )
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
         assert sum(bool(g.abs().sum() > 0) for g in expected[1]) > 0.5 * len(expected[1])
     assert all(torch.equal(v, off.state_dict()[k]) for k, v in on.state_dict().items())
@@ -211,7 +236,11 @@ def test_reversible_gradients_are_the_stored_ones(make):
 def test_every_parameter_gets_a_gradient(make):
     model = trained(make).train()
     model(data(model, 6), labels(model, 6)).mean().backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum()]
+    without = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum()
+    ]
     assert not without
 
 
@@ -240,7 +269,9 @@ def test_two_passes_of_realnvp_before_backward():
     model = realnvp()
     loss = model(data(model, 4)).mean()
     model(data(model, 4))
-    with pytest.raises(RuntimeError, match="changed between forward and backward.*reversible=False does without"):
+    with pytest.raises(
+        RuntimeError, match="changed between forward and backward.*reversible=False does without"
+    ):
         loss.backward()
 
 
@@ -282,7 +313,10 @@ COUNT = "expected a positive integer"
         (
             realnvp,
             {
-                "scales": {0: COUNT, 4: r"4 for image_shape \(2, 4, 4\), expected a height and width that 8 divides"},
+                "scales": {
+                    0: COUNT,
+                    4: r"4 for image_shape \(2, 4, 4\), expected a height and width that 8 divides",
+                },
                 "hidden": {0: COUNT},
                 "blocks": {0: COUNT, 1.0: COUNT},
                 "n_bits": {9: "expected 1 to 8"},
@@ -295,7 +329,12 @@ COUNT = "expected a positive integer"
         (
             nice,
             {
-                "features": {7: "expected an even number of dimensions", 0: "even", (1, 3, 3): "even", (): "even"},
+                "features": {
+                    7: "expected an even number of dimensions",
+                    0: "even",
+                    (1, 3, 3): "even",
+                    (): "even",
+                },
                 "couplings": {0: COUNT},
                 "hidden": {0: COUNT},
                 "layers": {0: COUNT},
@@ -314,7 +353,10 @@ COUNT = "expected a positive integer"
                 "prior": {"logistic": "expected one of 'gaussian', 'mixture'"},
             },
         ),
-        (lambda variant: mnist_flow(variant), {"variant": {"small": "expected one of 'simple', 'vardeq', 'multiscale'"}}),
+        (
+            lambda variant: mnist_flow(variant),
+            {"variant": {"small": "expected one of 'simple', 'vardeq', 'multiscale'"}},
+        ),
     ],
     ids=["RealNVP", "NICE", "VectorGlow", "MNISTFlow"],
 )
@@ -388,7 +430,14 @@ def glow_size(levels, steps, hidden, c=3, additive=False, mixing="lu", learned=0
         matrix = {"lu": 2 * (4 * c) ** 2 + 4 * c, "plain": (4 * c) ** 2, None: 0}[mixing]
         c *= 4
         out = c // 2 if additive else c
-        network = conv(c // 2, hidden, 3, False) + 2 * hidden + conv(hidden, hidden, 1, False) + 2 * hidden + conv(hidden, out, 3) + out
+        network = (
+            conv(c // 2, hidden, 3, False)
+            + 2 * hidden
+            + conv(hidden, hidden, 1, False)
+            + 2 * hidden
+            + conv(hidden, out, 3)
+            + out
+        )
         total += steps * (2 * c + matrix + network + (0 if additive or not factor else c // 2))
         if level < levels - 1:
             total += conv(c // 2, c, 3) + c
@@ -421,9 +470,18 @@ def weight_normed(c_in, c_out, k, bias=True):
 
 
 def residual_network_size(c_in, c_out, hidden, blocks):
-    block = 2 * hidden + weight_normed(hidden, hidden, 3, False) + 2 * hidden + weight_normed(hidden, hidden, 3)
+    block = (
+        2 * hidden + weight_normed(hidden, hidden, 3, False) + 2 * hidden + weight_normed(hidden, hidden, 3)
+    )
     skips = (blocks + 1) * weight_normed(hidden, hidden, 1)
-    return 2 * c_in + weight_normed(2 * c_in, hidden, 3) + blocks * block + skips + 2 * hidden + weight_normed(hidden, c_out, 1)
+    return (
+        2 * c_in
+        + weight_normed(2 * c_in, hidden, 3)
+        + blocks * block
+        + skips
+        + 2 * hidden
+        + weight_normed(hidden, c_out, 1)
+    )
 
 
 def realnvp_size(scales, hidden, blocks, c=3):
@@ -442,7 +500,9 @@ def realnvp_size(scales, hidden, blocks, c=3):
 @pytest.mark.parametrize("size_of, scales, hidden, blocks", [(32, 2, 64, 8), (32, 4, 32, 4), (64, 5, 32, 2)])
 def test_size_of_realnvp(size_of, scales, hidden, blocks):
     with torch.device("meta"):
-        assert size(RealNVP((3, size_of, size_of), scales, hidden, blocks)) == realnvp_size(scales, hidden, blocks)
+        assert size(RealNVP((3, size_of, size_of), scales, hidden, blocks)) == realnvp_size(
+            scales, hidden, blocks
+        )
 
 
 def mlp_size(c_in, c_out, hidden, layers):
@@ -461,7 +521,9 @@ def test_size_of_vector_glow(prior):
         assert size(VectorGlow(prior=prior)) == 10 * step + (2 * (2 + 2 + 1) if prior == "mixture" else 0)
 
 
-@pytest.mark.parametrize("variant, published", [("simple", 335128), ("vardeq", 379556), ("multiscale", 1062090)])
+@pytest.mark.parametrize(
+    "variant, published", [("simple", 335128), ("vardeq", 379556), ("multiscale", 1062090)]
+)
 def test_size_of_the_tutorial_s_flows(variant, published):
     """As the tutorial prints them."""
     assert size(mnist_flow(variant)) == published

@@ -30,7 +30,9 @@ def assert_every_pixel_comes_back(model: Glow, x: torch.Tensor) -> None:
 def assert_exact(model: Glow, images: torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(1)
     assert_every_pixel_comes_back(model, images)
-    assert_every_pixel_comes_back(model, torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator))
+    assert_every_pixel_comes_back(
+        model, torch.randint(0, 256, images.shape, dtype=torch.uint8, generator=generator)
+    )
     assert_every_pixel_comes_back(model, torch.zeros_like(images[:2]))
 
 

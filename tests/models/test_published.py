@@ -43,7 +43,10 @@ def coupling_state(prefix, seen, changed, hidden, odd):
         return torch.randn(shape) * 0.3 / max(1, math.prod(shape[1:])) ** 0.5
 
     def layer(name, out, *rest):
-        return {f"{prefix}.network.nn.{name}.weight": noise(out, *rest), f"{prefix}.network.nn.{name}.bias": 0.3 * torch.randn(out)}
+        return {
+            f"{prefix}.network.nn.{name}.weight": noise(out, *rest),
+            f"{prefix}.network.nn.{name}.bias": 0.3 * torch.randn(out),
+        }
 
     state = {f"{prefix}.scaling_factor": 0.3 * torch.randn(changed), f"{prefix}.mask": mask_of(changed, odd)}
     state |= layer("0", hidden, seen, 3, 3)
@@ -82,8 +85,12 @@ def network(state, prefix, x):
     for i in (1, 3, 5):
         first, second = conv(f"{i}.net.2", both_signs(conv(f"{i}.net.0", x))).chunk(2, dim=1)
         x = x + first * second.sigmoid()
-        weight, bias = (state[f"{prefix}.{i + 1}.layer_norm.{which}"].view(1, -1, 1, 1) for which in ("weight", "bias"))
-        x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt() * weight + bias
+        weight, bias = (
+            state[f"{prefix}.{i + 1}.layer_norm.{which}"].view(1, -1, 1, 1) for which in ("weight", "bias")
+        )
+        x = (x - x.mean(1, keepdim=True)) / (
+            x.var(1, correction=0, keepdim=True) + 1e-5
+        ).sqrt() * weight + bias
     return conv("8", both_signs(x))
 
 
@@ -128,7 +135,9 @@ def log_prob(state, variant, x, noise):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_weights_under_their_published_names(tmp_path, variant):
     state, path = published(variant), tmp_path / "epoch=199 (1), best!.CKPT"
-    torch.save({"epoch": 199, "global_step": 78000, "pytorch-lightning_version": "1.0.2", "state_dict": state}, path)
+    torch.save(
+        {"epoch": 199, "global_step": 78000, "pytorch-lightning_version": "1.0.2", "state_dict": state}, path
+    )
     model = load_published(path)
     assert model.config["variant"] == variant and not model.training
     model, state = model.double(), {name: v.double() for name, v in state.items()}
@@ -136,7 +145,9 @@ def test_weights_under_their_published_names(tmp_path, variant):
     x[0], x[1] = 0, 255
     noise = torch.ops.fastflow.uniform_noise(x.shape, torch.tensor(4), 0, torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(model.log_prob(x, seed=4), log_prob(state, variant, x, noise), rtol=1e-11, atol=0)
+        torch.testing.assert_close(
+            model.log_prob(x, seed=4), log_prob(state, variant, x, noise), rtol=1e-11, atol=0
+        )
         assert torch.equal(model.decode(model.encode(x)), x)
     plain = tmp_path / "weights.pt"
     torch.save(state, plain)
@@ -152,13 +163,23 @@ def test_the_published_weights():
         pytest.skip(f"no {SIMPLE.name} in {CHECKPOINTS}: FASTFLOW_PUBLISHED names its folder")
     if not TEST_IMAGES.exists():
         pytest.skip("MNIST is not in data/MNIST/raw")
-    model, state = load_published(SIMPLE), torch.load(SIMPLE, map_location="cpu", weights_only=True)["state_dict"]
-    x = torch.frombuffer(bytearray(TEST_IMAGES.read_bytes()), dtype=torch.uint8, offset=16)[: 512 * 784].view(512, 1, 28, 28)
+    model, state = (
+        load_published(SIMPLE),
+        torch.load(SIMPLE, map_location="cpu", weights_only=True)["state_dict"],
+    )
+    x = torch.frombuffer(bytearray(TEST_IMAGES.read_bytes()), dtype=torch.uint8, offset=16)[: 512 * 784].view(
+        512, 1, 28, 28
+    )
     noise = torch.ops.fastflow.uniform_noise((2, 1, 28, 28), torch.tensor(4), 0, torch.float64)
     with torch.no_grad():
         plain = log_prob({name: v.double() for name, v in state.items()}, "simple", x[:2], noise)
         parts = list(x.split(64))
-        draws = torch.stack([torch.cat([model.log_prob(part, seed=s, offset=64 * i) for i, part in enumerate(parts)]) for s in range(8)])
+        draws = torch.stack(
+            [
+                torch.cat([model.log_prob(part, seed=s, offset=64 * i) for i, part in enumerate(parts)])
+                for s in range(8)
+            ]
+        )
         torch.testing.assert_close(model.double().log_prob(x[:2], seed=4), plain, rtol=1e-11, atol=0)
     bits = -(torch.logsumexp(draws, 0) - math.log(8)).mean() / (784 * math.log(2))
     assert abs(bits.item() - 1.0690) < 0.003

@@ -27,7 +27,10 @@ class ByHand:
 
     def average(self, past):
         weights = [self.momentum ** (len(past) - 1 - i) for i in range(len(past))]
-        return sum(w * (v if i == len(past) - 1 else v.detach()) for i, (w, v) in enumerate(zip(weights, past, strict=True))) / sum(weights)
+        return sum(
+            w * (v if i == len(past) - 1 else v.detach())
+            for i, (w, v) in enumerate(zip(weights, past, strict=True))
+        ) / sum(weights)
 
     def __call__(self, x):
         rows = x.transpose(0, 1).flatten(1)
@@ -35,7 +38,9 @@ class ByHand:
         self.vars.append((rows - rows.mean(1, keepdim=True)).square().mean(1))
         mean, var = (self.average(v).view(-1, *[1] * (x.ndim - 2)) for v in (self.means, self.vars))
         positions = x[0, 0].numel()
-        return (x - mean) / (var + self.eps).sqrt(), (-0.5 * positions * (var + self.eps).log().sum()).expand(len(x))
+        return (x - mean) / (var + self.eps).sqrt(), (-0.5 * positions * (var + self.eps).log().sum()).expand(
+            len(x)
+        )
 
 
 @every_shape
@@ -48,7 +53,9 @@ def test_values_statistics_and_gradients_over_batches(shape, momentum, run):
         found = outputs_and_gradients(lambda x=x: run([layer], x), [x])
         expected = outputs_and_gradients(lambda x=x: by_hand(x), [x])
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
-        torch.testing.assert_close(layer.mean, by_hand.average(by_hand.means).detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            layer.mean, by_hand.average(by_hand.means).detach(), rtol=1e-12, atol=1e-12
+        )
         torch.testing.assert_close(layer.var, by_hand.average(by_hand.vars).detach(), rtol=1e-12, atol=0)
     assert layer.batches == 4
 
@@ -90,7 +97,9 @@ def test_inverse_takes_back_the_last_pass_in_training_mode(momentum):
 
 def chain(momentum=0.9):
     couplings = [AffineCoupling(mlp(2, 4), flip=flip) for flip in (False, True)]
-    return Sequential(BatchNorm(4, momentum), couplings[0], BatchNorm(4, momentum), couplings[1], BatchNorm(4, momentum)).double()
+    return Sequential(
+        BatchNorm(4, momentum), couplings[0], BatchNorm(4, momentum), couplings[1], BatchNorm(4, momentum)
+    ).double()
 
 
 @pytest.mark.parametrize("checkpoint_every", [None, 2])
@@ -101,7 +110,9 @@ def test_reversible_chain(momentum, checkpoint_every):
     off.reversible, on.checkpoint_every = False, checkpoint_every
     for x in batches(VECTOR, 6):
         x.requires_grad_()
-        found, expected = (outputs_and_gradients(lambda f=f, x=x: f(x), [x, *f.parameters()]) for f in (on, off))
+        found, expected = (
+            outputs_and_gradients(lambda f=f, x=x: f(x), [x, *f.parameters()]) for f in (on, off)
+        )
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     assert all(torch.equal(v, off.state_dict()[k]) for k, v in on.state_dict().items())
 
@@ -130,7 +141,11 @@ def test_reversible_chain_where_the_general_rule_holds(arranged, momentum):
         steps, found = arranged(list(flow)), []
         for x in batches(VECTOR, 6):
             x.requires_grad_()
-            found.append(outputs_and_gradients(lambda x=x, steps=steps, run=run: run(steps, x), [x, *flow.parameters()]))
+            found.append(
+                outputs_and_gradients(
+                    lambda x=x, steps=steps, run=run: run(steps, x), [x, *flow.parameters()]
+                )
+            )
         results.append((found, flow.state_dict()))
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-10)
 
@@ -139,7 +154,10 @@ def test_two_passes_before_backward():
     flow, (x, other, *_) = chain(), batches(VECTOR)
     z, _ = flow(x)
     flow(other)
-    with pytest.raises(RuntimeError, match=r"steps\[0\].mean of a reversible chain changed between forward and backward.*reversible=False"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"steps\[0\].mean of a reversible chain changed between forward and backward.*reversible=False",
+    ):
         z.sum().backward()
     flow.reversible = False
     z, _ = flow(x)
@@ -193,12 +211,24 @@ def test_statistics_are_kept():
 @pytest.mark.parametrize(
     "call, message",
     [
-        *((lambda m=m: BatchNorm(4, momentum=m), f"momentum: got {m}, expected a number from 0 to below 1") for m in (-0.1, 1, 1.5)),
+        *(
+            (lambda m=m: BatchNorm(4, momentum=m), f"momentum: got {m}, expected a number from 0 to below 1")
+            for m in (-0.1, 1, 1.5)
+        ),
         (lambda: BatchNorm(4)(torch.randn(2, 3)), r"x: got shape \[2, 3\], expected \[N, 4, ...\]"),
         (lambda: BatchNorm(4).inverse(torch.randn(2, 3)), r"x: got shape \[2, 3\], expected \[N, 4, ...\]"),
-        (lambda: BatchNorm(4)(torch.randn(0, 4)), r"x: got shape \[0, 4\], expected a batch that is not empty, in training mode"),
-        (lambda: BatchNorm(4)(torch.zeros(2, 4).long()), "x: got dtype torch.int64, expected a floating point tensor"),
-        (lambda: BatchNorm(4)(torch.zeros(2, 4).double()), "mean: got dtype torch.float32, expected torch.float64"),
+        (
+            lambda: BatchNorm(4)(torch.randn(0, 4)),
+            r"x: got shape \[0, 4\], expected a batch that is not empty, in training mode",
+        ),
+        (
+            lambda: BatchNorm(4)(torch.zeros(2, 4).long()),
+            "x: got dtype torch.int64, expected a floating point tensor",
+        ),
+        (
+            lambda: BatchNorm(4)(torch.zeros(2, 4).double()),
+            "mean: got dtype torch.float32, expected torch.float64",
+        ),
     ],
 )
 def test_errors(call, message):

@@ -43,11 +43,22 @@ FLOWS = {
     "BatchNorm": (lambda: BatchNorm(4).eval(), IMAGE),
     "Flatten": (lambda: Flatten(IMAGE[1:]), IMAGE),
     "AffineCoupling": (lambda: AffineCoupling(nn.Conv2d(2, 4, 1), num_features=2), IMAGE),
-    "AffineCoupling of vectors": (lambda: AffineCoupling(nn.Linear(2, 4), scale="sigmoid", flip=True), VECTOR),
-    "AffineCoupling, checkerboard": (lambda: AffineCoupling(nn.Conv2d(4, 8, 1), mask="checkerboard", scale="tanh"), IMAGE),
+    "AffineCoupling of vectors": (
+        lambda: AffineCoupling(nn.Linear(2, 4), scale="sigmoid", flip=True),
+        VECTOR,
+    ),
+    "AffineCoupling, checkerboard": (
+        lambda: AffineCoupling(nn.Conv2d(4, 8, 1), mask="checkerboard", scale="tanh"),
+        IMAGE,
+    ),
     "AdditiveCoupling": (lambda: AdditiveCoupling(GlowNetwork(2, 2, hidden=4)), IMAGE),
     "Squeeze": (lambda: Squeeze("realnvp"), IMAGE),
-    "Sequential": (lambda: Sequential(ActNorm(4), Permute(4), AffineCoupling(nn.Conv2d(2, 4, 1)), Squeeze(), reversible=False), IMAGE),
+    "Sequential": (
+        lambda: Sequential(
+            ActNorm(4), Permute(4), AffineCoupling(nn.Conv2d(2, 4, 1)), Squeeze(), reversible=False
+        ),
+        IMAGE,
+    ),
     "GlowLevel": (lambda: GlowLevel([GlowStep(16, 2), GlowStep(16, 2)], reversible=False), IMAGE),
 }
 
@@ -72,9 +83,17 @@ def outputs_and_gradients(call, module, *args):
     args = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in args]
     found = call(*args)
     outputs = found if isinstance(found, tuple) else (found,)
-    loss = sum((v * (1 + torch.arange(v.numel()).view(v.shape) / max(v.numel(), 1))).sum() for v in outputs if v.is_floating_point())
+    loss = sum(
+        (v * (1 + torch.arange(v.numel()).view(v.shape) / max(v.numel(), 1))).sum()
+        for v in outputs
+        if v.is_floating_point()
+    )
     variables = [a for a in args if a.requires_grad] + list(module.parameters())
-    gradients = torch.autograd.grad(loss, variables, allow_unused=True, materialize_grads=True) if loss.requires_grad else ()
+    gradients = (
+        torch.autograd.grad(loss, variables, allow_unused=True, materialize_grads=True)
+        if loss.requires_grad
+        else ()
+    )
     return [v.detach() for v in outputs], list(gradients)
 
 
@@ -131,7 +150,11 @@ def test_class_conditional_prior():
 def test_ops_without_a_module():
     nothing = nn.Module()
     assert_same(
-        lambda s, m, ls: ops.gaussian_sample(IMAGE, m, ls, seed=s), nothing, torch.tensor(1), torch.randn(IMAGE), torch.randn(IMAGE)
+        lambda s, m, ls: ops.gaussian_sample(IMAGE, m, ls, seed=s),
+        nothing,
+        torch.tensor(1),
+        torch.randn(IMAGE),
+        torch.randn(IMAGE),
     )
     assert_same(lambda s: ops.uniform_noise(IMAGE, s, offset=2), nothing, torch.tensor(1))
     A = torch.randn(2, 3, 3) + 3 * torch.eye(3)
@@ -139,12 +162,19 @@ def test_ops_without_a_module():
 
 
 def glow(**kwargs):
-    return Glow(**{"image_shape": (3, 4, 4), "levels": 1, "steps": 1, "hidden": 2, "reversible": False, **kwargs})
+    return Glow(
+        **{"image_shape": (3, 4, 4), "levels": 1, "steps": 1, "hidden": 2, "reversible": False, **kwargs}
+    )
 
 
 VARIANTS = {
     "two levels": {"levels": 2},
-    "classes, logit, plain, additive": {"classes": 3, "logit": True, "conv1x1": "plain", "coupling": "additive"},
+    "classes, logit, plain, additive": {
+        "classes": 3,
+        "logit": True,
+        "conv1x1": "plain",
+        "coupling": "additive",
+    },
 }
 
 
@@ -183,7 +213,11 @@ def test_training_from_the_first_batch():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        assert all(layer.initialized and layer._initialized for layer in other.modules() if isinstance(layer, ActNorm))
+        assert all(
+            layer.initialized and layer._initialized
+            for layer in other.modules()
+            if isinstance(layer, ActNorm)
+        )
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 

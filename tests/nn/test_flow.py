@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from fastflow.nn import ActNorm, AffineCoupling, Dequantize, Flow, GlowStep, InvertibleConv1x1, LogitDequantize, Permute, Sequential, Split
+from fastflow.nn import (
+    ActNorm,
+    AffineCoupling,
+    Dequantize,
+    Flow,
+    GlowStep,
+    InvertibleConv1x1,
+    LogitDequantize,
+    Permute,
+    Sequential,
+    Split,
+)
 from fastflow.reversible import vjp
 from tests.support.cases import randomize
 
@@ -98,7 +109,9 @@ def test_a_wrong_layer_is_caught(layer, said):
 def test_report_prints_a_table():
     lines = str(Scale().check(torch.randn(4, 3))).splitlines()
     assert len(lines) == 5 and all(line.endswith("ok") for line in lines)
-    assert len({line.index("e-") if "e-" in line else line.index("e+") for line in lines}) == 1  # columns line up
+    assert (
+        len({line.index("e-") if "e-" in line else line.index("e+") for line in lines}) == 1
+    )  # columns line up
     with pytest.raises(ValueError) as error:
         LogDetSign().check(torch.randn(4, 3))
     wrong = [line for line in str(error.value).splitlines() if "WRONG" in line]
@@ -111,7 +124,9 @@ def test_tolerances_are_arguments():
         Inverse().check(torch.randn(4, 3), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("context", [torch.randn(4, 2), torch.randn(4, 2).double()], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "context", [torch.randn(4, 2), torch.randn(4, 2).double()], ids=["float32", "float64"]
+)
 def test_check_with_context(context):
     class Net(nn.Module):
         def __init__(self):
@@ -131,7 +146,11 @@ def test_check_initialises_its_copy_alone():
     assert not any(layer.initialized for layer in flow)
 
 
-@pytest.mark.parametrize("flow", [Dequantize(), Dequantize(5), LogitDequantize(), LogitDequantize(alpha=1e-5, preset="tutorial")], ids=repr)
+@pytest.mark.parametrize(
+    "flow",
+    [Dequantize(), Dequantize(5), LogitDequantize(), LogitDequantize(alpha=1e-5, preset="tutorial")],
+    ids=repr,
+)
 def test_check_of_images(flow):
     x = torch.randint(0, 2**flow.n_bits, (4, 3, 4, 4), dtype=torch.uint8)
     x[0] = 2**flow.n_bits - 1
@@ -158,10 +177,15 @@ class Walk(Scale):
         return x + self.x_off, dx + self.dx_off, {v: g + self.ds_off for v, g in found.items()}
 
 
-@pytest.mark.parametrize("off, said", [("x_off", "gradient of x by"), ("dx_off", "gradient of x by"), ("ds_off", "gradient of s by")])
+@pytest.mark.parametrize(
+    "off, said",
+    [("x_off", "gradient of x by"), ("dx_off", "gradient of x by"), ("ds_off", "gradient of s by")],
+)
 def test_a_wrong_rule_is_caught(off, said):
     layer = Walk()
-    assert {"x by inverse_backward", "s by inverse_backward"} <= set(layer.check(torch.randn(4, 3)).gradient_errors)
+    assert {"x by inverse_backward", "s by inverse_backward"} <= set(
+        layer.check(torch.randn(4, 3)).gradient_errors
+    )
     setattr(layer, off, 0.01)
     with pytest.raises(ValueError, match=f"{said} inverse_backward\n"):
         layer.check(torch.randn(4, 3))
@@ -179,7 +203,9 @@ def test_check_of_a_step_whose_part_has_no_rule():
 
     step = GlowStep(4, 3)
     step.coupling = Doubled(nn.Conv2d(2, 4, 1))
-    assert not any("by inverse_backward" in name for name in step.check(torch.randn(2, 4, 2, 2)).gradient_errors)
+    assert not any(
+        "by inverse_backward" in name for name in step.check(torch.randn(2, 4, 2, 2)).gradient_errors
+    )
 
 
 def test_sequential_is_the_chain():

@@ -128,7 +128,9 @@ def test_inverse_both_ways_and_log_det(make, shape):
 
     z = torch.randn_like(z)
     x, log_det = flow.inverse(z)
-    torch.testing.assert_close(log_det, jacobian_log_det(lambda v: flow.inverse(v)[0], z), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        log_det, jacobian_log_det(lambda v: flow.inverse(v)[0], z), rtol=1e-9, atol=1e-9
+    )
     again, log_det_again = flow(x)
     torch.testing.assert_close(again, z, rtol=0, atol=1e-10)
     torch.testing.assert_close(log_det_again, -log_det, rtol=0, atol=1e-10)
@@ -170,7 +172,9 @@ def test_copies_are_the_same_flow(make, shape):
         torch.testing.assert_close(pickle.loads(pickle.dumps(flow))(x), expected, rtol=0, atol=0)
     fresh = make().double()
     assert not fresh.state_dict() or fresh.load_state_dict(flow.state_dict())
-    torch.testing.assert_close(fresh(x), expected, rtol=0, atol=0)  # in training mode, and nothing is initialised again
+    torch.testing.assert_close(
+        fresh(x), expected, rtol=0, atol=0
+    )  # in training mode, and nothing is initialised again
 
 
 @pytest.mark.parametrize("make, shape", [f for f in FLOWS.values() if list(f[0]().parameters())])
@@ -178,7 +182,9 @@ def test_gradients_reach_every_parameter(make, shape):
     flow = trained(make)
     for direction in (flow, flow.inverse):
         flow.zero_grad()
-        z, log_det = direction(torch.randn_like(flow(batch(shape))[0]) if direction == flow.inverse else batch(shape))
+        z, log_det = direction(
+            torch.randn_like(flow(batch(shape))[0]) if direction == flow.inverse else batch(shape)
+        )
         (z.square().sum() + log_det.sum()).backward()
         for name, p in flow.named_parameters():
             assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, name
@@ -189,7 +195,9 @@ def test_coupling_with_context(scale):
     flow = trained(lambda: AffineCoupling(WithContext(2, 4), scale=scale))
     x, context = batch(VECTOR), batch((3,))
     z, log_det = flow(x, context)
-    torch.testing.assert_close(log_det, jacobian_log_det(lambda v: flow(v, context)[0], x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        log_det, jacobian_log_det(lambda v: flow(v, context)[0], x), rtol=1e-9, atol=1e-9
+    )
     torch.testing.assert_close(flow.inverse(z, context)[0], x, rtol=0, atol=1e-10)
     assert not torch.equal(flow(x, context + 1)[0], z)
 
@@ -197,7 +205,9 @@ def test_coupling_with_context(scale):
 @pytest.mark.parametrize("mask", ["halves", "checkerboard"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_what_the_network_sees_passes_through(mask, flip):
-    flow = trained(lambda: AffineCoupling(conv(2, 4) if mask == "halves" else conv(4, 8), mask=mask, flip=flip))
+    flow = trained(
+        lambda: AffineCoupling(conv(2, 4) if mask == "halves" else conv(4, 8), mask=mask, flip=flip)
+    )
     x = batch(IMAGE)
     z, _ = flow(x)
     torch.testing.assert_close(flow.network_input(z), flow.network_input(x), rtol=0, atol=0)
@@ -240,10 +250,13 @@ def test_permute():
     x = batch(IMAGE)
     assert torch.equal(Permute(4)(x)[0], x.flip(1))
     drawn = Permute(64, order="random")
-    assert torch.equal(drawn.perm.sort().values, torch.arange(64)) and not torch.equal(drawn.perm, Permute(64, order="random").perm)
+    assert torch.equal(drawn.perm.sort().values, torch.arange(64)) and not torch.equal(
+        drawn.perm, Permute(64, order="random").perm
+    )
     assert torch.equal(Permute(4, order="interleaved")(x)[0], x[:, [0, 2, 1, 3]])
     assert torch.equal(
-        Permute(5, order="interleaved")(batch((5,), 1).fill_(0) + torch.arange(5))[0], torch.tensor([[0.0, 2, 4, 1, 3]]).double()
+        Permute(5, order="interleaved")(batch((5,), 1).fill_(0) + torch.arange(5))[0],
+        torch.tensor([[0.0, 2, 4, 1, 3]]).double(),
     )
     assert torch.equal(Permute(4, order=(2, 0, 3, 1))(x)[0], x[:, [2, 0, 3, 1]])
 
@@ -256,7 +269,10 @@ def test_flatten_goes_row_by_row():
 def test_encoder_and_decoder_are_the_flow_s_directions():
     flow = trained(lambda: AffineCoupling(WithContext(2, 4)))
     layer, x, context = EncoderDecoder(flow), batch(VECTOR), batch((3,))
-    for found, expected in ((layer.encoder(x, context), flow(x, context)), (layer.decoder(x, context), flow.inverse(x, context))):
+    for found, expected in (
+        (layer.encoder(x, context), flow(x, context)),
+        (layer.decoder(x, context), flow.inverse(x, context)),
+    ):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert layer.check(x, context).failures() == [] and list(layer.parameters()) == list(flow.parameters())
     with pytest.raises(ValueError, match="no exact flow: inverse"):
@@ -289,7 +305,9 @@ def test_split_draws_from_its_prior():
     z = split.sample(kept)[:, 1:]
     mean, log_scale = split.net(kept[:1]).chunk(2, dim=1)
     standard = (z - mean) / log_scale.exp()
-    assert (standard.mean(0).abs() < 5 / 20000**0.5).all() and ((standard.var(0) - 1).abs() < 5 * (2 / 20000) ** 0.5).all()
+    assert (standard.mean(0).abs() < 5 / 20000**0.5).all() and (
+        (standard.var(0) - 1).abs() < 5 * (2 / 20000) ** 0.5
+    ).all()
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2, 2)], ids=str)
@@ -307,7 +325,9 @@ def test_gaussian_prior(shape, classes):
 
 
 @pytest.mark.parametrize(
-    "layer", [Dequantize(), Dequantize(3), LogitDequantize(), LogitDequantize(5, alpha=1e-5, preset="tutorial")], ids=repr
+    "layer",
+    [Dequantize(), Dequantize(3), LogitDequantize(), LogitDequantize(5, alpha=1e-5, preset="tutorial")],
+    ids=repr,
 )
 def test_dequantize(layer):
     x = torch.randint(0, 2**layer.n_bits, (4, 3, 2, 2), dtype=torch.uint8)
@@ -318,7 +338,10 @@ def test_dequantize(layer):
     noise = torch.rand(x.shape, dtype=torch.float64)
     log_jacobian = jacobian_log_det(lambda u: layer(x, noise=u)[0], noise)
     torch.testing.assert_close(layer(x, noise=noise)[1], log_jacobian, rtol=1e-9, atol=1e-9)
-    first, second = layer(x, seed=5)[0], torch.cat([layer(x[:1], seed=5)[0], layer(x[1:], seed=5, offset=1)[0]])
+    first, second = (
+        layer(x, seed=5)[0],
+        torch.cat([layer(x[:1], seed=5)[0], layer(x[1:], seed=5, offset=1)[0]]),
+    )
     assert torch.equal(first, second)
     torch.manual_seed(3)
     again = layer(x)[0]
@@ -334,7 +357,9 @@ def test_glow_network_starts_at_zero_and_folds_its_actnorm():
     torch.testing.assert_close(layer(x), layer.actnorm(layer.conv(x))[0], rtol=1e-12, atol=1e-12)
     layer = trained(lambda: ZeroConv2d(4, 6))
     plain = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
-    torch.testing.assert_close(layer(x), plain * (3 * layer.logs).exp().view(1, -1, 1, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        layer(x), plain * (3 * layer.logs).exp().view(1, -1, 1, 1), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_weight_norm_is_torchs():
@@ -388,7 +413,9 @@ def test_initialize_can_be_called_again():
     layer, x = ActNorm(4).double(), data(IMAGE)
     layer.initialize(x)
     layer.initialize(2 * x + 1)
-    torch.testing.assert_close(moments(layer(2 * x + 1)[0])[1], torch.ones(4, dtype=x.dtype), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        moments(layer(2 * x + 1)[0])[1], torch.ones(4, dtype=x.dtype), rtol=1e-12, atol=0
+    )
 
 
 def test_first_batch_of_glows_network():
@@ -456,7 +483,9 @@ def test_a_checkpoint_from_before_initialization_still_initialises():
 
 
 @pytest.mark.parametrize(
-    "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double()], ids=["deepcopy", "pickle", "double"]
+    "how",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.double()],
+    ids=["deepcopy", "pickle", "double"],
 )
 @pytest.mark.parametrize("done", [False, True])
 def test_copies_know_whether_they_are_initialised(how, done):

@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TransformedDistribution, Uniform
+from torch.distributions import (
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    TransformedDistribution,
+    Uniform,
+)
 from torch.distributions.transforms import SigmoidTransform
 
 from fastflow.nn import GaussianMixturePrior, GaussianPrior, LogisticPrior
@@ -62,10 +69,17 @@ def test_log_prob(name, shape):
     assert found.shape == (5,) and found.dtype == F64
     if name == "logistic":
         z = z[:4]
-    wanted = torch.stack([expected(prior, name, shape, None if context is None else context[i]).log_prob(v) for i, v in enumerate(z)])
+    wanted = torch.stack(
+        [
+            expected(prior, name, shape, None if context is None else context[i]).log_prob(v)
+            for i, v in enumerate(z)
+        ]
+    )
     torch.testing.assert_close(found[: len(z)], wanted, rtol=1e-12, atol=1e-12)
     if name == "logistic":
-        torch.testing.assert_close(found[4:], torch.tensor([-30.0 * z[0].numel()], dtype=F64), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            found[4:], torch.tensor([-30.0 * z[0].numel()], dtype=F64), rtol=1e-12, atol=0
+        )
     single = copy.deepcopy(prior).float().log_prob(z.float(), None if context is None else context[: len(z)])
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), wanted, rtol=1e-6, atol=1e-5)
@@ -77,7 +91,9 @@ def test_density_integrates_to_one(name):
     prior, line = trained(name, VECTOR), torch.linspace(-40, 40, 801, dtype=F64)
     z = torch.cartesian_prod(line, line)
     total = prior.log_prob(z, classes(name, len(z), 1)).exp().sum() * 0.1**2
-    assert abs(total.item() - 1) < 1e-9  # of smooth densities that end well inside, sums over a grid are exact
+    assert (
+        abs(total.item() - 1) < 1e-9
+    )  # of smooth densities that end well inside, sums over a grid are exact
 
 
 @every_prior
@@ -86,7 +102,9 @@ def test_gradients(name):
     parameters = list(prior.parameters())
     assert len(parameters) == {"learned": 2, "classes": 2, "mixture": 3}.get(name, 0)
     context = classes(name, 3)
-    assert torch.autograd.gradcheck(lambda z, *_: prior.log_prob(z, context), (z.requires_grad_(), *parameters))
+    assert torch.autograd.gradcheck(
+        lambda z, *_: prior.log_prob(z, context), (z.requires_grad_(), *parameters)
+    )
 
 
 @every_prior
@@ -100,9 +118,15 @@ def test_samples_are_of_the_density(name, temperature):
     if name == "logistic":
         cdf = torch.sigmoid(x / temperature)
     else:
-        terms = (torch.zeros(1, 2), torch.ones(1, 2)) if name == "standard" else (prior.mean.view(-1, 2), prior.log_scale.exp().view(-1, 2))
+        terms = (
+            (torch.zeros(1, 2), torch.ones(1, 2))
+            if name == "standard"
+            else (prior.mean.view(-1, 2), prior.log_scale.exp().view(-1, 2))
+        )
         mean, scale = (columns(v.double(), IMAGE).unsqueeze(1) for v in terms)
-        weights = prior.logit.softmax(0) if "mixture" in name else torch.ones(len(mean), dtype=F64) / len(mean)
+        weights = (
+            prior.logit.softmax(0) if "mixture" in name else torch.ones(len(mean), dtype=F64) / len(mean)
+        )
         if name == "classes":
             mean, scale, weights = mean[2:], scale[2:], torch.ones(1, dtype=F64)
         cdf = (weights.view(-1, *[1] * 4) * Normal(mean, temperature * scale).cdf(x)).sum(0)
@@ -158,7 +182,11 @@ def test_logistic_tails():
 @pytest.mark.parametrize("learned", [True, False])
 def test_what_a_mixture_learns_and_keeps(learned):
     prior = GaussianMixturePrior(VECTOR, MEANS, learned=learned)
-    assert len(list(prior.parameters())) == 3 * learned and set(prior.state_dict()) == {"mean", "log_scale", "logit"}
+    assert len(list(prior.parameters())) == 3 * learned and set(prior.state_dict()) == {
+        "mean",
+        "log_scale",
+        "logit",
+    }
     other = GaussianMixturePrior(VECTOR, torch.zeros(3, 2), learned=learned)
     other.load_state_dict(prior.state_dict())
     z = torch.randn(4, 2)
@@ -172,9 +200,14 @@ def test_what_a_mixture_learns_and_keeps(learned):
 def test_what_is_learned_starts_as_the_standard_gaussian():
     z = torch.randn(4, *IMAGE, dtype=F64)
     standard = GaussianPrior(IMAGE).log_prob(z)
-    torch.testing.assert_close(GaussianPrior(IMAGE, learned=True).double().log_prob(z), standard, rtol=1e-14, atol=0)
     torch.testing.assert_close(
-        GaussianPrior(IMAGE, classes=2).double().log_prob(z, torch.tensor([0, 1, 1, 0])), standard, rtol=1e-14, atol=0
+        GaussianPrior(IMAGE, learned=True).double().log_prob(z), standard, rtol=1e-14, atol=0
+    )
+    torch.testing.assert_close(
+        GaussianPrior(IMAGE, classes=2).double().log_prob(z, torch.tensor([0, 1, 1, 0])),
+        standard,
+        rtol=1e-14,
+        atol=0,
     )
 
 
@@ -187,13 +220,37 @@ ONE_OF_EACH = [make(VECTOR) for make in PRIORS.values()]
         (lambda: GaussianPrior(VECTOR, classes=0), "classes: got 0, expected a positive integer or None"),
         (lambda: GaussianPrior(VECTOR, classes=1.5), "classes: got 1.5, expected a positive integer or None"),
         (lambda: GaussianMixturePrior(VECTOR, torch.zeros(3)), r"means: got shape \[3\], expected \[K, 2\]"),
-        (lambda: GaussianMixturePrior(VECTOR, torch.zeros(2, 3)), r"means: got shape \[2, 3\], expected \[K, 2\]"),
-        (lambda: GaussianMixturePrior(VECTOR, torch.zeros(0, 2)), r"means: got shape \[0, 2\], expected \[K, 2\]"),
-        (lambda: GaussianPrior(VECTOR, 3).log_prob(torch.zeros(2, 2)), r"context: got None, expected int64 classes \[2\] in \[0, 3\)"),
-        (lambda: GaussianPrior(VECTOR, 3).log_prob(torch.zeros(2, 2), torch.zeros(2)), r"context: got torch.float32 of shape \[2\]"),
-        (lambda: GaussianPrior(VECTOR, 3).sample(3, torch.zeros(0), context=torch.tensor([1])), r"context: got torch.int64 of shape \[1\]"),
-        *((lambda p=p: p.log_prob(torch.zeros(2, 2).long()), "z: got dtype torch.int64, expected a floating point") for p in ONE_OF_EACH),
-        *((lambda p=p: p.log_prob(torch.zeros(2, 3)), r"z: got shape \[2, 3\], expected \[2, 2\]") for p in ONE_OF_EACH),
+        (
+            lambda: GaussianMixturePrior(VECTOR, torch.zeros(2, 3)),
+            r"means: got shape \[2, 3\], expected \[K, 2\]",
+        ),
+        (
+            lambda: GaussianMixturePrior(VECTOR, torch.zeros(0, 2)),
+            r"means: got shape \[0, 2\], expected \[K, 2\]",
+        ),
+        (
+            lambda: GaussianPrior(VECTOR, 3).log_prob(torch.zeros(2, 2)),
+            r"context: got None, expected int64 classes \[2\] in \[0, 3\)",
+        ),
+        (
+            lambda: GaussianPrior(VECTOR, 3).log_prob(torch.zeros(2, 2), torch.zeros(2)),
+            r"context: got torch.float32 of shape \[2\]",
+        ),
+        (
+            lambda: GaussianPrior(VECTOR, 3).sample(3, torch.zeros(0), context=torch.tensor([1])),
+            r"context: got torch.int64 of shape \[1\]",
+        ),
+        *(
+            (
+                lambda p=p: p.log_prob(torch.zeros(2, 2).long()),
+                "z: got dtype torch.int64, expected a floating point",
+            )
+            for p in ONE_OF_EACH
+        ),
+        *(
+            (lambda p=p: p.log_prob(torch.zeros(2, 3)), r"z: got shape \[2, 3\], expected \[2, 2\]")
+            for p in ONE_OF_EACH
+        ),
     ],
 )
 def test_errors(call, message):

@@ -16,7 +16,12 @@ F64 = torch.float64
 
 def layer(n_bits=8, reversible=True, alpha=1e-5, channels=1):
     couplings = [
-        AffineCoupling(GatedNetwork(2 * channels, 2 * channels, hidden=4, blocks=1), mask="checkerboard", flip=flip, order="shift_first")
+        AffineCoupling(
+            GatedNetwork(2 * channels, 2 * channels, hidden=4, blocks=1),
+            mask="checkerboard",
+            flip=flip,
+            order="shift_first",
+        )
         for flip in (False, True)
     ]
     return VariationalDequantize(Sequential(*couplings, reversible=reversible), n_bits, alpha)
@@ -36,9 +41,13 @@ def test_log_det_is_the_jacobian_s(n_bits, channels):
     noise = torch.rand(x.shape, dtype=F64)
     u, log_det = dequantize.noise(x, noise)
     assert u.min() > 0 and u.max() < 1
-    torch.testing.assert_close(log_det, jacobian_log_det(lambda e: dequantize.noise(x, e)[0], noise), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        log_det, jacobian_log_det(lambda e: dequantize.noise(x, e)[0], noise), rtol=1e-9, atol=1e-9
+    )
     y, whole = dequantize(x, noise=noise)
-    torch.testing.assert_close(whole, jacobian_log_det(lambda e: dequantize(x, noise=e)[0], noise), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        whole, jacobian_log_det(lambda e: dequantize(x, noise=e)[0], noise), rtol=1e-9, atol=1e-9
+    )
     expected = torch.logit(1e-5 / 2 + (1 - 1e-5) * (x + u) / 2**n_bits)
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
 
@@ -64,7 +73,9 @@ def test_an_untrained_flow_gives_uniform_noise(alpha):
     noise = torch.rand(x.shape, dtype=F64)
     shrunk = alpha / 2 + (1 - alpha) * noise
     y, log_det = LogitDequantize(alpha=alpha, preset="tutorial").double()(x, noise=shrunk)
-    torch.testing.assert_close(dequantize(x, noise=noise), (y, log_det + 8 * math.log(1 - alpha)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        dequantize(x, noise=noise), (y, log_det + 8 * math.log(1 - alpha)), rtol=1e-10, atol=1e-10
+    )
 
 
 def test_importance_weights_integrate_the_density_over_a_bin():
@@ -88,7 +99,10 @@ def test_importance_weights_integrate_the_density_over_a_bin():
     for value in (0, 100, 255):
         y, log_det = dequantize(torch.full(t.shape, value, dtype=torch.uint8), noise=noise)
         weight = nn.functional.logsigmoid(y).flatten() + nn.functional.logsigmoid(-y).flatten() + log_det
-        u = dequantize.noise(torch.full((2, 1, 1, 1), value, dtype=torch.uint8), torch.tensor([0.0, 1.0], dtype=F64).view(2, 1, 1, 1))[0]
+        u = dequantize.noise(
+            torch.full((2, 1, 1, 1), value, dtype=torch.uint8),
+            torch.tensor([0.0, 1.0], dtype=F64).view(2, 1, 1, 1),
+        )[0]
         reached = (1 - 1e-7) * u.flatten().diff().squeeze() / 256
         torch.testing.assert_close((weight.exp() * step).sum(), reached, rtol=1e-8, atol=0)
         assert (weight * step).sum() < reached.log() - 1e-3, "f is not the identity, whose weights are equal"
@@ -101,14 +115,18 @@ def test_centre_and_inverse_are_exact(n_bits, dtype):
     x = torch.arange(2**n_bits, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 4)
     y = dequantize.centre(x)
     assert y.dtype == dtype
-    torch.testing.assert_close(y, LogitDequantize(n_bits, 1e-5, "tutorial").to(dtype).centre(x), rtol=0, atol=0)
+    torch.testing.assert_close(
+        y, LogitDequantize(n_bits, 1e-5, "tutorial").to(dtype).centre(x), rtol=0, atol=0
+    )
     assert torch.equal(dequantize.inverse(y)[0], x)
     if dtype == F64:
         noise = torch.rand(x.shape, dtype=F64)
         y, log_det = dequantize(x, noise=noise)
         back, log_det_back = dequantize.inverse(y)
         assert torch.equal(back, x)
-        torch.testing.assert_close(log_det + log_det_back, dequantize.noise(x, noise)[1], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            log_det + log_det_back, dequantize.noise(x, noise)[1], rtol=1e-9, atol=1e-9
+        )
 
 
 def test_ends_of_the_noise_are_finite():
@@ -132,12 +150,17 @@ def test_reversible_gradients_are_the_stored_ones():
     on, off = trained(), trained(reversible=False)
     off.load_state_dict(on.state_dict())
     x = images()
-    found, expected = (outputs_and_gradients(lambda d=d: d(x, seed=1), list(d.parameters())) for d in (on, off))
+    found, expected = (
+        outputs_and_gradients(lambda d=d: d(x, seed=1), list(d.parameters())) for d in (on, off)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
     assert all(g.abs().sum() > 0 for g in expected[1])
     wanted = torch.autograd.grad(sum(v.sum() for v in off(x, seed=1)), list(off.parameters()))
     torch.testing.assert_close(
-        torch.autograd.grad(sum(v.sum() for v in on(x, seed=1)), list(on.parameters())), wanted, rtol=1e-9, atol=1e-10
+        torch.autograd.grad(sum(v.sum() for v in on(x, seed=1)), list(on.parameters())),
+        wanted,
+        rtol=1e-9,
+        atol=1e-10,
     )
 
 
@@ -147,9 +170,18 @@ def test_reversible_gradients_are_the_stored_ones():
         (lambda: layer(n_bits=9), "n_bits: got 9, expected 1 to 8"),
         (lambda: layer(alpha=0.0), "alpha: got 0.0, expected a number between 0 and 1"),
         (lambda: layer()(torch.zeros(2, 1, 2, 4)), "x: got dtype torch.float32, expected uint8"),
-        (lambda: layer()(images(), noise=torch.rand(3, 1, 2, 2)), r"noise: got shape \[3, 1, 2, 2\], expected \[3, 1, 2, 4\]"),
-        (lambda: layer()(images(), noise=images()), r"noise: got dtype torch.uint8, expected a floating point tensor"),
-        (lambda: layer()(images(), noise=torch.rand(3, 1, 2, 4), seed=1), "noise, seed: got both, expected one of them"),
+        (
+            lambda: layer()(images(), noise=torch.rand(3, 1, 2, 2)),
+            r"noise: got shape \[3, 1, 2, 2\], expected \[3, 1, 2, 4\]",
+        ),
+        (
+            lambda: layer()(images(), noise=images()),
+            r"noise: got dtype torch.uint8, expected a floating point tensor",
+        ),
+        (
+            lambda: layer()(images(), noise=torch.rand(3, 1, 2, 4), seed=1),
+            "noise, seed: got both, expected one of them",
+        ),
     ],
 )
 def test_errors(call, message):

@@ -7,9 +7,22 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from fastflow import ops, reference
-from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, assert_as_reference, assert_no_worse, lay_out, leaf, name, pairwise
+from tests.support.cases import (
+    LAYOUTS,
+    STATIC,
+    TRITON_AND_CPU,
+    assert_as_reference,
+    assert_no_worse,
+    lay_out,
+    leaf,
+    name,
+    pairwise,
+)
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True),
+]
 
 OP = torch.ops.fastflow.actnorm.default
 SHAPES = [(3, 4), (2, 3, 4, 2), (1, 1, 1, 1), (2, 3, 5), (0, 3, 2, 2), (0, 3)]
@@ -50,7 +63,9 @@ def test_backward_is_that_of_the_reference(shape, inverse):
     dy, dlog_det = torch.randn_like(y), torch.randn_like(log_det)
     expected = torch.autograd.grad([y, log_det], args, [dy, dlog_det])
     detached = [a.detach() for a in args]
-    torch.testing.assert_close(reference.actnorm_backward(*detached, dy, dlog_det, inverse), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        reference.actnorm_backward(*detached, dy, dlog_det, inverse), expected, rtol=1e-12, atol=1e-12
+    )
     if not inverse:
         found = ops.actnorm_inverse_backward(y.detach(), *detached[1:], dy, dlog_det)
         torch.testing.assert_close(found, (detached[0], *expected), rtol=1e-12, atol=1e-12)
@@ -66,10 +81,16 @@ def test_opcheck(shape, inverse):
 @pytest.mark.parametrize("shape", [(2, 3, 4, 2), (1, 4, 2, 3)], ids=str)
 def test_opcheck_layouts(shape, layout):
     x, s, b = inputs(shape)
-    x, dy, dlog_det = lay_out(x, layout), lay_out(torch.randn(shape, dtype=x.dtype), layout), torch.randn(shape[0], dtype=x.dtype)
+    x, dy, dlog_det = (
+        lay_out(x, layout),
+        lay_out(torch.randn(shape, dtype=x.dtype), layout),
+        torch.randn(shape[0], dtype=x.dtype),
+    )
     torch.library.opcheck(OP, (leaf(x), leaf(s), leaf(b), True), test_utils=STATIC)
     for op, rest in (("actnorm_backward", (False,)), ("actnorm_inverse_backward", ())):
-        torch.library.opcheck(getattr(torch.ops.fastflow, op).default, (x, s, b, dy, dlog_det, *rest), test_utils=STATIC)
+        torch.library.opcheck(
+            getattr(torch.ops.fastflow, op).default, (x, s, b, dy, dlog_det, *rest), test_utils=STATIC
+        )
     torch.library.opcheck(torch.ops.fastflow.actnorm_statistics.default, (x,), test_utils=STATIC)
 
 
@@ -80,7 +101,9 @@ def test_layout_changes_nothing(layout):
     found, expected = ops.actnorm(x, s, b), ops.actnorm(x.contiguous(), s, b)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert found[0].stride() == torch.empty_like(x).stride()
-    torch.testing.assert_close(ops.actnorm_statistics(x), ops.actnorm_statistics(x.contiguous()), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        ops.actnorm_statistics(x), ops.actnorm_statistics(x.contiguous()), rtol=1e-13, atol=1e-13
+    )
 
 
 @both_directions
@@ -114,7 +137,16 @@ def test_half_precision(dtype, parameters, inverse):
         dtype=["float64", "float32", "bfloat16", "float16"],
         x=LAYOUTS,
         dy=LAYOUTS,
-        shape=[(1, 1), (5, 7), (3, 5, 9), (2, 3, 5, 7), (2, 12, 16, 16), (2, 48, 4, 4), (1, 2, 70, 33), (2, 600, 2, 1)],
+        shape=[
+            (1, 1),
+            (5, 7),
+            (3, 5, 9),
+            (2, 3, 5, 7),
+            (2, 12, 16, 16),
+            (2, 48, 4, 4),
+            (1, 2, 70, 33),
+            (2, 600, 2, 1),
+        ],
         inverse=[False, True],
     ),
     ids=lambda c: name(c).replace(" ", ""),
@@ -161,7 +193,9 @@ def test_statistics_of_a_first_value_far_from_the_others(first, layout):
     if first == torch.inf:
         assert not mean.isfinite().any() and var.isnan().all()
     else:
-        torch.testing.assert_close((mean.double(), var.double()), (rows.mean(1), rows.var(1, correction=0)), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            (mean.double(), var.double()), (rows.mean(1), rows.var(1, correction=0)), rtol=1e-6, atol=0
+        )
 
 
 @settings(max_examples=25, deadline=None)
@@ -196,7 +230,11 @@ def test_vmap_runs_sample_by_sample(requires_grad):
         torch.testing.assert_close((y[i], log_det[i]), ops.actnorm(x, scales[i], b), rtol=0, atol=0)
     if requires_grad:
         expected = sum(ops.actnorm(x, v, b)[0].square().sum() for v in scales)
-        torch.testing.assert_close(*(torch.autograd.grad(loss, scales)[0] for loss in (y.square().sum(), expected)), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(loss, scales)[0] for loss in (y.square().sum(), expected)),
+            rtol=1e-13,
+            atol=1e-13,
+        )
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
@@ -220,7 +258,9 @@ def test_batched_gradients_of_autograd_are_right():
     y = ops.actnorm(x, s, b)[0]
     rows = torch.eye(6, dtype=x.dtype).view(6, 2, 3)
     (jacobian,) = torch.autograd.grad(y, x, rows, is_grads_batched=True)
-    torch.testing.assert_close(jacobian.view(6, 6), torch.diag(s.detach().exp().repeat(2)), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        jacobian.view(6, 6), torch.diag(s.detach().exp().repeat(2)), rtol=1e-13, atol=0
+    )
 
 
 def test_double_backward_is_an_error():

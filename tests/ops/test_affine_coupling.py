@@ -11,11 +11,31 @@ from torch.autograd import gradcheck
 
 from fastflow import ops, reference
 from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
-from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, assert_as_reference, assert_no_worse, lay_out, leaf, name, pairwise
+from tests.support.cases import (
+    LAYOUTS,
+    STATIC,
+    TRITON_AND_CPU,
+    assert_as_reference,
+    assert_no_worse,
+    lay_out,
+    leaf,
+    name,
+    pairwise,
+)
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True),
+]
 
-AXES = {"mask": MASKS, "flip": [False, True], "scale": SCALES, "order": ORDERS, "h_order": H_ORDERS, "inverse": [False, True]}
+AXES = {
+    "mask": MASKS,
+    "flip": [False, True],
+    "scale": SCALES,
+    "order": ORDERS,
+    "h_order": H_ORDERS,
+    "inverse": [False, True],
+}
 FULL = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
 PAIRWISE = pairwise(**AXES)
 OP = torch.ops.fastflow.affine_coupling.default
@@ -53,9 +73,11 @@ def by_hand(x, h, factor, mask, flip, scale, order, h_order):
             continue
         k_h = k % (c // 2) if mask == "halves" else k
         count = c // 2 if mask == "halves" else c
-        at_t, at_raw = {"shift_scale": (k_h, k_h + count), "scale_shift": (k_h + count, k_h), "interleaved": (2 * k_h, 2 * k_h + 1)}[
-            h_order
-        ]
+        at_t, at_raw = {
+            "shift_scale": (k_h, k_h + count),
+            "scale_shift": (k_h + count, k_h),
+            "interleaved": (2 * k_h, 2 * k_h + 1),
+        }[h_order]
         if scale == "none":
             y[i, k, a, b] += h[i, k_h, a, b]
             continue
@@ -119,7 +141,8 @@ def test_opcheck(case):
 
 
 @pytest.mark.parametrize(
-    "mask, scale, layout", [(m, s, v) for m, s in [("halves", "soft_clamp"), ("checkerboard", "none")] for v in LAYOUTS]
+    "mask, scale, layout",
+    [(m, s, v) for m, s in [("halves", "soft_clamp"), ("checkerboard", "none")] for v in LAYOUTS],
 )
 def test_opcheck_layouts(mask, scale, layout):
     x, h, factor = inputs(mask, scale)
@@ -132,7 +155,9 @@ def test_opcheck_layouts(mask, scale, layout):
 
 
 @pytest.mark.parametrize(
-    "case", pairwise(mask=MASKS, scale=SCALES, x_layout=LAYOUTS, h_layout=LAYOUTS, dtype=["float64", "bfloat16"]), ids=name
+    "case",
+    pairwise(mask=MASKS, scale=SCALES, x_layout=LAYOUTS, h_layout=LAYOUTS, dtype=["float64", "bfloat16"]),
+    ids=name,
 )
 def test_layout_changes_nothing(case):
     dtype = getattr(torch, case["dtype"])
@@ -158,7 +183,9 @@ def eager(x, h, factor, scale, inverse):
 
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("dtype, h_dtype", [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16"), ("float32", "float16")])
+@pytest.mark.parametrize(
+    "dtype, h_dtype", [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16"), ("float32", "float16")]
+)
 def test_half_precision(dtype, h_dtype, scale, inverse):
     x, h, factor = inputs("halves", scale, (8, 8, 8, 8), getattr(torch, dtype), getattr(torch, h_dtype))
     weights = torch.randn(8, 8, 8, 8, dtype=torch.float64)
@@ -166,10 +193,14 @@ def test_half_precision(dtype, h_dtype, scale, inverse):
     def run(coupling, *args):
         args = leaves(*args)
         y, log_det = coupling(*args)
-        gradients = torch.autograd.grad((y.double() * weights).sum() + log_det.double().sum(), [a for a in args if a is not None])
+        gradients = torch.autograd.grad(
+            (y.double() * weights).sum() + log_det.double().sum(), [a for a in args if a is not None]
+        )
         return [v.detach().double() for v in (y, log_det, *gradients)]
 
-    exact = run(lambda *a: eager(*a, scale, inverse), *(a if a is None else a.double() for a in (x, h, factor)))
+    exact = run(
+        lambda *a: eager(*a, scale, inverse), *(a if a is None else a.double() for a in (x, h, factor))
+    )
     theirs = run(lambda *a: eager(*a, scale, inverse), x, h, factor)
     ours = run(lambda *a: ops.affine_coupling(*a, scale=scale, inverse=inverse), x, h, factor)
     assert_no_worse(ours, theirs, exact)
@@ -188,12 +219,17 @@ SHAPES = [(1, 2, 1, 1), (3, 6, 5, 7), (2, 12, 16, 16), (2, 2, 70, 33), (5, 10), 
 
 
 @pytest.mark.parametrize(
-    "case", pairwise(**AXES, dtypes=DTYPES, x=LAYOUTS, h=LAYOUTS, dy=LAYOUTS, shape=SHAPES), ids=lambda c: name(c).replace(" ", "")
+    "case",
+    pairwise(**AXES, dtypes=DTYPES, x=LAYOUTS, h=LAYOUTS, dy=LAYOUTS, shape=SHAPES),
+    ids=lambda c: name(c).replace(" ", ""),
 )
 def test_every_body_is_the_reference(case):
     dtype, h_dtype = (getattr(torch, v) for v in case["dtypes"])
     x, h, factor = inputs(case["mask"], case["scale"], case["shape"], dtype, h_dtype)
-    x, h, dy = (lay_out(v, case[layout]) for v, layout in ((x, "x"), (h, "h"), (torch.randn(case["shape"]).to(dtype), "dy")))
+    x, h, dy = (
+        lay_out(v, case[layout])
+        for v, layout in ((x, "x"), (h, "h"), (torch.randn(case["shape"]).to(dtype), "dy"))
+    )
     dlog_det = torch.randn(case["shape"][0], dtype=reference.acc_dtype(dtype))
     assert_all_three(x, h, factor, dy, dlog_det, [case[k] for k in list(AXES)[:-1]], case["inverse"])
 
@@ -208,7 +244,9 @@ def test_as_glow_calls_them(shape, layout, h_dtype, scale):
     factor = None if factor is None else factor[:1].expand(shape[1] // 2)
     dlog_det = torch.randn(1).expand(shape[0])
     for inverse in (False, True):
-        assert_all_three(x, h, factor, dy, dlog_det, ["halves", False, scale, "scale_first", "shift_scale"], inverse)
+        assert_all_three(
+            x, h, factor, dy, dlog_det, ["halves", False, scale, "scale_first", "shift_scale"], inverse
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -223,7 +261,9 @@ def test_shapes(n, half, spatial, case):
     variant = {k: v for k, v in case.items() if k != "inverse"}
     y, log_det = ops.affine_coupling(x, h, factor, **variant)
     assert y.shape == x.shape and log_det.shape == (n,)
-    torch.testing.assert_close(ops.affine_coupling(y, h, factor, **variant, inverse=True)[0], x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        ops.affine_coupling(y, h, factor, **variant, inverse=True)[0], x, rtol=1e-10, atol=1e-10
+    )
     for i in range(n):  # a sample does not depend on its batch
         alone = ops.affine_coupling(x[i : i + 1], h[i : i + 1], factor, **variant)
         torch.testing.assert_close(alone, (y[i : i + 1], log_det[i : i + 1]), rtol=1e-13, atol=1e-13)
@@ -248,7 +288,9 @@ def test_what_lies_under_the_mask_is_not_read():
     args = leaves(x, h.masked_fill(passing, torch.inf), factor)
     y, log_det = ops.affine_coupling(*args, mask="checkerboard", scale="tanh")
     dx, dh, dfactor = torch.autograd.grad(y.sum() + log_det.sum(), args)
-    assert y.isfinite().all() and log_det.isfinite().all() and dx.isfinite().all() and dfactor.isfinite().all()
+    assert (
+        y.isfinite().all() and log_det.isfinite().all() and dx.isfinite().all() and dfactor.isfinite().all()
+    )
     assert (dh[passing] == 0).all() and torch.equal(y[passing[:, :4]], x[passing[:, :4]])
 
 

@@ -62,11 +62,15 @@ def test_triton_without_the_interpreter_is_an_error():
 
 def test_without_triton():
     assert run(NO_TRITON + COUPLE) == "[[1.0, 1.0]]"
-    assert run(NO_TRITON + COUPLE, FASTFLOW_BACKEND="triton").startswith('RuntimeError: backend: "triton" needs the package triton')
+    assert run(NO_TRITON + COUPLE, FASTFLOW_BACKEND="triton").startswith(
+        'RuntimeError: backend: "triton" needs the package triton'
+    )
 
 
 def trained_glow(**kwargs) -> Glow:
-    model = Glow(**{"image_shape": (3, 16, 16), "levels": 2, "steps": 1, "hidden": 4, "reversible": False, **kwargs})
+    model = Glow(
+        **{"image_shape": (3, 16, 16), "levels": 2, "steps": 1, "hidden": 4, "reversible": False, **kwargs}
+    )
     context = () if model.classes is None else (torch.tensor([0, 1, 2, 0]),)
     model.initialize(torch.randint(0, 256, (4, *model.shape), dtype=torch.uint8), *context, seed=1)
     return randomize(model, std=0.05)
@@ -93,7 +97,13 @@ def test_glow(kwargs, memory_format, each_backend):
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         latents = model.encode(x, *context)
         torch.manual_seed(5)
-        return loss.detach(), gradients, latents, model.sample(2, 0.7, *context), model.decode(latents, *context)
+        return (
+            loss.detach(),
+            gradients,
+            latents,
+            model.sample(2, 0.7, *context),
+            model.decode(latents, *context),
+        )
 
     *found, sample, images = everything()
     with fastflow.backend("reference"):
@@ -120,12 +130,17 @@ def test_compile(each_backend, monkeypatch):
     affine_coupling = importlib.import_module("fastflow.triton_kernels.affine_coupling")
     torch._dynamo.reset()
     compiled = torch.compile(flow, fullgraph=True, backend="aot_eager")
-    outputs = [torch.autograd.grad(sum(v.square().sum() for v in f(x)), list(flow.parameters())) for f in (flow, compiled)]
+    outputs = [
+        torch.autograd.grad(sum(v.square().sum() for v in f(x)), list(flow.parameters()))
+        for f in (flow, compiled)
+    ]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
     launched = []
     launch = affine_coupling.launch
     monkeypatch.setattr(
-        affine_coupling, "launch", lambda kernel, *args, **kwargs: (launched.append(kernel), launch(kernel, *args, **kwargs))
+        affine_coupling,
+        "launch",
+        lambda kernel, *args, **kwargs: (launched.append(kernel), launch(kernel, *args, **kwargs)),
     )
     with torch.no_grad():
         compiled(x)

@@ -9,7 +9,10 @@ from torch.autograd import gradcheck
 from fastflow import ops, reference
 from tests.support.cases import EXTENSION, LAYOUTS, STATIC, assert_as_reference, lay_out, leaf, name, pairwise
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", EXTENSION, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", EXTENSION, indirect=True),
+]
 
 OP = torch.ops.fastflow.conv1x1.default
 BACKWARD = torch.ops.fastflow.conv1x1_backward.default
@@ -33,7 +36,9 @@ def leaves(*tensors):
 @any_shape
 def test_is_a_matrix_at_each_position(shape, bias):
     x, weight, b = inputs(shape, bias)
-    expected = torch.einsum("ij,nj...->ni...", weight, x) + (0 if b is None else b.view(1, -1, *[1] * (x.ndim - 2)))
+    expected = torch.einsum("ij,nj...->ni...", weight, x) + (
+        0 if b is None else b.view(1, -1, *[1] * (x.ndim - 2))
+    )
     torch.testing.assert_close(ops.conv1x1(x, weight, b), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -138,7 +143,11 @@ def test_same_bits_twice(shape):
 
     def run():
         y = ops.conv1x1(*args)
-        return y, *torch.autograd.grad((y * y).sum(), args), *ops.conv1x1_inverse_backward(y, args[1], args[1], args[2], y)
+        return (
+            y,
+            *torch.autograd.grad((y * y).sum(), args),
+            *ops.conv1x1_inverse_backward(y, args[1], args[1], args[2], y),
+        )
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
@@ -146,7 +155,9 @@ def test_same_bits_twice(shape):
 def test_compile():
     x, weight, bias = leaves(*inputs((2, 4, 4, 4), True, torch.float32))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *args: ops.conv1x1(*args).square().sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *args: ops.conv1x1(*args).square().sum(), fullgraph=True, backend="aot_eager"
+    )
     found = torch.autograd.grad(compiled(x, weight, bias), (x, weight, bias))
     expected = torch.autograd.grad(ops.conv1x1(x, weight, bias).square().sum(), (x, weight, bias))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,9 @@ from fastflow.ops import extension  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-pytestmark = pytest.mark.skipif(not extension.cuda, reason="the CUDA extension was not built here: no nvcc, or no CUDA build of torch")
+pytestmark = pytest.mark.skipif(
+    not extension.cuda, reason="the CUDA extension was not built here: no nvcc, or no CUDA build of torch"
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,9 @@ def test_no_kernel_spills_on_any_architecture(found):
     assert cuda_kernels.spills(found) == []
     assert all(set(each) == set(cuda_kernels.ARCHITECTURES) for each in found.values())
     ptx = cuda_kernels.cuobjdump("--list-ptx", cuda_kernels.library())
-    assert ptx.count(".ptx") == len(SOURCES) and ptx.count("sm_100") == len(SOURCES)  # so that later chips start too
+    assert ptx.count(".ptx") == len(SOURCES) and ptx.count("sm_100") == len(
+        SOURCES
+    )  # so that later chips start too
 
 
 def test_the_page_says_what_was_built(found):
@@ -39,7 +43,12 @@ def test_the_page_says_what_was_built(found):
 
 
 def compile_cubin(source: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{os.environ.get('CUDA_HOME', '')}/bin", os.environ["PATH"], "/usr/local/cuda/bin"]))
+    nvcc = shutil.which(
+        "nvcc",
+        path=os.pathsep.join(
+            [f"{os.environ.get('CUDA_HOME', '')}/bin", os.environ["PATH"], "/usr/local/cuda/bin"]
+        ),
+    )
     includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem={folder}" for folder in include_paths())]
     command = [nvcc, "-std=c++20", "-O3", "-cubin", "-arch=sm_90", *includes, *options, source, "-o", out]
     return subprocess.run(command, capture_output=True, text=True)

@@ -13,7 +13,10 @@ from fastflow import ops, reference
 from fastflow.ops.squeeze import ORDERS
 from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, name, pairwise
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True),
+]
 
 OP = torch.ops.fastflow.dequantize.default
 BACKWARD = torch.ops.fastflow.dequantize_backward.default
@@ -34,7 +37,11 @@ MAPS = {
 }
 LOGITS = [k for k, v in MAPS.items() if v["logit"]]
 every_map = pytest.mark.parametrize("preset", MAPS)
-AXES = {"preset": ["glow", "realnvp-0.05", "tutorial-0.05"], "n_bits": [8, 5, 1], "squeeze_order": [None, *ORDERS]}
+AXES = {
+    "preset": ["glow", "realnvp-0.05", "tutorial-0.05"],
+    "n_bits": [8, 5, 1],
+    "squeeze_order": [None, *ORDERS],
+}
 
 
 def variant(preset, n_bits=8, squeeze_order=None):
@@ -116,7 +123,10 @@ def test_inverse_log_det_is_finite_far_out(preset):
 
 @pytest.mark.parametrize("case", pairwise(**AXES), ids=name)
 def test_seed_draws_the_library_noise(case, each_backend):
-    x, kwargs = image(case["n_bits"]), {"n_bits": case["n_bits"], "squeeze_order": case["squeeze_order"], **MAPS[case["preset"]]}
+    x, kwargs = (
+        image(case["n_bits"]),
+        {"n_bits": case["n_bits"], "squeeze_order": case["squeeze_order"], **MAPS[case["preset"]]},
+    )
     for dtype in (torch.float32, torch.float64):
         noise = ops.uniform_noise(x.shape, seed=7, offset=3, dtype=dtype, device=x.device)
         y, log_det = ops.dequantize(x, seed=7, offset=3, dtype=dtype, **kwargs)
@@ -144,7 +154,9 @@ def test_gradients(case, each_backend):
     y, log_det = reference.dequantize(x, noise, None, 0, *v, torch.float64)
     dy, dlog_det = torch.randn_like(y), torch.randn_like(log_det)
     (expected,) = torch.autograd.grad((y * dy).sum() + (log_det * dlog_det).sum(), noise)
-    torch.testing.assert_close(BACKWARD(x, noise.detach(), dy, dlog_det, *v), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        BACKWARD(x, noise.detach(), dy, dlog_det, *v), expected, rtol=1e-11, atol=1e-11
+    )
     if v[3]:
         assert gradcheck(lambda z: INVERSE(z, *v)[1], leaf(y), fast_mode=fast)
 
@@ -168,7 +180,9 @@ def test_layouts(case):
     v = variant("tutorial-0.05", 8, case["squeeze_order"])
     torch.library.opcheck(OP, (x, leaf(noise), None, 0, *v, torch.float32), test_utils=STATIC)
     y, log_det = OP(x, noise, None, 0, *v, torch.float32)
-    torch.testing.assert_close((y, log_det), OP(x.contiguous(), noise.contiguous(), None, 0, *v, torch.float32), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        (y, log_det), OP(x.contiguous(), noise.contiguous(), None, 0, *v, torch.float32), rtol=1e-6, atol=1e-6
+    )
     dy = lay_out(torch.randn(y.shape), case["noise"])
     torch.library.opcheck(BACKWARD, (x, noise, dy, log_det, *v), test_utils=STATIC)
     torch.library.opcheck(INVERSE, (leaf(lay_out(torch.randn(2, 4, 4, 2), case["x"])), *v), test_utils=STATIC)
@@ -191,7 +205,9 @@ def test_shapes(n, rest, n_bits, preset):
 def test_log_det_by_hand():
     """-D log 2^n nats without logit."""
     _, log_det = ops.dequantize(image(5), seed=1, n_bits=5, dtype=torch.float64, **MAPS["glow"])
-    torch.testing.assert_close(log_det, torch.full((2,), -24 * 5 * math.log(2), dtype=torch.float64), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        log_det, torch.full((2,), -24 * 5 * math.log(2), dtype=torch.float64), rtol=1e-13, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -217,7 +233,15 @@ def test_same_bits_twice():
 
 # without W a multiple of 8; with; in several tiles, of which some are idle in part; in more than one program a sample; channels_last with
 # more channels than a tile's; vectors and others than images, which squeeze none
-SHAPES = [(2, 3, 6, 10), (1, 1, 2, 2), (3, 3, 4, 16), (1, 3, 32, 40), (1, 2, 70, 64), (2, 20, 4, 4), (2, 6, 16, 8)]
+SHAPES = [
+    (2, 3, 6, 10),
+    (1, 1, 2, 2),
+    (3, 3, 4, 16),
+    (1, 3, 32, 40),
+    (1, 2, 70, 64),
+    (2, 20, 4, 4),
+    (2, 6, 16, 8),
+]
 OTHERS = [(3, 5), (2, 24), (2, 3, 7), (1, 1, 1, 1), (2, 3, 5, 7), (2, 2, 3, 2, 5), (1, 9001)]
 GLOW = [(2, 3, 32, 32), (2, 1, 28, 28)]  # CIFAR-10, MNIST
 
@@ -244,7 +268,11 @@ def assert_as_reference(op, *args):
 
 
 def assert_all_as_reference(shape, preset, n_bits, squeeze_order, dtype, x_layout, layout):
-    x, v, dtype = lay_out(image(n_bits, shape), x_layout), variant(preset, n_bits, squeeze_order), getattr(torch, dtype)
+    x, v, dtype = (
+        lay_out(image(n_bits, shape), x_layout),
+        variant(preset, n_bits, squeeze_order),
+        getattr(torch, dtype),
+    )
     noise = lay_out(torch.rand(shape, dtype=torch.float64).to(dtype), layout)
     assert_as_reference(OP, x, None, torch.tensor(2**40 + 7), 2**33 + 1, *v, dtype)
     assert_as_reference(OP, x, noise, None, 0, *v, dtype)
@@ -252,7 +280,10 @@ def assert_all_as_reference(shape, preset, n_bits, squeeze_order, dtype, x_layou
     y = OP(x, centre, None, 0, *v, dtype)[0]
     assert_as_reference(OP, x, centre, None, 0, *v, dtype)
     assert_as_reference(INVERSE, lay_out(y, layout), *v)
-    dy, dlog_det = lay_out(torch.randn(y.shape, dtype=torch.float64).to(dtype), layout), torch.randn(shape[0]).to(ops.acc_dtype(dtype))
+    dy, dlog_det = (
+        lay_out(torch.randn(y.shape, dtype=torch.float64).to(dtype), layout),
+        torch.randn(shape[0]).to(ops.acc_dtype(dtype)),
+    )
     assert_as_reference(BACKWARD, x, noise, dy, dlog_det, *v)
 
 
@@ -263,13 +294,19 @@ KERNEL_AXES = {
 STRIDED = ("contiguous", "sliced", "transposed", "expanded")
 
 
-@pytest.mark.parametrize("case", pairwise(shape=SHAPES, squeeze_order=[None, *ORDERS], **KERNEL_AXES), ids=name)
+@pytest.mark.parametrize(
+    "case", pairwise(shape=SHAPES, squeeze_order=[None, *ORDERS], **KERNEL_AXES), ids=name
+)
 def test_images_as_reference(case):
     assert_all_as_reference(**case)
 
 
 @pytest.mark.parametrize(
-    "case", pairwise(**KERNEL_AXES | {"shape": OTHERS, "squeeze_order": [None], "x_layout": STRIDED, "layout": STRIDED}), ids=name
+    "case",
+    pairwise(
+        **KERNEL_AXES | {"shape": OTHERS, "squeeze_order": [None], "x_layout": STRIDED, "layout": STRIDED}
+    ),
+    ids=name,
 )
 def test_others_as_reference(case):
     assert_all_as_reference(**case)

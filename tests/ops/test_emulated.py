@@ -15,7 +15,9 @@ from tests.ops.test_triangular_solve import inputs as solve_inputs
 from tests.support.cases import lay_out
 
 CSRC = Path(__file__).parents[2] / "csrc"
-needs_extension = pytest.mark.skipif(not extension.cpu, reason="the C++ extension was not built here: no compiler")
+needs_extension = pytest.mark.skipif(
+    not extension.cpu, reason="the C++ extension was not built here: no compiler"
+)
 ORDERS = (0, 1, 2, 3)  # of threads and blocks: ascending, descending, two shuffles
 
 FAULTY = """
@@ -60,10 +62,24 @@ def faulty(tmp_path_factory):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("faulty")
     (folder / "faulty.cpp").write_text(FAULTY)
-    command = ["c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-I", CSRC, "faulty.cpp", "-o", "faulty"]
+    command = [
+        "c++",
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-I",
+        CSRC,
+        "faulty.cpp",
+        "-o",
+        "faulty",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return lambda fault, order=0: subprocess.run([folder / "faulty", str(fault), str(order)], capture_output=True, text=True).stdout.strip()
+    return lambda fault, order=0: subprocess.run(
+        [folder / "faulty", str(fault), str(order)], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_it_sees_what_is_wrong(faulty):
@@ -92,7 +108,9 @@ def same_in_every_order(run, multiprocessors: int = 1) -> tuple[torch.Tensor, ..
 
 @needs_extension
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@pytest.mark.parametrize("shape", [(9, 12, 16, 16), (5, 24, 8, 8), (40, 48, 4, 4), (3, 64, 7, 5), (2, 3, 5, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(9, 12, 16, 16), (5, 24, 8, 8), (40, 48, 4, 4), (3, 64, 7, 5), (2, 3, 5, 5)], ids=str
+)
 def test_conv1x1_has_no_race(shape, layout):
     x, dy = lay_out(torch.randn(shape), layout), lay_out(torch.randn(shape), layout)
     weight, bias = torch.linalg.qr(torch.randn(shape[1], shape[1])).Q, torch.randn(shape[1])
@@ -110,7 +128,9 @@ def test_conv1x1_has_no_race(shape, layout):
 @needs_extension
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(20, 12, 32, 32), (60, 24, 8, 8), (70, 48, 8, 8), (1, 64, 16, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(20, 12, 32, 32), (60, 24, 8, 8), (70, 48, 8, 8), (1, 64, 16, 16)], ids=str
+)
 def test_conv1x1_of_any_number_of_multiprocessors(shape, layout, multiprocessors):
     """Blocks that take several tiles, blocks that share one: the result is the reference's, and has no race."""
     x, dy = lay_out(torch.randn(shape), layout), lay_out(torch.randn(shape) / 150, layout)
@@ -164,6 +184,8 @@ def test_a_singular_matrix_is_said_by_the_next_call():
         perm, lower, upper, log_s, sign_s = lu_inputs(3, 4)
         log_s[2, 1] = torch.nan
         ops.lu_weight(perm, lower, upper, log_s, sign_s)
-        with pytest.raises(ValueError, match="lu_weight: matrix 2 of the stack has 0 or no finite number at place 1"):
+        with pytest.raises(
+            ValueError, match="lu_weight: matrix 2 of the stack has 0 or no finite number at place 1"
+        ):
             ops.raise_singular()
         ops.raise_singular()

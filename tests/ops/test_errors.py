@@ -45,7 +45,13 @@ def coupling(x, h, factor=None, **variant):
 
 
 def lu(**wrong):
-    args = {"perm": torch.arange(3).expand(2, 3), "lower": x_(2, 3, 3), "upper": x_(2, 3, 3), "log_s": x_(2, 3), "sign_s": x_(2, 3)}
+    args = {
+        "perm": torch.arange(3).expand(2, 3),
+        "lower": x_(2, 3, 3),
+        "upper": x_(2, 3, 3),
+        "log_s": x_(2, 3),
+        "sign_s": x_(2, 3),
+    }
     return lambda: ops.lu_weight(**{**args, **wrong})
 
 
@@ -58,7 +64,10 @@ IMAGES = r"uint8 images \[N, 3, 4, 4\] with values in \[0, 256\)"
 
 OPS = {
     # affine coupling
-    "odd channels": (coupling(x_(2, 3, 2, 2), x_(2, 3, 2, 2)), r"x: got shape \[2, 3, 2, 2\], expected an even number of channels"),
+    "odd channels": (
+        coupling(x_(2, 3, 2, 2), x_(2, 3, 2, 2)),
+        r"x: got shape \[2, 3, 2, 2\], expected an even number of channels",
+    ),
     "h of another size": (
         coupling(x_(2, 4), x_(2, 5)),
         r"h: got shape \[2, 5\], expected \[2, 4\] \(x is \[2, 4\], halves, shift and scale of 2",
@@ -67,19 +76,43 @@ OPS = {
         coupling(x_(2, 4), x_(2, 4), scale="none"),
         r"h: got shape \[2, 4\], expected \[2, 2\] .*halves, shift of 2",
     ),
-    "h of a checkerboard": (coupling(x_(2, 4), x_(2, 4), mask="checkerboard"), r"h: got shape \[2, 4\], expected \[2, 8\]"),
-    "h's dtype": (coupling(x_(2, 4), x_(2, 4, dtype=F64)), r"h: got dtype torch.float64, expected torch.float32, the dtype of x"),
-    "h of integers": (coupling(x_(2, 4), x_(2, 4, dtype=torch.int64)), r"h: got dtype torch.int64, expected torch.float32"),
-    "h's device": (coupling(x_(2, 4), x_(2, 4, device=META)), r"h: got device meta, expected cpu, where x is"),
-    "x of integers": (coupling(u8(2, 4), x_(2, 4)), r"x: got dtype torch.uint8, expected a floating point tensor"),
+    "h of a checkerboard": (
+        coupling(x_(2, 4), x_(2, 4), mask="checkerboard"),
+        r"h: got shape \[2, 4\], expected \[2, 8\]",
+    ),
+    "h's dtype": (
+        coupling(x_(2, 4), x_(2, 4, dtype=F64)),
+        r"h: got dtype torch.float64, expected torch.float32, the dtype of x",
+    ),
+    "h of integers": (
+        coupling(x_(2, 4), x_(2, 4, dtype=torch.int64)),
+        r"h: got dtype torch.int64, expected torch.float32",
+    ),
+    "h's device": (
+        coupling(x_(2, 4), x_(2, 4, device=META)),
+        r"h: got device meta, expected cpu, where x is",
+    ),
+    "x of integers": (
+        coupling(u8(2, 4), x_(2, 4)),
+        r"x: got dtype torch.uint8, expected a floating point tensor",
+    ),
     "x without a batch": (coupling(x_(4), x_(4)), r"x: got shape \[4\], expected a batch \[N, C, ...\]"),
-    "no factor": (coupling(x_(2, 4), x_(2, 4), scale="tanh"), r"factor: got None, expected one for soft_clamp and tanh only"),
-    "superfluous factor": (coupling(x_(2, 4), x_(2, 4), x_(2)), r"factor: got a tensor, expected one for .* scale is 'exp'"),
+    "no factor": (
+        coupling(x_(2, 4), x_(2, 4), scale="tanh"),
+        r"factor: got None, expected one for soft_clamp and tanh only",
+    ),
+    "superfluous factor": (
+        coupling(x_(2, 4), x_(2, 4), x_(2)),
+        r"factor: got a tensor, expected one for .* scale is 'exp'",
+    ),
     "factor's size": (
         coupling(x_(2, 4), x_(2, 4), x_(4), scale="tanh"),
         r"factor: got shape \[4\], expected \[2\], one for each transformed",
     ),
-    "factor's device": (coupling(x_(2, 4), x_(2, 4), x_(2, device=META), scale="tanh"), r"factor: got device meta, expected cpu"),
+    "factor's device": (
+        coupling(x_(2, 4), x_(2, 4), x_(2, device=META), scale="tanh"),
+        r"factor: got device meta, expected cpu",
+    ),
     **{
         f"name of {k}": (coupling(x_(2, 4), x_(2, 4), **{k: "other"}), f"{k}: got 'other', expected one of '")
         for k in ("mask", "scale", "order", "h_order")
@@ -93,48 +126,105 @@ OPS = {
         r"dlog_det: got shape \[\], expected \[2\] \(one value for each sample\)",
     ),
     # the rest, channel by channel
-    "actnorm's bias": (lambda: ops.actnorm(x_(2, 4), x_(4), x_(3)), r"bias: got shape \[3\], expected \[4\], one for each channel of x"),
+    "actnorm's bias": (
+        lambda: ops.actnorm(x_(2, 4), x_(4), x_(3)),
+        r"bias: got shape \[3\], expected \[4\], one for each channel of x",
+    ),
     "actnorm's dtypes": (
         lambda: ops.actnorm(x_(2, 4, dtype=F64), x_(4), x_(4)),
         r"log_scale: got dtype torch.float32, expected torch.float64",
     ),
-    "actnorm's devices": (lambda: ops.actnorm(x_(2, 4), x_(4), x_(4, device=META)), r"bias: got device meta, expected cpu, where x is"),
-    "statistics of integers": (lambda: ops.actnorm_statistics(u8(2, 4)), r"x: got dtype torch.uint8, expected a floating point tensor"),
-    "odd height": (lambda: ops.squeeze(x_(2, 3, 5, 4)), r"x: got shape \[2, 3, 5, 4\], expected an even height and width"),
-    "odd width": (lambda: ops.squeeze(x_(2, 3, 4, 5)), r"x: got shape \[2, 3, 4, 5\], expected an even height and width"),
-    "squeeze of vectors": (lambda: ops.squeeze(x_(2, 4)), r"x: got shape \[2, 4\], expected images \[N, C, H, W\]"),
+    "actnorm's devices": (
+        lambda: ops.actnorm(x_(2, 4), x_(4), x_(4, device=META)),
+        r"bias: got device meta, expected cpu, where x is",
+    ),
+    "statistics of integers": (
+        lambda: ops.actnorm_statistics(u8(2, 4)),
+        r"x: got dtype torch.uint8, expected a floating point tensor",
+    ),
+    "odd height": (
+        lambda: ops.squeeze(x_(2, 3, 5, 4)),
+        r"x: got shape \[2, 3, 5, 4\], expected an even height and width",
+    ),
+    "odd width": (
+        lambda: ops.squeeze(x_(2, 3, 4, 5)),
+        r"x: got shape \[2, 3, 4, 5\], expected an even height and width",
+    ),
+    "squeeze of vectors": (
+        lambda: ops.squeeze(x_(2, 4)),
+        r"x: got shape \[2, 4\], expected images \[N, C, H, W\]",
+    ),
     "unsqueeze of 6 channels": (
         lambda: ops.unsqueeze(x_(2, 6, 2, 2)),
         r"x: got shape \[2, 6, 2, 2\], expected a number of channels that 4",
     ),
-    "squeeze order": (lambda: ops.squeeze(x_(2, 3, 4, 4), "rows"), r"order: got 'rows', expected one of 'channel', 'space', 'realnvp'"),
-    "weight's shape": (lambda: ops.conv1x1(x_(2, 4), x_(4, 3)), r"weight: got shape \[4, 3\], expected \[4, 4\] \(x has 4 channels\)"),
-    "weight's dtype": (lambda: ops.conv1x1(x_(2, 4), x_(4, 4, dtype=F64)), r"weight: got dtype torch.float64, expected torch.float32"),
-    "weight's device": (lambda: ops.conv1x1(x_(2, 4), x_(4, 4, device=META)), r"weight: got device meta, expected cpu"),
-    "convolution's bias": (lambda: ops.conv1x1(x_(2, 4), x_(4, 4), x_(5)), r"bias: got shape \[5\], expected \[4\]"),
+    "squeeze order": (
+        lambda: ops.squeeze(x_(2, 3, 4, 4), "rows"),
+        r"order: got 'rows', expected one of 'channel', 'space', 'realnvp'",
+    ),
+    "weight's shape": (
+        lambda: ops.conv1x1(x_(2, 4), x_(4, 3)),
+        r"weight: got shape \[4, 3\], expected \[4, 4\] \(x has 4 channels\)",
+    ),
+    "weight's dtype": (
+        lambda: ops.conv1x1(x_(2, 4), x_(4, 4, dtype=F64)),
+        r"weight: got dtype torch.float64, expected torch.float32",
+    ),
+    "weight's device": (
+        lambda: ops.conv1x1(x_(2, 4), x_(4, 4, device=META)),
+        r"weight: got device meta, expected cpu",
+    ),
+    "convolution's bias": (
+        lambda: ops.conv1x1(x_(2, 4), x_(4, 4), x_(5)),
+        r"bias: got shape \[5\], expected \[4\]",
+    ),
     "mean's shape": (
         lambda: ops.gaussian_log_prob(x_(2, 3, 2, 2), x_(2)),
         r"mean: got shape \[2\], expected \[2, 3, 2, 2\] like z, or \[3\]",
     ),
-    "log_scale's dtype": (lambda: ops.gaussian_log_prob(x_(2, 3), None, x_(3, dtype=F64)), r"log_scale: got dtype torch.float64, expected"),
-    "mean's device": (lambda: ops.gaussian_log_prob(x_(2, 3), x_(3, device=META)), r"mean: got device meta, expected cpu, where z is"),
-    "sample's mean": (lambda: ops.gaussian_sample((2, 3), x_(4), seed=1), r"mean: got shape \[4\], expected \[2, 3\] like z, or \[3\]"),
+    "log_scale's dtype": (
+        lambda: ops.gaussian_log_prob(x_(2, 3), None, x_(3, dtype=F64)),
+        r"log_scale: got dtype torch.float64, expected",
+    ),
+    "mean's device": (
+        lambda: ops.gaussian_log_prob(x_(2, 3), x_(3, device=META)),
+        r"mean: got device meta, expected cpu, where z is",
+    ),
+    "sample's mean": (
+        lambda: ops.gaussian_sample((2, 3), x_(4), seed=1),
+        r"mean: got shape \[4\], expected \[2, 3\] like z, or \[3\]",
+    ),
     "sample's devices": (
         lambda: ops.gaussian_sample((2, 3), x_(3), x_(3, device=META), seed=1),
         r"log_scale: got device meta, expected cpu",
     ),
-    "seed's dtype": (lambda: ops.uniform_noise((2, 3), seed=torch.tensor(1.0)), r"seed: got torch.float32 of shape \[\], expected an int"),
+    "seed's dtype": (
+        lambda: ops.uniform_noise((2, 3), seed=torch.tensor(1.0)),
+        r"seed: got torch.float32 of shape \[\], expected an int",
+    ),
     "seed's shape": (
         lambda: ops.uniform_noise((2, 3), seed=torch.tensor([1, 2])),
         r"seed: got torch.int64 of shape \[2\], expected an int",
     ),
     # LU and triangles
     "lower's shape": (lu(lower=x_(2, 3, 4)), r"lower: got shape \[2, 3, 4\], expected a stack \[K, C, C\]"),
-    "lower's dtype": (lu(lower=x_(2, 3, 3, dtype=torch.bfloat16)), r"lower: got dtype torch.bfloat16, expected float32 or float64"),
-    "upper's shape": (lu(upper=x_(2, 4, 4)), r"upper: got shape \[2, 4, 4\], expected \[2, 3, 3\] \(like lower\)"),
+    "lower's dtype": (
+        lu(lower=x_(2, 3, 3, dtype=torch.bfloat16)),
+        r"lower: got dtype torch.bfloat16, expected float32 or float64",
+    ),
+    "upper's shape": (
+        lu(upper=x_(2, 4, 4)),
+        r"upper: got shape \[2, 4, 4\], expected \[2, 3, 3\] \(like lower\)",
+    ),
     "log_s's shape": (lu(log_s=x_(3)), r"log_s: got shape \[3\], expected \[2, 3\]"),
-    "log_s's dtype": (lu(log_s=x_(2, 3, dtype=F64)), r"log_s: got torch.float64 on cpu, expected torch.float32 on cpu, like lower"),
-    "sign_s's device": (lu(sign_s=x_(2, 3, device=META)), r"sign_s: got torch.float32 on meta, expected torch.float32 on cpu"),
+    "log_s's dtype": (
+        lu(log_s=x_(2, 3, dtype=F64)),
+        r"log_s: got torch.float64 on cpu, expected torch.float32 on cpu, like lower",
+    ),
+    "sign_s's device": (
+        lu(sign_s=x_(2, 3, device=META)),
+        r"sign_s: got torch.float32 on meta, expected torch.float32 on cpu",
+    ),
     "perm's dtype": (lu(perm=x_(2, 3)), r"perm: got dtype torch.float32, expected int64"),
     "A's shape": (
         lambda: ops.triangular_solve(x_(3, 3), x_(3, 3), upper=True),
@@ -144,27 +234,60 @@ OPS = {
         lambda: ops.triangular_solve(x_(1, 3, 3, dtype=torch.float16), x_(1, 3, 3), upper=True),
         r"A: got dtype torch.float16, expected float32 or float64",
     ),
-    "B's shape": (lambda: ops.triangular_solve(x_(1, 3, 3), x_(1, 4, 3), upper=True), r"B: got shape \[1, 4, 3\], expected \[1, 3, m\]"),
+    "B's shape": (
+        lambda: ops.triangular_solve(x_(1, 3, 3), x_(1, 4, 3), upper=True),
+        r"B: got shape \[1, 4, 3\], expected \[1, 3, m\]",
+    ),
     "B's dtype": (
         lambda: ops.triangular_solve(x_(1, 3, 3), x_(1, 3, 3, dtype=F64), upper=True),
         r"B: got torch.float64 on cpu, expected torch.float32 on cpu, like A",
     ),
     # dequantization
-    "a float image": (lambda: ops.dequantize(x_(2, 3), seed=1), r"x: got dtype torch.float32, expected uint8 images"),
-    "a single image": (lambda: ops.dequantize(u8(3), seed=1), r"x: got shape \[3\], expected a batch \[N, ...\]"),
-    "neither noise nor seed": (lambda: ops.dequantize(u8(2, 3)), r"noise, seed: got neither, expected one of them"),
-    "noise and seed": (lambda: ops.dequantize(u8(2, 3), noise=x_(2, 3), seed=1), r"noise, seed: got both, expected one of them"),
-    "noise's shape": (lambda: ops.dequantize(u8(2, 3), noise=x_(2, 4)), r"noise: got shape \[2, 4\], expected \[2, 3\] \(like x\)"),
-    "noise's dtype": (lambda: ops.dequantize(u8(2, 3), noise=u8(2, 3)), r"noise: got dtype torch.uint8, expected a floating point tensor"),
-    "noise's device": (lambda: ops.dequantize(u8(2, 3), noise=x_(2, 3, device=META)), r"noise: got device meta, expected cpu, where x is"),
+    "a float image": (
+        lambda: ops.dequantize(x_(2, 3), seed=1),
+        r"x: got dtype torch.float32, expected uint8 images",
+    ),
+    "a single image": (
+        lambda: ops.dequantize(u8(3), seed=1),
+        r"x: got shape \[3\], expected a batch \[N, ...\]",
+    ),
+    "neither noise nor seed": (
+        lambda: ops.dequantize(u8(2, 3)),
+        r"noise, seed: got neither, expected one of them",
+    ),
+    "noise and seed": (
+        lambda: ops.dequantize(u8(2, 3), noise=x_(2, 3), seed=1),
+        r"noise, seed: got both, expected one of them",
+    ),
+    "noise's shape": (
+        lambda: ops.dequantize(u8(2, 3), noise=x_(2, 4)),
+        r"noise: got shape \[2, 4\], expected \[2, 3\] \(like x\)",
+    ),
+    "noise's dtype": (
+        lambda: ops.dequantize(u8(2, 3), noise=u8(2, 3)),
+        r"noise: got dtype torch.uint8, expected a floating point tensor",
+    ),
+    "noise's device": (
+        lambda: ops.dequantize(u8(2, 3), noise=x_(2, 3, device=META)),
+        r"noise: got device meta, expected cpu, where x is",
+    ),
     "n_bits": (lambda: ops.dequantize(u8(2, 3), seed=1, n_bits=9), r"n_bits: got 9, expected 1 to 8"),
-    "a scale of zero": (lambda: ops.dequantize(u8(2, 3), seed=1, scale=0.0), r"scale: got 0.0, expected a positive number"),
-    "an infinite logit": (lambda: ops.dequantize(u8(2, 3), seed=1, logit=True), r"shift: got 0.0 with scale 1.0, expected 0 < shift"),
+    "a scale of zero": (
+        lambda: ops.dequantize(u8(2, 3), seed=1, scale=0.0),
+        r"scale: got 0.0, expected a positive number",
+    ),
+    "an infinite logit": (
+        lambda: ops.dequantize(u8(2, 3), seed=1, logit=True),
+        r"shift: got 0.0 with scale 1.0, expected 0 < shift",
+    ),
     "odd height, squeezed": (
         lambda: ops.dequantize(u8(2, 3, 5, 4), seed=1, squeeze_order="channel"),
         r"x: got shape \[2, 3, 5, 4\], expected an even height and width",
     ),
-    "inverse of integers": (lambda: ops.dequantize_inverse(u8(2, 3)), r"y: got dtype torch.uint8, expected a floating point tensor"),
+    "inverse of integers": (
+        lambda: ops.dequantize_inverse(u8(2, 3)),
+        r"y: got dtype torch.uint8, expected a floating point tensor",
+    ),
     "inverse of 6 channels": (
         lambda: ops.dequantize_inverse(x_(2, 6, 2, 2), squeeze_order="channel"),
         r"y: got shape \[2, 6, 2, 2\], expected a number of channels that 4 divides",
@@ -182,7 +305,10 @@ MODULES = {
     },
     "initialize": (lambda: ActNorm(4).initialize(x_(2, 5)), r"x: got shape \[2, 5\], expected \[N, 4, ...\]"),
     "a vector": (lambda: ActNorm(4)(x_(4)), r"x: got shape \[4\], expected \[N, 4, ...\]"),
-    "actnorm of float64": (lambda: ActNorm(4).eval()(x_(2, 4, dtype=F64)), r"log_scale: got dtype torch.float32, expected torch.float64"),
+    "actnorm of float64": (
+        lambda: ActNorm(4).eval()(x_(2, 4, dtype=F64)),
+        r"log_scale: got dtype torch.float32, expected torch.float64",
+    ),
     "convolution of float64": (
         lambda: InvertibleConv1x1(4)(x_(2, 4, dtype=F64)),
         r"weight: got dtype torch.float32, expected torch.float64",
@@ -191,8 +317,14 @@ MODULES = {
         lambda: AffineCoupling(nn.Identity())(x_(2, 5)),
         r"x: got shape \[2, 5\], expected an even number of channels",
     ),
-    "coupling's network": (lambda: AffineCoupling(nn.Linear(2, 3))(x_(2, 4)), r"h: got shape \[2, 3\], expected \[2, 4\]"),
-    "additive's network": (lambda: AdditiveCoupling(nn.Linear(2, 4))(x_(2, 4)), r"h: got shape \[2, 4\], expected \[2, 2\]"),
+    "coupling's network": (
+        lambda: AffineCoupling(nn.Linear(2, 3))(x_(2, 4)),
+        r"h: got shape \[2, 3\], expected \[2, 4\]",
+    ),
+    "additive's network": (
+        lambda: AdditiveCoupling(nn.Linear(2, 4))(x_(2, 4)),
+        r"h: got shape \[2, 4\], expected \[2, 2\]",
+    ),
     "coupling of integers": (
         lambda: AffineCoupling(nn.Linear(2, 4))(u8(2, 4)),
         r"x: got dtype torch.uint8, expected a floating point tensor",
@@ -201,31 +333,70 @@ MODULES = {
         lambda: AffineCoupling(nn.Linear(2, 4), num_features=3)(x_(2, 4)),
         r"factor: got shape \[3\], expected \[2\], one for each transformed channel",
     ),
-    "coupling's scale": (lambda: AffineCoupling(nn.Identity(), scale="relu"), r"scale: got 'relu', expected one of 'exp'"),
+    "coupling's scale": (
+        lambda: AffineCoupling(nn.Identity(), scale="relu"),
+        r"scale: got 'relu', expected one of 'exp'",
+    ),
     "coupling's mask": (
         lambda: AdditiveCoupling(nn.Identity(), mask="rows"),
         r"mask: got 'rows', expected one of 'halves', 'checkerboard'",
     ),
     "squeeze's order": (lambda: Squeeze("rows"), r"order: got 'rows', expected one of"),
-    "squeeze's height": (lambda: Squeeze()(x_(2, 3, 7, 8)), r"x: got shape \[2, 3, 7, 8\], expected an even height and width"),
-    "permutation's order": (lambda: Permute(4, order="sorted"), r"order: got 'sorted', expected one of 'reverse', 'random'"),
-    "a permutation of others": (lambda: Permute(3, order=[0, 1, 1]), r"order: got \[0, 1, 1\], expected each of 0 to 2 once"),
-    "a permutation of fewer": (lambda: Permute(3, order=[1, 0]), r"order: got \[1, 0\], expected each of 0 to 2 once"),
-    "a permutation of floats": (lambda: Permute(2, order=[1.0, 0.0]), r"order: got \[1.0, 0.0\], expected each of 0 to 1 once"),
-    "flatten's input": (lambda: Flatten((3, 2))(x_(2, 3, 3)), r"x: got shape \[2, 3, 3\], expected \[2, 3, 2\]"),
-    "flatten's latent": (lambda: Flatten((3, 2)).inverse(x_(2, 5)), r"z: got shape \[2, 5\], expected \[2, 6\]"),
+    "squeeze's height": (
+        lambda: Squeeze()(x_(2, 3, 7, 8)),
+        r"x: got shape \[2, 3, 7, 8\], expected an even height and width",
+    ),
+    "permutation's order": (
+        lambda: Permute(4, order="sorted"),
+        r"order: got 'sorted', expected one of 'reverse', 'random'",
+    ),
+    "a permutation of others": (
+        lambda: Permute(3, order=[0, 1, 1]),
+        r"order: got \[0, 1, 1\], expected each of 0 to 2 once",
+    ),
+    "a permutation of fewer": (
+        lambda: Permute(3, order=[1, 0]),
+        r"order: got \[1, 0\], expected each of 0 to 2 once",
+    ),
+    "a permutation of floats": (
+        lambda: Permute(2, order=[1.0, 0.0]),
+        r"order: got \[1.0, 0.0\], expected each of 0 to 1 once",
+    ),
+    "flatten's input": (
+        lambda: Flatten((3, 2))(x_(2, 3, 3)),
+        r"x: got shape \[2, 3, 3\], expected \[2, 3, 2\]",
+    ),
+    "flatten's latent": (
+        lambda: Flatten((3, 2)).inverse(x_(2, 5)),
+        r"z: got shape \[2, 5\], expected \[2, 6\]",
+    ),
     **{
-        f"MLP's {k}": (lambda k=k: MLP(**{"in_features": 2, "out_features": 2, k: 0}), f"{k}: got 0, expected a positive integer")
+        f"MLP's {k}": (
+            lambda k=k: MLP(**{"in_features": 2, "out_features": 2, k: 0}),
+            f"{k}: got 0, expected a positive integer",
+        )
         for k in ("in_features", "out_features", "hidden", "layers")
     },
     "split's channels": (lambda: Split(5), r"num_features: got 5, expected an even number of channels"),
-    "split's input": (lambda: Split(4)(x_(2, 6, 2, 2)), r"x: got shape \[2, 6, 2, 2\], expected \[N, 4, ...\]"),
-    "split's prior": (lambda: Split(4, prior="flow"), r"prior: got 'flow', expected one of 'standard', 'learned'"),
-    "split's latent": (lambda: Split(4).inverse(x_(2, 2, 2, 2), x_(2, 2, 2, 4)), r"z: got shape \[2, 2, 2, 4\], expected \[2, 2, 2, 2\]"),
+    "split's input": (
+        lambda: Split(4)(x_(2, 6, 2, 2)),
+        r"x: got shape \[2, 6, 2, 2\], expected \[N, 4, ...\]",
+    ),
+    "split's prior": (
+        lambda: Split(4, prior="flow"),
+        r"prior: got 'flow', expected one of 'standard', 'learned'",
+    ),
+    "split's latent": (
+        lambda: Split(4).inverse(x_(2, 2, 2, 2), x_(2, 2, 2, 4)),
+        r"z: got shape \[2, 2, 2, 4\], expected \[2, 2, 2, 2\]",
+    ),
     "bit depth": (lambda: Dequantize(0), r"n_bits: got 0, expected 1 to 8, the bit depth"),
     "float images": (lambda: Dequantize()(x_(2, 3)), r"x: got dtype torch.float32, expected uint8 images"),
     "alpha": (lambda: LogitDequantize(alpha=1.0), r"alpha: got 1.0, expected a number between 0 and 1"),
-    "preset": (lambda: LogitDequantize(preset="glow"), r"preset: got 'glow', expected one of 'realnvp', 'tutorial'"),
+    "preset": (
+        lambda: LogitDequantize(preset="glow"),
+        r"preset: got 'glow', expected one of 'realnvp', 'tutorial'",
+    ),
 }
 
 GLOW = {
@@ -237,14 +408,29 @@ GLOW = {
         lambda: glow(image_shape=(3, 5, 4)),
         r"levels: got 1 for image_shape \(3, 5, 4\), expected an even height and width, or images padded to 6x4",
     ),
-    "no channels": (lambda: glow(image_shape=(0, 4, 4)), r"image_shape: got \(0, 4, 4\), expected \(C, H, W\)"),
-    "a flat image_shape": (lambda: glow(image_shape=(4, 4)), r"image_shape: got \(4, 4\), expected \(C, H, W\)"),
+    "no channels": (
+        lambda: glow(image_shape=(0, 4, 4)),
+        r"image_shape: got \(0, 4, 4\), expected \(C, H, W\)",
+    ),
+    "a flat image_shape": (
+        lambda: glow(image_shape=(4, 4)),
+        r"image_shape: got \(4, 4\), expected \(C, H, W\)",
+    ),
     **{
-        f"{k} of {v}": (lambda k=k, v=v: glow(**{k: v}), re.escape(f"{k}: got {v!r}, expected a positive integer"))
+        f"{k} of {v}": (
+            lambda k=k, v=v: glow(**{k: v}),
+            re.escape(f"{k}: got {v!r}, expected a positive integer"),
+        )
         for k, v in {"levels": 0, "steps": 0, "hidden": 1.5, "classes": 0, "checkpoint_every": -1}.items()
     },
-    "coupling": (lambda: glow(coupling="spline"), r"coupling: got 'spline', expected one of 'affine', 'additive'"),
-    "conv1x1": (lambda: glow(conv1x1="qr"), r"conv1x1: got 'qr', expected one of 'lu', 'plain', 'reverse', 'shuffle'"),
+    "coupling": (
+        lambda: glow(coupling="spline"),
+        r"coupling: got 'spline', expected one of 'affine', 'additive'",
+    ),
+    "conv1x1": (
+        lambda: glow(conv1x1="qr"),
+        r"conv1x1: got 'qr', expected one of 'lu', 'plain', 'reverse', 'shuffle'",
+    ),
     "scale": (lambda: glow(scale="none"), r"scale: got 'none', expected one of"),
     "n_bits": (lambda: glow(n_bits=12), r"n_bits: got 12, expected 1 to 8"),
     **{
@@ -254,14 +440,20 @@ GLOW = {
         )
         for method in ("log_prob", "bits_per_dim", "forward", "encode", "initialize")
     },
-    "NaN for images": (lambda: glow().log_prob(x_(2, 3, 4, 4) * torch.nan), f"x: got dtype torch.float32, expected {IMAGES}"),
+    "NaN for images": (
+        lambda: glow().log_prob(x_(2, 3, 4, 4) * torch.nan),
+        f"x: got dtype torch.float32, expected {IMAGES}",
+    ),
     "wrong channels": (lambda: glow()(u8(2, 1, 4, 4)), rf"x: got shape \[2, 1, 4, 4\], expected {IMAGES}"),
     "one image": (lambda: glow()(u8(3, 4, 4)), rf"x: got shape \[3, 4, 4\], expected {IMAGES}"),
     "a value above the bit depth": (
         lambda: glow(n_bits=5)(u8(2, 3, 4, 4, value=32)),
         r"x: got a value of 32, expected .* values in \[0, 32\)",
     ),
-    "images elsewhere": (lambda: glow()(u8(2, 3, 4, 4, device=META)), r"x: got device meta, expected cpu, where the model is"),
+    "images elsewhere": (
+        lambda: glow()(u8(2, 3, 4, 4, device=META)),
+        r"x: got device meta, expected cpu, where the model is",
+    ),
     "superfluous context": (
         lambda: glow()(u8(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)),
         r"context: got a tensor of shape \[2\], expected None, the model has no classes",
@@ -292,16 +484,30 @@ GLOW = {
         r"context: got device meta, expected cpu, where the model is",
     ),
     "NaN in a latent": (latents(glow(), NAN), r"latents\[0\]: got NaN, expected numbers"),
-    "too few latents": (latents(glow(levels=2), NAN), r"latents: got 1 tensors, expected 2, as encode gives them"),
-    "a latent's shape": (latents(glow(), x_(2, 12, 4, 4)), r"latents\[0\]: got shape \[2, 12, 4, 4\], expected \[N, 12, 2, 2\]"),
-    "a latent's dtype": (latents(glow(), x_(2, 12, 2, 2, dtype=F64)), r"latents\[0\]: got dtype torch.float64, expected torch.float32"),
-    "a latent elsewhere": (latents(glow(), x_(2, 12, 2, 2, device=META)), r"latents\[0\]: got device meta, expected cpu"),
+    "too few latents": (
+        latents(glow(levels=2), NAN),
+        r"latents: got 1 tensors, expected 2, as encode gives them",
+    ),
+    "a latent's shape": (
+        latents(glow(), x_(2, 12, 4, 4)),
+        r"latents\[0\]: got shape \[2, 12, 4, 4\], expected \[N, 12, 2, 2\]",
+    ),
+    "a latent's dtype": (
+        latents(glow(), x_(2, 12, 2, 2, dtype=F64)),
+        r"latents\[0\]: got dtype torch.float64, expected torch.float32",
+    ),
+    "a latent elsewhere": (
+        latents(glow(), x_(2, 12, 2, 2, device=META)),
+        r"latents\[0\]: got device meta, expected cpu",
+    ),
     "temperature": (lambda: glow().sample(2, temperature=-1.0), r"temperature: got -1.0, expected 0 or more"),
     "a negative number of samples": (lambda: glow().sample(-1), r"n: got -1, expected 0 or more"),
 }
 
 
-@pytest.mark.parametrize("call, message", [*OPS.values(), *MODULES.values(), *GLOW.values()], ids=[*OPS, *MODULES, *GLOW])
+@pytest.mark.parametrize(
+    "call, message", [*OPS.values(), *MODULES.values(), *GLOW.values()], ids=[*OPS, *MODULES, *GLOW]
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match="^" + message):
         call()

@@ -9,9 +9,21 @@ from torch.autograd import gradcheck
 from torch.distributions import Normal
 
 from fastflow import ops, reference
-from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, assert_as_reference, lay_out, leaf, name, pairwise
+from tests.support.cases import (
+    LAYOUTS,
+    STATIC,
+    TRITON_AND_CPU,
+    assert_as_reference,
+    lay_out,
+    leaf,
+    name,
+    pairwise,
+)
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True),
+]
 
 LOG_PROB = torch.ops.fastflow.gaussian_log_prob.default
 BACKWARD = torch.ops.fastflow.gaussian_log_prob_backward.default
@@ -21,7 +33,11 @@ every_term = pytest.mark.parametrize("mean, log_scale", list(product(TERMS, TERM
 
 
 def term(kind, shape, dtype=torch.float64):
-    return {"none": None, "channel": torch.randn(shape[1], dtype=dtype), "full": torch.randn(shape, dtype=dtype)}[kind]
+    return {
+        "none": None,
+        "channel": torch.randn(shape[1], dtype=dtype),
+        "full": torch.randn(shape, dtype=dtype),
+    }[kind]
 
 
 def inputs(mean, log_scale, shape=(3, 4, 2, 2)):
@@ -33,7 +49,11 @@ def leaves(*tensors):
 
 
 def broadcast(v, z):
-    return torch.zeros_like(z) if v is None else (v.view(1, -1, *[1] * (z.ndim - 2)) if v.ndim == 1 else v).expand_as(z)
+    return (
+        torch.zeros_like(z)
+        if v is None
+        else (v.view(1, -1, *[1] * (z.ndim - 2)) if v.ndim == 1 else v).expand_as(z)
+    )
 
 
 @every_term
@@ -51,7 +71,11 @@ def test_gradients(mean, log_scale, each_backend):
     assert gradcheck(LOG_PROB, args, fast_mode=fast)
     z, *terms = args
     if mean != "none" or log_scale != "none":
-        assert gradcheck(lambda m, s: SAMPLE(list(z.shape), m, s, 0.7, torch.tensor(1), 2, torch.float64), terms, fast_mode=fast)
+        assert gradcheck(
+            lambda m, s: SAMPLE(list(z.shape), m, s, 0.7, torch.tensor(1), 2, torch.float64),
+            terms,
+            fast_mode=fast,
+        )
 
 
 @every_term
@@ -72,7 +96,9 @@ def test_backward_is_that_of_the_reference(mean, log_scale):
 def test_opcheck(mean, log_scale):
     z, m, s = leaves(*inputs(mean, log_scale))
     torch.library.opcheck(LOG_PROB, (z, m, s))
-    torch.library.opcheck(SAMPLE, (list(z.shape), m, s, 0.7, torch.tensor(1), 2, torch.float64), test_utils=STATIC)
+    torch.library.opcheck(
+        SAMPLE, (list(z.shape), m, s, 0.7, torch.tensor(1), 2, torch.float64), test_utils=STATIC
+    )
 
 
 @pytest.mark.parametrize("mean, log_scale", [("full", "none"), ("channel", "full")])
@@ -104,7 +130,11 @@ def test_layouts(case):
     + [
         {"dtype": dtype, "mean": mean, "log_scale": s, "shape": (300, 3)}
         | dict.fromkeys(("z_layout", "mean_layout", "log_scale_layout"), "contiguous")
-        for dtype, mean, s in (("float32", "channel", "channel"), ("float64", "full", "channel"), ("bfloat16", "none", "full"))
+        for dtype, mean, s in (
+            ("float32", "channel", "channel"),
+            ("float64", "full", "channel"),
+            ("bfloat16", "none", "full"),
+        )
     ],  # more vectors than a thread takes
     ids=lambda c: name(c).replace(" ", ""),
 )
@@ -112,23 +142,32 @@ def test_every_body_is_the_reference(case):
     dtype, shape = getattr(torch, case["dtype"]), case["shape"]
     z, m, s = (None if v is None else v.to(dtype) for v in inputs(case["mean"], case["log_scale"], shape))
     z = lay_out(z, case["z_layout"])
-    m, s = (v if v is None or v.ndim == 1 else lay_out(v, case[layout]) for v, layout in ((m, "mean_layout"), (s, "log_scale_layout")))
+    m, s = (
+        v if v is None or v.ndim == 1 else lay_out(v, case[layout])
+        for v, layout in ((m, "mean_layout"), (s, "log_scale_layout"))
+    )
     assert_as_reference(LOG_PROB, z, m, s)
     assert_as_reference(BACKWARD, z, m, s, torch.randn(shape[0], dtype=reference.acc_dtype(dtype)))
     if dtype in (torch.float64, torch.float32):
-        assert_as_reference(lambda m, s, seed: SAMPLE(list(shape), m, s, 0.7, seed, 2**33, dtype), m, s, torch.tensor(3))
+        assert_as_reference(
+            lambda m, s, seed: SAMPLE(list(shape), m, s, 0.7, seed, 2**33, dtype), m, s, torch.tensor(3)
+        )
 
 
 def test_half_precision():
     z, m, s = (v.bfloat16() for v in inputs("full", "full", (8, 6, 8, 8)))
     log_prob = ops.gaussian_log_prob(z, m, s)
     assert log_prob.dtype == torch.float32
-    torch.testing.assert_close(log_prob.double(), ops.gaussian_log_prob(z.double(), m.double(), s.double()), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        log_prob.double(), ops.gaussian_log_prob(z.double(), m.double(), s.double()), rtol=1e-5, atol=0
+    )
 
 
 def test_log_density_of_zero():
     """D (-1/2 log 2 pi) nats."""
-    assert ops.gaussian_log_prob(torch.zeros(1, 3, 2, 2)).item() == pytest.approx(-6 * math.log(2 * math.pi), rel=1e-6)
+    assert ops.gaussian_log_prob(torch.zeros(1, 3, 2, 2)).item() == pytest.approx(
+        -6 * math.log(2 * math.pi), rel=1e-6
+    )
 
 
 @every_term
@@ -136,7 +175,9 @@ def test_sample_is_scaled_noise(mean, log_scale):
     z, m, s = inputs(mean, log_scale)
     noise = ops.gaussian_sample(z.shape, seed=4, offset=1, dtype=torch.float64)
     sample = ops.gaussian_sample(z.shape, m, s, seed=4, offset=1, temperature=0.7, dtype=torch.float64)
-    torch.testing.assert_close(sample, broadcast(m, z) + 0.7 * broadcast(s, z).exp() * noise, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        sample, broadcast(m, z) + 0.7 * broadcast(s, z).exp() * noise, rtol=1e-13, atol=1e-13
+    )
     cold = ops.gaussian_sample(z.shape, m, s, seed=4, temperature=0.0, dtype=torch.float64)
     torch.testing.assert_close(cold, broadcast(m, z), rtol=0, atol=0)
 

@@ -28,21 +28,31 @@ def assert_near(found, exact, tolerance=1e-5):
     """Against float64, by the norm of the error and by its largest element."""
     for ours, truth in zip(found, exact, strict=True):
         error = ours.double() - truth
-        assert error.norm() <= tolerance * truth.norm() and error.abs().max() <= tolerance * max(truth.abs().max(), 1)
+        assert error.norm() <= tolerance * truth.norm() and error.abs().max() <= tolerance * max(
+            truth.abs().max(), 1
+        )
 
 
 def exactly(op, *args, **kwargs):
     """``op`` in float64, by its gradients' own definition where it is differentiable: plain PyTorch."""
     with fastflow.backend("reference"):
-        return op(*(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args), **kwargs)
+        return op(
+            *(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args),
+            **kwargs,
+        )
 
 
 def gradients(op, *args, **kwargs):
     """Outputs of ``op`` and the gradients of a weighted sum of them."""
-    args = [a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    args = [
+        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in args
+    ]
     outputs = op(*args, **kwargs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    weighted = [(v * torch.linspace(-1, 2, v.shape[-1], dtype=v.dtype)).sum() for v in outputs if v.requires_grad]
+    weighted = [
+        (v * torch.linspace(-1, 2, v.shape[-1], dtype=v.dtype)).sum() for v in outputs if v.requires_grad
+    ]
     leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
     return *(v.detach() for v in outputs), *torch.autograd.grad(sum(weighted), leaves)
 
@@ -58,7 +68,9 @@ def test_affine_coupling(shape, mask, layout, each_backend):
     for inverse in (False, True):
         kwargs = {"mask": mask, "scale": "soft_clamp", "inverse": inverse}
         found = gradients(ops.affine_coupling, x, h, factor, **kwargs)
-        assert_near(found, exactly(lambda *a, kw=kwargs: gradients(ops.affine_coupling, *a, **kw), x, h, factor))
+        assert_near(
+            found, exactly(lambda *a, kw=kwargs: gradients(ops.affine_coupling, *a, **kw), x, h, factor)
+        )
     y, log_det, *_ = found
     args = (x, h, factor, y, log_det)
     kwargs = {"mask": mask, "scale": "soft_clamp"}
@@ -84,7 +96,9 @@ def test_squeeze(shape, layout, each_backend):
     x = lay_out(torch.randn(shape), layout)
     for order in ("channel", "space", "realnvp"):
         y = ops.squeeze(x, order)
-        assert torch.equal(y, exactly(ops.squeeze, x, order).float()) and torch.equal(ops.unsqueeze(y, order), x)
+        assert torch.equal(y, exactly(ops.squeeze, x, order).float()) and torch.equal(
+            ops.unsqueeze(y, order), x
+        )
 
 
 @pytest.mark.parametrize("logit", [False, True])
@@ -115,7 +129,11 @@ def test_gaussian(shape, terms, layout, each_backend):
     found = gradients(ops.gaussian_log_prob, *args)
     assert_near(found, exactly(lambda *a: gradients(ops.gaussian_log_prob, *a), *args))
     sample = ops.gaussian_sample(shape, mean, log_scale, seed=3, temperature=0.7)
-    truth = exactly(lambda *v: ops.gaussian_sample(shape, *v, seed=3, temperature=0.7, dtype=torch.float64), mean, log_scale)
+    truth = exactly(
+        lambda *v: ops.gaussian_sample(shape, *v, seed=3, temperature=0.7, dtype=torch.float64),
+        mean,
+        log_scale,
+    )
     assert_near([sample], [truth])
 
 
@@ -124,7 +142,10 @@ def test_gaussian(shape, terms, layout, each_backend):
 def test_conv1x1(shape, layout, each_backend):
     x, dy = lay_out(torch.randn(shape), layout), lay_out(torch.randn(shape), layout)
     weight, bias = torch.linalg.qr(torch.randn(shape[1], shape[1])).Q, torch.randn(shape[1])
-    assert_near(gradients(ops.conv1x1, x, weight, bias), exactly(lambda *a: gradients(ops.conv1x1, *a), x, weight, bias))
+    assert_near(
+        gradients(ops.conv1x1, x, weight, bias),
+        exactly(lambda *a: gradients(ops.conv1x1, *a), x, weight, bias),
+    )
     args = x, weight, weight.mT, bias, dy
     assert_near(ops.conv1x1_inverse_backward(*args), exactly(ops.conv1x1_inverse_backward, *args))
 
@@ -132,7 +153,11 @@ def test_conv1x1(shape, layout, each_backend):
 @on_both("k, c", [(3, 48)], [(32, 12), (32, 24), (32, 48), (64, 64), (4, 512)], "emulated")
 def test_lu_weight(k, c, each_backend):
     lower, upper = torch.randn(k, c, c) / c, torch.randn(k, c, c) / c
-    perm, log_s, sign_s = torch.stack([torch.randperm(c) for _ in range(k)]), 0.3 * torch.randn(k, c), torch.randn(k, c).sign()
+    perm, log_s, sign_s = (
+        torch.stack([torch.randperm(c) for _ in range(k)]),
+        0.3 * torch.randn(k, c),
+        torch.randn(k, c).sign(),
+    )
 
     def run(lower, upper, log_s, sign_s):
         return gradients(lambda *a: ops.lu_weight(perm, *a, sign_s), lower, upper, log_s)
@@ -140,15 +165,24 @@ def test_lu_weight(k, c, each_backend):
     assert_near(run(lower, upper, log_s, sign_s), exactly(run, lower, upper, log_s, sign_s))
 
 
-@on_both("k, n, m", [(2, 48, 200)], [(32, 48, 48), (1, 12, 524_289), (4, 48, 524_289), (2, 512, 4096)], "emulated")
+@on_both(
+    "k, n, m", [(2, 48, 200)], [(32, 48, 48), (1, 12, 524_289), (4, 48, 524_289), (2, 512, 4096)], "emulated"
+)
 def test_triangular_solve(k, n, m, each_backend):
     A, B = torch.randn(k, n, n) / n + 2 * torch.eye(n), torch.randn(k, n, m)
     for upper in (False, True):
         found = gradients(lambda A, B, upper=upper: ops.triangular_solve(A, B, upper=upper), A, B)
-        assert_near(found, exactly(lambda A, B, u=upper: gradients(lambda *a: ops.triangular_solve(*a, upper=u), A, B), A, B))
+        assert_near(
+            found,
+            exactly(
+                lambda A, B, u=upper: gradients(lambda *a: ops.triangular_solve(*a, upper=u), A, B), A, B
+            ),
+        )
 
 
-@pytest.mark.parametrize("each_backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(
+    "each_backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
 def test_a_captured_graph(each_backend):
     """Replayed on other values it gives what the ops give; a matrix that became singular is told after the replay."""
     x, dy = torch.randn(8, 12, 8, 8), torch.randn(8, 12, 8, 8)
@@ -207,7 +241,11 @@ def test_past_32_bits(count, samples, layout, each_backend):
     shape = (n, c, height, width)
 
     def random(dtype=SHARE):
-        x = torch.empty(shape, dtype=dtype, memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout))
+        x = torch.empty(
+            shape,
+            dtype=dtype,
+            memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout),
+        )
         return x.random_(0, 255) if dtype == torch.uint8 else x.normal_()
 
     def last(v):
@@ -244,7 +282,11 @@ def test_past_32_bits(count, samples, layout, each_backend):
 @on_both("count", [600], [2**31 + 600], "emulated")
 def test_conv1x1_past_32_bits(count, layout, each_backend):
     shape = (1, 4, math.ceil(count / 16) * 2, 2)
-    x = torch.empty(shape, dtype=SHARE, memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout)).normal_()
+    x = torch.empty(
+        shape,
+        dtype=SHARE,
+        memory_format=getattr(torch, f"{layout}_format" if layout == "contiguous" else layout),
+    ).normal_()
     weight, bias = torch.linalg.qr(torch.randn(4, 4)).Q, torch.randn(4)
     last = x[:, :, -6:].clone()
     y = ops.conv1x1(x, weight, bias)

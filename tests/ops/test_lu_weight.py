@@ -8,7 +8,10 @@ import fastflow
 from fastflow import ops, reference
 from tests.support.cases import EXTENSION, STATIC, assert_as_reference, leaf
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", EXTENSION, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", EXTENSION, indirect=True),
+]
 
 OP = torch.ops.fastflow.lu_weight.default
 BACKWARD = torch.ops.fastflow.lu_weight_backward.default
@@ -20,14 +23,24 @@ def inputs(k, c, dtype=torch.float64):
     """All of lower and upper is filled: only the strict triangles may be read."""
     perm = torch.stack([torch.randperm(c) for _ in range(k)]) if k else torch.empty(0, c, dtype=torch.int64)
     lower, upper = torch.randn(k, c, c) / c, torch.randn(k, c, c) / c
-    return perm, lower.to(dtype), upper.to(dtype), 0.3 * torch.randn(k, c).to(dtype), torch.randn(k, c).sign().to(dtype)
+    return (
+        perm,
+        lower.to(dtype),
+        upper.to(dtype),
+        0.3 * torch.randn(k, c).to(dtype),
+        torch.randn(k, c).sign().to(dtype),
+    )
 
 
 def by_hand(perm, lower, upper, log_s, sign_s):
     """W = P L (U + diag s), P with ones at (i, perm[i])."""
     c = perm.shape[1]
     P = torch.nn.functional.one_hot(perm, c).to(lower.dtype)
-    return P @ (lower.tril(-1) + torch.eye(c, dtype=lower.dtype)) @ (upper.triu(1) + torch.diag_embed(sign_s * log_s.exp()))
+    return (
+        P
+        @ (lower.tril(-1) + torch.eye(c, dtype=lower.dtype))
+        @ (upper.triu(1) + torch.diag_embed(sign_s * log_s.exp()))
+    )
 
 
 @sizes
@@ -66,7 +79,11 @@ def test_backward_is_that_of_linalg(k, c):
 def test_every_body_is_the_reference(k, c, dtype):
     args = inputs(k, c, dtype)
     assert_as_reference(OP, *args)
-    upstream = torch.randn(k, c, c, dtype=dtype), torch.randn(k, c, c, dtype=dtype), torch.randn(k, dtype=dtype)
+    upstream = (
+        torch.randn(k, c, c, dtype=dtype),
+        torch.randn(k, c, c, dtype=dtype),
+        torch.randn(k, dtype=dtype),
+    )
     assert_as_reference(BACKWARD, *args, reference.lu_weight(*args)[1], *upstream)
 
 
@@ -78,15 +95,27 @@ def test_opcheck(k, c):
 
 def test_opcheck_layouts():
     perm, lower, upper, log_s, sign_s = inputs(3, 4)
-    transposed = perm, leaf(lower.mT), leaf(upper.mT), leaf(torch.stack([log_s, log_s], dim=2)[..., 0]), sign_s
+    transposed = (
+        perm,
+        leaf(lower.mT),
+        leaf(upper.mT),
+        leaf(torch.stack([log_s, log_s], dim=2)[..., 0]),
+        sign_s,
+    )
     torch.library.opcheck(OP, transposed, test_utils=STATIC)
     expanded = tuple(v[:1].expand(v.shape) for v in (perm, lower, upper, log_s, sign_s))
     torch.library.opcheck(OP, expanded, test_utils=STATIC)
     for strided in (expanded, transposed):
         plain = tuple(v.contiguous() for v in strided)
         torch.testing.assert_close(ops.lu_weight(*strided), ops.lu_weight(*plain), rtol=1e-13, atol=1e-13)
-    upstream = torch.randn(3, 4, 4, dtype=lower.dtype), torch.randn(3, 4, 4, dtype=lower.dtype).mT, torch.randn(3, dtype=lower.dtype)
-    torch.library.opcheck(BACKWARD, (perm, lower.mT, upper.mT, log_s, sign_s, lower, *upstream), test_utils=STATIC)
+    upstream = (
+        torch.randn(3, 4, 4, dtype=lower.dtype),
+        torch.randn(3, 4, 4, dtype=lower.dtype).mT,
+        torch.randn(3, dtype=lower.dtype),
+    )
+    torch.library.opcheck(
+        BACKWARD, (perm, lower.mT, upper.mT, log_s, sign_s, lower, *upstream), test_utils=STATIC
+    )
 
 
 def test_float32():
@@ -124,7 +153,9 @@ def test_a_singular_matrix_is_named(log_s, c, each_backend):
     args = inputs(4, c)
     args[3][2, 3] = log_s
     found = r"(-?0|-?inf|-?nan|0 or no finite number) at place 3 of its diagonal"
-    with pytest.raises(ValueError, match=rf"lu_weight: matrix 2 of the stack has {found}" if c <= 64 else found):
+    with pytest.raises(
+        ValueError, match=rf"lu_weight: matrix 2 of the stack has {found}" if c <= 64 else found
+    ):
         ops.lu_weight(*args)
         ops.raise_singular()  # a GPU's kernels cannot raise at once
     ops.raise_singular()  # it is said once
@@ -154,7 +185,9 @@ def test_compile():
     perm, *rest, sign_s = inputs(3, 4, torch.float32)
     variables = [leaf(v) for v in rest]
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: sum(v.sum() for v in ops.lu_weight(perm, *a, sign_s)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: sum(v.sum() for v in ops.lu_weight(perm, *a, sign_s)), fullgraph=True, backend="aot_eager"
+    )
     found = torch.autograd.grad(compiled(*variables), variables)
     expected = torch.autograd.grad(sum(v.sum() for v in ops.lu_weight(perm, *variables, sign_s)), variables)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from fastflow import ops, reference
 from tests.support.cases import TRITON_AND_CPU
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True),
+]
 
 OP = torch.ops.fastflow.uniform_noise.default
 
@@ -68,7 +71,9 @@ def test_where_each_number_comes_from(seed, sample, element, dtype):
     first, second = words[element % 4 // 2 * 2 :][:2]
     radius, angle = math.sqrt(-2 * math.log((first + 0.5) / 2**32)), second / 2**32 * 2 * math.pi
     normal = reference.normal_noise(shape, torch.tensor(seed), sample, torch.float64)
-    assert normal[0, element].item() == pytest.approx(radius * (math.sin if element % 2 else math.cos)(angle), rel=1e-12, abs=1e-12)
+    assert normal[0, element].item() == pytest.approx(
+        radius * (math.sin if element % 2 else math.cos)(angle), rel=1e-12, abs=1e-12
+    )
 
 
 NOISES = {
@@ -81,7 +86,9 @@ each_noise = pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES.keys()
 @each_noise
 @settings(max_examples=20, deadline=None)
 @given(
-    parts=st.lists(st.integers(0, 4), min_size=1, max_size=4), start=st.sampled_from([0, 7, 2**32 - 3, 2**40]), seed=st.integers(0, 2**62)
+    parts=st.lists(st.integers(0, 4), min_size=1, max_size=4),
+    start=st.sampled_from([0, 7, 2**32 - 3, 2**40]),
+    seed=st.integers(0, 2**62),
 )
 def test_split_over_offsets_is_the_whole_batch(noise, parts, start, seed):
     whole = noise((sum(parts), 3, 5), seed, start)
@@ -110,7 +117,9 @@ def test_uniform_is_a_multiple_below_one(dtype):
     u = ops.uniform_noise((64, 4096), seed=3, dtype=dtype)
     k = u * 65536
     assert torch.equal(k, k.floor()) and u.min() >= 0 and u.max() < 1
-    assert k.max() == 65535 and k.min() == 0  # 262144 draws miss one of 65536 values with odds of 2 %; this seed does not
+    assert (
+        k.max() == 65535 and k.min() == 0
+    )  # 262144 draws miss one of 65536 values with odds of 2 %; this seed does not
 
 
 def test_uniform_moments():
@@ -130,7 +139,9 @@ def test_normal_moments():
     for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
         assert abs((z**power).mean() - moment) < 5 * (variance / n) ** 0.5
     cdf = 0.5 * (1 + torch.erf(z.sort().values / 2**0.5))
-    assert (cdf - (torch.arange(n) + 0.5) / n).abs().max() < 2 / n**0.5  # Kolmogorov and Smirnov: odds of 0.07 %
+    assert (
+        cdf - (torch.arange(n) + 0.5) / n
+    ).abs().max() < 2 / n**0.5  # Kolmogorov and Smirnov: odds of 0.07 %
 
 
 @each_noise

@@ -13,7 +13,10 @@ from fastflow import ops
 from fastflow.ops.squeeze import ORDERS
 from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, name, pairwise
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True),
+]
 
 OP = torch.ops.fastflow.squeeze.default
 any_order = pytest.mark.parametrize("order", ORDERS)
@@ -34,7 +37,9 @@ def by_hand(x, order):
 
 
 @any_order
-@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 2, 2), (2, 2, 2, 4), (0, 3, 4, 4), (3, 5, 8, 2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 4, 6), (1, 1, 2, 2), (2, 2, 2, 4), (0, 3, 4, 4), (3, 5, 8, 2)], ids=str
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_order(shape, order, layout):
     x = lay_out(torch.randn(shape), layout)
@@ -100,7 +105,13 @@ def test_any_dtype(dtype):
 
 
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(0, 3), c=st.integers(1, 5), h=st.integers(1, 4), w=st.integers(1, 4), order=st.sampled_from(ORDERS))
+@given(
+    n=st.integers(0, 3),
+    c=st.integers(1, 5),
+    h=st.integers(1, 4),
+    w=st.integers(1, 4),
+    order=st.sampled_from(ORDERS),
+)
 def test_shapes(n, c, h, w, order):
     x = torch.randn(n, c, 2 * h, 2 * w)
     y = ops.squeeze(x, order)
@@ -109,7 +120,11 @@ def test_shapes(n, c, h, w, order):
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "uint8", "bool", "complex64", "complex128")
 SHAPES = [(1, 1, 2, 2), (2, 3, 6, 10), (3, 5, 2, 16), (1, 20, 4, 6), (2, 3, 32, 32), (1, 2, 2, 1030)]
-GLOW = [(2, 3, 32, 32), (2, 6, 16, 16), (2, 12, 8, 8)]  # a level's input, which is half of the channels of the level above
+GLOW = [
+    (2, 3, 32, 32),
+    (2, 6, 16, 16),
+    (2, 12, 8, 8),
+]  # a level's input, which is half of the channels of the level above
 
 
 def numbers(shape, dtype):
@@ -120,18 +135,28 @@ def assert_as_reference(x, order, inverse):
     found = OP(x, order, inverse)
     with fastflow.backend("reference"):
         expected = OP(x, order, inverse)
-    assert torch.equal(found, expected) and found.dtype == expected.dtype and found.stride() == expected.stride()
+    assert (
+        torch.equal(found, expected) and found.dtype == expected.dtype and found.stride() == expected.stride()
+    )
 
 
-@pytest.mark.parametrize("case", pairwise(shape=SHAPES, dtype=DTYPES, layout=LAYOUTS, order=ORDERS, inverse=[False, True]), ids=name)
+@pytest.mark.parametrize(
+    "case",
+    pairwise(shape=SHAPES, dtype=DTYPES, layout=LAYOUTS, order=ORDERS, inverse=[False, True]),
+    ids=name,
+)
 def test_as_reference(case):
     n, c, h, w = case["shape"]
     shape = (n, 4 * c, h // 2, w // 2) if case["inverse"] else case["shape"]
-    assert_as_reference(lay_out(numbers(shape, case["dtype"]), case["layout"]), case["order"], case["inverse"])
+    assert_as_reference(
+        lay_out(numbers(shape, case["dtype"]), case["layout"]), case["order"], case["inverse"]
+    )
 
 
 @both_directions
-@pytest.mark.parametrize("layout", [["contiguous"], ["channels_last"], ["sliced"], ["channels_last", "sliced"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "layout", [["contiguous"], ["channels_last"], ["sliced"], ["channels_last", "sliced"]], ids=" ".join
+)
 @pytest.mark.parametrize("shape", GLOW, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_glow_as_reference(shape, dtype, layout, inverse):

@@ -12,9 +12,16 @@ import fastflow.triton_kernels
 from tests.support import interpreter
 from tests.support.cases import lay_out
 
-pytestmark = pytest.mark.skipif(not interpreter.RUNS, reason="kernels are compiled here: only the interpreter counts what they move")
+pytestmark = pytest.mark.skipif(
+    not interpreter.RUNS, reason="kernels are compiled here: only the interpreter counts what they move"
+)
 
-SHAPE = (4, 12, 16, 16)  # Glow's first level; large enough that a value a channel or a sample is below the tolerance
+SHAPE = (
+    4,
+    12,
+    16,
+    16,
+)  # Glow's first level; large enough that a value a channel or a sample is below the tolerance
 LAYOUTS = ("contiguous", "channels_last", "sliced", "channels_last sliced")
 SEED = torch.tensor(1)
 MAP = (8, 0.9, 0.05, True)  # bits, scale, shift, logit
@@ -75,7 +82,11 @@ def gaussian(terms: str, backward: bool = False):
 def given(x, like, terms: str):
     if terms == "standard":
         return None, None
-    return (like(*x.shape), like(*x.shape)) if terms == "full" else (torch.randn(x.shape[1]), torch.randn(x.shape[1]))
+    return (
+        (like(*x.shape), like(*x.shape))
+        if terms == "full"
+        else (torch.randn(x.shape[1]), torch.randn(x.shape[1]))
+    )
 
 
 def gaussian_sample(terms: str):
@@ -92,10 +103,28 @@ TABLE = [
     ("affine_coupling_backward", "factor", coupling("backward", "halves", "soft_clamp"), 18, 2),
     ("affine_coupling_backward", "checkerboard", coupling("backward", "checkerboard", "soft_clamp"), 28, 2),
     ("affine_coupling_backward", "additive", coupling("backward", "halves", "none"), 10, 1),
-    ("affine_coupling_backward", "additive checkerboard", coupling("backward", "checkerboard", "none"), 12, 1),
+    (
+        "affine_coupling_backward",
+        "additive checkerboard",
+        coupling("backward", "checkerboard", "none"),
+        12,
+        1,
+    ),
     ("affine_coupling_inverse_backward", "halves", coupling("inverse_backward", "halves", "sigmoid"), 24, 1),
-    ("affine_coupling_inverse_backward", "factor", coupling("inverse_backward", "halves", "soft_clamp"), 24, 2),
-    ("affine_coupling_inverse_backward", "checkerboard", coupling("inverse_backward", "checkerboard", "soft_clamp"), 32, 2),
+    (
+        "affine_coupling_inverse_backward",
+        "factor",
+        coupling("inverse_backward", "halves", "soft_clamp"),
+        24,
+        2,
+    ),
+    (
+        "affine_coupling_inverse_backward",
+        "checkerboard",
+        coupling("inverse_backward", "checkerboard", "soft_clamp"),
+        32,
+        2,
+    ),
     ("affine_coupling_inverse_backward", "additive", coupling("inverse_backward", "halves", "none"), 20, 1),
     ("actnorm", "forward", actnorm("forward"), 8, 1),
     ("actnorm", "inverse", actnorm("inverse"), 8, 1),
@@ -132,7 +161,11 @@ def laid_out(shape, layout: str):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("op", "_", "arguments", "expected", "launches"), TABLE, ids=[f"{op} {case}".strip() for op, case, *_ in TABLE])
+@pytest.mark.parametrize(
+    ("op", "_", "arguments", "expected", "launches"),
+    TABLE,
+    ids=[f"{op} {case}".strip() for op, case, *_ in TABLE],
+)
 def test_bytes_and_launches(op, _, arguments, expected, launches, layout):
     x = laid_out(SHAPE, layout)
     args = arguments(x, lambda *shape: laid_out(shape, layout))
@@ -141,7 +174,9 @@ def test_bytes_and_launches(op, _, arguments, expected, launches, layout):
     moved = (found.read + found.written) / x.numel()
     assert moved >= expected, "fewer bytes than there are: the counter is broken"
     # of the statistics each program leaves three numbers a channel, which are read twice
-    assert moved <= (1.07 if op == "actnorm_statistics" else 1.05) * expected, f"{found.read} bytes read, {found.written} written"
+    assert moved <= (1.07 if op == "actnorm_statistics" else 1.05) * expected, (
+        f"{found.read} bytes read, {found.written} written"
+    )
     assert found.operations == [], "something else ran than kernels, which may be a copy"
     assert len(found.launches) == launches, found.launches
 
@@ -158,7 +193,11 @@ def test_every_op_with_a_kernel_is_in_the_table():
     launchers = set()
     for module in pkgutil.iter_modules(fastflow.triton_kernels.__path__):
         launchers |= vars(importlib.import_module(f"fastflow.triton_kernels.{module.name}")).keys()
-    ops = {name for name in launchers if inspect.isfunction(getattr(fastflow.reference, name, None)) and hasattr(torch.ops.fastflow, name)}
+    ops = {
+        name
+        for name in launchers
+        if inspect.isfunction(getattr(fastflow.reference, name, None)) and hasattr(torch.ops.fastflow, name)
+    }
     assert ops == {op for op, *_ in TABLE}
 
 

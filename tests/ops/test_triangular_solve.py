@@ -9,12 +9,25 @@ from torch.autograd import gradcheck
 from fastflow import ops
 from tests.support.cases import EXTENSION, STATIC, leaf
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.parametrize("each_backend", EXTENSION, indirect=True)]
+pytestmark = [
+    pytest.mark.usefixtures("each_backend"),
+    pytest.mark.parametrize("each_backend", EXTENSION, indirect=True),
+]
 
 OP = torch.ops.fastflow.triangular_solve.default
 BACKWARD = torch.ops.fastflow.triangular_solve_backward.default
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
-SIZES = [(1, 1, 1), (3, 1, 33), (2, 3, 5), (4, 5, 7), (48, 12, 12), (1, 33, 2), (2, 40, 65), (2, 64, 1), (1, 96, 3)]
+SIZES = [
+    (1, 1, 1),
+    (3, 1, 33),
+    (2, 3, 5),
+    (4, 5, 7),
+    (48, 12, 12),
+    (1, 33, 2),
+    (2, 40, 65),
+    (2, 64, 1),
+    (1, 96, 3),
+]
 SIZES += [(2, 130, 129), (1, 512, 3)]
 variants = pytest.mark.parametrize("upper, unit_diagonal, transpose", list(product([False, True], repeat=3)))
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -53,10 +66,16 @@ def matrix(A, upper, unit_diagonal, transpose):
 def test_solves(k, n, m, dtype, upper, unit_diagonal, transpose):
     A, B = inputs(k, n, m, dtype)
     # only the named triangle may be read, so the rest is poison
-    unread = torch.ones(n, n, dtype=torch.bool).triu(1) if not upper else torch.ones(n, n, dtype=torch.bool).tril(-1)
+    unread = (
+        torch.ones(n, n, dtype=torch.bool).triu(1)
+        if not upper
+        else torch.ones(n, n, dtype=torch.bool).tril(-1)
+    )
     if unit_diagonal:
         unread = unread | torch.eye(n, dtype=torch.bool)
-    X = ops.triangular_solve(A.masked_fill(unread, torch.nan), B, upper=upper, unit_diagonal=unit_diagonal, transpose=transpose)
+    X = ops.triangular_solve(
+        A.masked_fill(unread, torch.nan), B, upper=upper, unit_diagonal=unit_diagonal, transpose=transpose
+    )
     expected = torch.linalg.solve(matrix(A.double(), upper, unit_diagonal, transpose), B.double())
     torch.testing.assert_close(X.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert X.dtype == dtype and X.is_contiguous()
@@ -82,7 +101,12 @@ def test_backward_is_that_of_linalg(upper, unit_diagonal, transpose):
     X = torch.linalg.solve(matrix(A, upper, unit_diagonal, transpose), B)
     dX = torch.randn_like(X)
     expected = torch.autograd.grad(X, (A, B), dX)
-    torch.testing.assert_close(BACKWARD(A.detach(), X.detach(), dX, upper, unit_diagonal, transpose), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        BACKWARD(A.detach(), X.detach(), dX, upper, unit_diagonal, transpose),
+        expected,
+        rtol=1e-11,
+        atol=1e-11,
+    )
 
 
 @variants
@@ -107,7 +131,9 @@ def test_any_strides(n, transpose):
     A, B = inputs(3, n, 9)
 
     def same(strided, plain):
-        found, expected = (ops.triangular_solve(a, b, upper=True, transpose=transpose) for a, b in (strided, plain))
+        found, expected = (
+            ops.triangular_solve(a, b, upper=True, transpose=transpose) for a, b in (strided, plain)
+        )
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
     same((A.mT, B.mT.contiguous().mT), (A.mT.contiguous(), B))
@@ -135,7 +161,9 @@ def test_a_column_does_not_depend_on_the_others(n, upper, dtype, each_backend):
     X = ops.triangular_solve(A, B, upper=upper)
     for first, last in [(0, 1), (332, 333), (7, 9), (100, 111), (5, 21), (64, 128), (3, 100), (1, 333)]:
         assert torch.equal(ops.triangular_solve(A, B[:, :, first:last], upper=upper), X[:, :, first:last])
-        assert torch.equal(ops.triangular_solve(A, B[:, :, first:last].contiguous(), upper=upper), X[:, :, first:last])
+        assert torch.equal(
+            ops.triangular_solve(A, B[:, :, first:last].contiguous(), upper=upper), X[:, :, first:last]
+        )
     assert torch.equal(ops.triangular_solve(A[1:2], B[1:2], upper=upper), X[1:2])
 
 
@@ -149,7 +177,9 @@ def test_sums_start_from_zero(n):
     def error(X):
         return ((X.double() - exact).norm() / exact.norm()).item()
 
-    assert error(ops.triangular_solve(A, B, upper=False)) <= 2 * error(torch.linalg.solve_triangular(A, B, upper=False))
+    assert error(ops.triangular_solve(A, B, upper=False)) <= 2 * error(
+        torch.linalg.solve_triangular(A, B, upper=False)
+    )
 
 
 @pytest.mark.parametrize("upper", [False, True])
@@ -187,9 +217,15 @@ def test_the_first_singular_matrix_is_named(each_backend):
         with pytest.raises(ops.SingularError) as error:
             ops.triangular_solve(A, B, upper=upper, transpose=transpose)
             ops.raise_singular()
-        found = "matrix 3 of the stack has -inf at place 5 of its diagonal, expected a finite number other than 0"
+        found = (
+            "matrix 3 of the stack has -inf at place 5 of its diagonal, expected a finite number other than 0"
+        )
         assert late or str(error.value) == f"triangular_solve: {found}"
-    assert ops.triangular_solve(A, B[..., :0], upper=True).shape == (6, 7, 0)  # what is not used is not looked at
+    assert ops.triangular_solve(A, B[..., :0], upper=True).shape == (
+        6,
+        7,
+        0,
+    )  # what is not used is not looked at
 
 
 def test_same_bits_twice():
@@ -205,7 +241,11 @@ def test_same_bits_twice():
 def test_compile():
     A, B = (leaf(v) for v in inputs(2, 4, 3))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda A, B: ops.triangular_solve(A, B, upper=True).square().sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda A, B: ops.triangular_solve(A, B, upper=True).square().sum(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     found = torch.autograd.grad(compiled(A, B), (A, B))
     expected = torch.autograd.grad(ops.triangular_solve(A, B, upper=True).square().sum(), (A, B))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

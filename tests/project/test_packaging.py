@@ -23,16 +23,24 @@ def test_a_compiler_means_an_extension():
         assert set(extension.build) == {"torch", "compiler", "cpu_targets", "cuda", "cuda_archs"}
 
 
-@pytest.mark.skipif(not extension.cuda, reason="the CUDA extension was not built here: no nvcc, or no CUDA build of torch")
+@pytest.mark.skipif(
+    not extension.cuda, reason="the CUDA extension was not built here: no nvcc, or no CUDA build of torch"
+)
 def test_every_op_of_the_extension_has_each_body():
-    of_each, of_the_cpu = (ROOT / "csrc" / "schemas.cpp").read_text().split("constexpr const char* CPU_SCHEMAS[]")
+    of_each, of_the_cpu = (
+        (ROOT / "csrc" / "schemas.cpp").read_text().split("constexpr const char* CPU_SCHEMAS[]")
+    )
     everywhere = (("fastflow_C", "CPU"), ("fastflow_C", "CUDA"), ("fastflow_emulated", "CPU"))
     for text, places in ((of_each, everywhere), (of_the_cpu, everywhere[:1])):
         names = re.findall(r'^    "(\w+)\(', text, re.MULTILINE)
         assert names
         for name in names:
             for namespace, key in places:
-                assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key), (namespace, name, key)
+                assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key), (
+                    namespace,
+                    name,
+                    key,
+                )
     assert extension.build["cuda"] and extension.build["cuda_archs"]
 
 
@@ -50,10 +58,14 @@ build_meta.build_wheel(out)
 
 def pack(out):
     """An sdist, and the wheel built from that sdist; without CUDA, whose compilation alone takes half a minute."""
-    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "runs", "data", "*.so", "*.egg-info", "__pycache__")
+    skip = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "runs", "data", "*.so", "*.egg-info", "__pycache__"
+    )
     shutil.copytree(ROOT, out / "tree", ignore=skip)
     env = {**os.environ, "FASTFLOW_CUDA": "0"}
-    done = subprocess.run([sys.executable, "-c", PACK, out], cwd=out / "tree", env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PACK, out], cwd=out / "tree", env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "CUDA extension: left out: FASTFLOW_CUDA=0" in done.stdout
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
@@ -70,7 +82,12 @@ def test_sdist_and_wheel(tmp_path):
 def sdist_holds_all_sources(sdist, tree):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for folder, pattern in [("csrc", "*.*"), ("triton_kernels", "*.py"), ("fastflow", "*.py"), ("tests", "*.py")]:
+    for folder, pattern in [
+        ("csrc", "*.*"),
+        ("triton_kernels", "*.py"),
+        ("fastflow", "*.py"),
+        ("tests", "*.py"),
+    ]:
         assert {str(path.relative_to(tree)) for path in (tree / folder).rglob(pattern)} <= names
     assert {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml", "fastflow/py.typed"} <= names
     assert not [name for name in names if name.endswith(".so")]

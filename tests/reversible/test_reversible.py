@@ -34,12 +34,21 @@ def outputs_and_gradients(run, variables, seed=3):
     """Of ``run()``: its outputs, and the gradients by ``variables`` of a loss that weighs them."""
     generator = torch.Generator().manual_seed(seed)
     outputs = run()
-    loss = sum((v * torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v)).sum() for v in outputs)
-    return [v.detach() for v in outputs], list(torch.autograd.grad(loss, variables, allow_unused=True, materialize_grads=True))
+    loss = sum(
+        (v * torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v)).sum()
+        for v in outputs
+    )
+    return [v.detach() for v in outputs], list(
+        torch.autograd.grad(loss, variables, allow_unused=True, materialize_grads=True)
+    )
 
 
 def assert_as_stored(steps, x, context=None, tolerance=1e-10, **options):
-    variables = [x, *(v for v in (context,) if v is not None and v.requires_grad), *(p for s in steps for p in s.parameters())]
+    variables = [
+        x,
+        *(v for v in (context,) if v is not None and v.requires_grad),
+        *(p for s in steps for p in s.parameters()),
+    ]
     variables = [v for v in dict.fromkeys(variables) if v.requires_grad]
     expected = outputs_and_gradients(lambda: stored(steps, x, context), variables)
     found = outputs_and_gradients(lambda: reversible(steps, x, context, **options), variables)
@@ -68,7 +77,10 @@ def test_glow(case):
     first, classes = case["first"], case["classes"]
     kwargs = {k: v for k, v in case.items() if k != "first"}
     model = Glow((3, 8, 4), levels=2, hidden=5, reversible=False, **kwargs).double()
-    x, labels = torch.randint(0, 256, (6, 3, 8, 4), dtype=torch.uint8), None if classes is None else torch.arange(6) % 3
+    x, labels = (
+        torch.randint(0, 256, (6, 3, 8, 4), dtype=torch.uint8),
+        None if classes is None else torch.arange(6) % 3,
+    )
     if not first:
         model.initialize(x, labels)
         randomize(model, std=0.03)
@@ -82,14 +94,23 @@ def test_glow(case):
 
 def chain(k=4, context=False):
     """Steps of vectors, of each kind, with random parameters."""
-    couplings = [AffineCoupling(WithContext(2, 4) if context else mlp(2, 4), flip=i % 2 == 1) for i in range(k)]
-    return [s for c in couplings for s in (trained(lambda: ActNorm(4)), trained(lambda: InvertibleConv1x1(4)), trained(lambda c=c: c))]
+    couplings = [
+        AffineCoupling(WithContext(2, 4) if context else mlp(2, 4), flip=i % 2 == 1) for i in range(k)
+    ]
+    return [
+        s
+        for c in couplings
+        for s in (trained(lambda: ActNorm(4)), trained(lambda: InvertibleConv1x1(4)), trained(lambda c=c: c))
+    ]
 
 
 @pytest.mark.parametrize("checkpoint_every", [None, 1, 5, 100])
 @pytest.mark.parametrize("wants", ["nothing else", "x", "context", "x and context"])
 def test_inputs_that_need_gradients(wants, checkpoint_every):
-    x, context = batch((4,)).requires_grad_("x" in wants.split()), batch((3,)).requires_grad_("context" in wants)
+    x, context = (
+        batch((4,)).requires_grad_("x" in wants.split()),
+        batch((3,)).requires_grad_("context" in wants),
+    )
     assert_as_stored(chain(context=True), x, context, checkpoint_every=checkpoint_every)
 
 
@@ -102,16 +123,22 @@ def test_a_context_of_labels():
         def forward(self, x, context):
             return self.net(x, self.of_label(context))
 
-    assert_as_stored([trained(lambda: AffineCoupling(Embedding())) for _ in range(2)], batch((4,)), torch.tensor([1, 4, 1]))
+    assert_as_stored(
+        [trained(lambda: AffineCoupling(Embedding())) for _ in range(2)], batch((4,)), torch.tensor([1, 4, 1])
+    )
 
 
-@pytest.mark.parametrize("frozen", ["all but the last step", "all but the first step", "some parameters", "every other parameter"])
+@pytest.mark.parametrize(
+    "frozen", ["all but the last step", "all but the first step", "some parameters", "every other parameter"]
+)
 def test_frozen_parameters(frozen):
     steps = chain()
     parameters = [p for s in steps for p in s.parameters()]
     for i, p in enumerate(parameters):
         last, first = i >= len(parameters) - 5, i < 2
-        keep = {"all but the last step": last, "all but the first step": first, "some parameters": i > 9}.get(frozen, i % 2)
+        keep = {"all but the last step": last, "all but the first step": first, "some parameters": i > 9}.get(
+            frozen, i % 2
+        )
         p.requires_grad_(bool(keep))
     assert_as_stored(steps, batch((4,)))
 
@@ -136,22 +163,30 @@ def test_an_output_that_nobody_uses():
     steps, x = chain(2), batch((4,)).requires_grad_()
     for which in (0, 1):
         expected = torch.autograd.grad(stored(steps, x)[which].sum(), x)
-        torch.testing.assert_close(torch.autograd.grad(reversible(steps, x)[which].sum(), x), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            torch.autograd.grad(reversible(steps, x)[which].sum(), x), expected, rtol=1e-10, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_batches_of_none_and_one(n):
     assert_as_stored(chain(), batch((4,), n).requires_grad_())
-    assert_as_stored([GlowLevel([GlowStep(16, 3) for _ in range(2)]).double()], batch((4, 2, 4), n).requires_grad_())
+    assert_as_stored(
+        [GlowLevel([GlowStep(16, 3) for _ in range(2)]).double()], batch((4, 2, 4), n).requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_and_layouts(dtype, layout):
-    steps = [trained(lambda flip=flip: AffineCoupling(conv(2, 4), flip=flip)).to(dtype) for flip in (False, True)]
+    steps = [
+        trained(lambda flip=flip: AffineCoupling(conv(2, 4), flip=flip)).to(dtype) for flip in (False, True)
+    ]
     x = batch((4, 2, 4)).to(dtype).contiguous(memory_format=layout).requires_grad_()
     (z, _), _ = found = assert_as_stored(steps, x, tolerance=1e-4 if dtype == torch.float32 else 0.1)
-    assert z.dtype == dtype and z.is_contiguous(memory_format=layout) and all(g.dtype == dtype for g in found[1])
+    assert (
+        z.dtype == dtype and z.is_contiguous(memory_format=layout) and all(g.dtype == dtype for g in found[1])
+    )
 
 
 def test_a_step_that_changes_nothing():
@@ -167,7 +202,11 @@ def test_a_step_that_changes_nothing():
 
 def test_sequential_of_images_and_of_sequentials():
     x = torch.randint(0, 256, (3, 4, 2, 4), dtype=torch.uint8)
-    flows = [Dequantize(), Sequential(ActNorm(4), Sequential(AffineCoupling(conv(2, 4)), reversible=False)), AffineCoupling(conv(2, 4))]
+    flows = [
+        Dequantize(),
+        Sequential(ActNorm(4), Sequential(AffineCoupling(conv(2, 4)), reversible=False)),
+        AffineCoupling(conv(2, 4)),
+    ]
     on, off = Sequential(*flows).double(), Sequential(*flows, reversible=False)
     on(x)
     randomize(on)
@@ -176,7 +215,10 @@ def test_sequential_of_images_and_of_sequentials():
         torch.manual_seed(5)
         results.append(outputs_and_gradients(lambda flow=flow: flow(x), list(on.parameters())))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    assert isinstance(on(x)[0].grad_fn, type(reversible(list(on), x)[0].grad_fn)) and off(x)[0].grad_fn.name() != on(x)[0].grad_fn.name()
+    assert (
+        isinstance(on(x)[0].grad_fn, type(reversible(list(on), x)[0].grad_fn))
+        and off(x)[0].grad_fn.name() != on(x)[0].grad_fn.name()
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0])
@@ -190,7 +232,11 @@ def test_same_bits_twice():
     steps, x = chain(), batch((4,)).requires_grad_()
     parameters = [p for s in steps for p in s.parameters()]
     first, second = (outputs_and_gradients(lambda: reversible(steps, x), parameters) for _ in range(2))
-    assert all(torch.equal(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_backward_twice():
@@ -219,7 +265,9 @@ def test_a_subclass_with_its_own_forward_has_no_inherited_rule():
 
     assert AdditiveCoupling.inverse_backward is AffineCoupling.inverse_backward is not None
     assert Scaled.inverse_backward is Mixed.inverse_backward is None
-    assert_as_stored([trained(lambda: Scaled(mlp(2, 4))), trained(lambda: Mixed(mlp(2, 2)))], batch((4,)).requires_grad_())
+    assert_as_stored(
+        [trained(lambda: Scaled(mlp(2, 4))), trained(lambda: Mixed(mlp(2, 2)))], batch((4,)).requires_grad_()
+    )
 
 
 def test_a_step_whose_part_has_no_rule():
@@ -325,9 +373,14 @@ def test_hooks_of_parameters_run_once():
     parameters = [p for s in steps for p in s.parameters()]
     plain = outputs_and_gradients(lambda: reversible(steps, x), parameters)[1]
     handles = [p.register_hook(lambda g: (seen.update(["hook"]), 2 * g)[1]) for p in parameters]
-    handles += [p.register_post_accumulate_grad_hook(lambda p: seen.update(["accumulated"])) for p in parameters]
+    handles += [
+        p.register_post_accumulate_grad_hook(lambda p: seen.update(["accumulated"])) for p in parameters
+    ]
     generator = torch.Generator().manual_seed(3)
-    sum((v * torch.randn(v.shape, generator=generator, dtype=torch.float64)).sum() for v in reversible(steps, x)).backward()
+    sum(
+        (v * torch.randn(v.shape, generator=generator, dtype=torch.float64)).sum()
+        for v in reversible(steps, x)
+    ).backward()
     assert seen == {"hook": len(parameters), "accumulated": len(parameters)}
     torch.testing.assert_close([p.grad for p in parameters], [2 * g for g in plain], rtol=0, atol=0)
     assert all(p._backward_hooks for p in parameters)
@@ -344,11 +397,20 @@ def test_hooks_of_modules():
     steps[5].net.register_full_backward_hook(lambda *_: seen.update(["network backward"]))
     flow = Sequential(*steps)
     flow.register_forward_hook(lambda *_: seen.update(["chain"]))
-    flow.register_full_backward_hook(lambda m, dx, dz: seen.update(["chain backward"] if dx[0] is not None else []))
+    flow.register_full_backward_hook(
+        lambda m, dx, dz: seen.update(["chain backward"] if dx[0] is not None else [])
+    )
     z, log_det = flow(x)
     assert seen == {"step": 1, "network": 1, "chain": 1}
     (z.sum() + log_det.sum()).backward()
-    assert seen == {"step": 2, "step backward": 1, "network": 2, "network backward": 1, "chain": 1, "chain backward": 1}
+    assert seen == {
+        "step": 2,
+        "step backward": 1,
+        "network": 2,
+        "network backward": 1,
+        "chain": 1,
+        "chain backward": 1,
+    }
 
 
 @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
@@ -357,7 +419,9 @@ def test_one_hook_alone(kind):
     steps, x, seen = chain(2), batch((4,)).requires_grad_(), []
     expected = assert_as_stored(steps, x)
     getattr(steps[2], f"register_{kind}_hook")(lambda *_: seen.append(kind))
-    torch.testing.assert_close(outputs_and_gradients(lambda: reversible(steps, x), [x])[1][0], expected[1][0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        outputs_and_gradients(lambda: reversible(steps, x), [x])[1][0], expected[1][0], rtol=1e-10, atol=1e-10
+    )
     assert len(seen) == (2 if "forward" in kind else 1)
 
 
@@ -379,7 +443,13 @@ class Noisy(nn.Module):
 
     def __init__(self, momentum=0.1):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6, momentum=momentum), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(6, 4, 1))
+        self.net = nn.Sequential(
+            nn.Conv2d(2, 6, 1),
+            nn.BatchNorm2d(6, momentum=momentum),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Conv2d(6, 4, 1),
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -394,12 +464,16 @@ class ByHand(Flow):
 
     def forward(self, x, context=None):
         shift, scale = self.net(x[:, :2]).chunk(2, dim=1)
-        return torch.cat([x[:, :2], x[:, 2:] * torch.exp(torch.tanh(scale)) + shift], 1).flip(1), torch.tanh(scale).flatten(1).sum(1)
+        return torch.cat([x[:, :2], x[:, 2:] * torch.exp(torch.tanh(scale)) + shift], 1).flip(1), torch.tanh(
+            scale
+        ).flatten(1).sum(1)
 
     def inverse(self, z, context=None):
         z = z.flip(1)
         shift, scale = self.net(z[:, :2]).chunk(2, dim=1)
-        return torch.cat([z[:, :2], (z[:, 2:] - shift) * torch.exp(-torch.tanh(scale))], 1), -torch.tanh(scale).flatten(1).sum(1)
+        return torch.cat([z[:, :2], (z[:, 2:] - shift) * torch.exp(-torch.tanh(scale))], 1), -torch.tanh(
+            scale
+        ).flatten(1).sum(1)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -411,7 +485,9 @@ def test_batch_norm_and_dropout_within_networks(kind, momentum):
     for run in (stored, reversible):
         own = copy.deepcopy(steps)
         torch.manual_seed(7)
-        found = outputs_and_gradients(lambda own=own, run=run: run(own, x), [p for s in own for p in s.parameters()])
+        found = outputs_and_gradients(
+            lambda own=own, run=run: run(own, x), [p for s in own for p in s.parameters()]
+        )
         buffers = {f"{i}.{k}": v for i, s in enumerate(own) for k, v in s.named_buffers()}
         results.append((found, buffers, torch.get_rng_state()))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-9, atol=1e-9)
@@ -437,7 +513,9 @@ def test_a_shared_network_with_batch_norm():
 @pytest.mark.parametrize("kind", [AffineCoupling, ByHand])
 def test_a_network_that_moves_its_buffers_before_it_uses_them(kind):
     """Spectral norm: each forward pass in training mode takes a step of the power iteration."""
-    net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 8, 1)), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    net = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 8, 1)), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
     steps, x, results = [randomize(kind(net)).double()], batch((4, 2, 4)), []
     for run in (stored, reversible):
         own = copy.deepcopy(steps)
@@ -569,7 +647,9 @@ def test_parametrizations_and_their_cache():
         with nn.utils.parametrize.cached():
             z, _ = run([step], x)
             beside = net(x[:, :2])
-            results.append(torch.autograd.grad(z.square().sum() + beside.square().sum(), list(step.parameters())))
+            results.append(
+                torch.autograd.grad(z.square().sum() + beside.square().sum(), list(step.parameters()))
+            )
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
@@ -593,7 +673,9 @@ def test_replicas_of_data_parallel_are_stored():
     layer, x = trained(lambda: ActNorm(4)), batch((4,)).requires_grad_()
     replica = layer._replicate_for_data_parallel()
     replica.log_scale, replica.bias = 1 * layer.log_scale, 1 * layer.bias
-    dx = torch.autograd.grad(reversible([replica, replica], x)[1].sum(), list(layer.parameters()), allow_unused=True)[0]
+    dx = torch.autograd.grad(
+        reversible([replica, replica], x)[1].sum(), list(layer.parameters()), allow_unused=True
+    )[0]
     torch.testing.assert_close(dx, torch.full((4,), 6.0, dtype=torch.float64))
 
 
@@ -635,7 +717,9 @@ def test_second_derivatives_are_refused():
     steps, x = chain(2), batch((4,)).requires_grad_()
     z, log_det = reversible(steps, x)
     (dx,) = torch.autograd.grad(z.sum() + log_det.sum(), x, create_graph=True)
-    torch.testing.assert_close(dx, torch.autograd.grad(sum(v.sum() for v in stored(steps, x)), x)[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        dx, torch.autograd.grad(sum(v.sum() for v in stored(steps, x)), x)[0], rtol=1e-10, atol=1e-10
+    )
     with pytest.raises(RuntimeError, match="gradients of a reversible chain cannot be differentiated again"):
         dx.square().sum().backward()
 
@@ -647,7 +731,9 @@ class OneWay(Flow):
 
 def test_a_step_without_an_inverse_is_refused():
     steps, x = [ActNorm(4).double().eval(), OneWay()], batch((4,)).requires_grad_()
-    with pytest.raises(ValueError, match=r"steps\[1\]: OneWay has no inverse, expected .*; reversible=False does without"):
+    with pytest.raises(
+        ValueError, match=r"steps\[1\]: OneWay has no inverse, expected .*; reversible=False does without"
+    ):
         Sequential(*steps)(x)
     with pytest.raises(ValueError, match=r"steps\[0\]: Linear has no inverse"):
         reversible([nn.Linear(4, 4).double()], x)
@@ -662,7 +748,9 @@ def test_an_inverse_that_is_none_is_refused():
             return z / 3, z.new_full((z.shape[0],), -4 * 0.6931)
 
     z, _ = reversible([ActNorm(4).double().eval(), Wrong()], batch((4,)).requires_grad_(), checkpoint_every=1)
-    with pytest.raises(RuntimeError, match=r"steps\[1\]: forward\(inverse\(z\)\) of Wrong is off by .*reversible=False"):
+    with pytest.raises(
+        RuntimeError, match=r"steps\[1\]: forward\(inverse\(z\)\) of Wrong is off by .*reversible=False"
+    ):
         z.sum().backward()
 
 
@@ -680,7 +768,10 @@ def test_a_parameter_that_changed_is_refused():
             z, _ = reversible(steps, batch((4,)), checkpoint_every=2)
             with torch.no_grad():
                 change(p)
-            with pytest.raises(RuntimeError, match=r"steps\[4\].lower of a reversible chain changed between forward and backward"):
+            with pytest.raises(
+                RuntimeError,
+                match=r"steps\[4\].lower of a reversible chain changed between forward and backward",
+            ):
                 z.sum().backward()
 
 
@@ -705,7 +796,9 @@ def test_a_buffer_that_changed_is_refused():
 
 def test_parameters_exchanged_by_the_forward_pass_are_refused():
     net = mlp(2, 4).double()
-    net.register_forward_pre_hook(lambda *_: setattr(net[0], "bias", nn.Parameter(net[0].bias.detach().clone())))
+    net.register_forward_pre_hook(
+        lambda *_: setattr(net[0], "bias", nn.Parameter(net[0].bias.detach().clone()))
+    )
     with pytest.raises(RuntimeError, match="exchanged for others while it ran; reversible=False"):
         reversible([AffineCoupling(net).double()], batch((4,)))
 
@@ -768,7 +861,9 @@ def test_what_fails_in_backward_leaves_all_as_it_was():
     with pytest.raises(KeyError, match="here"):
         z.sum().backward()
     assert torch.equal(torch.get_rng_state(), state) and not step.net.training and len(p._backward_hooks) == 1
-    assert all(torch.equal(v, buffers[k]) for k, v in step.named_buffers()) and not torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(v, buffers[k]) for k, v in step.named_buffers()) and not torch.is_autocast_enabled(
+        "cpu"
+    )
 
 
 # with the rest of PyTorch -----------------------------------------------------------------------------------------------------
@@ -814,7 +909,9 @@ def test_compiled_around():
     with torch.no_grad():
         torch.testing.assert_close(list(whole(x)), expected[0], rtol=1e-5, atol=1e-5)
     compiled = torch.compile(flow, backend="aot_eager")
-    torch.testing.assert_close(outputs_and_gradients(lambda: compiled(x), parameters), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        outputs_and_gradients(lambda: compiled(x), parameters), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("find_unused_parameters", [False, True])
@@ -827,7 +924,10 @@ def test_distributed_data_parallel(find_unused_parameters):
         model.initialize(x)
         model(x, seed=1).mean().backward()
         expected = [p.grad.clone() for p in model.parameters()]
-        wrapped, reduced = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused_parameters), []
+        wrapped, reduced = (
+            nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused_parameters),
+            [],
+        )
 
         def hook(state, bucket):
             reduced.append(len(bucket.gradients()))
@@ -872,7 +972,9 @@ def test_dropout_on_a_gpu():
     for run in (stored, reversible):
         torch.manual_seed(7)
         z, log_det = run(steps, x)
-        results.append(torch.autograd.grad(z.square().sum() + log_det.sum(), [p for s in steps for p in s.parameters()]))
+        results.append(
+            torch.autograd.grad(z.square().sum() + log_det.sum(), [p for s in steps for p in s.parameters()])
+        )
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 

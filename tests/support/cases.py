@@ -31,7 +31,9 @@ def pairwise(**axes) -> list[dict]:
         case = dict(min(missing))
         for i, options in enumerate(places):
             if i not in case:  # the value that meets most of what is missing
-                case[i] = max(options, key=lambda o: sum(tuple(sorted((o, v))) in missing for v in case.items()))[1]
+                case[i] = max(
+                    options, key=lambda o: sum(tuple(sorted((o, v))) in missing for v in case.items())
+                )[1]
         missing -= set(combinations(sorted(case.items()), 2))
         cases.append(dict(zip(axes, (v[case[i]] for i, v in enumerate(values)), strict=True)))
     return cases
@@ -42,7 +44,11 @@ def name(case: dict) -> str:
     return "-".join(f"{'' if v else 'no_'}{k}" if isinstance(v, bool) else str(v) for k, v in case.items())
 
 
-STATIC = ("test_schema", "test_autograd_registration", "test_faketensor")  # what opcheck tells of a layout, without tracing
+STATIC = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+)  # what opcheck tells of a layout, without tracing
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
 
 
@@ -68,7 +74,10 @@ def jacobian_log_det(f, x: Tensor) -> Tensor:
     """log|det dz/dx| ``[N]`` of z = f(x), by one backward pass for each element of a sample."""
     x = x.detach().clone().requires_grad_()
     z = f(x).flatten(1)
-    rows = [torch.autograd.grad(z[:, d].sum(), x, retain_graph=True, materialize_grads=True)[0].flatten(1) for d in range(z.shape[1])]
+    rows = [
+        torch.autograd.grad(z[:, d].sum(), x, retain_graph=True, materialize_grads=True)[0].flatten(1)
+        for d in range(z.shape[1])
+    ]
     return torch.linalg.slogdet(torch.stack(rows, dim=1)).logabsdet
 
 
@@ -95,7 +104,9 @@ def assert_as_reference(op, *args) -> None:
         assert torch.equal(first, second)
     with fastflow.backend("reference"):
         expected = run(*args)
-    assert [(v.shape, v.dtype, v.stride()) for v in found] == [(v.shape, v.dtype, v.stride()) for v in expected]
+    assert [(v.shape, v.dtype, v.stride()) for v in found] == [
+        (v.shape, v.dtype, v.stride()) for v in expected
+    ]
     floating = {a.dtype for a in (*args, *found) if isinstance(a, Tensor) and a.is_floating_point()}
     if floating <= TOLERANCE.keys():
         tolerance = max(TOLERANCE[dtype] for dtype in floating)
@@ -125,7 +136,10 @@ def assert_same_bits_whatever_the_threads(run: Callable[[], tuple[Tensor, ...]])
 
 def assert_writes_everything(run: Callable[[], tuple[Tensor, ...]]) -> None:
     """The same bits whatever memory held before: compiled bodies take theirs in a way that conftest's poison does not reach."""
-    mallopt, perturb = getattr(ctypes.CDLL(None), "mallopt", None), -6  # glibc's M_PERTURB: a byte to fill memory with
+    mallopt, perturb = (
+        getattr(ctypes.CDLL(None), "mallopt", None),
+        -6,
+    )  # glibc's M_PERTURB: a byte to fill memory with
     if mallopt is None:
         pytest.skip("memory is poisoned by glibc, which is not here")
     try:

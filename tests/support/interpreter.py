@@ -28,7 +28,9 @@ def round_to_nearest() -> None:
 
     def cast_impl(self, src, dst_type):
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            bits = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16).view(torch.uint16).numpy()
+            bits = (
+                torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16).view(torch.uint16).numpy()
+            )
             return TensorHandle(bits, dst_type.scalar)
         return cast(self, src, dst_type)
 
@@ -55,7 +57,9 @@ class Traffic:
     read: int = 0  # bytes, of lanes that are not masked out
     written: int = 0
     launches: list[tuple[str, int]] = field(default_factory=list)  # kernels and their programs
-    operations: list[str] = field(default_factory=list)  # torch's own that give new values: on a GPU a launch each, a copy among them
+    operations: list[str] = field(
+        default_factory=list
+    )  # torch's own that give new values: on a GPU a launch each, a copy among them
 
 
 class _Operations(TorchDispatchMode):
@@ -74,7 +78,9 @@ class _Operations(TorchDispatchMode):
         if not self.launching and not name.startswith(("empty", "new_empty")):
             given = {v.untyped_storage().data_ptr() for v in args if isinstance(v, torch.Tensor)}
             results = result if isinstance(result, (tuple, list)) else [result]
-            new = any(isinstance(v, torch.Tensor) and v.untyped_storage().data_ptr() not in given for v in results)
+            new = any(
+                isinstance(v, torch.Tensor) and v.untyped_storage().data_ptr() not in given for v in results
+            )
             self.found.operations += [name] * (new or func._schema.is_mutable)
         return result
 
@@ -84,7 +90,11 @@ def traffic() -> Iterator[Traffic]:
     """Counts what the kernels of a block move, as they ask for it: what a cache would answer counts as well."""
     found = Traffic()
     operations = _Operations(found)
-    load, store, launch = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, GridExecutor.__call__
+    load, store, launch = (
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+        GridExecutor.__call__,
+    )
 
     def size(pointers, mask) -> int:
         lanes = int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
@@ -107,7 +117,10 @@ def traffic() -> Iterator[Traffic]:
         finally:
             operations.launching = False
 
-    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = counted_load, counted_store
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
+        counted_load,
+        counted_store,
+    )
     GridExecutor.__call__ = counted_launch
     try:
         with operations:

@@ -30,7 +30,12 @@ def test_photos_are_those_of_scikit_learn(photos):
     from sklearn.datasets import load_sample_images
 
     a, b = load_sample_images().images
-    expected = [p[32 * i : 32 * i + 32, 512 + 32 * j : 544 + 32 * j] for p in (a, b) for i in range(13) for j in range(4)]
+    expected = [
+        p[32 * i : 32 * i + 32, 512 + 32 * j : 544 + 32 * j]
+        for p in (a, b)
+        for i in range(13)
+        for j in range(4)
+    ]
     assert photos.test.shape == (104, 3, 32, 32) and photos.test.dtype == torch.uint8
     assert np.array_equal(photos.test.numpy(), np.stack(expected).transpose(0, 3, 1, 2))
     # training crops end at column 511: the last window of the first photograph's first row is the crop beside the tiles
@@ -108,7 +113,9 @@ def test_grid_lays_images_out_in_rows():
     images = torch.arange(1, 6, dtype=torch.uint8)[:, None, None, None].expand(5, 3, 2, 3)
     picture = grid(images, columns=3, gap=1)
     assert picture.shape == (7, 13, 3)
-    assert (picture[1:3, 1:4] == 1).all() and (picture[1:3, 9:12] == 3).all() and (picture[4:6, 5:8] == 5).all()
+    assert (
+        (picture[1:3, 1:4] == 1).all() and (picture[1:3, 9:12] == 3).all() and (picture[4:6, 5:8] == 5).all()
+    )
     assert (picture[0] == 255).all() and (picture[4:6, 9:12] == 255).all()
 
 
@@ -149,7 +156,10 @@ def test_folder_with_classes_and_with_a_split(tmp_path):
     source = data.load(str(tmp_path / "a"), image_size=8)
     assert source.classes == 2 and set(source.test_labels.tolist()) <= {0, 1}
     assert [f.parent.name for f in source._files] == [("cat", "dog")[k] for k in source._labels]
-    save_images(tmp_path / "b", [f"{s}/{c}/{i}.png" for s in ("train", "test") for c in ("cat", "dog") for i in range(3)])
+    save_images(
+        tmp_path / "b",
+        [f"{s}/{c}/{i}.png" for s in ("train", "test") for c in ("cat", "dog") for i in range(3)],
+    )
     source = data.load(str(tmp_path / "b"), image_size=8)
     assert source.length == 6 and len(source.test) == 6 and source.test_labels.tolist() == [0, 0, 0, 1, 1, 1]
 
@@ -174,7 +184,12 @@ def test_npz_layouts_labels_and_split(tmp_path):
     y = np.arange(20) % 4
     np.savez(path, x=x, y=y)
     source = data.load(str(path))
-    assert source.name == "faces" and source.image_shape == (3, 8, 6) and source.classes == 4 and source.length == 18
+    assert (
+        source.name == "faces"
+        and source.image_shape == (3, 8, 6)
+        and source.classes == 4
+        and source.length == 18
+    )
     held_out = np.arange(20) % 10 == 9
     assert np.array_equal(source.test.numpy(), x[held_out].transpose(0, 3, 1, 2))
     assert source.test_labels.tolist() == y[held_out].tolist()
@@ -214,7 +229,9 @@ def test_npz_errors(tmp_path):
 
 
 def test_names_and_sizes():
-    with pytest.raises(DataError, match="data 'imagenet': expected photos, cifar10, mnist, a folder of images or a .npz"):
+    with pytest.raises(
+        DataError, match="data 'imagenet': expected photos, cifar10, mnist, a folder of images or a .npz"
+    ):
         data.load("imagenet")
     with pytest.raises(DataError, match="image size 64: photos has 32"):
         data.load("photos", image_size=64)
@@ -228,9 +245,14 @@ def test_torchvision_data_that_is_neither_there_nor_to_be_had(tmp_path, monkeypa
     def no_network(self):
         raise urllib.error.URLError("Name or service not known")
 
-    for kind, name, file in (("CIFAR10", "cifar10", "cifar-10-batches-py"), ("MNIST", "mnist", "train-images-idx3")):
+    for kind, name, file in (
+        ("CIFAR10", "cifar10", "cifar-10-batches-py"),
+        ("MNIST", "mnist", "train-images-idx3"),
+    ):
         monkeypatch.setattr(getattr(datasets, kind), "download", no_network)
-        with pytest.raises(DataError, match=f"{name}: not found and not downloaded .*expected {tmp_path}.*{file}") as caught:
+        with pytest.raises(
+            DataError, match=f"{name}: not found and not downloaded .*expected {tmp_path}.*{file}"
+        ) as caught:
             data.load(name, data_dir=str(tmp_path))
         assert "\n" not in str(caught.value)
 
@@ -240,10 +262,17 @@ def test_mnist_is_padded(tmp_path):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(1, 256, (6, 28, 28), dtype=np.uint8), np.array([3, 1, 4, 1, 5, 9], dtype=np.uint8)
+    images, labels = (
+        rng.integers(1, 256, (6, 28, 28), dtype=np.uint8),
+        np.array([3, 1, 4, 1, 5, 9], dtype=np.uint8),
+    )
     for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(np.array([0x803, 6, 28, 28], ">i4").tobytes() + images.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, 6], ">i4").tobytes() + labels.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            np.array([0x803, 6, 28, 28], ">i4").tobytes() + images.tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            np.array([0x801, 6], ">i4").tobytes() + labels.tobytes()
+        )
     source = data.load("mnist", data_dir=str(tmp_path))
     assert source.image_shape == (1, 32, 32) and source.classes == 10 and not source.flip
     assert np.array_equal(source.test.numpy()[:, 0, 2:30, 2:30], images) and source.test.sum() == images.sum()

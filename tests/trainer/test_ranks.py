@@ -56,7 +56,10 @@ class Run:
 
     def __init__(self, folder, count, work, *args):
         port, self.log = free_port(), Path(folder) / "log"
-        self.ranks = [processes.Process(target=rank_of, args=(i, count, port, str(self.log), work, args)) for i in range(count)]
+        self.ranks = [
+            processes.Process(target=rank_of, args=(i, count, port, str(self.log), work, args))
+            for i in range(count)
+        ]
         for rank in self.ranks:
             rank.start()
 
@@ -160,7 +163,13 @@ def stop_one(argv, index):
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(index, alone, arrays, tmp_path):
     run = tmp_path / "run"
-    started = Run(tmp_path, 2, stop_one, ["train", "--data", str(arrays), "--out", str(run), *SETTINGS, "--steps", "20"], index)
+    started = Run(
+        tmp_path,
+        2,
+        stop_one,
+        ["train", "--data", str(arrays), "--out", str(run), *SETTINGS, "--steps", "20"],
+        index,
+    )
     assert started.end() == [128 + signal.SIGTERM] * 2
     step = checkpoint.read(run / "last.pt")["training"]["step"]
     assert 12 <= step < 20 and f"stopped at step {step} of 20, saved {run}/last.pt" in started.said(0)
@@ -173,7 +182,15 @@ def test_a_rank_that_dies_ends_the_run_and_it_resumes(alone, arrays, tmp_path):
     """Under torchrun itself, which names the rank and how it died."""
     run, log = tmp_path / "run", tmp_path / "log.txt"
     argv = ["--data", str(arrays), "--out", str(run), *SETTINGS, "--steps", "1000000"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
     with log.open("w") as file:
         torchrun = subprocess.Popen([*launcher, "-m", "fastflow", "train", *argv], stdout=file, stderr=file)
     try:
@@ -212,10 +229,17 @@ def fail_alone(argv):
 
 
 def test_an_error_of_one_rank_ends_the_others(arrays, tmp_path):
-    started = Run(tmp_path, 2, fail_alone, ["train", "--data", str(arrays), "--out", str(tmp_path / "run"), *SETTINGS, "--steps", "20"])
+    started = Run(
+        tmp_path,
+        2,
+        fail_alone,
+        ["train", "--data", str(arrays), "--out", str(tmp_path / "run"), *SETTINGS, "--steps", "20"],
+    )
     assert started.end(60) == [1, 1]
     assert "ZeroDivisionError: of the second rank" in started.said(1)
-    assert started.said(0).splitlines()[-1].startswith("error: rank 0: another rank has died or does not answer")
+    assert (
+        started.said(0).splitlines()[-1].startswith("error: rank 0: another rank has died or does not answer")
+    )
 
 
 def wait_in_vain(argv):
@@ -233,7 +257,18 @@ def wait_in_vain(argv):
 
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(arrays, tmp_path):
-    argv = ["train", "--data", str(arrays), "--out", str(tmp_path / "run"), *SETTINGS, "--steps", "20", "--timeout", "3"]
+    argv = [
+        "train",
+        "--data",
+        str(arrays),
+        "--out",
+        str(tmp_path / "run"),
+        *SETTINGS,
+        "--steps",
+        "20",
+        "--timeout",
+        "3",
+    ]
     started = Run(tmp_path, 2, wait_in_vain, argv)
     started.ranks[0].join(60)
     code = started.ranks[0].exitcode
@@ -243,10 +278,23 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout(arrays, tmp_path):
 
 
 def test_settings_that_ranks_cannot_share(arrays, tmp_path):
-    argv = ["train", "--data", str(arrays), "--out", str(tmp_path / "run"), "--batch-size", "5", "--accumulate", "3"]
+    argv = [
+        "train",
+        "--data",
+        str(arrays),
+        "--out",
+        str(tmp_path / "run"),
+        "--batch-size",
+        "5",
+        "--accumulate",
+        "3",
+    ]
     started = Run(tmp_path, 2, command_line, argv)
     assert started.end() == [1, 1]
-    assert started.said(1) == "error: rank 1: batch_size is 5, expected at least 6 (ranks times accumulate, 2 x 3)\n"
+    assert (
+        started.said(1)
+        == "error: rank 1: batch_size is 5, expected at least 6 (ranks times accumulate, 2 x 3)\n"
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -271,7 +319,9 @@ def train_apart(folder, find_unused_parameters, reversible):
 def test_ranks_whose_data_differ_keep_equal_parameters(find_unused_parameters, reversible, tmp_path):
     Run(tmp_path, 2, train_apart, str(tmp_path), find_unused_parameters, reversible).finish()
     first, second = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))
-    assert first["x"].float().mean() < second["x"].float().mean() - 20 and first["x"].shape != second["x"].shape
+    assert (
+        first["x"].float().mean() < second["x"].float().mean() - 20 and first["x"].shape != second["x"].shape
+    )
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
     assert all(bool(v) for k, v in first["state"].items() if k.endswith("initialized"))
@@ -284,20 +334,29 @@ def normalised_apart(folder):
         model = RealNVP((3, 8, 8), hidden=4, blocks=1)
         step = Step(model, torch.optim.Adam(model.parameters(), fused=True), ranks, batch_size=6)
         for i in range(3):
-            x = torch.randint(0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
+            x = torch.randint(
+                0, 256, (6, 3, 8, 8), generator=torch.Generator().manual_seed(i), dtype=torch.uint8
+            )
             if i == 2:
                 before = [b.clone() for b in model.running_statistics()]
                 each = copy.deepcopy(model)  # what this rank's batch alone makes of them
                 each(x[3 * ranks.index :][:3], seed=i, offset=3 * ranks.index)
             step(x[3 * ranks.index :][:3], None, i, 1e-2)
         found = {"before": before, "alone": each.running_statistics(), "after": model.running_statistics()}
-        torch.save(found | {"parameters": [p.detach() for p in model.parameters()]}, Path(folder) / f"{ranks.index}.pt")
+        torch.save(
+            found | {"parameters": [p.detach() for p in model.parameters()]},
+            Path(folder) / f"{ranks.index}.pt",
+        )
 
 
 def test_running_statistics_are_the_mean_of_those_of_the_ranks(tmp_path):
     Run(tmp_path, 2, normalised_apart, str(tmp_path)).finish()
     first, second = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))
-    assert all(torch.equal(a, b) for name in ("before", "after", "parameters") for a, b in zip(first[name], second[name], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for name in ("before", "after", "parameters")
+        for a, b in zip(first[name], second[name], strict=True)
+    )
     assert any(not torch.equal(a, b) for a, b in zip(first["alone"], second["alone"], strict=True))
     for a, b, after in zip(first["alone"], second["alone"], first["after"], strict=True):
         torch.testing.assert_close(after, ((a + b) / 2).to(after.dtype), rtol=1e-5, atol=1e-6)
@@ -308,7 +367,11 @@ def statistics(folder):
         torch.manual_seed(0)
         x = 3 + 2 * torch.randn(7, 4, 3, dtype=torch.float64)
         found = {}
-        for name, ends in {"shared": (0, 2, 7), "the first has none": (0, 0, 7), "the second has none": (0, 7, 7)}.items():
+        for name, ends in {
+            "shared": (0, 2, 7),
+            "the first has none": (0, 0, 7),
+            "the second has none": (0, 7, 7),
+        }.items():
             layer = ActNorm(4).double()
             layer(x[ends[ranks.index] : ends[ranks.index + 1]])
             found[name] = (layer.log_scale.detach(), layer.bias.detach(), layer.initialized)
@@ -337,7 +400,9 @@ def test_statistics_are_those_of_all_ranks(tmp_path):
     expected(x)
     for name in ("shared", "the first has none", "the second has none", "broadcast"):
         for rank in found:
-            torch.testing.assert_close(rank[name][:2], (expected.log_scale.detach(), expected.bias.detach()), rtol=1e-14, atol=1e-14)
+            torch.testing.assert_close(
+                rank[name][:2], (expected.log_scale.detach(), expected.bias.detach()), rtol=1e-14, atol=1e-14
+            )
             assert rank[name][2]
         assert all(torch.equal(a, b) for a, b in zip(found[0][name], found[1][name], strict=True)), name
     assert not found[0]["all have none"][2] and not found[1]["all have none"][2]
@@ -348,7 +413,11 @@ def test_shares_are_whole_and_even():
     for n in range(12):
         for count in range(1, 6):
             ends = [share(n, i, count) for i in range(count)]
-            assert ends[0][0] == 0 and ends[-1][1] == n and all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
+            assert (
+                ends[0][0] == 0
+                and ends[-1][1] == n
+                and all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
+            )
             assert max(b - a for a, b in ends) - min(b - a for a, b in ends) <= 1
 
 
@@ -356,7 +425,9 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     with join("cpu") as (ranks, device):
-        assert ranks == Ranks() and ranks.first and device == torch.device("cpu") and not dist.is_initialized()
+        assert (
+            ranks == Ranks() and ranks.first and device == torch.device("cpu") and not dist.is_initialized()
+        )
         assert ranks.tell("a") == "a" and ranks.first_then_rest(lambda: 3) == 3
         x = torch.ones(2)
         assert ranks.add(x) is x and x.tolist() == [1, 1]
@@ -376,8 +447,13 @@ def test_a_group_that_is_there_is_used_and_left():
 
 def test_only_errors_of_collectives_are_another_ranks():
     ranks = Ranks(0, 2)
-    with pytest.raises(LostRankError, match=r"its own error says why \(Connection closed by peer\)"), ranks.losing():
-        raise RuntimeError("[/third_party/gloo/pair.cc:545] Connection closed by peer. This is typically caused by")
+    with (
+        pytest.raises(LostRankError, match=r"its own error says why \(Connection closed by peer\)"),
+        ranks.losing(),
+    ):
+        raise RuntimeError(
+            "[/third_party/gloo/pair.cc:545] Connection closed by peer. This is typically caused by"
+        )
     with pytest.raises(RuntimeError, match="^shapes"), ranks.losing():
         raise RuntimeError("shapes do not fit")
     with pytest.raises(RuntimeError, match="^gloo"), Ranks().losing():

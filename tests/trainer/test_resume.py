@@ -19,7 +19,9 @@ pytest.importorskip("tqdm")
 
 STEPS = 80
 # shuffled batches that straddle epochs, noise, warm-up, a clip that bites, mirrored images, evaluations and checkpoints out of step
-SETTINGS = f"--steps {STEPS} --batch-size 6 --warmup 20 --clip 2 --flip True --eval-every 9 --save-every 7 --lr 3e-3"
+SETTINGS = (
+    f"--steps {STEPS} --batch-size 6 --warmup 20 --clip 2 --flip True --eval-every 9 --save-every 7 --lr 3e-3"
+)
 SETTINGS += " --levels 2 --steps-per-level 1 --hidden 8 --final-samples 2 --samples 4 --ema 0.9"
 
 # One server imports torch once and forks the training processes: each is a process of its own to kill, at no cost.
@@ -76,7 +78,11 @@ def hang_while_writing(name, count, place):
         write(contents, file)
 
     def before(source, target):
-        if place == "before the rename" and str(target).endswith(f"/{name}") and seen.count(str(source)) == count:
+        if (
+            place == "before the rename"
+            and str(target).endswith(f"/{name}")
+            and seen.count(str(source)) == count
+        ):
             wait()
         rename(source, target)
 
@@ -93,7 +99,11 @@ class Training:
 
     def start(self, *more, hang=None):
         new = not (self.run / "last.pt").exists()
-        argv = ["--data", str(self.arrays), "--out", str(self.run), *SETTINGS.split()] if new else ["--resume", str(self.run)]
+        argv = (
+            ["--data", str(self.arrays), "--out", str(self.run), *SETTINGS.split()]
+            if new
+            else ["--resume", str(self.run)]
+        )
         self.process = processes.Process(target=work, args=(["train", *argv, *more], str(self.log), hang))
         self.process.start()
         return self
@@ -193,7 +203,9 @@ def test_killed_at_random_steps(training, undisturbed):
     assert_same_end(training, undisturbed)
 
 
-@pytest.mark.parametrize("name, place", [("last.pt", "half"), ("best.pt", "half"), ("last.pt", "before the rename")])
+@pytest.mark.parametrize(
+    "name, place", [("last.pt", "half"), ("best.pt", "half"), ("last.pt", "before the rename")]
+)
 def test_killed_while_a_checkpoint_is_written(training, undisturbed, name, place):
     training.start(hang=(name, 5, place))
     training.wait_for(lambda: "hangs" in training.log.read_text())
@@ -242,6 +254,8 @@ def test_a_finished_run_goes_on_with_more_steps(training, undisturbed):
     straight = Training(training.run.parent / "straight", training.arrays)
     straight.start("--steps", "50", "--schedule", "constant").finish()
     a, b = ((t.run / "metrics.csv").read_text().splitlines() for t in (training, straight))
-    assert [x.split(",")[:5] for x in a] == [x.split(",")[:5] for x in b]  # step 30 was evaluated as the last one
+    assert [x.split(",")[:5] for x in a] == [
+        x.split(",")[:5] for x in b
+    ]  # step 30 was evaluated as the last one
     a, b = (checkpoint.read(t.run / "last.pt")["state_dict"] for t in (training, straight))
     assert_equal_trees(a, b)

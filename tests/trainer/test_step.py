@@ -62,7 +62,10 @@ def assert_same_bits(a, b):
     pairs = zip(one.param_groups[0]["params"], other.param_groups[0]["params"], strict=True)
     for p, q in pairs:
         assert torch.equal(p, q) and torch.equal(p.grad, q.grad)
-        assert all(torch.equal(one.state[p][k].cpu(), other.state[q][k].cpu()) for k in ("exp_avg", "exp_avg_sq", "step"))
+        assert all(
+            torch.equal(one.state[p][k].cpu(), other.state[q][k].cpu())
+            for k in ("exp_avg", "exp_avg_sq", "step")
+        )
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -81,13 +84,18 @@ def test_an_ordinary_step_bit_for_bit(options, capture):
 @device
 def test_the_buffers_stay_where_they_are(device):
     trained = model(device)
-    step = Step(trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=True)
+    step = Step(
+        trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=True
+    )
     x, _ = batch(0, device)
     step(x, None, 1, 1e-3)
 
     def places():
         held = [step.x, step.seed, step.lr, step.wishes, *trained.parameters()]
-        return [t.data_ptr() for t in held + [v for state in step.optimizer.state.values() for v in state.values()]]
+        return [
+            t.data_ptr()
+            for t in held + [v for state in step.optimizer.state.values() for v in state.values()]
+        ]
 
     before = places()
     for i in range(3):
@@ -99,7 +107,9 @@ def test_the_buffers_stay_where_they_are(device):
 @pytest.mark.parametrize("capture", [False, True])
 def test_an_update_that_is_not_finite_is_left_out(device, capture):
     trained = model(device)
-    step = Step(trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=capture)
+    step = Step(
+        trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=capture
+    )
     for i in range(6):
         bits, norm = step(*batch(i, device), i, 1e-3)[:2]
     assert 0 < norm < torch.inf
@@ -125,7 +135,9 @@ def test_accumulated_parts_are_the_whole(parts):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"classes": 3}, {"bf16": True}, {"parts": 2}, {"reversible": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"classes": 3}, {"bf16": True}, {"parts": 2}, {"reversible": False}], ids=str
+)
 def test_captured_is_uncaptured_bit_for_bit(options):
     how = {k: v for k, v in options.items() if k in ("classes", "bf16", "parts")}
     ours = model("cuda", **{k: v for k, v in options.items() if k not in ("bf16", "parts")})
@@ -137,11 +149,15 @@ def test_captured_is_uncaptured_bit_for_bit(options):
 @pytest.mark.gpu
 def test_a_replayed_step_is_one_launch():
     trained = model("cuda")
-    step = Step(trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=True)
+    step = Step(
+        trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, capture=True
+    )
     for i in range(5):
         step(*batch(i, "cuda"), i, 1e-3)
     assert step.graph is not None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profiled:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profiled:
         step(*batch(6, "cuda"), 6, 1e-3)
     launches = [e.name for e in profiled.events() if "LaunchKernel" in e.name or "GraphLaunch" in e.name]
     assert launches.count("cudaGraphLaunch") == 1 and len(launches) < 12, launches

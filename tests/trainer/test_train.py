@@ -37,7 +37,9 @@ def arrays(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "faces.npz"
     rng = np.random.default_rng(0)
     y = np.arange(40) // 20
-    np.savez(path, x=(rng.integers(0, 32, (40, 8, 8, 3)) + 100 * y[:, None, None, None]).astype(np.uint8), y=y)
+    np.savez(
+        path, x=(rng.integers(0, 32, (40, 8, 8, 3)) + 100 * y[:, None, None, None]).astype(np.uint8), y=y
+    )
     return str(path)
 
 
@@ -73,7 +75,9 @@ def test_what_a_run_leaves(finished):
         assert picture.size == (8 * (2 * 8 + 6), 8 * (2 * 8 + 6))  # 2 by 2 images of 8 pixels, enlarged
     with Image.open(run / "curve.png") as picture:
         assert picture.size[0] > 600 and len(np.unique(np.asarray(picture.convert("L")))) > 20
-    assert isinstance(fastflow.load(run / "last.pt"), Glow) and isinstance(fastflow.load(run / "best.pt"), Glow)
+    assert isinstance(fastflow.load(run / "last.pt"), Glow) and isinstance(
+        fastflow.load(run / "best.pt"), Glow
+    )
     assert checkpoint.read(run / "best.pt")["training"] is None
     assert "bits/dim on 4 test images" in printed and "PNG" in printed and "WebP" in printed
 
@@ -85,9 +89,14 @@ def test_tensorboard_has_the_numbers_of_metrics(finished):
     events = accumulator.EventAccumulator(str(run))
     events.Reload()
     rows = read_metrics(run / "metrics.csv")
-    for name, column in (("train/bits_per_dim", "train_bits_per_dim"), ("test/bits_per_dim", "test_bits_per_dim")):
+    for name, column in (
+        ("train/bits_per_dim", "train_bits_per_dim"),
+        ("test/bits_per_dim", "test_bits_per_dim"),
+    ):
         logged = {e.step: e.value for e in events.Scalars(name)}
-        assert logged == pytest.approx({r["step"]: r[column] for r in rows if r[column] is not None}, abs=1e-5)
+        assert logged == pytest.approx(
+            {r["step"]: r[column] for r in rows if r[column] is not None}, abs=1e-5
+        )
     assert len(events.Scalars("images_per_second")) == 12 and events.Images("samples")
 
 
@@ -98,14 +107,18 @@ def test_evaluate_gives_the_numbers_that_train_printed(finished, capsys):
     assert table.strip() in printed
     result = json.loads((run / "result.json").read_text())
     assert f"Glow  {result['test_bits_per_dim']:.3f}" in table
-    assert main(["evaluate", str(run / "best.pt"), "--samples", "1", "--data", "photos"]) == 1  # a size that photos lack
+    assert (
+        main(["evaluate", str(run / "best.pt"), "--samples", "1", "--data", "photos"]) == 1
+    )  # a size that photos lack
 
 
 def test_sample_is_a_function_of_the_seed(finished, tmp_path):
     run, _ = finished
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         out = str(tmp_path / f"{name}.png")
-        assert main(["sample", str(run), "--out", out, "--n", "6", "--temperature", "0.9", "--seed", seed]) == 0
+        assert (
+            main(["sample", str(run), "--out", out, "--n", "6", "--temperature", "0.9", "--seed", seed]) == 0
+        )
     a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert a == b != c
 
@@ -114,7 +127,9 @@ def test_same_seed_same_bits_other_seed_other(arrays, tmp_path):
     runs = []
     for i, seed in enumerate((3, 3, 4)):
         torch.manual_seed(i)
-        config = Config(data=arrays, out=str(tmp_path / str(i)), steps=4, levels=2, steps_per_level=1, hidden=8, seed=seed)
+        config = Config(
+            data=arrays, out=str(tmp_path / str(i)), steps=4, levels=2, steps_per_level=1, hidden=8, seed=seed
+        )
         runs.append(train.train(config)[0])
     a, b, c = ((run / "metrics.csv").read_bytes() for run in runs)
     assert a == b != c
@@ -122,13 +137,27 @@ def test_same_seed_same_bits_other_seed_other(arrays, tmp_path):
 
 def test_class_conditional(arrays, tmp_path, capsys):
     run = tmp_path / "run"
-    argv = ["train", "--data", arrays, "--out", str(run), *SMALL, "--steps", "150", "--lr", "0.01", "--class-conditional"]
+    argv = [
+        "train",
+        "--data",
+        arrays,
+        "--out",
+        str(run),
+        *SMALL,
+        "--steps",
+        "150",
+        "--lr",
+        "0.01",
+        "--class-conditional",
+    ]
     assert main([*argv, "--n-bits", "6"]) == 0
     model = fastflow.load(run / "last.pt")
     assert model.classes == 2 and model.n_bits == 6
     dark, bright = (sample(model, 32, labels=torch.full((32,), c)).float().mean() for c in (0, 1))
     assert bright > dark + 10
-    assert main(["sample", str(run), "--out", str(tmp_path / "s.png"), "--classes", "1", "0", "--n", "4"]) == 0
+    assert (
+        main(["sample", str(run), "--out", str(tmp_path / "s.png"), "--classes", "1", "0", "--n", "4"]) == 0
+    )
     assert main(["evaluate", str(run)]) == 0
     capsys.readouterr()
     assert "expected labels from 0 to 1" in failed(capsys, ["sample", str(run), "--classes", "2"])
@@ -136,7 +165,17 @@ def test_class_conditional(arrays, tmp_path, capsys):
 
 def test_bf16_trains(arrays, tmp_path):
     """The networks start at zero, so it takes some steps before their rounding shows."""
-    config = Config(data=arrays, out=str(tmp_path / "run"), steps=12, lr=1e-2, warmup=2, levels=2, steps_per_level=1, hidden=8, bf16=True)
+    config = Config(
+        data=arrays,
+        out=str(tmp_path / "run"),
+        steps=12,
+        lr=1e-2,
+        warmup=2,
+        levels=2,
+        steps_per_level=1,
+        hidden=8,
+        bf16=True,
+    )
     run, model = train.train(config)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     exact = train.train(replace(config, bf16=False, out=str(tmp_path / "exact")))[0]
@@ -164,7 +203,9 @@ def test_importance_samples_average_probabilities():
     expected = (math.log(4) - nats.logsumexp(0)) / (192 * math.log(2))
     assert torch.allclose(bounds[-1], expected, atol=1e-6)
     assert torch.allclose(bounds[0], -nats[0] / (192 * math.log(2)), atol=1e-6)
-    assert (expected < -nats.mean(0) / (192 * math.log(2)) - 1e-3).all()  # tighter than the mean of the bounds
+    assert (
+        expected < -nats.mean(0) / (192 * math.log(2)) - 1e-3
+    ).all()  # tighter than the mean of the bounds
     assert torch.equal(bounds[-1], evaluate(model, x, samples=4, seed=7, batch_size=2))
 
 
@@ -188,7 +229,23 @@ def test_a_non_finite_loss_stops_the_run(arrays, tmp_path, capsys):
 
 def test_a_weight_without_an_inverse_stops_the_run(arrays, tmp_path, capsys):
     run = tmp_path / "run"
-    line = failed(capsys, ["train", "--data", arrays, "--out", str(run), *SMALL, "--steps", "40", "--save-every", "1", "--lr", "1e20"])
+    line = failed(
+        capsys,
+        [
+            "train",
+            "--data",
+            arrays,
+            "--out",
+            str(run),
+            *SMALL,
+            "--steps",
+            "40",
+            "--save-every",
+            "1",
+            "--lr",
+            "1e20",
+        ],
+    )
     singular = r"lu_weight: matrix 0 of the stack has \S+ at place \d+ of its diagonal, expected a finite number other than 0"
     found = re.match(rf"error: step (\d+): {singular}; the last checkpoint is (.*)", line)
     assert found and found[2] == str(run / "last.pt"), line
@@ -201,12 +258,16 @@ def test_diagnosis_names_the_layer_and_the_gradient():
     model.initialize(x, seed=0)
     model(x, seed=0).mean().backward()
     assert "every layer output is finite" in train.diagnose(model, x, None, 0)
-    name, parameter = max(model.named_parameters(), key=lambda p: p[1].grad.norm() if p[1].grad is not None else -1)
+    name, parameter = max(
+        model.named_parameters(), key=lambda p: p[1].grad.norm() if p[1].grad is not None else -1
+    )
     assert f"largest gradient {parameter.grad.norm():g}, of {name}" in train.diagnose(model, x, None, 0)
     network = model.get_submodule("flows.1.steps.1.coupling.net")
     next(network.parameters()).data.view(-1)[0] = math.inf
     first = next(iter(network.children()))
-    assert f"is that of flows.1.steps.1.coupling.net.0 ({type(first).__name__})" in train.diagnose(model, x, None, 0)
+    assert f"is that of flows.1.steps.1.coupling.net.0 ({type(first).__name__})" in train.diagnose(
+        model, x, None, 0
+    )
     dict(model.named_parameters())["flows.0.steps.1.actnorm.bias"].grad[0] = math.nan
     assert "largest gradient nan, of flows.0.steps.1.actnorm.bias" in train.diagnose(model, x, None, 0)
 
@@ -234,8 +295,12 @@ def test_what_a_resumed_run_may_change(finished, capsys, tmp_path, arrays):
     (tmp_path / "last.pt").write_bytes((run / "last.pt").read_bytes()[:-100])
     assert "truncated or damaged" in failed(capsys, ["train", "--resume", str(tmp_path)])
     (tmp_path / "last.pt").write_bytes((run / "last.pt").read_bytes())
-    (tmp_path / "metrics.csv").write_text("".join((run / "metrics.csv").read_text().splitlines(keepends=True)[:8]))
-    assert "has 7 rows in order, the checkpoint is at step 12" in failed(capsys, ["train", "--resume", str(tmp_path)])
+    (tmp_path / "metrics.csv").write_text(
+        "".join((run / "metrics.csv").read_text().splitlines(keepends=True)[:8])
+    )
+    assert "has 7 rows in order, the checkpoint is at step 12" in failed(
+        capsys, ["train", "--resume", str(tmp_path)]
+    )
     small = tmp_path / "small.npz"
     with np.load(arrays) as file:
         np.savez(small, x=file["x"][:30], y=file["y"][:30])
@@ -275,7 +340,10 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
         ),
         ("--cuda-graph --device cpu", "cuda_graph: the device is cpu, expected a CUDA device"),
-        ("--batch-size 3 --accumulate 4", "batch_size is 3, expected at least 4 (ranks times accumulate, 1 x 4)"),
+        (
+            "--batch-size 3 --accumulate 4",
+            "batch_size is 3, expected at least 4 (ranks times accumulate, 1 x 4)",
+        ),
         ("--ema 1", "ema is 1.0, expected a decay from 0 to below 1"),
         ("--float64 --bf16 True", "bf16 is True with float64, expected one of them"),
         ("--coupling quadratic", "coupling"),
@@ -302,14 +370,26 @@ def test_checkpoints_that_cannot_be_used(finished, tmp_path, capsys):
 def test_an_absent_extra_is_one_line(tmp_path):
     block = "import sys; sys.modules['tyro'] = None; from fastflow.trainer.cli import main; sys.exit(main(['train']))"
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr == "error: tyro is not installed: pip install fastflow[train]\n"
+    assert (
+        done.returncode == 1 and done.stderr == "error: tyro is not installed: pip install fastflow[train]\n"
+    )
 
 
 def test_minutes_end_a_run_in_time(arrays, tmp_path):
-    config = Config(data=arrays, out=str(tmp_path / "run"), steps=10**6, levels=2, steps_per_level=1, hidden=8, minutes=0.01)
+    config = Config(
+        data=arrays,
+        out=str(tmp_path / "run"),
+        steps=10**6,
+        levels=2,
+        steps_per_level=1,
+        hidden=8,
+        minutes=0.01,
+    )
     run, _ = train.train(config)
     rows = read_metrics(run / "metrics.csv")
-    assert len(rows) == 51 and rows[-1]["test_bits_per_dim"] is not None  # one after the first look at the clock
+    assert (
+        len(rows) == 51 and rows[-1]["test_bits_per_dim"] is not None
+    )  # one after the first look at the clock
     assert json.loads((run / "result.json").read_text())["step"] == 51
     state = checkpoint.read(run / "last.pt")["training"]
     assert state["total"] == 51 and state["config"]["steps"] == 10**6
@@ -337,7 +417,10 @@ def test_progress_on_a_terminal_and_off(monkeypatch, capsys):
     for _ in range(6):
         progress.update(3.0, 20)
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["step 3/20: 3.000 bits/dim, 2 images/s, 68 s left", "step 6/20: 3.000 bits/dim, 2 images/s, 56 s left"]
+    assert lines == [
+        "step 3/20: 3.000 bits/dim, 2 images/s, 68 s left",
+        "step 6/20: 3.000 bits/dim, 2 images/s, 56 s left",
+    ]
 
 
 def test_signals_are_given_back():
@@ -374,7 +457,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another than glibc")
 def test_the_command_line_keeps_memory_that_tensors_free():
     def faults(*argv):
-        return int(subprocess.run([sys.executable, "-c", FAULTS, *argv], capture_output=True, text=True, check=True).stdout)
+        return int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS, *argv], capture_output=True, text=True, check=True
+            ).stdout
+        )
 
     kept, given_back = faults("keep"), faults()
     assert kept < 1000 < given_back, (kept, given_back)

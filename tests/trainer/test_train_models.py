@@ -59,11 +59,25 @@ def test_a_model_trains_and_resumes_bit_for_bit(model, tmp_path, capsys):
 
 def test_averaged_weights_go_with_the_running_statistics(tmp_path):
     data = arrays(tmp_path, 8, 3)
-    argv = ["train", "--data", data, "--model", "realnvp", *SMALL, *TINY["realnvp"].split(), "--steps", "3", "--out", str(tmp_path / "run")]
+    argv = [
+        "train",
+        "--data",
+        data,
+        "--model",
+        "realnvp",
+        *SMALL,
+        *TINY["realnvp"].split(),
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(argv) == 0
     contents = checkpoint.read(tmp_path / "run" / "last.pt")
     averaged, trained = contents["state_dict"], contents["training"]["trained"]
-    statistics = [name for name in trained if name.rsplit(".", 1)[-1] in ("mean", "var", "running_mean", "running_var")]
+    statistics = [
+        name for name in trained if name.rsplit(".", 1)[-1] in ("mean", "var", "running_mean", "running_var")
+    ]
     assert statistics and all(torch.equal(averaged[name], trained[name]) for name in statistics)
     assert trained["flows.0.flows.1.batches"] == 4  # one to initialise, three steps
     assert any(not torch.equal(averaged[name], trained[name]) for name in trained if name.endswith("bias"))
@@ -71,12 +85,16 @@ def test_averaged_weights_go_with_the_running_statistics(tmp_path):
 
 def test_the_penalty_is_on_the_scales_of_weight_normalization():
     model = build_model(
-        Config(model="realnvp", hidden=4, blocks=1), Images("", np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 8, 8), np.uint8))
+        Config(model="realnvp", hidden=4, blocks=1),
+        Images("", np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 8, 8), np.uint8)),
     )
     rest, scales = _groups(model, 0.5)
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert {id(p) for p in scales["params"]} == {id(m.g) for m in convolutions}
-    assert len(rest["params"]) + len(convolutions) == len(list(model.parameters())) and len(_groups(model, 0.0)) == 1
+    assert (
+        len(rest["params"]) + len(convolutions) == len(list(model.parameters()))
+        and len(_groups(model, 0.0)) == 1
+    )
     before = [p.detach().clone() for p in scales["params"]]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -91,8 +109,14 @@ def test_the_penalty_is_on_the_scales_of_weight_normalization():
         ({"model": "flow++"}, "model is 'flow++', expected one of glow, realnvp"),
         ({"model": "nice", "levels": 2}, "levels is 2, but nice has none; it takes hidden, blocks"),
         ({"model": "glow", "blocks": 3}, "blocks is 3, but glow has none"),
-        ({"model": "glow", "scale_l2": 5e-5}, "scale_l2 is 5e-05, but glow has none"),  # no weight normalization to penalise
-        ({"model": "mnist-simple", "n_bits": 5}, "n_bits is 5, but mnist-simple has none; it takes no such option"),
+        (
+            {"model": "glow", "scale_l2": 5e-5},
+            "scale_l2 is 5e-05, but glow has none",
+        ),  # no weight normalization to penalise
+        (
+            {"model": "mnist-simple", "n_bits": 5},
+            "n_bits is 5, but mnist-simple has none; it takes no such option",
+        ),
         ({"model": "mnist-vardeq"}, "mnist-vardeq takes images (1, 28, 28), things has (3, 8, 8)"),
         ({"model": "realnvp", "levels": 5}, "scales: got 5 for image_shape (3, 8, 8)"),
         ({"model": "nice", "prior": "cauchy"}, "prior: got 'cauchy'"),

@@ -58,6 +58,8 @@ class GlowNetwork(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self:  # as nn.Sequential's, which torch 2.11 compiles in three parts since it is torch's own
+        for (
+            layer
+        ) in self:  # as nn.Sequential's, which torch 2.11 compiles in three parts since it is torch's own
             x = layer(x)
         return x

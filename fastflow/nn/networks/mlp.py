@@ -18,10 +18,19 @@ class MLP(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, hidden: int = 64, layers: int = 2) -> None:
         super().__init__()
-        for name, value in {"in_features": in_features, "out_features": out_features, "hidden": hidden, "layers": layers}.items():
+        for name, value in {
+            "in_features": in_features,
+            "out_features": out_features,
+            "hidden": hidden,
+            "layers": layers,
+        }.items():
             check.count(name, value)
         widths = [in_features, *[hidden] * layers]
-        body = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU(inplace=True))]
+        body = [
+            m
+            for a, b in zip(widths, widths[1:], strict=False)
+            for m in (nn.Linear(a, b), nn.ReLU(inplace=True))
+        ]
         self.net = nn.Sequential(*body, nn.Linear(hidden, out_features))
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)

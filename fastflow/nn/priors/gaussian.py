@@ -39,7 +39,10 @@ class GaussianPrior(Prior):
             got = "None" if context is None else f"{context.dtype} of {check.shape_of(context)}"
             raise check.error("context", got, f"int64 classes [{n}] in [0, {self.classes})")
         columns = [1] * (len(self.shape) - 1)
-        return tuple(v[context].view(n, self.shape[0], *columns).expand(n, *self.shape) for v in (self.mean, self.log_scale))
+        return tuple(
+            v[context].view(n, self.shape[0], *columns).expand(n, *self.shape)
+            for v in (self.mean, self.log_scale)
+        )
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_latent(z)
@@ -55,7 +58,12 @@ class GaussianPrior(Prior):
     ) -> Tensor:
         seed = random_seed(like.device, generator)
         return ops.gaussian_sample(
-            (n, *self.shape), *self.terms(n, context), seed=seed, temperature=temperature, dtype=like.dtype, device=like.device
+            (n, *self.shape),
+            *self.terms(n, context),
+            seed=seed,
+            temperature=temperature,
+            dtype=like.dtype,
+            device=like.device,
         )
 
     def extra_repr(self) -> str:

@@ -32,8 +32,12 @@ class LogisticPrior(Prior):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        exact = torch.float64 if like.device.type in ("cpu", "cuda") else torch.float32  # others may have no float64
+        exact = (
+            torch.float64 if like.device.type in ("cpu", "cuda") else torch.float32
+        )  # others may have no float64
         about = {"dtype": exact, "device": like.device}
-        high, low = (ops.uniform_noise((n, *self.shape), random_seed(like.device, generator), **about) for _ in "ab")
+        high, low = (
+            ops.uniform_noise((n, *self.shape), random_seed(like.device, generator), **about) for _ in "ab"
+        )
         u = high + (low + 2**-17) * 2**-16  # 16 bits of each, so that tails reach as far as a float32's would
         return (temperature * torch.logit(u)).to(like.dtype)

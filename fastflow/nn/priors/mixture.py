@@ -25,9 +25,15 @@ class GaussianMixturePrior(Prior):
         super().__init__(shape)
         means = torch.as_tensor(means, dtype=torch.get_default_dtype())
         if means.ndim != 2 or means.shape[1] != shape[0] or not means.shape[0]:
-            raise check.error("means", check.shape_of(means), f"[K, {shape[0]}], a mean for each component and channel")
+            raise check.error(
+                "means", check.shape_of(means), f"[K, {shape[0]}], a mean for each component and channel"
+            )
         self.learned = learned
-        values = {"mean": means.clone(), "log_scale": torch.zeros_like(means), "logit": means.new_zeros(len(means))}
+        values = {
+            "mean": means.clone(),
+            "log_scale": torch.zeros_like(means),
+            "logit": means.new_zeros(len(means)),
+        }
         for name, value in values.items():
             if learned:
                 setattr(self, name, nn.Parameter(value))
@@ -36,7 +42,10 @@ class GaussianMixturePrior(Prior):
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_latent(z)
-        each = [ops.gaussian_log_prob(z, mean, log_scale) for mean, log_scale in zip(self.mean, self.log_scale, strict=True)]
+        each = [
+            ops.gaussian_log_prob(z, mean, log_scale)
+            for mean, log_scale in zip(self.mean, self.log_scale, strict=True)
+        ]
         return torch.logsumexp(torch.stack(each, dim=1) + self.logit.log_softmax(0), dim=1)
 
     def sample(
@@ -48,12 +57,18 @@ class GaussianMixturePrior(Prior):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         seed = random_seed(like.device, generator)
-        chosen = torch.rand(n, generator=generator, device=like.device if generator is None else generator.device).to(self.logit)
+        chosen = torch.rand(
+            n, generator=generator, device=like.device if generator is None else generator.device
+        ).to(self.logit)
         # clamped, since the weights may sum to a little less than 1
         k = torch.searchsorted(self.logit.softmax(0).cumsum(0), chosen).clamp(max=len(self.logit) - 1)
         columns = [1] * (len(self.shape) - 1)
-        terms = (v[k].view(n, self.shape[0], *columns).expand(n, *self.shape) for v in (self.mean, self.log_scale))
-        return ops.gaussian_sample((n, *self.shape), *terms, seed=seed, temperature=temperature, dtype=like.dtype, device=like.device)
+        terms = (
+            v[k].view(n, self.shape[0], *columns).expand(n, *self.shape) for v in (self.mean, self.log_scale)
+        )
+        return ops.gaussian_sample(
+            (n, *self.shape), *terms, seed=seed, temperature=temperature, dtype=like.dtype, device=like.device
+        )
 
     def extra_repr(self) -> str:
         return f"{self.shape}, components={len(self.logit)}, learned={self.learned}"

@@ -19,7 +19,12 @@ def _fake_backward(x, log_scale, bias, dy, dlog_det, inverse):
 
 
 def _fake_inverse_backward(y, log_scale, bias, dy, dlog_det):
-    return torch.empty_like(y), torch.empty_like(dy), log_scale.new_empty(log_scale.shape), bias.new_empty(bias.shape)
+    return (
+        torch.empty_like(y),
+        torch.empty_like(dy),
+        log_scale.new_empty(log_scale.shape),
+        bias.new_empty(bias.shape),
+    )
 
 
 def _fake_statistics(x):
@@ -37,7 +42,9 @@ class ActNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor, dlog_det: Tensor):
-        return *torch.ops.fastflow.actnorm_backward.default(*ctx.saved_tensors, dy, dlog_det, ctx.inverse), None
+        return *torch.ops.fastflow.actnorm_backward.default(
+            *ctx.saved_tensors, dy, dlog_det, ctx.inverse
+        ), None
 
 
 register(
@@ -60,7 +67,10 @@ register(
     _fake_inverse_backward,
 )
 register(
-    "actnorm_statistics", "(Tensor x) -> (Tensor, Tensor)", with_kernel(with_cpu(reference.actnorm_statistics), "actnorm"), _fake_statistics
+    "actnorm_statistics",
+    "(Tensor x) -> (Tensor, Tensor)",
+    with_kernel(with_cpu(reference.actnorm_statistics), "actnorm"),
+    _fake_statistics,
 )
 
 

@@ -9,4 +9,13 @@ from fastflow.ops.affine_coupling.op import (
     affine_coupling_inverse_backward,
 )
 
-__all__ = ["H_ORDERS", "MASKS", "ORDERS", "SCALES", "VARIANT", "WITH_FACTOR", "affine_coupling", "affine_coupling_inverse_backward"]
+__all__ = [
+    "H_ORDERS",
+    "MASKS",
+    "ORDERS",
+    "SCALES",
+    "VARIANT",
+    "WITH_FACTOR",
+    "affine_coupling",
+    "affine_coupling_inverse_backward",
+]

@@ -46,7 +46,9 @@ class AffineCouplingFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor, dlog_det: Tensor):
         x, h, factor = ctx.saved_tensors
-        dx, dh, dfactor = torch.ops.fastflow.affine_coupling_backward.default(x, h, factor, dy, dlog_det, *ctx.variant)
+        dx, dh, dfactor = torch.ops.fastflow.affine_coupling_backward.default(
+            x, h, factor, dy, dlog_det, *ctx.variant
+        )
         return dx, dh, None if factor is None else dfactor, None, None, None, None, None, None
 
 
@@ -71,7 +73,9 @@ register(
 )
 
 
-def _check(x: Tensor, h: Tensor, factor: Tensor | None, mask: str, scale: str, order: str, h_order: str) -> None:
+def _check(
+    x: Tensor, h: Tensor, factor: Tensor | None, mask: str, scale: str, order: str, h_order: str
+) -> None:
     check.one_of("mask", mask, MASKS)
     check.one_of("scale", scale, SCALES)
     check.one_of("order", order, ORDERS)
@@ -90,7 +94,9 @@ def _check(x: Tensor, h: Tensor, factor: Tensor | None, mask: str, scale: str, o
     )
     if (factor is not None) != (scale in WITH_FACTOR):
         raise check.error(
-            "factor", "None" if factor is None else "a tensor", f"one for {' and '.join(WITH_FACTOR)} only, scale is {scale!r}"
+            "factor",
+            "None" if factor is None else "a tensor",
+            f"one for {' and '.join(WITH_FACTOR)} only, scale is {scale!r}",
         )
     if factor is not None:
         check.beside("factor", factor, "x", x)
@@ -130,7 +136,9 @@ def affine_coupling(
     Raises ValueError for other shapes, dtypes, devices or names. Double backward is an error.
     """
     _check(x, h, factor, mask, scale, order, h_order)
-    return torch.ops.fastflow.affine_coupling.default(x, h, factor, mask, flip, scale, order, h_order, inverse)
+    return torch.ops.fastflow.affine_coupling.default(
+        x, h, factor, mask, flip, scale, order, h_order, inverse
+    )
 
 
 def affine_coupling_inverse_backward(

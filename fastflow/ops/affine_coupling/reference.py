@@ -89,7 +89,15 @@ def _masked_log_scale(raw: Tensor, factor: Tensor | None, scale: str, transforme
 
 
 def affine_coupling(
-    x: Tensor, h: Tensor, factor: Tensor | None, mask: str, flip: bool, scale: str, order: str, h_order: str, inverse: bool
+    x: Tensor,
+    h: Tensor,
+    factor: Tensor | None,
+    mask: str,
+    flip: bool,
+    scale: str,
+    order: str,
+    h_order: str,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     v, t, raw, factor, transformed = _coupling_parts(x, h, factor, mask, flip, scale, h_order)
     if scale == "none":

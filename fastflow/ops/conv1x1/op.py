@@ -71,7 +71,12 @@ def _inverse_backward(y, weight, weight_inverse, bias, dy):
 
 
 register("conv1x1", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _forward, _fake, Conv1x1Function)
-register("conv1x1_backward", "(Tensor x, Tensor weight, Tensor dy) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward)
+register(
+    "conv1x1_backward",
+    "(Tensor x, Tensor weight, Tensor dy) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
 register(
     "conv1x1_inverse_backward",
     "(Tensor y, Tensor weight, Tensor weight_inverse, Tensor? bias, Tensor dy) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -111,5 +116,7 @@ def conv1x1_inverse_backward(
     _check("y", y, {"weight": weight, "weight_inverse": weight_inverse}, bias)
     check.beside("dy", dy, "y", y)
     check.same_shape("dy", dy, y.shape, "like y")
-    x, dx, dweight, dbias = torch.ops.fastflow.conv1x1_inverse_backward.default(y, weight, weight_inverse, bias, dy)
+    x, dx, dweight, dbias = torch.ops.fastflow.conv1x1_inverse_backward.default(
+        y, weight, weight_inverse, bias, dy
+    )
     return x, dx, dweight, None if bias is None else dbias

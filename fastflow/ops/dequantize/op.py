@@ -36,7 +36,9 @@ def _fake_inverse(y, n_bits, scale, shift, logit, squeeze_order):
 
 class DequantizeFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, *rest) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, *rest
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, noise)
         ctx.map = rest[:-1]
         with torch._C._AutoDispatchBelowAutograd():
@@ -99,7 +101,11 @@ def _check_map(n_bits: int, scale: float, shift: float, logit: bool, squeeze_ord
     if not scale > 0:
         raise check.error("scale", scale, "a positive number")
     if logit and not (shift > 0 and scale + shift <= 1):
-        raise check.error("shift", f"{shift} with scale {scale}", "0 < shift and scale + shift <= 1, so that the logit is finite")
+        raise check.error(
+            "shift",
+            f"{shift} with scale {scale}",
+            "0 < shift and scale + shift <= 1, so that the logit is finite",
+        )
     if squeeze_order is not None:
         check.one_of("squeeze_order", squeeze_order, ORDERS)
 
@@ -151,7 +157,9 @@ def dequantize(
             raise check.error("noise", f"device {noise.device}", f"{x.device}, where x is")
         dtype = noise.dtype
     seed = None if seed is None else as_seed(seed, x.device)
-    return torch.ops.fastflow.dequantize.default(x, noise, seed, offset, n_bits, scale, shift, logit, squeeze_order, dtype)
+    return torch.ops.fastflow.dequantize.default(
+        x, noise, seed, offset, n_bits, scale, shift, logit, squeeze_order, dtype
+    )
 
 
 def dequantize_inverse(

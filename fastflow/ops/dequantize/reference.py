@@ -53,7 +53,9 @@ def dequantize_backward(
     return dense_like(g * (scale / 2.0**n_bits), noise)
 
 
-def dequantize_inverse(y: Tensor, n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None) -> tuple[Tensor, Tensor]:
+def dequantize_inverse(
+    y: Tensor, n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None
+) -> tuple[Tensor, Tensor]:
     y = y if squeeze_order is None else squeeze(y, squeeze_order, True)
     p = y.to(acc_dtype(y.dtype))
     log_det = p.new_full((y.shape[0],), -math.prod(y.shape[1:]) * math.log(scale / 2.0**n_bits))

@@ -18,7 +18,9 @@ def _fake(z, mean, log_scale):
 
 
 def _fake_backward(z, mean, log_scale, dlog_prob):
-    return torch.empty_like(z), *(z.new_empty(0) if v is None else torch.empty_like(v) for v in (mean, log_scale))
+    return torch.empty_like(z), *(
+        z.new_empty(0) if v is None else torch.empty_like(v) for v in (mean, log_scale)
+    )
 
 
 def _fake_sample(size, mean, log_scale, temperature, seed, offset, dtype):
@@ -36,15 +38,21 @@ class GaussianLogProbFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlog_prob: Tensor):
         z, mean, log_scale = ctx.saved_tensors
-        dz, dmean, dlog_scale = torch.ops.fastflow.gaussian_log_prob_backward.default(z, mean, log_scale, dlog_prob)
+        dz, dmean, dlog_scale = torch.ops.fastflow.gaussian_log_prob_backward.default(
+            z, mean, log_scale, dlog_prob
+        )
         return dz, None if mean is None else dmean, None if log_scale is None else dlog_scale
 
 
 class GaussianSampleFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, size, mean: Tensor | None, log_scale: Tensor | None, temperature: float, seed, offset, dtype) -> Tensor:
+    def forward(
+        ctx, size, mean: Tensor | None, log_scale: Tensor | None, temperature: float, seed, offset, dtype
+    ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            z = torch.ops.fastflow.gaussian_sample.default(size, mean, log_scale, temperature, seed, offset, dtype)
+            z = torch.ops.fastflow.gaussian_sample.default(
+                size, mean, log_scale, temperature, seed, offset, dtype
+            )
         ctx.save_for_backward(z, mean, log_scale)
         return z
 
@@ -62,7 +70,9 @@ class GaussianSampleFunction(torch.autograd.Function):
         return None, gradient(mean, dz), gradient(log_scale, dz * (z - m)), None, None, None, None
 
 
-_sample = functools.wraps(reference.gaussian_sample)(functools.partial(reference.gaussian_sample, normal=drawn_normal))
+_sample = functools.wraps(reference.gaussian_sample)(
+    functools.partial(reference.gaussian_sample, normal=drawn_normal)
+)
 
 register(
     "gaussian_log_prob",
@@ -88,7 +98,9 @@ register(
 
 def _check_term(argument: str, v: Tensor | None, size: tuple[int, ...]) -> None:
     if v is not None and tuple(v.shape) not in (tuple(size), (size[1],)):
-        raise check.error(argument, check.shape_of(v), f"{list(size)} like z, or [{size[1]}], one for each channel")
+        raise check.error(
+            argument, check.shape_of(v), f"{list(size)} like z, or [{size[1]}], one for each channel"
+        )
 
 
 def gaussian_log_prob(z: Tensor, mean: Tensor | None = None, log_scale: Tensor | None = None) -> Tensor:
@@ -133,4 +145,6 @@ def gaussian_sample(
         _check_term(name, v, size)
         if v is not None and v.device != device:
             raise check.error(name, f"device {v.device}", f"{device}, where the sample is drawn")
-    return torch.ops.fastflow.gaussian_sample.default(list(size), mean, log_scale, temperature, as_seed(seed, device), offset, dtype)
+    return torch.ops.fastflow.gaussian_sample.default(
+        list(size), mean, log_scale, temperature, as_seed(seed, device), offset, dtype
+    )

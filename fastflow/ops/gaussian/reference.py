@@ -12,7 +12,9 @@ from fastflow.ops.noise.reference import normal_noise
 LOG_2PI = math.log(2 * math.pi)
 
 
-def gaussian_terms(z: Tensor, mean: Tensor | None, log_scale: Tensor | None, acc: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
+def gaussian_terms(
+    z: Tensor, mean: Tensor | None, log_scale: Tensor | None, acc: torch.dtype
+) -> tuple[Tensor | float, Tensor | float]:
     """Mean and log scale in the accumulation dtype, broadcast against ``z``; 0 where there is none."""
     per_channel = [v is not None and v.ndim == 1 and z.ndim > 1 for v in (mean, log_scale)]
     return tuple(

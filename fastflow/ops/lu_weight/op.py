@@ -30,14 +30,18 @@ class LUWeightFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dweight: Tensor, dweight_inverse: Tensor, dlog_det: Tensor):
-        dlower, dupper, dlog_s = torch.ops.fastflow.lu_weight_backward.default(*ctx.saved_tensors, dweight, dweight_inverse, dlog_det)
+        dlower, dupper, dlog_s = torch.ops.fastflow.lu_weight_backward.default(
+            *ctx.saved_tensors, dweight, dweight_inverse, dlog_det
+        )
         return None, dlower, dupper, dlog_s, None
 
 
 def _reference(perm, lower, upper, log_s, sign_s):
     check.diagonal("lu_weight", sign_s * torch.exp(log_s))
     # large matrices come from here too, with the triangular solve that the device has
-    return reference.lu_weight(perm, lower, upper, log_s, sign_s, solve=torch.ops.fastflow.triangular_solve.default)
+    return reference.lu_weight(
+        perm, lower, upper, log_s, sign_s, solve=torch.ops.fastflow.triangular_solve.default
+    )
 
 
 MAX_COMPILED = 64  # rows: of larger ones a GPU's multiprocessor does not hold four
@@ -45,7 +49,10 @@ MAX_COMPILED = 64  # rows: of larger ones a GPU's multiprocessor does not hold f
 
 @functools.cache
 def _fits(size: int, device: torch.device) -> bool:
-    return device.type != "cuda" or size <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return (
+        device.type != "cuda"
+        or size <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    )
 
 
 def _fits_a_block(perm, lower, *_):
@@ -64,12 +71,16 @@ register(
     "lu_weight_backward",
     "(Tensor perm, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor weight_inverse, "
     "Tensor dweight, Tensor dweight_inverse, Tensor dlog_det) -> (Tensor, Tensor, Tensor)",
-    with_compiled("lu_weight_backward", reference.lu_weight_backward, on=lambda perm, *_: perm, applies=_fits_a_block),
+    with_compiled(
+        "lu_weight_backward", reference.lu_weight_backward, on=lambda perm, *_: perm, applies=_fits_a_block
+    ),
     _fake_backward,
 )
 
 
-def lu_weight(perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lu_weight(
+    perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""``(W, W_inverse, log_det)`` of a stack of matrices :math:`W = P L (U + \operatorname{diag}(\pm e^{\log s}))`.
 
     Source: Glow, arXiv:1807.03039, eq. 10. Only the strict triangles of ``lower`` and ``upper`` are read; L has a unit diagonal.
@@ -95,5 +106,7 @@ def lu_weight(perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s:
         raise check.error("perm", f"dtype {perm.dtype}", "int64")
     for name, v in (("perm", perm), ("upper", upper), ("log_s", log_s), ("sign_s", sign_s)):
         if v.device != lower.device or (v is not perm and v.dtype != lower.dtype):
-            raise check.error(name, f"{v.dtype} on {v.device}", f"{lower.dtype} on {lower.device}, like lower")
+            raise check.error(
+                name, f"{v.dtype} on {v.device}", f"{lower.dtype} on {lower.device}, like lower"
+            )
     return torch.ops.fastflow.lu_weight.default(perm, lower, upper, log_s, sign_s)

@@ -41,9 +41,15 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     """``seed`` as the int64 tensor without dimensions that ops take, so that no op waits for its value."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim:
-            raise check.error("seed", f"{seed.dtype} of shape {list(seed.shape)}", "an int, or an int64 tensor without dimensions")
+            raise check.error(
+                "seed",
+                f"{seed.dtype} of shape {list(seed.shape)}",
+                "an int, or an int64 tensor without dimensions",
+            )
         return seed.to(device)
-    return torch.full((), seed, dtype=torch.int64, device=device)  # filled there: a copy would wait, and fail in a captured graph
+    return torch.full(
+        (), seed, dtype=torch.int64, device=device
+    )  # filled there: a copy would wait, and fail in a captured graph
 
 
 def random_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:

@@ -11,7 +11,9 @@ LOW32 = 0xFFFFFFFF
 UNIFORM, NORMAL = 0, 1  # the stream: the second word of the counter
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., SC'11): four 32-bit words, each an int64 tensor in ``[0, 2^32)``, for four counter words."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & LOW32, (seed >> 32) & LOW32

@@ -17,7 +17,9 @@ def squeezed_shape(x: Tensor, inverse: bool) -> tuple[int, int, int, int]:
 
 
 def _fake(x, order, inverse):
-    return torch.empty(squeezed_shape(x, inverse), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return torch.empty(
+        squeezed_shape(x, inverse), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
+    )
 
 
 class SqueezeFunction(torch.autograd.Function):
@@ -36,7 +38,9 @@ _kernel = with_kernel(with_cpu(reference.squeeze), "squeeze")
 
 
 def _body(x, order, inverse):
-    return reference.squeeze(x, order, inverse) if x.dtype == torch.complex128 else _kernel(x, order, inverse)  # no integer is as large
+    return (
+        reference.squeeze(x, order, inverse) if x.dtype == torch.complex128 else _kernel(x, order, inverse)
+    )  # no integer is as large
 
 
 register("squeeze", "(Tensor x, str order, bool inverse) -> Tensor", _body, _fake, SqueezeFunction)

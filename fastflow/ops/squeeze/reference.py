@@ -15,7 +15,12 @@ def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
     if order == "realnvp" and inverse:
         x = x.reshape(n, 4, c, h, w)[:, [REALNVP_PIXELS.index(k) for k in range(4)]].flatten(1, 2)
     # a copy into new memory: of 2x2 pixels and the like the reshaped x would be a view, and an op must not return its input
-    y = torch.empty((n, c, 2 * h, 2 * w) if inverse else (n, 4 * c, h, w), dtype=x.dtype, device=x.device, memory_format=layout)
+    y = torch.empty(
+        (n, c, 2 * h, 2 * w) if inverse else (n, 4 * c, h, w),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=layout,
+    )
     image, squeezed = (y, x) if inverse else (x, y)
     pixels = image.view(n, c, h, 2, w, 2)
     if order == "channel":

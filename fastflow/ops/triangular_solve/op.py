@@ -30,7 +30,12 @@ class TriangularSolveFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dX: Tensor):
-        return *torch.ops.fastflow.triangular_solve_backward.default(*ctx.saved_tensors, dX, *ctx.variant), None, None, None
+        return (
+            *torch.ops.fastflow.triangular_solve_backward.default(*ctx.saved_tensors, dX, *ctx.variant),
+            None,
+            None,
+            None,
+        )
 
 
 def _reference(A, B, upper, unit_diagonal, transpose):
@@ -61,7 +66,9 @@ register(
 )
 
 
-def triangular_solve(A: Tensor, B: Tensor, *, upper: bool, unit_diagonal: bool = False, transpose: bool = False) -> Tensor:
+def triangular_solve(
+    A: Tensor, B: Tensor, *, upper: bool, unit_diagonal: bool = False, transpose: bool = False
+) -> Tensor:
     r"""Solves :math:`A X = B` (:math:`A^T X = B` with ``transpose``) for a stack of triangular matrices.
 
     Args:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Solve = Callable[[Tensor, Tensor, bool, bool, bool], Tensor]  # triangular_solve, or another that does the same
+Solve = Callable[
+    [Tensor, Tensor, bool, bool, bool], Tensor
+]  # triangular_solve, or another that does the same
 
 
 def triangular_solve(A: Tensor, B: Tensor, upper: bool, unit_diagonal: bool, transpose: bool) -> Tensor:
@@ -14,7 +16,13 @@ def triangular_solve(A: Tensor, B: Tensor, upper: bool, unit_diagonal: bool, tra
 
 
 def triangular_solve_backward(
-    A: Tensor, X: Tensor, dX: Tensor, upper: bool, unit_diagonal: bool, transpose: bool, solve: Solve = triangular_solve
+    A: Tensor,
+    X: Tensor,
+    dX: Tensor,
+    upper: bool,
+    unit_diagonal: bool,
+    transpose: bool,
+    solve: Solve = triangular_solve,
 ) -> tuple[Tensor, Tensor]:
     """(dA, dB)."""
     dB = solve(A, dX, upper, unit_diagonal, not transpose)
