@@ -96,7 +96,7 @@ def extensions() -> list:
         built.append(
             CUDAExtension(
                 "fastflow._cuda",
-                sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
+                sorted(map(str, Path("csrc").rglob("*.cu"))),
                 include_dirs=[os.path.abspath("csrc")],
                 py_limited_api=True,
                 extra_compile_args={"cxx": ["-O3", "-g0"], "nvcc": ["-O3", "--threads=2"]},

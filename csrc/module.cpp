@@ -1,7 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
-#include "clones.h"
+#include "multiversion.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "FastFlow's compiled ops; importing it registers the CPU ones. `build` tells what was built, and with what.";

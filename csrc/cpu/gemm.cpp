@@ -4,13 +4,13 @@
 #pragma GCC optimize("no-tree-loop-vectorize", "no-tree-slp-vectorize")
 #endif
 
-#include "gemm.h"
+#include "cpu/gemm.h"
 
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "clones.h"
+#include "multiversion.h"
 
 // g++ has the second since version 12, clang has no other
 #ifdef __has_builtin

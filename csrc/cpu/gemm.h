@@ -1,5 +1,5 @@
 #pragma once
-// Products of small matrices and substitution, compiled for each instruction set (clones.h): what the CPU's ops are made
+// Products of small matrices and substitution, compiled for each instruction set (multiversion.h): what the CPU's ops are made
 // of. A matrix on the left is read element by element through any strides, transposed or not; rows on the right and of
 // the result have their columns side by side, and vectors run along them.
 #include <cstdint>

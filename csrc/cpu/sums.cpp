@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "cpu/elementary.h"
+#include "cpu/simd_math.h"
 
 namespace fastflow::cpu {
 namespace {

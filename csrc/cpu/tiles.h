@@ -13,10 +13,10 @@
 #include <type_traits>
 
 #include "arguments.h"
-#include "clones.h"
+#include "multiversion.h"
 #include "cpu/gemm.h"
 #include "cpu/sums.h"
-#include "positions.h"
+#include "strides.h"
 
 namespace fastflow::cpu {
 

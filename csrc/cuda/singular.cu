@@ -1,7 +1,7 @@
 // fastflow_C::raise_singular: raises what the kernels have reported, see singular.h.
 #include "stable.h"
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 #include "singular.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastflow_C, m) { m.def("raise_singular() -> ()"); }

@@ -1,7 +1,7 @@
 // fastflow_emulated::configure and raise_singular: what a test asks of the emulation itself.
 #include "stable.h"
 
-#include "emulated.h"
+#include "emulated/emulated.h"
 #include "singular.h"
 
 namespace fastflow {

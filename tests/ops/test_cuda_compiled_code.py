@@ -14,7 +14,7 @@ from benchmarks.tools import cuda_kernels  # noqa: E402
 from fastflow.ops import extension  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 pytestmark = pytest.mark.skipif(
     not extension.cuda, reason="the CUDA extension was not built here: no nvcc, or no CUDA build of torch"
 )
@@ -58,7 +58,7 @@ STRICT = ("-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-warn-spi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_warning(source, tmp_path):
     done = compile_cubin(source, tmp_path / "cubin", *STRICT)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr

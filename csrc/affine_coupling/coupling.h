@@ -1,5 +1,5 @@
 #pragma once
-// The arithmetic of an affine coupling on elements that lie side by side, compiled for each instruction set (clones.h).
+// The arithmetic of an affine coupling on elements that lie side by side, compiled for each instruction set (multiversion.h).
 #include <cstdint>
 #include <type_traits>
 

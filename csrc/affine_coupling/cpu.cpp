@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "cpu/coupling.h"
+#include "affine_coupling/coupling.h"
 #include "cpu/tensors.h"
 #include "cpu/tiles.h"
 

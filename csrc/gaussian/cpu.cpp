@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "cpu/elementary.h"
+#include "cpu/simd_math.h"
 #include "cpu/tensors.h"
 #include "cpu/tiles.h"
 

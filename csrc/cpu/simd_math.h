@@ -1,5 +1,5 @@
 #pragma once
-// exp, tanh, log, log1p, cosine and sine of whole vectors, for bodies compiled for each instruction set (clones.h). Of float
+// exp, tanh, log, log1p, cosine and sine of whole vectors, for bodies compiled for each instruction set (multiversion.h). Of float
 // they are polynomials within 2.5 units in the last place, cosine and sine 3, infinities, NaN and denormal numbers included; of
 // double, the library's.
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "clones.h"
+#include "multiversion.h"
 
 // Vectors are passed between functions that are always inlined, so no ABI is at stake.
 #if defined(__GNUC__) && !defined(__clang__)

@@ -1,7 +1,7 @@
 #pragma once
 // A batch of images as the kernels see it: pixels of C channels, through three strides.
 #include "block.h"
-#include "positions.h"
+#include "strides.h"
 
 namespace fastflow {
 

@@ -1,6 +1,6 @@
-#include "coupling.h"
+#include "affine_coupling/coupling.h"
 
-#include "cpu/elementary.h"
+#include "cpu/simd_math.h"
 
 namespace fastflow::cpu {
 namespace {

@@ -1,5 +1,5 @@
 #pragma once
-// Numbers from Philox4x32-10 (Salmon et al., SC'11), compiled for each instruction set (clones.h).
+// Numbers from Philox4x32-10 (Salmon et al., SC'11), compiled for each instruction set (multiversion.h).
 #include <cstdint>
 
 namespace fastflow::cpu {

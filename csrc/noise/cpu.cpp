@@ -2,12 +2,12 @@
 // fastflow/reference.py has, normal ones to rounding. 4 bytes an element of float32, written.
 #include "stable.h"
 
-#include "cpu/noise.h"
+#include "noise/noise.h"
 
 #include <algorithm>
 
 #include "arguments.h"
-#include "cpu/elementary.h"
+#include "cpu/simd_math.h"
 #include "cpu/tensors.h"
 
 namespace fastflow::cpu {

@@ -16,7 +16,7 @@
 #include "arguments.h"
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
-#include "positions.h"
+#include "strides.h"
 
 namespace fastflow::cpu {
 namespace {

@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "images.h"
+#include "conv1x1/images.h"
 #include "stable.h"
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>

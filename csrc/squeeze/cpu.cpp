@@ -11,8 +11,8 @@
 #include <utility>
 
 #include "arguments.h"
-#include "clones.h"
-#include "cpu/squeeze.h"
+#include "multiversion.h"
+#include "squeeze/squeeze.h"
 #include "cpu/tensors.h"
 
 namespace fastflow::cpu {

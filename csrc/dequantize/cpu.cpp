@@ -19,10 +19,10 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cpu/elementary.h"
+#include "cpu/simd_math.h"
 #include "cpu/gemm.h"
-#include "cpu/noise.h"
-#include "cpu/squeeze.h"
+#include "noise/noise.h"
+#include "squeeze/squeeze.h"
 #include "cpu/tensors.h"
 
 namespace fastflow::cpu {
