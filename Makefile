@@ -31,9 +31,10 @@ train: $(STAMP) ## train a small Glow on real photographs; ARGS="..." goes to `f
 test: lint ## lint, then every test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --benchmark-disable --durations=10 $(ARGS)
 
-lint: $(STAMP) ## ruff, lint and format
+lint: $(STAMP) ## ruff and clang-format, lint and format
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
 
 clean: ## remove .venv and what was built, but no run folder
 	rm -rf $(VENV) build dist *.egg-info fastflow/*.so .pytest_cache .ruff_cache

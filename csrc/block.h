@@ -1,10 +1,11 @@
 #pragma once
 // The words that the CUDA kernels are written in, so that the CPU can run the very same code block by block.
 //
-// A kernel is a struct: its arguments, THREADS, and `operator()(Block&)`, which does the work of one block in phases. A
-// phase is a function of the thread; a barrier ends it, so threads may read what others wrote in phases before. On a GPU
-// Block is DeviceBlock (cuda/device.cuh); on the CPU it is EmulatedBlock (emulated/emulated.h), which runs the threads
-// of a phase one after the other, in any order that a test asks for: a result that depends on the order is a race.
+// A kernel is a struct: its arguments, THREADS, and `operator()(Block&)`, which does the work of one block in
+// phases. A phase is a function of the thread; a barrier ends it, so threads may read what others wrote in
+// phases before. On a GPU Block is DeviceBlock (cuda/device.cuh); on the CPU it is EmulatedBlock
+// (emulated/emulated.h), which runs the threads of a phase one after the other, in any order that a test asks
+// for: a result that depends on the order is a race.
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -26,8 +27,8 @@ struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
 
-// Memory that a kernel is given, in elements. On the CPU an access outside it or across its alignment is an error; on a
-// GPU it is the bare pointer.
+// Memory that a kernel is given, in elements. On the CPU an access outside it or across its alignment is an
+// error; on a GPU it is the bare pointer.
 template <typename T>
 struct Span {
   T* data = nullptr;
@@ -54,7 +55,8 @@ struct Span {
   FASTFLOW_HD void check([[maybe_unused]] int64_t i, [[maybe_unused]] int count) const {
 #ifndef __CUDA_ARCH__
     if (i < 0 || i + count > size)
-      throw std::out_of_range("fastflow: element " + std::to_string(i) + " of a span of " + std::to_string(size));
+      throw std::out_of_range("fastflow: element " + std::to_string(i) + " of a span of " +
+                              std::to_string(size));
     if (reinterpret_cast<uintptr_t>(data + i) % alignof(Values))
       throw std::out_of_range("fastflow: a span is misaligned at element " + std::to_string(i));
 #endif

@@ -4,7 +4,9 @@
 #include "multiversion.h"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "FastFlow's compiled ops; importing it registers the CPU ones. `build` tells what was built, and with what.";
+  m.doc() =
+      "FastFlow's compiled ops; importing it registers the CPU ones. `build` tells what was built, and with "
+      "what.";
   pybind11::dict build;
   build["torch"] = TORCH_VERSION;
   build["compiler"] = __VERSION__;

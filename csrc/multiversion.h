@@ -1,21 +1,21 @@
 #pragma once
-// -O3 alone emits SSE2. FASTFLOW_CLONES(NAME, ARGUMENT, BODY) defines `void NAME(const ARGUMENT& a)` that runs BODY<B>(a)
-// compiled for the instruction set found at run time, whose vectors have B bytes. BODY and what it calls have to be
-// FASTFLOW_INLINE: what is not is compiled for SSE2.
-// Only g++ on x86-64 has it in a form that was tried; elsewhere there is one version.
+// -O3 alone emits SSE2. FASTFLOW_MULTIVERSION(NAME, ARGUMENT, BODY) defines `void NAME(const ARGUMENT& a)`
+// that runs BODY<B>(a) compiled for the instruction set found at run time, whose vectors have B bytes. BODY
+// and what it calls have to be FASTFLOW_INLINE: what is not is compiled for SSE2. Only g++ on x86-64 has it
+// in a form that was tried; elsewhere there is one version.
 #define FASTFLOW_INLINE inline __attribute__((always_inline))
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
 #define FASTFLOW_CPU_TARGETS "avx512 avx2 default"
 #define FASTFLOW_AVX2 "avx2,fma,f16c"
 #define FASTFLOW_AVX512 FASTFLOW_AVX2 ",avx512f,avx512vl,avx512bw,avx512dq"
-#define FASTFLOW_CLONES(NAME, ARGUMENT, BODY)                                                              \
-  __attribute__((target(FASTFLOW_AVX512))) static void NAME##_avx512(const ARGUMENT& a) { BODY<64>(a); }   \
-  __attribute__((target(FASTFLOW_AVX2))) static void NAME##_avx2(const ARGUMENT& a) { BODY<32>(a); }       \
-  static void NAME##_default(const ARGUMENT& a) { BODY<16>(a); }                                           \
-  void NAME(const ARGUMENT& a) {                                                                           \
-    static const int bytes = fastflow::vector_bytes();                                                     \
-    bytes == 64 ? NAME##_avx512(a) : bytes == 32 ? NAME##_avx2(a) : NAME##_default(a);                     \
+#define FASTFLOW_MULTIVERSION(NAME, ARGUMENT, BODY)                                                      \
+  __attribute__((target(FASTFLOW_AVX512))) static void NAME##_avx512(const ARGUMENT& a) { BODY<64>(a); } \
+  __attribute__((target(FASTFLOW_AVX2))) static void NAME##_avx2(const ARGUMENT& a) { BODY<32>(a); }     \
+  static void NAME##_default(const ARGUMENT& a) { BODY<16>(a); }                                         \
+  void NAME(const ARGUMENT& a) {                                                                         \
+    static const int bytes = fastflow::vector_bytes();                                                   \
+    bytes == 64 ? NAME##_avx512(a) : bytes == 32 ? NAME##_avx2(a) : NAME##_default(a);                   \
   }
 
 namespace fastflow {
@@ -28,6 +28,6 @@ inline int vector_bytes() {
 }  // namespace fastflow
 #else
 #define FASTFLOW_CPU_TARGETS "default"
-#define FASTFLOW_CLONES(NAME, ARGUMENT, BODY) \
+#define FASTFLOW_MULTIVERSION(NAME, ARGUMENT, BODY) \
   void NAME(const ARGUMENT& a) { BODY<16>(a); }
 #endif

@@ -20,15 +20,19 @@ inline int64_t position_stride(const Tensor& x) {
 }
 
 // x itself, or a contiguous copy where no one stride leads through its positions.
-inline Tensor with_positions(const Tensor& x) { return position_stride(x) < 0 ? torch::stable::contiguous(x) : x; }
+inline Tensor with_position_stride(const Tensor& x) {
+  return position_stride(x) < 0 ? torch::stable::contiguous(x) : x;
+}
 
-// A result that lies as torch.empty_like(like) does, computed elsewhere where no stride leads through its positions.
-class __attribute__((visibility("hidden"))) Result {  // as its tensors are
+// A result that lies as torch.empty_like(like) does, computed elsewhere where no stride leads through its
+// positions.
+class __attribute__((visibility("hidden"))) OutputBuffer {  // as its tensors are
  public:
-  explicit Result(const Tensor& like)
-      : out_(torch::stable::empty_like(like)), room_(position_stride(out_) < 0 ? torch::stable::new_empty(like, like.sizes()) : out_) {}
-  const Tensor& room() const { return room_; }
-  Tensor laid_out() { return room_.get() == out_.get() ? out_ : torch::stable::copy_(out_, room_); }
+  explicit OutputBuffer(const Tensor& like)
+      : out_(torch::stable::empty_like(like)),
+        room_(position_stride(out_) < 0 ? torch::stable::new_empty(like, like.sizes()) : out_) {}
+  const Tensor& kernel_output() const { return room_; }
+  Tensor finalize() { return room_.get() == out_.get() ? out_ : torch::stable::copy_(out_, room_); }
 
  private:
   Tensor out_, room_;

@@ -1,7 +1,9 @@
-// fastflow_C::actnorm, its backward, its inverse + backward and its statistics on the CPU, tile by tile (tiles.h).
+// fastflow_C::actnorm, its backward, its inverse + backward and its statistics on the CPU, tile by tile
+// (tiles.h).
 //
-// Bytes an element of x, float32: forward and inverse 8, backward 12 (x, dy, dx), inverse + backward 16 (y, dy, x, dx),
-// statistics 4. The log-det is the same number for every sample, so it comes from the parameters alone.
+// Bytes an element of x, float32: forward and inverse 8, backward 12 (x, dy, dx), inverse + backward 16 (y,
+// dy, x, dx), statistics 4. The log-det is the same number for every sample, so it comes from the parameters
+// alone.
 #include "stable.h"
 
 #include <algorithm>
@@ -22,27 +24,27 @@ constexpr int64_t GRAIN = 32;  // tiles that are worth a thread: waking one cost
 // y = scale (x + bias), scale = e^log_scale; inverse y = scale x - bias, scale = e^-log_scale.
 template <typename T>
 struct Scaling {
-  Lines lines;
+  VectorLoop lines;
   bool inverse;
   const T* x;
-  Values<T> scale, bias;
+  OperandView<T> scale, bias;
   T* y;
 };
 
-// Gradients from the direction's own input, or where there is an `x_out` from the output of the forward direction: x_out is
-// then what it came from, by the scale of `back`.
+// Gradients from the direction's own input, or where there is an `x_out` from the output of the forward
+// direction: x_out is then what it came from, by the scale of `back`.
 template <typename T>
 struct ScalingBackward {
-  Lines lines;
+  VectorLoop lines;
   bool inverse;
   const T *x, *dy;
-  Values<T> scale, bias, back;
+  OperandView<T> scale, bias, back;
   T *dx, *dlog_scale, *x_out;  // dlog_scale: what each element adds to it
 };
 
 template <bool INVERSE, int BYTES, typename T>
 FASTFLOW_INLINE void scaled(const Scaling<T> s) {
-  using M = Elementary<T, BYTES>;
+  using M = SimdMath<T, BYTES>;
   int64_t i = 0;
   for (int64_t l = 0; l < s.lines.count; ++l)
     for (const int64_t end = (l + 1) * s.lines.length; i < end; i += M::COUNT) {
@@ -52,13 +54,13 @@ FASTFLOW_INLINE void scaled(const Scaling<T> s) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void scale_of(const Scaling<T>& s) {
+FASTFLOW_INLINE void scale_simd(const Scaling<T>& s) {
   s.inverse ? scaled<true, BYTES, T>(s) : scaled<false, BYTES, T>(s);
 }
 
 template <bool FROM_OUTPUT, int BYTES, typename T>
-FASTFLOW_INLINE void gradients_of(const ScalingBackward<T> s) {
-  using M = Elementary<T, BYTES>;
+FASTFLOW_INLINE void gradients_simd(const ScalingBackward<T> s) {
+  using M = SimdMath<T, BYTES>;
   int64_t i = 0;
   for (int64_t l = 0; l < s.lines.count; ++l)
     for (const int64_t end = (l + 1) * s.lines.length; i < end; i += M::COUNT) {
@@ -76,14 +78,14 @@ FASTFLOW_INLINE void gradients_of(const ScalingBackward<T> s) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void scale_backward_of(const ScalingBackward<T>& s) {
-  s.x_out ? gradients_of<true, BYTES, T>(s) : gradients_of<false, BYTES, T>(s);
+FASTFLOW_INLINE void scale_backward_simd(const ScalingBackward<T>& s) {
+  s.x_out ? gradients_simd<true, BYTES, T>(s) : gradients_simd<false, BYTES, T>(s);
 }
 
-FASTFLOW_CLONES(scale, Scaling<float>, scale_of)
-FASTFLOW_CLONES(scale, Scaling<double>, scale_of)
-FASTFLOW_CLONES(scale_backward, ScalingBackward<float>, scale_backward_of)
-FASTFLOW_CLONES(scale_backward, ScalingBackward<double>, scale_backward_of)
+FASTFLOW_MULTIVERSION(scale, Scaling<float>, scale_simd)
+FASTFLOW_MULTIVERSION(scale, Scaling<double>, scale_simd)
+FASTFLOW_MULTIVERSION(scale_backward, ScalingBackward<float>, scale_backward_simd)
+FASTFLOW_MULTIVERSION(scale_backward, ScalingBackward<double>, scale_backward_simd)
 
 // The parameters of each channel.
 template <typename acc>
@@ -91,7 +93,10 @@ struct Parameters {
   Buffer<acc> log_scale, bias, scale, back;  // back: the other direction's scale
 
   Parameters(const Tensor& log_scale_, const Tensor& bias_, bool inverse)
-      : log_scale(values_of<acc>(log_scale_)), bias(values_of<acc>(bias_)), scale(bias_.numel()), back(bias_.numel()) {
+      : log_scale(values_of<acc>(log_scale_)),
+        bias(values_of<acc>(bias_)),
+        scale(bias_.numel()),
+        back(bias_.numel()) {
     for (int64_t k = 0; k < bias_.numel(); ++k) {
       const acc s = log_scale.get()[k];
       scale.get()[k] = std::exp(inverse ? -s : s), back.get()[k] = std::exp(inverse ? s : -s);
@@ -102,17 +107,17 @@ struct Parameters {
 int64_t positions_of_sample(const Grid& grid) { return grid.vectors ? 1 : grid.positions; }
 
 template <typename acc>
-void forward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, bool inverse, const Grid& grid, const Tensor& y_,
-             const Tensor& log_det) {
+void forward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, bool inverse, const Grid& grid,
+             const Tensor& y_, const Tensor& log_det) {
   const Channels x(x_, 0, 1, grid), y(y_, 0, 1, grid);
   const Parameters<acc> parameters(log_scale, bias_, inverse);
   torch::stable::parallel_for(0, grid.tiles(), GRAIN, [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(4, grid);
     const Operand<acc> v(x, buffers), out(y, buffers);
-    OfChannels<acc> factor(parameters.scale.get(), grid, buffers), bias(parameters.bias.get(), grid, buffers);
+    PerChannel<acc> factor(parameters.scale.get(), grid, buffers), bias(parameters.bias.get(), grid, buffers);
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = grid[i];
-      scale(Scaling<acc>{{grid, tile}, inverse, v.load(tile), factor(tile), bias(tile), out.room(tile)});
+      scale(Scaling<acc>{{grid, tile}, inverse, v.load(tile), factor(tile), bias(tile), out.output(tile)});
       out.store(tile);
     }
   });
@@ -122,11 +127,14 @@ void forward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, boo
   std::fill_n(log_det.mutable_data_ptr<acc>(), log_det.numel(), static_cast<acc>(inverse ? -sum : sum));
 }
 
-// `x_out_`: x_ is the forward direction's output, and x_out_ becomes its input. `gradients`: dlog_scale and dbias.
+// `x_out_`: x_ is the forward direction's output, and x_out_ becomes its input. `gradients`: dlog_scale and
+// dbias.
 template <typename acc>
-void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, const Tensor& dy_, const Tensor& dlog_det_, bool inverse,
-              const Grid& grid, const std::optional<Tensor>& x_out_, const Tensor& dx_, double* gradients) {
-  const Channels x(x_, 0, 1, grid), dy(dy_, 0, 1, grid), dx(dx_, 0, 1, grid), x_out(x_out_ ? *x_out_ : x_, 0, 1, grid);
+void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, const Tensor& dy_,
+              const Tensor& dlog_det_, bool inverse, const Grid& grid, const std::optional<Tensor>& x_out_,
+              const Tensor& dx_, double* gradients) {
+  const Channels x(x_, 0, 1, grid), dy(dy_, 0, 1, grid), dx(dx_, 0, 1, grid),
+      x_out(x_out_ ? *x_out_ : x_, 0, 1, grid);
   const Parameters<acc> parameters(log_scale, bias_, inverse);
   const Slots slots(grid);
   const Buffer<double> sums(std::max<int64_t>(1, slots.count) * 2 * grid.channels);
@@ -134,8 +142,8 @@ void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, co
   torch::stable::parallel_for(0, slots.count, slots.grain(GRAIN), [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(8, grid);
     const Operand<acc> v(x, buffers), g(dy, buffers), dv(dx, buffers), came_from(x_out, buffers);
-    OfChannels<acc> factor(parameters.scale.get(), grid, buffers), bias(parameters.bias.get(), grid, buffers);
-    OfChannels<acc> back(parameters.back.get(), grid, buffers);
+    PerChannel<acc> factor(parameters.scale.get(), grid, buffers), bias(parameters.bias.get(), grid, buffers);
+    PerChannel<acc> back(parameters.back.get(), grid, buffers);
     acc* dlog_scale = buffers.next();
     ChannelSums<acc> sums_of_dlog_scale(grid), sums_of_dy(grid);
     for (int64_t slot = begin; slot < end; ++slot) {
@@ -144,8 +152,16 @@ void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, co
       for (int64_t i = slots.first(slot); i < slots.first(slot + 1); ++i) {
         const Tile tile = grid[i];
         const acc* dout = g.load(tile);
-        scale_backward(ScalingBackward<acc>{{grid, tile}, inverse, v.load(tile), dout, factor(tile), bias(tile), back(tile), dv.room(tile),
-                                            dlog_scale, x_out_ ? came_from.room(tile) : nullptr});
+        scale_backward(ScalingBackward<acc>{{grid, tile},
+                                            inverse,
+                                            v.load(tile),
+                                            dout,
+                                            factor(tile),
+                                            bias(tile),
+                                            back(tile),
+                                            dv.output(tile),
+                                            dlog_scale,
+                                            x_out_ ? came_from.output(tile) : nullptr});
         dv.store(tile);
         if (x_out_) came_from.store(tile);
         sums_of_dlog_scale.add(dlog_scale, tile);
@@ -166,14 +182,18 @@ void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, co
   }
 }
 
-// The number of values, their mean and the sum of their squared deviations from it, for each channel over the tiles of a
-// slot. Values are taken from the slot's first of their channel: the sum of the squares themselves would lose all digits of
-// a small variance far from zero.
+// The number of values, their mean and the sum of their squared deviations from it, for each channel over the
+// tiles of a slot. OperandView are taken from the slot's first of their channel: the sum of the squares
+// themselves would lose all digits of a small variance far from zero.
 template <typename T>
 class Moments {
  public:
   explicit Moments(const Grid& grid)
-      : grid_(grid), size_(grid.rows ? grid.together * grid.length : grid.channels), counts_(grid.channels), pivots_(size_), sums_(size_),
+      : grid_(grid),
+        size_(grid.rows ? grid.lines_per_tile * grid.length : grid.channels),
+        counts_(grid.channels),
+        pivots_(size_),
+        sums_(size_),
         squares_(size_) {}
   void clear() {
     std::fill_n(counts_.get(), grid_.channels, 0);
@@ -191,7 +211,8 @@ class Moments {
       if (!counts_.get()[k]) pivots_.get()[k] = pivot(values[l * t.length]);
       counts_.get()[k] += t.length;
     }
-    add_deviations_of_lines({t.lines, t.length, values, pivots_.get() + t.line, sums_.get() + t.line, squares_.get() + t.line});
+    add_deviations_of_lines(
+        {t.lines, t.length, values, pivots_.get() + t.line, sums_.get() + t.line, squares_.get() + t.line});
   }
   // to: [3, channels]
   void take(double* to) const {
@@ -226,13 +247,16 @@ void statistics(const Tensor& x_, const Grid& grid, double* mean, double* var) {
     Moments<acc> of_slot(grid);
     for (int64_t slot = begin; slot < end; ++slot) {
       of_slot.clear();
-      for (int64_t i = slots.first(slot); i < slots.first(slot + 1); ++i) of_slot.add(v.load(grid[i]), grid[i]);
+      for (int64_t i = slots.first(slot); i < slots.first(slot + 1); ++i)
+        of_slot.add(v.load(grid[i]), grid[i]);
       of_slot.take(moments.get() + slot * 3 * grid.channels);
     }
   });
   const double count = static_cast<double>(grid.samples) * grid.positions;
   for (int64_t k = 0; k < grid.channels; ++k) {
-    const auto of_slot = [&](int64_t slot, int64_t kind) { return moments.get()[(slot * 3 + kind) * grid.channels + k]; };
+    const auto of_slot = [&](int64_t slot, int64_t kind) {
+      return moments.get()[(slot * 3 + kind) * grid.channels + k];
+    };
     double sum = 0, squares = 0;
     for (int64_t slot = 0; slot < slots.count; ++slot) sum += of_slot(slot, 0) * of_slot(slot, 1);
     mean[k] = sum / count;
@@ -244,13 +268,17 @@ void statistics(const Tensor& x_, const Grid& grid, double* mean, double* var) {
   }
 }
 
-std::tuple<Tensor, Tensor> actnorm(const Tensor& x, const Tensor& log_scale, const Tensor& bias, bool inverse) {
+std::tuple<Tensor, Tensor> actnorm(const Tensor& x, const Tensor& log_scale, const Tensor& bias,
+                                   bool inverse) {
   check_actnorm("actnorm", "x", x, log_scale, bias);
-  Result y(x);
+  OutputBuffer y(x);
   const Tensor log_det = empty(x, {x.size(0)}, accumulator_of(x));
-  const Grid grid(x, x.size(1), y.room());
-  for_accumulator(x, [&](auto acc) { forward<decltype(acc)>(with_positions(x), log_scale, bias, inverse, grid, y.room(), log_det); });
-  return {y.laid_out(), log_det};
+  const Grid grid(x, x.size(1), y.kernel_output());
+  for_accumulator(x, [&](auto acc) {
+    forward<decltype(acc)>(with_position_stride(x), log_scale, bias, inverse, grid, y.kernel_output(),
+                           log_det);
+  });
+  return {y.finalize(), log_det};
 }
 
 void write_as(const Tensor& v, const double* from) {
@@ -258,32 +286,37 @@ void write_as(const Tensor& v, const double* from) {
 }
 
 // x where `from_output`, dx, dlog_scale, dbias.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& log_scale, const Tensor& bias, const Tensor& dy,
-                                                       const Tensor& dlog_det, bool inverse, bool from_output) {
-  Result dx(dy);
-  std::optional<Result> x;
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& log_scale,
+                                                       const Tensor& bias, const Tensor& dy,
+                                                       const Tensor& dlog_det, bool inverse,
+                                                       bool from_output) {
+  OutputBuffer dx(dy);
+  std::optional<OutputBuffer> x;
   if (from_output) x.emplace(source);
-  const Grid grid(source, source.size(1), dx.room());
+  const Grid grid(source, source.size(1), dx.kernel_output());
   const Buffer<double> gradients(2 * grid.channels);
   for_accumulator(source, [&](auto acc) {
-    backward<decltype(acc)>(with_positions(source), log_scale, bias, with_positions(dy), dlog_det, inverse, grid,
-                            x ? std::optional(x->room()) : std::nullopt, dx.room(), gradients.get());
+    backward<decltype(acc)>(with_position_stride(source), log_scale, bias, with_position_stride(dy), dlog_det,
+                            inverse, grid, x ? std::optional(x->kernel_output()) : std::nullopt,
+                            dx.kernel_output(), gradients.get());
   });
   const Tensor dlog_scale = empty(log_scale, {grid.channels}), dbias = empty(bias, {grid.channels});
   write_as(dlog_scale, gradients.get());
   write_as(dbias, gradients.get() + grid.channels);
-  return {x ? x->laid_out() : source, dx.laid_out(), dlog_scale, dbias};
+  return {x ? x->finalize() : source, dx.finalize(), dlog_scale, dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> actnorm_backward(const Tensor& x, const Tensor& log_scale, const Tensor& bias, const Tensor& dy,
+std::tuple<Tensor, Tensor, Tensor> actnorm_backward(const Tensor& x, const Tensor& log_scale,
+                                                    const Tensor& bias, const Tensor& dy,
                                                     const Tensor& dlog_det, bool inverse) {
   check_actnorm_backward("actnorm_backward", "x", x, log_scale, bias, dy, dlog_det);
   auto [same, dx, dlog_scale, dbias] = backward_of(x, log_scale, bias, dy, dlog_det, inverse, false);
   return {dx, dlog_scale, dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> actnorm_inverse_backward(const Tensor& y, const Tensor& log_scale, const Tensor& bias,
-                                                                    const Tensor& dy, const Tensor& dlog_det) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> actnorm_inverse_backward(const Tensor& y, const Tensor& log_scale,
+                                                                    const Tensor& bias, const Tensor& dy,
+                                                                    const Tensor& dlog_det) {
   check_actnorm_backward("actnorm_inverse_backward", "y", y, log_scale, bias, dy, dlog_det);
   return backward_of(y, log_scale, bias, dy, dlog_det, false, true);
 }
@@ -291,11 +324,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> actnorm_inverse_backward(const Tensor
 std::tuple<Tensor, Tensor> actnorm_statistics(const Tensor& x_) {
   STD_TORCH_CHECK(x_.dim() >= 2, "actnorm_statistics: x has shape ", shape(x_), ", expected [N, C, ...]");
   check_floating("actnorm_statistics", "x", x_);
-  const Tensor x = with_positions(x_);
+  const Tensor x = with_position_stride(x_);
   const Grid grid(x, x.size(1), x);
   const Buffer<double> both(2 * grid.channels);
-  for_accumulator(x, [&](auto acc) { statistics<decltype(acc)>(x, grid, both.get(), both.get() + grid.channels); });
-  const Tensor mean = empty(x, {grid.channels}, accumulator_of(x)), var = empty(x, {grid.channels}, accumulator_of(x));
+  for_accumulator(
+      x, [&](auto acc) { statistics<decltype(acc)>(x, grid, both.get(), both.get() + grid.channels); });
+  const Tensor mean = empty(x, {grid.channels}, accumulator_of(x)),
+               var = empty(x, {grid.channels}, accumulator_of(x));
   write_as(mean, both.get());
   write_as(var, both.get() + grid.channels);
   return {mean, var};

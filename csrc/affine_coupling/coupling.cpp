@@ -13,7 +13,7 @@ FASTFLOW_INLINE void log_scale(Scale scale, const V& raw, const V& f, V& log_s, 
     if (GRADIENTS) by_raw = M::all(1);
   } else if (scale == Scale::sigmoid) {
     const V a = raw + 2, e = M::exp(-M::abs(a));  // log sigmoid(a) = min(a, 0) - log(1 + e^-|a|)
-    log_s = M::at_most(a, 0) - M::log1p(e);
+    log_s = M::min(a, 0) - M::log1p(e);
     if (GRADIENTS) by_raw = (a < 0 ? M::all(1) : e) / (e + 1);
   } else {
     const bool soft = scale == Scale::soft_clamp;
@@ -28,7 +28,8 @@ FASTFLOW_INLINE void log_scale(Scale scale, const V& raw, const V& f, V& log_s, 
   }
 }
 
-// v where the elements from i on are active, else 0. By bits: g++ 12 takes a comparison that two selections share apart.
+// v where the elements from i on are active, else 0. By bits: g++ 12 takes a comparison that two selections
+// share apart.
 template <typename M, typename V = typename M::V>
 FASTFLOW_INLINE V masked(const typename M::Integer* active, int64_t i, const V& v) {
   if (!active) return v;
@@ -38,8 +39,8 @@ FASTFLOW_INLINE V masked(const typename M::Integer* active, int64_t i, const V& 
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void couple_of(const Coupling<T>& c) {
-  using M = Elementary<T, BYTES>;
+FASTFLOW_INLINE void couple_simd(const Coupling<T>& c) {
+  using M = SimdMath<T, BYTES>;
   using V = typename M::V;
   for (int64_t i = 0; i < c.count; i += M::COUNT) {
     const V v = M::load(c.v + i), shift = masked<M>(c.active, i, M::load(c.shift + i));
@@ -60,8 +61,8 @@ FASTFLOW_INLINE void couple_of(const Coupling<T>& c) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void couple_backward_of(const CouplingBackward<T>& c) {
-  using M = Elementary<T, BYTES>;
+FASTFLOW_INLINE void couple_backward_simd(const CouplingBackward<T>& c) {
+  using M = SimdMath<T, BYTES>;
   using V = typename M::V;
   for (int64_t i = 0; i < c.count; i += M::COUNT) {
     const V g = M::load(c.dout + i);
@@ -101,9 +102,9 @@ FASTFLOW_INLINE void couple_backward_of(const CouplingBackward<T>& c) {
 
 }  // namespace
 
-FASTFLOW_CLONES(couple, Coupling<float>, couple_of)
-FASTFLOW_CLONES(couple, Coupling<double>, couple_of)
-FASTFLOW_CLONES(couple_backward, CouplingBackward<float>, couple_backward_of)
-FASTFLOW_CLONES(couple_backward, CouplingBackward<double>, couple_backward_of)
+FASTFLOW_MULTIVERSION(couple, Coupling<float>, couple_simd)
+FASTFLOW_MULTIVERSION(couple, Coupling<double>, couple_simd)
+FASTFLOW_MULTIVERSION(couple_backward, CouplingBackward<float>, couple_backward_simd)
+FASTFLOW_MULTIVERSION(couple_backward, CouplingBackward<double>, couple_backward_simd)
 
 }  // namespace fastflow::cpu

@@ -1,7 +1,7 @@
 // fastflow_C::affine_coupling, its backward and its inverse + backward on the CPU.
 //
-// The transformed channels and the network's output are taken tile by tile (tiles.h), so that the arithmetic (coupling.h)
-// sees one layout and one dtype.
+// The transformed channels and the network's output are taken tile by tile (tiles.h), so that the arithmetic
+// (coupling.h) sees one layout and one dtype.
 #include "stable.h"
 
 #include <algorithm>
@@ -9,8 +9,8 @@
 #include <string>
 #include <tuple>
 
-#include "arguments.h"
 #include "affine_coupling/coupling.h"
+#include "arguments.h"
 #include "cpu/tensors.h"
 #include "cpu/tiles.h"
 
@@ -23,7 +23,8 @@ constexpr int64_t SLOTS = 32;  // at most so many sums of a factor's gradient ar
 struct Variant {
   bool checkerboard, flip, scale_first, inverse;
   Scale scale;
-  int64_t shift_first, raw_first, step;  // channels of h: where shift and raw scale begin, and from one to the next
+  int64_t shift_first, raw_first,
+      step;  // channels of h: where shift and raw scale begin, and from one to the next
 };
 
 // What passes is the same in `to`, which has the dtype of `from`.
@@ -46,16 +47,17 @@ Buffer<Mask<acc>> active_of(const Tensor& x, const Variant& variant, const Grid&
     for (int64_t d = x.dim() - 1; d >= first; --d) parity += rest % x.size(d), rest /= x.size(d);
     active.get()[i] = parity % 2 == variant.flip ? -1 : 0;
   }
-  if (grid.vectors && x.dim() > 2) std::fill_n(active.get(), grid.channels, variant.flip ? 0 : -1);  // their one position is even
+  if (grid.vectors && x.dim() > 2)
+    std::fill_n(active.get(), grid.channels, variant.flip ? 0 : -1);  // their one position is even
   return active;
 }
 
 // What a tensor like x has of channels that are transformed, and of those that pass.
-struct Halves {
+struct CouplingHalves {
   Channels transformed;
   std::optional<Channels> passing;
 
-  Halves(const Tensor& x, const Variant& variant, const Grid& grid)
+  CouplingHalves(const Tensor& x, const Variant& variant, const Grid& grid)
       : transformed(x, variant.checkerboard || variant.flip ? 0 : grid.channels, 1, grid) {
     if (!variant.checkerboard) passing.emplace(x, variant.flip ? grid.channels : 0, 1, grid);
   }
@@ -70,12 +72,13 @@ struct Output {
 
 // What is given for each channel, position or sample of a call.
 template <typename acc>
-struct Given {
+struct SharedOperands {
   std::optional<Buffer<acc>> factor, dlog_det;
   std::optional<Buffer<Mask<acc>>> active;
   const bool active_along_lines;
 
-  Given(const Tensor& x, const std::optional<Tensor>& factor_, const Variant& variant, const Grid& grid)
+  SharedOperands(const Tensor& x, const std::optional<Tensor>& factor_, const Variant& variant,
+                 const Grid& grid)
       : active_along_lines(grid.vectors || !grid.rows) {
     if (factor_) factor.emplace(values_of<acc>(*factor_));
     if (variant.checkerboard) active.emplace(active_of<acc>(x, variant, grid));
@@ -83,11 +86,11 @@ struct Given {
 };
 
 template <typename acc>
-void forward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& factor_, const Variant& variant, const Grid& grid,
-             const Tensor& y_, const Tensor& log_det) {
-  const Halves x(x_, variant, grid), y(y_, variant, grid);
+void forward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& factor_, const Variant& variant,
+             const Grid& grid, const Tensor& y_, const Tensor& log_det) {
+  const CouplingHalves x(x_, variant, grid), y(y_, variant, grid);
   const Output h(h_, variant, grid);
-  const Given<acc> given(x_, factor_, variant, grid);
+  const SharedOperands<acc> given(x_, factor_, variant, grid);
   const bool additive = variant.scale == Scale::none;
   const int64_t tiles = grid.tiles();
   const Buffer<double> sums(tiles);
@@ -95,14 +98,16 @@ void forward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& fa
   torch::stable::parallel_for(0, tiles, GRAIN, [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(6, grid);
     Buffers<Mask<acc>> masks(1, grid);
-    const Operand<acc> v(x.transformed, buffers), out(y.transformed, buffers), shift(h.shift, buffers), raw(h.raw, buffers);
-    Spread<acc> factor(pointer(given.factor), grid.rows, buffers);
-    Spread<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
+    const Operand<acc> v(x.transformed, buffers), out(y.transformed, buffers), shift(h.shift, buffers),
+        raw(h.raw, buffers);
+    BroadcastOperand<acc> factor(pointer(given.factor), grid.rows, buffers);
+    BroadcastOperand<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
     acc* log_s = buffers.next();
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = grid[i];
-      couple({variant.scale, variant.scale_first, variant.inverse, tile.count(), v.load(tile), shift.load(tile),
-              additive ? nullptr : raw.load(tile), factor(tile), active(tile), out.room(tile), log_s});
+      couple({variant.scale, variant.scale_first, variant.inverse, tile.count(), v.load(tile),
+              shift.load(tile), additive ? nullptr : raw.load(tile), factor(tile), active(tile),
+              out.output(tile), log_s});
       out.store(tile);
       if (x.passing) pass(*x.passing, *y.passing, tile);
       if (additive) continue;
@@ -130,112 +135,139 @@ void add(const acc* tile_sums, const Tile& t, const Grid& grid, double* sums) {
 
 // `x_out`: x_ is the forward direction's output, and x_out becomes its input.
 template <typename acc>
-void backward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& factor_, const Tensor& dy_, const Tensor& dlog_det_,
-              const Variant& variant, const Grid& grid, const std::optional<Tensor>& x_out_, const Tensor& dx_, const Tensor& dh_,
-              double* dfactor) {
-  const Halves x(x_, variant, grid), dy(dy_, variant, grid), dx(dx_, variant, grid), x_out(x_out_ ? *x_out_ : x_, variant, grid);
+void backward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& factor_, const Tensor& dy_,
+              const Tensor& dlog_det_, const Variant& variant, const Grid& grid,
+              const std::optional<Tensor>& x_out_, const Tensor& dx_, const Tensor& dh_, double* dfactor) {
+  const CouplingHalves x(x_, variant, grid), dy(dy_, variant, grid), dx(dx_, variant, grid),
+      x_out(x_out_ ? *x_out_ : x_, variant, grid);
   const Output h(h_, variant, grid), dh(dh_, variant, grid);
-  Given<acc> given(x_, factor_, variant, grid);
+  SharedOperands<acc> given(x_, factor_, variant, grid);
   given.dlog_det.emplace(values_of<acc>(dlog_det_));
   const bool additive = variant.scale == Scale::none, reads_h = !additive || x_out_;
-  // The sums of a slot are made in order by one thread and those of all slots are added in order: neither how many there
-  // are nor which tiles they take depends on the number of threads.
+  // The sums of a slot are made in order by one thread and those of all slots are added in order: neither how
+  // many there are nor which tiles they take depends on the number of threads.
   const int64_t tiles = grid.tiles(), slots = dfactor ? std::min(SLOTS, tiles) : tiles;
   const Buffer<double> sums(dfactor ? slots * grid.channels : 0);
-  torch::stable::parallel_for(0, slots, slots ? std::max<int64_t>(1, GRAIN * slots / tiles / 2) : 1, [&](int64_t begin, int64_t end) {
-    Buffers<acc> buffers(11, grid);
-    Buffers<Mask<acc>> masks(1, grid);
-    const Operand<acc> v(x.transformed, buffers), shift(h.shift, buffers), raw(h.raw, buffers), dout(dy.transformed, buffers);
-    const Operand<acc> back(x_out.transformed, buffers), dv(dx.transformed, buffers), dshift(dh.shift, buffers), draw(dh.raw, buffers);
-    Spread<acc> factor(pointer(given.factor), grid.rows, buffers), dlog_det(pointer(given.dlog_det), false, buffers);
-    Spread<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
-    acc* factors = dfactor ? buffers.next() : nullptr;
-    for (int64_t slot = begin; slot < end; ++slot) {
-      double* sum_of_slot = dfactor ? sums.get() + slot * grid.channels : nullptr;
-      if (dfactor) std::fill_n(sum_of_slot, grid.channels, 0.);
-      for (int64_t i = tiles * slot / slots; i < tiles * (slot + 1) / slots; ++i) {
-        const Tile tile = grid[i];
-        Tile of_sample = tile;  // where a sample has one dlog_det, it is that of a line as long as the tile
-        if (!grid.vectors) of_sample = {0, tile.sample, 0, 1, tile.count()};
-        couple_backward({variant.scale, variant.scale_first, variant.inverse, tile.count(), reads_h ? v.load(tile) : nullptr,
-                         reads_h ? shift.load(tile) : nullptr, additive ? nullptr : raw.load(tile), factor(tile), active(tile),
-                         dout.load(tile), dlog_det(of_sample), x_out_ ? back.room(tile) : nullptr, dv.room(tile), dshift.room(tile),
-                         additive ? nullptr : draw.room(tile), factors});
-        dv.store(tile);
-        dshift.store(tile);
-        if (!additive) draw.store(tile);
-        if (x_out_) back.store(tile);
-        if (dx.passing) pass(*dy.passing, *dx.passing, tile);
-        if (x_out_ && x.passing) pass(*x.passing, *x_out.passing, tile);
-        if (dfactor) add(factors, tile, grid, sum_of_slot);
-      }
-    }
-  });
+  torch::stable::parallel_for(
+      0, slots, slots ? std::max<int64_t>(1, GRAIN * slots / tiles / 2) : 1, [&](int64_t begin, int64_t end) {
+        Buffers<acc> buffers(11, grid);
+        Buffers<Mask<acc>> masks(1, grid);
+        const Operand<acc> v(x.transformed, buffers), shift(h.shift, buffers), raw(h.raw, buffers),
+            dout(dy.transformed, buffers);
+        const Operand<acc> back(x_out.transformed, buffers), dv(dx.transformed, buffers),
+            dshift(dh.shift, buffers), draw(dh.raw, buffers);
+        BroadcastOperand<acc> factor(pointer(given.factor), grid.rows, buffers),
+            dlog_det(pointer(given.dlog_det), false, buffers);
+        BroadcastOperand<Mask<acc>> active(pointer(given.active), given.active_along_lines, masks);
+        acc* factors = dfactor ? buffers.next() : nullptr;
+        for (int64_t slot = begin; slot < end; ++slot) {
+          double* sum_of_slot = dfactor ? sums.get() + slot * grid.channels : nullptr;
+          if (dfactor) std::fill_n(sum_of_slot, grid.channels, 0.);
+          for (int64_t i = tiles * slot / slots; i < tiles * (slot + 1) / slots; ++i) {
+            const Tile tile = grid[i];
+            Tile of_sample =
+                tile;  // where a sample has one dlog_det, it is that of a line as long as the tile
+            if (!grid.vectors) of_sample = {0, tile.sample, 0, 1, tile.count()};
+            couple_backward({variant.scale, variant.scale_first, variant.inverse, tile.count(),
+                             reads_h ? v.load(tile) : nullptr, reads_h ? shift.load(tile) : nullptr,
+                             additive ? nullptr : raw.load(tile), factor(tile), active(tile), dout.load(tile),
+                             dlog_det(of_sample), x_out_ ? back.output(tile) : nullptr, dv.output(tile),
+                             dshift.output(tile), additive ? nullptr : draw.output(tile), factors});
+            dv.store(tile);
+            dshift.store(tile);
+            if (!additive) draw.store(tile);
+            if (x_out_) back.store(tile);
+            if (dx.passing) pass(*dy.passing, *dx.passing, tile);
+            if (x_out_ && x.passing) pass(*x.passing, *x_out.passing, tile);
+            if (dfactor) add(factors, tile, grid, sum_of_slot);
+          }
+        }
+      });
   if (!dfactor) return;
   std::fill_n(dfactor, grid.channels, 0.);
   for (int64_t slot = 0; slot < slots; ++slot)
     for (int64_t k = 0; k < grid.channels; ++k) dfactor[k] += sums.get()[slot * grid.channels + k];
 }
 
-Variant variant_of(const Tensor& x, const std::string& mask, bool flip, const std::string& scale, const std::string& order,
-                   const std::string& h_order, bool inverse) {
-  const bool checkerboard = mask == "checkerboard", interleaved = h_order == "interleaved", additive = scale == "none";
+Variant variant_of(const Tensor& x, const std::string& mask, bool flip, const std::string& scale,
+                   const std::string& order, const std::string& h_order, bool inverse) {
+  const bool checkerboard = mask == "checkerboard", interleaved = h_order == "interleaved",
+             additive = scale == "none";
   const int64_t channels = checkerboard ? x.size(1) : x.size(1) / 2, second = interleaved ? 1 : channels;
-  const Scale scales = additive ? Scale::none : scale == "exp" ? Scale::exp : scale == "sigmoid" ? Scale::sigmoid
-                                 : scale == "soft_clamp" ? Scale::soft_clamp : Scale::tanh;
+  const Scale scales = additive                ? Scale::none
+                       : scale == "exp"        ? Scale::exp
+                       : scale == "sigmoid"    ? Scale::sigmoid
+                       : scale == "soft_clamp" ? Scale::soft_clamp
+                                               : Scale::tanh;
   const bool raw_first = h_order == "scale_shift";
-  return {checkerboard, flip, order == "scale_first", inverse, scales, additive || !raw_first ? 0 : second,
-          additive || raw_first ? 0 : second, interleaved && !additive ? 2 : 1};
+  return {checkerboard,
+          flip,
+          order == "scale_first",
+          inverse,
+          scales,
+          additive || !raw_first ? 0 : second,
+          additive || raw_first ? 0 : second,
+          interleaved && !additive ? 2 : 1};
 }
 
-std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& h, const std::optional<Tensor>& factor, const std::string& mask,
-                                           bool flip, const std::string& scale, const std::string& order, const std::string& h_order,
-                                           bool inverse) {
+std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& h,
+                                           const std::optional<Tensor>& factor, const std::string& mask,
+                                           bool flip, const std::string& scale, const std::string& order,
+                                           const std::string& h_order, bool inverse) {
   check_affine_coupling("affine_coupling", "x", x, h, factor, mask, scale, order, h_order);
   const Variant variant = variant_of(x, mask, flip, scale, order, h_order, inverse);
-  Result y(x);
+  OutputBuffer y(x);
   Tensor log_det = empty(x, {x.size(0)}, accumulator_of(x));
-  const Grid grid(x, variant.checkerboard ? x.size(1) : x.size(1) / 2, y.room());
+  const Grid grid(x, variant.checkerboard ? x.size(1) : x.size(1) / 2, y.kernel_output());
   for_accumulator(x, [&](auto acc) {
-    forward<decltype(acc)>(with_positions(x), with_positions(h), factor, variant, grid, y.room(), log_det);
+    forward<decltype(acc)>(with_position_stride(x), with_position_stride(h), factor, variant, grid,
+                           y.kernel_output(), log_det);
   });
-  return {y.laid_out(), log_det};
+  return {y.finalize(), log_det};
 }
 
 // x where `from_output`, dx, dh, dfactor.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& h, const std::optional<Tensor>& factor,
-                                                       const Tensor& dy, const Tensor& dlog_det, const Variant& variant, bool from_output) {
-  Result dx(dy), dh(h);
-  std::optional<Result> x;
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& h,
+                                                       const std::optional<Tensor>& factor, const Tensor& dy,
+                                                       const Tensor& dlog_det, const Variant& variant,
+                                                       bool from_output) {
+  OutputBuffer dx(dy), dh(h);
+  std::optional<OutputBuffer> x;
   if (from_output) x.emplace(source);
-  const Grid grid(source, variant.checkerboard ? source.size(1) : source.size(1) / 2, dx.room());
-  const Tensor dfactor = factor ? empty(*factor, {grid.channels}) : empty(source, {0}, accumulator_of(source));
+  const Grid grid(source, variant.checkerboard ? source.size(1) : source.size(1) / 2, dx.kernel_output());
+  const Tensor dfactor =
+      factor ? empty(*factor, {grid.channels}) : empty(source, {0}, accumulator_of(source));
   const Buffer<double> sums(grid.channels);
   for_accumulator(source, [&](auto acc) {
-    backward<decltype(acc)>(with_positions(source), with_positions(h), factor, with_positions(dy), dlog_det, variant, grid,
-                            x ? std::optional(x->room()) : std::nullopt, dx.room(), dh.room(), factor ? sums.get() : nullptr);
+    backward<decltype(acc)>(with_position_stride(source), with_position_stride(h), factor,
+                            with_position_stride(dy), dlog_det, variant, grid,
+                            x ? std::optional(x->kernel_output()) : std::nullopt, dx.kernel_output(),
+                            dh.kernel_output(), factor ? sums.get() : nullptr);
   });
-  if (factor) for_dtype(factor->scalar_type(), [&](auto value) { write<decltype(value)>(dfactor, sums.get()); });
-  return {x ? x->laid_out() : source, dx.laid_out(), dh.laid_out(), dfactor};
+  if (factor)
+    for_dtype(factor->scalar_type(), [&](auto value) { write<decltype(value)>(dfactor, sums.get()); });
+  return {x ? x->finalize() : source, dx.finalize(), dh.finalize(), dfactor};
 }
 
-std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(const Tensor& x, const Tensor& h, const std::optional<Tensor>& factor,
-                                                            const Tensor& dy, const Tensor& dlog_det, const std::string& mask, bool flip,
-                                                            const std::string& scale, const std::string& order,
-                                                            const std::string& h_order, bool inverse) {
-  check_affine_coupling_backward("affine_coupling_backward", "x", x, h, factor, dy, dlog_det, mask, scale, order, h_order);
-  auto [same, dx, dh, dfactor] =
-      backward_of(x, h, factor, dy, dlog_det, variant_of(x, mask, flip, scale, order, h_order, inverse), false);
+std::tuple<Tensor, Tensor, Tensor> affine_coupling_backward(
+    const Tensor& x, const Tensor& h, const std::optional<Tensor>& factor, const Tensor& dy,
+    const Tensor& dlog_det, const std::string& mask, bool flip, const std::string& scale,
+    const std::string& order, const std::string& h_order, bool inverse) {
+  check_affine_coupling_backward("affine_coupling_backward", "x", x, h, factor, dy, dlog_det, mask, scale,
+                                 order, h_order);
+  auto [same, dx, dh, dfactor] = backward_of(
+      x, h, factor, dy, dlog_det, variant_of(x, mask, flip, scale, order, h_order, inverse), false);
   return {dx, dh, dfactor};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> affine_coupling_inverse_backward(const Tensor& y, const Tensor& h,
-                                                                            const std::optional<Tensor>& factor, const Tensor& dy,
-                                                                            const Tensor& dlog_det, const std::string& mask, bool flip,
-                                                                            const std::string& scale, const std::string& order,
-                                                                            const std::string& h_order) {
-  check_affine_coupling_backward("affine_coupling_inverse_backward", "y", y, h, factor, dy, dlog_det, mask, scale, order, h_order);
-  return backward_of(y, h, factor, dy, dlog_det, variant_of(y, mask, flip, scale, order, h_order, false), true);
+std::tuple<Tensor, Tensor, Tensor, Tensor> affine_coupling_inverse_backward(
+    const Tensor& y, const Tensor& h, const std::optional<Tensor>& factor, const Tensor& dy,
+    const Tensor& dlog_det, const std::string& mask, bool flip, const std::string& scale,
+    const std::string& order, const std::string& h_order) {
+  check_affine_coupling_backward("affine_coupling_inverse_backward", "y", y, h, factor, dy, dlog_det, mask,
+                                 scale, order, h_order);
+  return backward_of(y, h, factor, dy, dlog_det, variant_of(y, mask, flip, scale, order, h_order, false),
+                     true);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
-// fastflow_C::conv1x1, its backward and its inverse + backward on the CPU: y = W x + b at every pixel, C <= 64 channels.
+// fastflow_C::conv1x1, its backward and its inverse + backward on the CPU: y = W x + b at every pixel, C <=
+// 64 channels.
 //
-// Pixels are taken a tile at a time, either as planes (a row for each channel, vectors along pixels: NCHW) or as rows (a
-// row for each pixel, vectors along channels: channels_last). What lies in memory as the tile has it is read and written
-// there; all else, half precision too, passes through buffers of a tile's size.
+// Pixels are taken a tile at a time, either as planes (a row for each channel, vectors along pixels: NCHW) or
+// as rows (a row for each pixel, vectors along channels: channels_last). What lies in memory as the tile has
+// it is read and written there; all else, half precision too, passes through buffers of a tile's size.
 #include "stable.h"
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -21,7 +22,8 @@
 namespace fastflow::cpu {
 namespace {
 
-// Pixels of a tile: of planes, whole vectors for all accumulators of a row; of rows, whole blocks of six rows.
+// Pixels of a tile: of planes, whole vectors for all accumulators of a row; of rows, whole blocks of six
+// rows.
 constexpr int64_t PLANES_TILE = 64, ROWS_TILE = 96;
 
 // Element (pixel, channel) lies at pixel / positions * n + channel * c + pixel % positions * p.
@@ -32,7 +34,11 @@ struct Images {
 
   explicit Images(const Tensor& x)
       : data(static_cast<T*>(const_cast<void*>(x.data_ptr()))),
-        n(x.stride(0)), c(x.stride(1)), p(position_stride(x)), positions(1), channels(x.size(1)) {
+        n(x.stride(0)),
+        c(x.stride(1)),
+        p(position_stride(x)),
+        positions(1),
+        channels(x.size(1)) {
     for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
     pixels = x.size(0) * positions;
     if (positions == 1) p = n;
@@ -53,7 +59,9 @@ void for_runs(const Images<T>& x, int64_t first, int64_t count, const F& f) {
 }
 
 template <typename T>
-bool in_one_run(const Images<T>& x, int64_t first, int64_t count) { return first % x.positions + count <= x.positions; }
+bool in_one_run(const Images<T>& x, int64_t first, int64_t count) {
+  return first % x.positions + count <= x.positions;
+}
 
 // A tile in its buffer or in memory: planes have their pixels side by side, rows their channels.
 template <typename T>
@@ -84,9 +92,11 @@ class Planes {
 
   // Pixels from count to padded(count) are zero.
   Tile<acc> load(const Images<const T>& x, int64_t first, int64_t count, const acc* minus) const {
-    if (std::is_same_v<acc, T> && !minus && x.p == 1 && count % 16 == 0 && in_one_run(x, first, count)) return {as<acc>(x.at(first)), x.c};
+    if (std::is_same_v<acc, T> && !minus && x.p == 1 && count % 16 == 0 && in_one_run(x, first, count))
+      return {as<acc>(x.at(first)), x.c};
     for_runs(x, first, count, [&](int64_t place, int64_t length, const T* from) {
-      for (int64_t c = 0; c < x.channels; ++c) copy(buffer_.get() + c * PLANES_TILE + place, from + c * x.c, x.p, length);
+      for (int64_t c = 0; c < x.channels; ++c)
+        copy(buffer_.get() + c * PLANES_TILE + place, from + c * x.c, x.p, length);
     });
     for (int64_t c = 0; c < x.channels; ++c) {
       acc* row = buffer_.get() + c * PLANES_TILE;
@@ -97,15 +107,17 @@ class Planes {
     return {buffer_.get(), PLANES_TILE};
   }
   // Where to compute a tile of y.
-  Tile<acc> room(const Images<T>& y, int64_t first, int64_t count) const {
-    if (std::is_same_v<acc, T> && y.p == 1 && count % 16 == 0 && in_one_run(y, first, count)) return {as<acc>(y.at(first)), y.c};
+  Tile<acc> output(const Images<T>& y, int64_t first, int64_t count) const {
+    if (std::is_same_v<acc, T> && y.p == 1 && count % 16 == 0 && in_one_run(y, first, count))
+      return {as<acc>(y.at(first)), y.c};
     return {buffer_.get(), PLANES_TILE};
   }
   void store(const Images<T>& y, int64_t first, int64_t count, const Tile<acc>& tile) const {
     if (tile.data != buffer_.get()) return;
     for_runs(y, first, count, [&](int64_t place, int64_t length, T* to) {
       for (int64_t c = 0; c < y.channels; ++c)
-        for (int64_t i = 0; i < length; ++i) to[c * y.c + i * y.p] = static_cast<T>(tile.data[c * PLANES_TILE + place + i]);
+        for (int64_t i = 0; i < length; ++i)
+          to[c * y.c + i * y.p] = static_cast<T>(tile.data[c * PLANES_TILE + place + i]);
     });
   }
 
@@ -120,7 +132,8 @@ class Rows {
 
   // `whole`: rows of padded(channels), the rest zero.
   Tile<acc> load(const Images<const T>& x, int64_t first, int64_t count, const acc* minus, bool whole) const {
-    if (std::is_same_v<acc, T> && !minus && x.c == 1 && (!whole || x.channels == row_) && in_one_run(x, first, count))
+    if (std::is_same_v<acc, T> && !minus && x.c == 1 && (!whole || x.channels == row_) &&
+        in_one_run(x, first, count))
       return {as<acc>(x.at(first)), x.p};
     for_runs(x, first, count, [&](int64_t place, int64_t length, const T* from) {
       for (int64_t i = 0; i < length; ++i) {
@@ -133,7 +146,7 @@ class Rows {
     });
     return {buffer_.get(), row_};
   }
-  Tile<acc> room(const Images<T>& y, int64_t first, int64_t count) const {
+  Tile<acc> output(const Images<T>& y, int64_t first, int64_t count) const {
     if (std::is_same_v<acc, T> && y.c == 1 && in_one_run(y, first, count)) return {as<acc>(y.at(first)), y.p};
     return {buffer_.get(), row_};
   }
@@ -141,7 +154,8 @@ class Rows {
     if (tile.data != buffer_.get()) return;
     for_runs(y, first, count, [&](int64_t place, int64_t length, T* to) {
       for (int64_t i = 0; i < length; ++i)
-        for (int64_t c = 0; c < y.channels; ++c) to[i * y.p + c * y.c] = static_cast<T>(tile.data[(place + i) * row_ + c]);
+        for (int64_t c = 0; c < y.channels; ++c)
+          to[i * y.p + c * y.c] = static_cast<T>(tile.data[(place + i) * row_ + c]);
     });
   }
 
@@ -155,15 +169,21 @@ template <typename acc>
 class Weights {
  public:
   explicit Weights(const Tensor& w, bool transposed)
-      : data_(w.const_data_ptr<acc>()), row_(w.stride(transposed)), col_(w.stride(!transposed)), n_(w.size(0)), by_input_(n_ * n_) {
+      : data_(w.const_data_ptr<acc>()),
+        row_(w.stride(transposed)),
+        col_(w.stride(!transposed)),
+        n_(w.size(0)),
+        by_input_(n_ * n_) {
     for (int64_t i = 0; i < n_; ++i)
       for (int64_t j = 0; j < n_; ++j) by_input_.get()[j * n_ + i] = data_[i * row_ + j * col_];
   }
   void planes(const Tile<acc>& x, int64_t count, const Tile<acc>& y, const acc* bias) const {
-    gemm({n_, padded(count), n_, data_, row_, col_, x.data, x.row, y.data, y.row, bias ? Start::row : Start::zero, bias});
+    gemm({n_, padded(count), n_, data_, row_, col_, x.data, x.row, y.data, y.row,
+          bias ? Start::row : Start::zero, bias});
   }
   void rows(const Tile<acc>& x, int64_t count, const Tile<acc>& y, const acc* bias) const {
-    gemm({count, n_, n_, x.data, x.row, 1, by_input_.get(), n_, y.data, y.row, bias ? Start::column : Start::zero, bias});
+    gemm({count, n_, n_, x.data, x.row, 1, by_input_.get(), n_, y.data, y.row,
+          bias ? Start::column : Start::zero, bias});
   }
 
  private:
@@ -173,7 +193,9 @@ class Weights {
 };
 
 template <typename acc>
-const acc* vector_of(const std::optional<Tensor>& v) { return v ? v->const_data_ptr<acc>() : nullptr; }
+const acc* vector_of(const std::optional<Tensor>& v) {
+  return v ? v->const_data_ptr<acc>() : nullptr;
+}
 
 // Tiles that are worth a thread (waking one costs some 10 us), `products` matrices multiplied for each.
 int64_t grain_of(int64_t tile, int64_t channels, int64_t products) {
@@ -194,14 +216,14 @@ void forward(const Tensor& x_, const Tensor& weight, const std::optional<Tensor>
     if (y.rows()) {
       const Rows<acc, T> from(x.channels), to(x.channels);
       each([&](int64_t first, int64_t count) {
-        const Tile<acc> out = to.room(y, first, count);
+        const Tile<acc> out = to.output(y, first, count);
         w.rows(from.load(x, first, count, nullptr, false), count, out, b);
         to.store(y, first, count, out);
       });
     } else {
       const Planes<acc, T> from(x.channels), to(x.channels);
       each([&](int64_t first, int64_t count) {
-        const Tile<acc> out = to.room(y, first, count);
+        const Tile<acc> out = to.output(y, first, count);
         w.planes(from.load(x, first, count, nullptr), count, out, b);
         to.store(y, first, count, out);
       });
@@ -211,8 +233,9 @@ void forward(const Tensor& x_, const Tensor& weight, const std::optional<Tensor>
 
 // `x` is given, or computed from `source` = y where there is an inverse.
 template <typename acc, typename T>
-void backward(const Tensor& source_, const Tensor& weight, const std::optional<Tensor>& weight_inverse, const std::optional<Tensor>& bias,
-              const Tensor& dy_, const Tensor& x_, const Tensor& dx_, const Tensor& dweight, const Tensor& dbias) {
+void backward(const Tensor& source_, const Tensor& weight, const std::optional<Tensor>& weight_inverse,
+              const std::optional<Tensor>& bias, const Tensor& dy_, const Tensor& x_, const Tensor& dx_,
+              const Tensor& dweight, const Tensor& dbias) {
   const Images<const T> source(source_), dy(dy_);
   const Images<T> x(x_), dx(dx_);
   const Weights<acc> w(weight, true);
@@ -221,15 +244,16 @@ void backward(const Tensor& source_, const Tensor& weight, const std::optional<T
   const acc* b = vector_of<acc>(bias);
   const int64_t channels = dx.channels, row = padded(channels);
   const int64_t tile = dx.rows() ? ROWS_TILE : PLANES_TILE, tiles = (dx.pixels + tile - 1) / tile;
-  // The sums of a part are made in order by one thread and those of all parts are added in order: neither how many
-  // there are nor which tiles they take depends on the number of threads.
+  // The sums of a part are made in order by one thread and those of all parts are added in order: neither how
+  // many there are nor which tiles they take depends on the number of threads.
   const int64_t parts = std::min<int64_t>(32, (tiles - 1) / grain_of(tile, channels, inverse ? 3 : 2) + 1);
   const int64_t size = (channels + 1) * row;
   const Buffer<acc> sums(parts * size);
   const acc one = 1;
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     // [input][output], then the bias
-    const auto add = [&](acc* sum, const acc* v, int64_t v_row, int64_t v_col, int64_t count, const Tile<acc>& g) {
+    const auto add = [&](acc* sum, const acc* v, int64_t v_row, int64_t v_col, int64_t count,
+                         const Tile<acc>& g) {
       gemm({channels, row, count, v, v_row, v_col, g.data, g.row, sum, row, Start::result, nullptr});
       gemm({1, row, count, &one, 0, 0, g.data, g.row, sum + channels * row, row, Start::result, nullptr});
     };
@@ -247,14 +271,14 @@ void backward(const Tensor& source_, const Tensor& weight, const std::optional<T
         const Tile<acc> g = gradient.load(dy, first, count, nullptr, true);
         Tile<acc> v = from.load(source, first, count, b, false);
         if (inverse) {
-          const Tile<acc> out = to.room(x, first, count);
+          const Tile<acc> out = to.output(x, first, count);
           inverse->rows(v, count, out, nullptr);
           to.store(x, first, count, out);
           add(sum, out.data, 1, out.row, count, g);
         } else {
           add(sum, v.data, 1, v.row, count, g);
         }
-        const Tile<acc> out = to.room(dx, first, count);
+        const Tile<acc> out = to.output(dx, first, count);
         w.rows(g, count, out, nullptr);
         to.store(dx, first, count, out);
       });
@@ -266,14 +290,14 @@ void backward(const Tensor& source_, const Tensor& weight, const std::optional<T
         transpose({channels, count, g.data, g.row, transposed.get(), row});
         Tile<acc> v = from.load(source, first, count, b);
         if (inverse) {
-          const Tile<acc> out = to.room(x, first, count);
+          const Tile<acc> out = to.output(x, first, count);
           inverse->planes(v, count, out, nullptr);
           to.store(x, first, count, out);
           add(sum, out.data, out.row, 1, count, {transposed.get(), row});
         } else {
           add(sum, v.data, v.row, 1, count, {transposed.get(), row});
         }
-        const Tile<acc> out = to.room(dx, first, count);
+        const Tile<acc> out = to.output(dx, first, count);
         w.planes(g, count, out, nullptr);
         to.store(dx, first, count, out);
       });
@@ -305,29 +329,34 @@ std::optional<Tensor> packed(const std::optional<Tensor>& v) {
 
 Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_conv1x1(x, weight, bias);
-  Result y(x);
+  OutputBuffer y(x);
   if (x.numel())
     for_dtype(x, [&](auto acc, auto value) {
-      forward<decltype(acc), decltype(value)>(with_positions(x), weight, packed(bias), y.room());
+      forward<decltype(acc), decltype(value)>(with_position_stride(x), weight, packed(bias),
+                                              y.kernel_output());
     });
-  return y.laid_out();
+  return y.finalize();
 }
 
 // x, dx, dweight, dbias; x is `source` itself where it is given.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& weight, const std::optional<Tensor>& inverse,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& weight,
+                                                       const std::optional<Tensor>& inverse,
                                                        const std::optional<Tensor>& bias, const Tensor& dy) {
   const int64_t channels = source.size(1);
-  Result dx(source);
-  std::optional<Result> x;
+  OutputBuffer dx(source);
+  std::optional<OutputBuffer> x;
   if (inverse) x.emplace(source);
   const auto found = [&](const Tensor& dweight, const Tensor& dbias) {
-    return std::tuple(x ? x->laid_out() : source, dx.laid_out(), dweight, dbias);
+    return std::tuple(x ? x->finalize() : source, dx.finalize(), dweight, dbias);
   };
-  if (!source.numel()) return found(torch::stable::new_zeros(weight, {channels, channels}), torch::stable::new_zeros(weight, {channels}));
+  if (!source.numel())
+    return found(torch::stable::new_zeros(weight, {channels, channels}),
+                 torch::stable::new_zeros(weight, {channels}));
   const Tensor dweight = empty(weight, {channels, channels}), dbias = empty(weight, {channels});
   for_dtype(source, [&](auto acc, auto value) {
-    backward<decltype(acc), decltype(value)>(with_positions(source), weight, inverse, packed(bias), with_positions(dy),
-                                             x ? x->room() : source, dx.room(), dweight, dbias);
+    backward<decltype(acc), decltype(value)>(with_position_stride(source), weight, inverse, packed(bias),
+                                             with_position_stride(dy), x ? x->kernel_output() : source,
+                                             dx.kernel_output(), dweight, dbias);
   });
   return found(dweight, dbias);
 }
@@ -338,8 +367,10 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_backward(const Tensor& x, const Tenso
   return {dx, dweight, dbias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_inverse_backward(const Tensor& y, const Tensor& weight, const Tensor& weight_inverse,
-                                                                    const std::optional<Tensor>& bias, const Tensor& dy) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_inverse_backward(const Tensor& y, const Tensor& weight,
+                                                                    const Tensor& weight_inverse,
+                                                                    const std::optional<Tensor>& bias,
+                                                                    const Tensor& dy) {
   check_conv1x1_inverse_backward(y, weight, weight_inverse, bias, dy);
   return backward_of(y, weight, weight_inverse, bias, dy);
 }

@@ -1,4 +1,5 @@
-// fastflow_emulated::conv1x1, conv1x1_backward and conv1x1_inverse_backward: the CUDA kernels, run on the CPU.
+// fastflow_emulated::conv1x1, conv1x1_backward and conv1x1_inverse_backward: the CUDA kernels, run on the
+// CPU.
 #include "stable.h"
 
 #include "conv1x1/kernels.h"

@@ -5,9 +5,9 @@
 
 namespace fastflow {
 
-// Element (sample, channel, position) lies at sample * n + channel * c + position * p. Pixels are numbered through the
-// batch. `rows`: a pixel's channels lie side by side (channels_last, and vectors [N, C]). `packed`: four channels of a
-// row, or `width` neighbours of a plane, may move at once.
+// Element (sample, channel, position) lies at sample * n + channel * c + position * p. Pixels are numbered
+// through the batch. `rows`: a pixel's channels lie side by side (channels_last, and vectors [N, C]).
+// `packed`: four channels of a row, or `width` neighbours of a plane, may move at once.
 template <typename T>
 struct Images {
   Span<T> span;
@@ -36,7 +36,8 @@ Images<T> images_of(const Tensor& x, int width) {
   else found.span = {static_cast<T*>(x.mutable_data_ptr()), size};
   const int64_t together = found.rows ? 4 : width;
   const auto whole = [&](int64_t stride) { return stride % together == 0; };
-  found.packed = reinterpret_cast<uintptr_t>(found.span.data) % (together * sizeof(T)) == 0 && whole(found.n) &&
+  found.packed = reinterpret_cast<uintptr_t>(found.span.data) % (together * sizeof(T)) == 0 &&
+                 whole(found.n) &&
                  (found.rows ? whole(found.channels) && whole(found.p)
                              : found.p == 1 && whole(found.positions) && whole(found.c));
   return found;

@@ -1,19 +1,20 @@
 #pragma once
-// 1x1 convolution of C <= 64 channels in one pass over memory, y = W x + b at every pixel, as CUDA kernels in the words of
-// block.h; the tensors around them are the same on every device.
+// 1x1 convolution of C <= 64 channels in one pass over memory, y = W x + b at every pixel, as CUDA kernels in
+// the words of block.h; the tensors around them are the same on every device.
 //
-// Bound: 8 bytes an element of x in float32 forward (x read, y written), 16 for inverse + backward (y, dy read; x, dx
-// written), 12 for backward from x. Arithmetic: 2 C operations for these 8 bytes, 6 C for 16. An H200 (4.3 TB/s of copy
-// bandwidth, 67 TFLOP/s of float32 by its datasheet) does 15.6 operations a byte: C = 24 asks for 6, C = 48 for 12 and 18.
+// Bound: 8 bytes an element of x in float32 forward (x read, y written), 16 for inverse + backward (y, dy
+// read; x, dx written), 12 for backward from x. Arithmetic: 2 C operations for these 8 bytes, 6 C for 16. An
+// H200 (4.3 TB/s of copy bandwidth, 67 TFLOP/s of float32 by its datasheet) does 15.6 operations a byte: C =
+// 24 asks for 6, C = 48 for 12 and 18.
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
-#include "arguments.h"
-#include "conv1x1/images.h"
 #include "stable.h"
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include "arguments.h"
+#include "conv1x1/images.h"
 
 namespace fastflow {
 
@@ -34,9 +35,11 @@ struct Weight {
   }
 };
 
-// Four outputs of PIXELS pixels whose inputs v a thread holds: s[r][i] += sum over ci of w[co + r][ci] v[ci][i].
+// Four outputs of PIXELS pixels whose inputs v a thread holds: s[r][i] += sum over ci of w[co + r][ci]
+// v[ci][i].
 template <int CMAX, int PIXELS, typename T>
-FASTFLOW_HD void multiply(const Span<T>& w, int channels, int co, const T (&v)[CMAX][PIXELS], T (&s)[4][PIXELS]) {
+FASTFLOW_HD void multiply(const Span<T>& w, int channels, int co, const T (&v)[CMAX][PIXELS],
+                          T (&s)[4][PIXELS]) {
   FASTFLOW_UNROLL
   for (int eight = 0; eight < CMAX; eight += 8)
     if (eight < channels) {
@@ -55,8 +58,9 @@ FASTFLOW_HD void multiply(const Span<T>& w, int channels, int co, const T (&v)[C
     }
 }
 
-// Pixels [first, first + TILE) between memory and rows of shared memory. Where a pixel's channels lie side by side in
-// memory too, neighbouring threads take neighbouring groups of four; else a thread takes a pixel. Both are coalesced.
+// Pixels [first, first + TILE) between memory and rows of shared memory. Where a pixel's channels lie side by
+// side in memory too, neighbouring threads take neighbouring groups of four; else a thread takes a pixel.
+// Both are coalesced.
 template <typename T, int CMAX, int TILE, int THREADS>
 struct Tile {
   using acc = accumulator<T>;
@@ -76,7 +80,8 @@ struct Tile {
   }
 
   // With bias, v - bias; rows of pixels that there are none of, and channels from C on, are zero.
-  FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first, const Span<const acc>& bias, const Span<acc>& rows) {
+  FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first,
+                               const Span<const acc>& bias, const Span<acc>& rows) {
     for_groups(thread, x, first, [&](int row, int channel, int64_t base) {
       Pack<acc, 4> v{};
       if (base >= 0 && channel < x.channels) {
@@ -101,7 +106,8 @@ struct Tile {
   }
 
   // Every parts-th group of four channels, from `part` on.
-  FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, const Span<acc>& rows, int part = 0, int parts = 1) {
+  FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, const Span<acc>& rows,
+                                int part = 0, int parts = 1) {
     for_groups(thread, y, first, [&](int row, int channel, int64_t base) {
       if (base < 0 || channel >= y.channels || channel / 4 % parts != part) return;
       const Pack<acc, 4> v = rows.template load<4>(row * ROW + channel);
@@ -120,14 +126,16 @@ struct Tile {
   }
 };
 
-// y = W x + b. A thread holds all channels of its pixels in registers and takes W from shared memory, four weights a
-// load, each for PIXELS products. Planes (NCHW) go straight to registers, PIXELS neighbours at once where they are
-// packed; rows (channels_last) pass through shared memory, where each thread has its pixels' rows for itself. Where
-// there are too few tiles for all multiprocessors, several blocks share one, each with every parts-th four outputs.
+// y = W x + b. A thread holds all channels of its pixels in registers and takes W from shared memory, four
+// weights a load, each for PIXELS products. Planes (NCHW) go straight to registers, PIXELS neighbours at once
+// where they are packed; rows (channels_last) pass through shared memory, where each thread has its pixels'
+// rows for itself. Where there are too few tiles for all multiprocessors, several blocks share one, each with
+// every parts-th four outputs.
 template <typename T, int CMAX>
 struct Conv1x1Kernel {
   using acc = accumulator<T>;
-  static constexpr int THREADS = 128, RESIDENT = CMAX <= 48 ? 3 : 2, PIXELS = CMAX <= 24 ? 4 : 2, TILE = THREADS * PIXELS;
+  static constexpr int THREADS = 128, RESIDENT = CMAX <= 48 ? 3 : 2, PIXELS = CMAX <= 24 ? 4 : 2,
+                       TILE = THREADS * PIXELS;
   using Rows = Tile<T, CMAX, TILE, THREADS>;
 
   Images<const T> x;
@@ -136,7 +144,9 @@ struct Conv1x1Kernel {
   Span<const acc> bias;
   int parts = 1;
 
-  int64_t shared_bytes() const { return sizeof(acc) * (CMAX * CMAX + CMAX + (x.rows || y.rows ? TILE * Rows::ROW : 0)); }
+  int64_t shared_bytes() const {
+    return sizeof(acc) * (CMAX * CMAX + CMAX + (x.rows || y.rows ? TILE * Rows::ROW : 0));
+  }
 
   template <class Block>
   FASTFLOW_HD void operator()(Block& block) const {
@@ -150,7 +160,7 @@ struct Conv1x1Kernel {
       block.phase([&](int thread) {
         if (x.rows) Rows::load(thread, x, first, {}, rows);
         else load_planes(thread, first, inputs[thread]);
-        if (tile != begin) return;  // W is on its way together with the first pixels
+        if (tile != begin) return;  // W is on its way vectorized with the first pixels
         weight.template load<CMAX, THREADS>(thread, x.channels, w);
         for (int c = thread; c < CMAX; c += THREADS) b[c] = bias.size && c < x.channels ? bias[c] : acc(0);
       });
@@ -168,23 +178,27 @@ struct Conv1x1Kernel {
   };
 
   // A thread's pixels are neighbours where these move at once, else THREADS apart.
-  FASTFLOW_HD bool together() const { return !x.rows && !y.rows && x.packed && y.packed; }
-  FASTFLOW_HD int pixel(int thread, int i) const { return together() ? thread * PIXELS + i : thread + i * THREADS; }
+  FASTFLOW_HD bool vectorized() const { return !x.rows && !y.rows && x.packed && y.packed; }
+  FASTFLOW_HD int pixel(int thread, int i) const {
+    return vectorized() ? thread * PIXELS + i : thread + i * THREADS;
+  }
 
   template <typename Memory>
-  FASTFLOW_HD void places(int thread, int64_t first, const Images<Memory>& images, int64_t (&at)[PIXELS]) const {
+  FASTFLOW_HD void pixel_offsets(int thread, int64_t first, const Images<Memory>& images,
+                                 int64_t (&at)[PIXELS]) const {
     FASTFLOW_UNROLL
     for (int i = 0; i < PIXELS; ++i) {
-      if (i > 0 && together()) continue;  // only the first place is asked for, and a division takes its time
+      if (i > 0 && vectorized())
+        continue;  // only the first place is asked for, and a division takes its time
       at[i] = first + pixel(thread, i) < x.pixels ? images.base(first + pixel(thread, i)) : -1;
     }
   }
 
   FASTFLOW_HD void load_planes(int thread, int64_t first, Inputs& inputs) const {
     int64_t at[PIXELS] = {};
-    places(thread, first, x, at);
+    pixel_offsets(thread, first, x, at);
     FASTFLOW_UNROLL
-    for (int c = 0; c < CMAX; ++c) load(c, together(), at, inputs.v[c]);
+    for (int c = 0; c < CMAX; ++c) load(c, vectorized(), at, inputs.v[c]);
   }
 
   FASTFLOW_HD void load_rows(int thread, const Span<acc>& rows, Inputs& inputs) const {
@@ -199,11 +213,11 @@ struct Conv1x1Kernel {
     }
   }
 
-  FASTFLOW_HD void multiply_pixels(int thread, int64_t first, int part, const Span<acc>& w, const Span<acc>& b, const Span<acc>& rows,
-                                   const Inputs& inputs) const {
+  FASTFLOW_HD void multiply_pixels(int thread, int64_t first, int part, const Span<acc>& w,
+                                   const Span<acc>& b, const Span<acc>& rows, const Inputs& inputs) const {
     const int channels = x.channels;
     int64_t at[PIXELS] = {};
-    places(thread, first, y, at);
+    pixel_offsets(thread, first, y, at);
     if (at[0] < 0) return;
     for (int co = 4 * part; co < channels; co += 4 * parts) {
       acc s[4][PIXELS];
@@ -220,26 +234,27 @@ struct Conv1x1Kernel {
       } else {
         FASTFLOW_UNROLL
         for (int r = 0; r < 4; ++r)
-          if (co + r < channels) store(co + r, together(), at, s[r]);
+          if (co + r < channels) store(co + r, vectorized(), at, s[r]);
       }
     }
   }
 
-  FASTFLOW_HD void load(int c, bool together, const int64_t (&at)[PIXELS], acc (&v)[PIXELS]) const {
+  FASTFLOW_HD void load(int c, bool vectorized, const int64_t (&at)[PIXELS], acc (&v)[PIXELS]) const {
     const bool there = c < x.channels;
-    if (together) {
+    if (vectorized) {
       Pack<T, PIXELS> found{};
       if (there && at[0] >= 0) found = x.span.template load<PIXELS>(at[0] + c * x.c);
       FASTFLOW_UNROLL
       for (int i = 0; i < PIXELS; ++i) v[i] = static_cast<acc>(found.value[i]);
     } else {
       FASTFLOW_UNROLL
-      for (int i = 0; i < PIXELS; ++i) v[i] = there && at[i] >= 0 ? static_cast<acc>(x.span[at[i] + c * x.c]) : acc(0);
+      for (int i = 0; i < PIXELS; ++i)
+        v[i] = there && at[i] >= 0 ? static_cast<acc>(x.span[at[i] + c * x.c]) : acc(0);
     }
   }
 
-  FASTFLOW_HD void store(int c, bool together, const int64_t (&at)[PIXELS], const acc (&s)[PIXELS]) const {
-    if (together) {
+  FASTFLOW_HD void store(int c, bool vectorized, const int64_t (&at)[PIXELS], const acc (&s)[PIXELS]) const {
+    if (vectorized) {
       Pack<T, PIXELS> found;
       FASTFLOW_UNROLL
       for (int i = 0; i < PIXELS; ++i) found.value[i] = static_cast<T>(s[i]);
@@ -252,15 +267,21 @@ struct Conv1x1Kernel {
   }
 };
 
-// dx = W^T dy, and dW = sum of dy x^T, db = sum of dy. FROM_OUTPUT: x is not given but y, and x = W^-1 (y - b) is
-// written too. Tiles of pixels lie as rows in shared memory; a thread has pixels when rows are multiplied, and a square
-// of dW, for a slice of the tile's pixels, when they are summed. Each block sums its tiles in registers and leaves one
-// slot; SumSlotsKernel adds the slots in their order, which the shape and the device decide: the same bits every run.
+// dx = W^T dy, and dW = sum of dy x^T, db = sum of dy. FROM_OUTPUT: x is not given but y, and x = W^-1 (y -
+// b) is written too. Tiles of pixels lie as rows in shared memory; a thread has pixels when rows are
+// multiplied, and a square of dW, for a slice of the tile's pixels, when they are summed. Each block sums its
+// tiles in registers and leaves one slot; SumSlotsKernel adds the slots in their order, which the shape and
+// the device decide: the same bits every run.
 template <typename T, int CMAX, bool FROM_OUTPUT>
 struct Conv1x1BackwardKernel {
   using acc = accumulator<T>;
-  static constexpr int THREADS = 128, RESIDENT = CMAX <= 16 ? 4 : CMAX <= 24 ? 3 : 2, TILE = CMAX <= 48 ? 128 : 96, ROW = row_stride(CMAX);
-  // the square: one or two groups of four channels each way, CMAX / GROUPS apart, so that neighbours read neighbours
+  static constexpr int THREADS = 128,
+                       RESIDENT = CMAX <= 16   ? 4
+                                  : CMAX <= 24 ? 3
+                                               : 2,
+                       TILE = CMAX <= 48 ? 128 : 96, ROW = row_stride(CMAX);
+  // the square: one or two groups of four channels each way, CMAX / GROUPS apart, so that neighbours read
+  // neighbours
   static constexpr int GROUPS = CMAX <= 16 ? 1 : 2, SIDE = CMAX / (4 * GROUPS), SQUARES = SIDE * SIDE;
   static constexpr int WEIGHTS = CMAX * CMAX, BIAS_SLICES = THREADS / CMAX;
   // slices of a tile's pixels; what they sum is put where the tiles were
@@ -278,7 +299,9 @@ struct Conv1x1BackwardKernel {
   static int64_t blocks(int64_t pixels, int64_t multiprocessors) {
     return std::min((pixels + TILE - 1) / TILE, RESIDENT * multiprocessors);
   }
-  static int64_t shared_bytes() { return sizeof(acc) * (2 * TILE * ROW + CMAX * CMAX * (FROM_OUTPUT ? 2 : 1)); }
+  static int64_t shared_bytes() {
+    return sizeof(acc) * (2 * TILE * ROW + CMAX * CMAX * (FROM_OUTPUT ? 2 : 1));
+  }
 
   template <class Block>
   FASTFLOW_HD void operator()(Block& block) const {
@@ -293,30 +316,31 @@ struct Conv1x1BackwardKernel {
       block.phase([&](int thread) {
         Rows::load(thread, source, first, bias, x_rows);
         Rows::load(thread, dy, first, {}, dy_rows);
-        if (tile != block.index) return;  // the weights are on their way together with the first pixels
+        if (tile != block.index) return;  // the weights are on their way vectorized with the first pixels
         weight_transposed.template load<CMAX, THREADS>(thread, channels, wt);
         if (FROM_OUTPUT) weight_inverse.template load<CMAX, THREADS>(thread, channels, inverse);
       });
-      typename Block::template PerThread<Kept> kept(block);
+      typename Block::template PerThread<RowRegisters> registers(block);
       if (FROM_OUTPUT) {
-        block.phase([&](int thread) { keep_rows(thread, x_rows, kept[thread]); });
-        block.phase([&](int thread) { multiply_rows(thread, channels, inverse, kept[thread], x_rows); });
+        block.phase([&](int thread) { load_row_registers(thread, x_rows, registers[thread]); });
+        block.phase([&](int thread) { multiply_rows(thread, channels, inverse, registers[thread], x_rows); });
       }
       block.phase([&](int thread) { add(thread, x_rows, dy_rows, sums[thread]); });
-      block.phase([&](int thread) { keep_rows(thread, dy_rows, kept[thread]); });
-      block.phase([&](int thread) { multiply_rows(thread, channels, wt, kept[thread], dy_rows); });
+      block.phase([&](int thread) { load_row_registers(thread, dy_rows, registers[thread]); });
+      block.phase([&](int thread) { multiply_rows(thread, channels, wt, registers[thread], dy_rows); });
       block.phase([&](int thread) {
         if (FROM_OUTPUT) Rows::store(thread, x, first, x_rows);
         Rows::store(thread, dx, first, dy_rows);
       });
     }
     // the tiles have been used: their memory holds the slices' sums, which are added in order
-    block.phase([&](int thread) { leave(thread, sums[thread], both); });
+    block.phase([&](int thread) { store_slice_sums(thread, sums[thread], both); });
     block.phase([&](int thread) {
       const int size = channels * channels + channels;
       for (int i = thread; i < size; i += THREADS) {
         const bool is_bias = i >= channels * channels;
-        const int at = is_bias ? SLICES * WEIGHTS + i - channels * channels : i / channels * CMAX + i % channels;
+        const int at =
+            is_bias ? SLICES * WEIGHTS + i - channels * channels : i / channels * CMAX + i % channels;
         const int slices = is_bias ? BIAS_SLICES : SLICES, step = is_bias ? CMAX : WEIGHTS;
         acc sum = 0;
         for (int slice = 0; slice < slices; ++slice) sum += both[at + slice * step];
@@ -330,14 +354,15 @@ struct Conv1x1BackwardKernel {
     acc weight[4 * GROUPS][4 * GROUPS], bias;
   };
 
-  // Rows become w times them. A thread keeps PIXELS rows in registers and makes every THREADS * PIXELS / TILE-th four
-  // outputs of them, so that a load of weights serves PIXELS products; a barrier between, as others write the rows.
+  // Rows become w times them. A thread keeps PIXELS rows in registers and makes every THREADS * PIXELS /
+  // TILE-th four outputs of them, so that a load of weights serves PIXELS products; a barrier between, as
+  // others write the rows.
   static constexpr int PIXELS = CMAX <= 48 ? 2 : 1, APART = TILE / PIXELS, SHARES = THREADS / APART;
-  struct Kept {
+  struct RowRegisters {
     acc v[CMAX][PIXELS];
   };
 
-  FASTFLOW_HD static void keep_rows(int thread, const Span<acc>& rows, Kept& kept) {
+  FASTFLOW_HD static void load_row_registers(int thread, const Span<acc>& rows, RowRegisters& registers) {
     if (thread >= SHARES * APART) return;
     FASTFLOW_UNROLL
     for (int c = 0; c < CMAX; c += 4) {
@@ -345,19 +370,21 @@ struct Conv1x1BackwardKernel {
       for (int i = 0; i < PIXELS; ++i) {
         const Pack<acc, 4> found = rows.template load<4>((thread % APART + i * APART) * ROW + c);
         FASTFLOW_UNROLL
-        for (int j = 0; j < 4; ++j) kept.v[c + j][i] = found.value[j];
+        for (int j = 0; j < 4; ++j) registers.v[c + j][i] = found.value[j];
       }
     }
   }
 
-  FASTFLOW_HD static void multiply_rows(int thread, int channels, const Span<acc>& w, const Kept& kept, const Span<acc>& rows) {
+  FASTFLOW_HD static void multiply_rows(int thread, int channels, const Span<acc>& w,
+                                        const RowRegisters& registers, const Span<acc>& rows) {
     if (thread >= SHARES * APART) return;
     for (int co = thread / APART * 4; co < channels; co += 4 * SHARES) {
       acc s[4][PIXELS] = {};
-      multiply<CMAX>(w, channels, co, kept.v, s);
+      multiply<CMAX>(w, channels, co, registers.v, s);
       FASTFLOW_UNROLL
       for (int i = 0; i < PIXELS; ++i)
-        rows.template store<4>((thread % APART + i * APART) * ROW + co, {{s[0][i], s[1][i], s[2][i], s[3][i]}});
+        rows.template store<4>((thread % APART + i * APART) * ROW + co,
+                               {{s[0][i], s[1][i], s[2][i], s[3][i]}});
     }
   }
 
@@ -366,7 +393,8 @@ struct Conv1x1BackwardKernel {
 
   FASTFLOW_HD static void add(int thread, const Span<acc>& x_rows, const Span<acc>& dy_rows, Sums& sums) {
     if (thread < BIAS_SLICES * CMAX)
-      for (int pixel = thread / CMAX; pixel < TILE; pixel += BIAS_SLICES) sums.bias += dy_rows[pixel * ROW + thread % CMAX];
+      for (int pixel = thread / CMAX; pixel < TILE; pixel += BIAS_SLICES)
+        sums.bias += dy_rows[pixel * ROW + thread % CMAX];
     const int square = thread % SQUARES, slice = thread / SQUARES;
     if (slice >= SLICES) return;
     const int m = square / SIDE, n = square % SIDE;
@@ -387,7 +415,7 @@ struct Conv1x1BackwardKernel {
     }
   }
 
-  FASTFLOW_HD static void leave(int thread, const Sums& sums, const Span<acc>& partial) {
+  FASTFLOW_HD static void store_slice_sums(int thread, const Sums& sums, const Span<acc>& partial) {
     if (thread < BIAS_SLICES * CMAX) partial[SLICES * WEIGHTS + thread] = sums.bias;
     const int square = thread % SQUARES, slice = thread / SQUARES;
     if (slice >= SLICES) return;
@@ -395,7 +423,8 @@ struct Conv1x1BackwardKernel {
     FASTFLOW_UNROLL
     for (int i = 0; i < 4 * GROUPS; ++i) {
       FASTFLOW_UNROLL
-      for (int j = 0; j < 4 * GROUPS; ++j) partial[slice * WEIGHTS + channel(m, i) * CMAX + channel(n, j)] = sums.weight[i][j];
+      for (int j = 0; j < 4 * GROUPS; ++j)
+        partial[slice * WEIGHTS + channel(m, i) * CMAX + channel(n, j)] = sums.weight[i][j];
     }
   }
 };
@@ -433,7 +462,8 @@ struct SumSlotsKernel {
   }
 };
 
-// the ops -----------------------------------------------------------------------------------------------------------
+// the ops
+// -----------------------------------------------------------------------------------------------------------
 
 // f(T(), width) for x's dtype and the least of 16, 24, 48, 64 that C fits.
 template <class Device, class F>
@@ -453,7 +483,9 @@ void for_kernel(const Tensor& x, F f) {
     default: break;
   }
   if constexpr (Device::DOUBLE) return sized(double());
-  else STD_TORCH_CHECK(false, "conv1x1: x has dtype ", torch::headeronly::toString(x.scalar_type()), ", expected Float, BFloat16 or Half");
+  else
+    STD_TORCH_CHECK(false, "conv1x1: x has dtype ", torch::headeronly::toString(x.scalar_type()),
+                    ", expected Float, BFloat16 or Half");
 }
 
 template <typename T>
@@ -470,51 +502,67 @@ template <class Device>
 Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_conv1x1(x, weight, bias);
   const typename Device::Guard guard(x);
-  const Tensor from = with_positions(x);
-  Result y(x);
+  const Tensor from = with_position_stride(x);
+  OutputBuffer y(x);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   if (x.numel())
     for_kernel<Device>(x, [&](auto value, auto width) {
       using T = decltype(value);
       using Kernel = Conv1x1Kernel<T, width>;
       using acc = typename Kernel::acc;
-      Kernel kernel{images_of<const T>(from, Kernel::PIXELS), images_of<T>(y.room(), Kernel::PIXELS), {matrix_of<acc>(weight)},
+      Kernel kernel{images_of<const T>(from, Kernel::PIXELS),
+                    images_of<T>(y.kernel_output(), Kernel::PIXELS),
+                    {matrix_of<acc>(weight)},
                     vector_of<acc>(b)};
-      const int64_t tiles = (kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE, processors = Device::multiprocessors();
+      const int64_t tiles = (kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE,
+                    processors = Device::multiprocessors();
       // few tiles are shared by blocks; of many a block takes up to four, so that W is loaded once for them
       kernel.parts = static_cast<int>(std::clamp<int64_t>(processors / tiles, 1, (x.size(1) + 3) / 4));
       const int64_t each = std::clamp<int64_t>(tiles / (Kernel::RESIDENT * processors), 1, 4);
-      Device::launch(kernel, std::min<int64_t>((tiles + each - 1) / each * kernel.parts, (int64_t(1) << 31) - 1), kernel.shared_bytes());
+      Device::launch(kernel,
+                     std::min<int64_t>((tiles + each - 1) / each * kernel.parts, (int64_t(1) << 31) - 1),
+                     kernel.shared_bytes());
     });
-  return y.laid_out();
+  return y.finalize();
 }
 
 template <class Device, bool FROM_OUTPUT>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const Tensor& weight, const Tensor& weight_inverse,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const Tensor& weight,
+                                                    const Tensor& weight_inverse,
                                                     const std::optional<Tensor>& bias, const Tensor& dy) {
   const typename Device::Guard guard(source);
   const int64_t channels = source.size(1);
-  const Tensor from = with_positions(source), g = with_positions(dy);
-  std::optional<Result> x;  // where FROM_OUTPUT; else it is the source
+  const Tensor from = with_position_stride(source), g = with_position_stride(dy);
+  std::optional<OutputBuffer> x;  // where FROM_OUTPUT; else it is the source
   if (FROM_OUTPUT) x.emplace(source);
-  Result dx(source);
+  OutputBuffer dx(source);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;
   const auto found = [&](const Tensor& dweight, const Tensor& dbias) {
-    return std::tuple(x ? x->laid_out() : source, dx.laid_out(), dweight, dbias);
+    return std::tuple(x ? x->finalize() : source, dx.finalize(), dweight, dbias);
   };
-  if (!source.numel()) return found(torch::stable::new_zeros(weight, {channels, channels}), torch::stable::new_zeros(weight, {channels}));
-  const Tensor dweight = torch::stable::new_empty(weight, {channels, channels}), dbias = torch::stable::new_empty(weight, {channels});
+  if (!source.numel())
+    return found(torch::stable::new_zeros(weight, {channels, channels}),
+                 torch::stable::new_zeros(weight, {channels}));
+  const Tensor dweight = torch::stable::new_empty(weight, {channels, channels}),
+               dbias = torch::stable::new_empty(weight, {channels});
   for_kernel<Device>(source, [&](auto value, auto width) {
     using T = decltype(value);
     using Kernel = Conv1x1BackwardKernel<T, width, FROM_OUTPUT>;
     using acc = typename Kernel::acc;
-    Kernel kernel{images_of<const T>(from, 1), images_of<const T>(g, 1), {}, images_of<T>(dx.room(), 1), {},
-                  {matrix_of<acc>(weight).transposed()}, vector_of<acc>(b), {}};
+    Kernel kernel{images_of<const T>(from, 1),
+                  images_of<const T>(g, 1),
+                  {},
+                  images_of<T>(dx.kernel_output(), 1),
+                  {},
+                  {matrix_of<acc>(weight).transposed()},
+                  vector_of<acc>(b),
+                  {}};
     if constexpr (FROM_OUTPUT) {
-      kernel.x = images_of<T>(x->room(), 1);
+      kernel.x = images_of<T>(x->kernel_output(), 1);
       kernel.weight_inverse = {matrix_of<acc>(weight_inverse)};
     }
-    const int64_t blocks = Kernel::blocks(kernel.dy.pixels, Device::multiprocessors()), size = channels * channels + channels;
+    const int64_t blocks = Kernel::blocks(kernel.dy.pixels, Device::multiprocessors()),
+                  size = channels * channels + channels;
     const Tensor slots = torch::stable::new_empty(weight, {blocks, size});
     kernel.slots = {slots.mutable_data_ptr<acc>(), blocks * size};
     Device::launch(kernel, blocks, Kernel::shared_bytes());
@@ -535,8 +583,10 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_backward(const Tensor& x, const Tenso
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_inverse_backward(const Tensor& y, const Tensor& weight, const Tensor& weight_inverse,
-                                                                    const std::optional<Tensor>& bias, const Tensor& dy) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv1x1_inverse_backward(const Tensor& y, const Tensor& weight,
+                                                                    const Tensor& weight_inverse,
+                                                                    const std::optional<Tensor>& bias,
+                                                                    const Tensor& dy) {
   check_conv1x1_inverse_backward(y, weight, weight_inverse, bias, dy);
   return backward<Device, true>(y, weight, weight_inverse, bias, dy);
 }

@@ -1,5 +1,6 @@
 #pragma once
-// The diagonals of a stack of triangular matrices: what substitution multiplies by, and the error where it cannot.
+// The diagonals of a stack of triangular matrices: what substitution multiplies by, and the error where it
+// cannot.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -9,17 +10,19 @@
 
 namespace fastflow::cpu {
 
-// The first singular matrix of a stack and its first place, whichever thread comes upon it: an exception must not leave
-// a parallel loop, so it is raised after it.
+// The first singular matrix of a stack and its first place, whichever thread comes upon it: an exception must
+// not leave a parallel loop, so it is raised after it.
 class FirstSingular {
  public:
   explicit FirstSingular(int64_t n) : n_(n) {}
 
-  // 1 / d; 0 where that overflows, or is so small that it has lost digits: what is to be solved is then divided by d.
+  // 1 / d; 0 where that overflows, or is so small that it has lost digits: what is to be solved is then
+  // divided by d.
   template <typename T>
   T reciprocal(T d, int64_t matrix, int64_t place) {
     const T r = T(1) / d;
-    if (std::abs(r) >= std::numeric_limits<T>::min() && std::abs(r) <= std::numeric_limits<T>::max()) return r;
+    if (std::abs(r) >= std::numeric_limits<T>::min() && std::abs(r) <= std::numeric_limits<T>::max())
+      return r;
     if (d == T(0) || !std::isfinite(d)) found(matrix, place, d);
     return T(0);
   }

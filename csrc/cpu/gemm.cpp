@@ -1,5 +1,5 @@
-// All vectors here are explicit. g++ 12 would also join scalars to vectors of two floats, for which it knows no fused
-// multiply-add, and a column would get other bits alone than beside others.
+// All vectors here are explicit. g++ 12 would also join scalars to vectors of two floats, for which it knows
+// no fused multiply-add, and a column would get other bits alone than beside others.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-loop-vectorize", "no-tree-slp-vectorize")
 #endif
@@ -40,12 +40,15 @@ struct Vector<T, sizeof(T)> {
 
 // The next narrower vector that is worth a version of its own.
 template <typename T>
-constexpr int narrower(int bytes) { return bytes > 16 ? bytes / 2 : int(sizeof(T)); }
+constexpr int narrower(int bytes) {
+  return bytes > 16 ? bytes / 2 : int(sizeof(T));
+}
 
 // How many accumulators a row gets, so that six rows of them and what they are made of stay in registers.
 constexpr int most_vectors(int bytes) { return bytes == 64 ? 4 : 2; }
 
-// Vectors lie side by side from column j, but for the last one, which ends with column n and may overlap its neighbour.
+// Vectors lie side by side from column j, but for the last one, which ends with column n and may overlap its
+// neighbour.
 template <typename T, int BYTES, int ROWS, int VECTORS>
 FASTFLOW_INLINE void gemm_tile(const Gemm<T>& g, int64_t i, int64_t j) {
   using V = Vector<T, BYTES>;
@@ -96,11 +99,11 @@ FASTFLOW_INLINE void gemm_columns(const Gemm<T>& g, int64_t j) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void gemm_of(const Gemm<T>& g) {
+FASTFLOW_INLINE void gemm_simd(const Gemm<T>& g) {
   constexpr int64_t LANES = BYTES / sizeof(T), MOST = most_vectors(BYTES);
   if constexpr (LANES > 1) {
     const int64_t idle = (g.n + LANES - 1) / LANES * LANES - g.n;
-    if (g.n < LANES || (BYTES == 64 && 2 * idle >= LANES)) return gemm_of<narrower<T>(BYTES)>(g);
+    if (g.n < LANES || (BYTES == 64 && 2 * idle >= LANES)) return gemm_simd<narrower<T>(BYTES)>(g);
   }
   for (int64_t j = 0; j < g.n; j += MOST * LANES) {
     const int64_t vectors = (g.n - j + LANES - 1) / LANES;
@@ -164,10 +167,10 @@ FASTFLOW_INLINE void substitute_columns(const Substitution<T>& s, int64_t j) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void substitute_of(const Substitution<T>& s) {
+FASTFLOW_INLINE void substitute_simd(const Substitution<T>& s) {
   constexpr int64_t LANES = BYTES / sizeof(T), MOST = most_vectors(BYTES);
   if constexpr (LANES > 1)
-    if (2 * s.columns <= LANES) return substitute_of<narrower<T>(BYTES)>(s);
+    if (2 * s.columns <= LANES) return substitute_simd<narrower<T>(BYTES)>(s);
   for (int64_t j = 0; j < s.columns; j += MOST * LANES) {
     const int64_t vectors = (s.columns - j + LANES - 1) / LANES;
     if constexpr (MOST == 4) {
@@ -181,7 +184,7 @@ FASTFLOW_INLINE void substitute_of(const Substitution<T>& s) {
 
 // Blocks of four by four, which compilers turn into shuffles.
 template <int, typename T>
-FASTFLOW_INLINE void transpose_of(const Transposition<T>& t) {
+FASTFLOW_INLINE void transpose_simd(const Transposition<T>& t) {
   typedef T V __attribute__((vector_size(4 * sizeof(T))));
   typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> I;
   [[maybe_unused]] typedef I Places __attribute__((vector_size(4 * sizeof(T))));
@@ -193,8 +196,10 @@ FASTFLOW_INLINE void transpose_of(const Transposition<T>& t) {
       V r[4];
 #pragma GCC unroll 4
       for (int q = 0; q < 4; ++q) std::memcpy(&r[q], t.from + (i + q) * t.from_row + j, sizeof(V));
-      const V low01 = FASTFLOW_SHUFFLE(r[0], r[1], 0, 4, 1, 5), high01 = FASTFLOW_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
-      const V low23 = FASTFLOW_SHUFFLE(r[2], r[3], 0, 4, 1, 5), high23 = FASTFLOW_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
+      const V low01 = FASTFLOW_SHUFFLE(r[0], r[1], 0, 4, 1, 5),
+              high01 = FASTFLOW_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
+      const V low23 = FASTFLOW_SHUFFLE(r[2], r[3], 0, 4, 1, 5),
+              high23 = FASTFLOW_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
       r[0] = FASTFLOW_SHUFFLE(low01, low23, 0, 1, 4, 5);
       r[1] = FASTFLOW_SHUFFLE(low01, low23, 2, 3, 6, 7);
       r[2] = FASTFLOW_SHUFFLE(high01, high23, 0, 1, 4, 5);
@@ -211,11 +216,11 @@ FASTFLOW_INLINE void transpose_of(const Transposition<T>& t) {
 
 }  // namespace
 
-FASTFLOW_CLONES(gemm, Gemm<float>, gemm_of)
-FASTFLOW_CLONES(gemm, Gemm<double>, gemm_of)
-FASTFLOW_CLONES(substitute, Substitution<float>, substitute_of)
-FASTFLOW_CLONES(substitute, Substitution<double>, substitute_of)
-FASTFLOW_CLONES(transpose, Transposition<float>, transpose_of)
-FASTFLOW_CLONES(transpose, Transposition<double>, transpose_of)
+FASTFLOW_MULTIVERSION(gemm, Gemm<float>, gemm_simd)
+FASTFLOW_MULTIVERSION(gemm, Gemm<double>, gemm_simd)
+FASTFLOW_MULTIVERSION(substitute, Substitution<float>, substitute_simd)
+FASTFLOW_MULTIVERSION(substitute, Substitution<double>, substitute_simd)
+FASTFLOW_MULTIVERSION(transpose, Transposition<float>, transpose_simd)
+FASTFLOW_MULTIVERSION(transpose, Transposition<double>, transpose_simd)
 
 }  // namespace fastflow::cpu

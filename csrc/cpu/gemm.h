@@ -1,7 +1,7 @@
 #pragma once
-// Products of small matrices and substitution, compiled for each instruction set (multiversion.h): what the CPU's ops are made
-// of. A matrix on the left is read element by element through any strides, transposed or not; rows on the right and of
-// the result have their columns side by side, and vectors run along them.
+// Products of small matrices and substitution, compiled for each instruction set (multiversion.h): what the
+// CPU's ops are made of. A matrix on the left is read element by element through any strides, transposed or
+// not; rows on the right and of the result have their columns side by side, and vectors run along them.
 #include <cstdint>
 #include <memory>
 
@@ -29,14 +29,15 @@ struct Gemm {
 void gemm(const Gemm<float>&);
 void gemm(const Gemm<double>&);
 
-// Solves a x = b for a lower triangular; an upper one is lower when walked from its last row, by negative strides.
+// Solves a x = b for a lower triangular; an upper one is lower when walked from its last row, by negative
+// strides.
 template <typename T>
 struct Substitution {
   int64_t n, columns;
   const T* a;
   int64_t a_row, a_col;
   const T* reciprocals;  // of the diagonal; 0 where to divide by it
-  const T* b;  // rows of `padded(columns)` that can be read, of one where columns is 1
+  const T* b;            // rows of `padded(columns)` that can be read, of one where columns is 1
   int64_t b_row;
   T* x;  // the same, and written
   int64_t x_row;

@@ -1,7 +1,7 @@
 #pragma once
-// exp, tanh, log, log1p, cosine and sine of whole vectors, for bodies compiled for each instruction set (multiversion.h). Of float
-// they are polynomials within 2.5 units in the last place, cosine and sine 3, infinities, NaN and denormal numbers included; of
-// double, the library's.
+// exp, tanh, log, log1p, cosine and sine of whole vectors, for bodies compiled for each instruction set
+// (multiversion.h). Of float they are polynomials within 2.5 units in the last place, cosine and sine 3,
+// infinities, NaN and denormal numbers included; of double, the library's.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,7 +17,7 @@
 namespace fastflow::cpu {
 
 template <typename T, int BYTES>
-struct Lanes {
+struct Simd {
   static constexpr int64_t COUNT = BYTES / sizeof(T);
   typedef T V __attribute__((vector_size(BYTES)));
   typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Integer;
@@ -31,8 +31,8 @@ struct Lanes {
   static FASTFLOW_INLINE void store(T* p, const V& v) { std::memcpy(p, &v, BYTES); }
   static FASTFLOW_INLINE V all(T value) { return V{} + value; }
   // A NaN stays one.
-  static FASTFLOW_INLINE V at_most(const V& x, T bound) { return x > bound ? all(bound) : x; }
-  static FASTFLOW_INLINE V at_least(const V& x, T bound) { return x < bound ? all(bound) : x; }
+  static FASTFLOW_INLINE V min(const V& x, T bound) { return x > bound ? all(bound) : x; }
+  static FASTFLOW_INLINE V max(const V& x, T bound) { return x < bound ? all(bound) : x; }
   template <typename F>
   static FASTFLOW_INLINE V each(const V& x, const F& f) {
     V y;
@@ -41,7 +41,8 @@ struct Lanes {
   }
   static FASTFLOW_INLINE V sqrt(const V& x) {
     V y;
-    for (int64_t i = 0; i < COUNT; ++i) y[i] = std::sqrt(x[i]);  // one instruction, as setup.py has errno left alone
+    for (int64_t i = 0; i < COUNT; ++i)
+      y[i] = std::sqrt(x[i]);  // one instruction, as setup.py has errno left alone
     return y;
   }
   static FASTFLOW_INLINE V of_words(const uint32_t* words) {
@@ -53,11 +54,11 @@ struct Lanes {
 };
 
 template <typename T, int BYTES>
-struct Elementary;
+struct SimdMath;
 
 template <int BYTES>
-struct Elementary<float, BYTES> : Lanes<float, BYTES> {
-  using Base = Lanes<float, BYTES>;
+struct SimdMath<float, BYTES> : Simd<float, BYTES> {
+  using Base = Simd<float, BYTES>;
   using typename Base::I;
   using typename Base::V;
   static constexpr int32_t SIGN = INT32_MIN;
@@ -71,7 +72,8 @@ struct Elementary<float, BYTES> : Lanes<float, BYTES> {
     const V rounded = x * 1.44269504f + ROUND;
     n = (I)rounded - ROUND_BITS;
     const V whole = rounded - ROUND;
-    const V r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;  // log 2 in two parts, products with the first are exact
+    const V r = (x - whole * 0.693359375f) -
+                whole * -2.12194440e-4f;  // log 2 in two parts, products with the first are exact
     V q = r * 1.9901623e-4f + 1.3935446e-3f;
     q = q * r + 8.3332956e-3f;
     q = q * r + 4.1666448e-2f;
@@ -84,7 +86,7 @@ struct Elementary<float, BYTES> : Lanes<float, BYTES> {
   static FASTFLOW_INLINE V exp(const V& x) {
     I n;
     V p;
-    reduce(Base::at_least(Base::at_most(x, 89.f), -104.f), n, p);
+    reduce(Base::max(Base::min(x, 89.f), -104.f), n, p);
     const I half = n >> 1;  // 2^n itself may be too large, or denormal
     return (p + 1.f) * power_of_two(half) * power_of_two(n - half);
   }
@@ -93,7 +95,7 @@ struct Elementary<float, BYTES> : Lanes<float, BYTES> {
     const V magnitude = abs(x);
     I n;
     V p;
-    reduce(Base::at_most(magnitude + magnitude, 20.f), n, p);
+    reduce(Base::min(magnitude + magnitude, 20.f), n, p);
     const V power = power_of_two(n);
     const V less_one = power * p + (power - 1.f);
     return (V)((I)(less_one / (less_one + 2.f)) | ((I)x & SIGN));
@@ -128,7 +130,8 @@ struct Elementary<float, BYTES> : Lanes<float, BYTES> {
     const V up_to_infinity = x < INFINITY ? y : x;
     return x > 0.f ? up_to_infinity : at_ends;
   }
-  // Of 2 pi word / 2^32: the quadrant and what is left of it by integers, exactly. Polynomials of Cephes' sinf and cosf.
+  // Of 2 pi word / 2^32: the quadrant and what is left of it by integers, exactly. Polynomials of Cephes'
+  // sinf and cosf.
   static FASTFLOW_INLINE void cos_sin(const uint32_t* words, V& cos, V& sin) {
     typedef uint32_t W __attribute__((vector_size(BYTES)));
     W word;
@@ -144,15 +147,23 @@ struct Elementary<float, BYTES> : Lanes<float, BYTES> {
 };
 
 template <int BYTES>
-struct Elementary<double, BYTES> : Lanes<double, BYTES> {
-  using Base = Lanes<double, BYTES>;
+struct SimdMath<double, BYTES> : Simd<double, BYTES> {
+  using Base = Simd<double, BYTES>;
   using typename Base::V;
 
   static FASTFLOW_INLINE V abs(const V& x) { return x < 0. ? -x : x; }
-  static FASTFLOW_INLINE V exp(const V& x) { return Base::each(x, [](double v) { return std::exp(v); }); }
-  static FASTFLOW_INLINE V tanh(const V& x) { return Base::each(x, [](double v) { return std::tanh(v); }); }
-  static FASTFLOW_INLINE V log1p(const V& x) { return Base::each(x, [](double v) { return std::log1p(v); }); }
-  static FASTFLOW_INLINE V log(const V& x) { return Base::each(x, [](double v) { return std::log(v); }); }
+  static FASTFLOW_INLINE V exp(const V& x) {
+    return Base::each(x, [](double v) { return std::exp(v); });
+  }
+  static FASTFLOW_INLINE V tanh(const V& x) {
+    return Base::each(x, [](double v) { return std::tanh(v); });
+  }
+  static FASTFLOW_INLINE V log1p(const V& x) {
+    return Base::each(x, [](double v) { return std::log1p(v); });
+  }
+  static FASTFLOW_INLINE V log(const V& x) {
+    return Base::each(x, [](double v) { return std::log(v); });
+  }
   static FASTFLOW_INLINE void cos_sin(const uint32_t* words, V& cos, V& sin) {
     const V angle = Base::of_words(words) * (0x1p-32 * 2 * 3.14159265358979323846);
     cos = Base::each(angle, [](double v) { return std::cos(v); });

@@ -9,27 +9,30 @@ namespace {
 
 // As many values as a vector has doubles.
 template <int BYTES, typename T>
-FASTFLOW_INLINE typename Lanes<double, BYTES>::V load_doubles(const T* p) {
-  if constexpr (std::is_same_v<T, double>) return Lanes<double, BYTES>::load(p);
-  else return __builtin_convertvector(Lanes<float, BYTES / 2>::load(p), typename Lanes<double, BYTES>::V);
+FASTFLOW_INLINE typename Simd<double, BYTES>::V load_doubles(const T* p) {
+  if constexpr (std::is_same_v<T, double>) return Simd<double, BYTES>::load(p);
+  else return __builtin_convertvector(Simd<float, BYTES / 2>::load(p), typename Simd<double, BYTES>::V);
 }
 
-// Eight vectors of values become one by adding pairs, in their own precision: its rounding is that of three additions.
+// Eight vectors of values become one by adding pairs, in their own precision: its rounding is that of three
+// additions.
 template <int BYTES, typename T>
-FASTFLOW_INLINE void add_eight(const T* p, typename Lanes<double, BYTES>::V parts[2]) {
-  using M = Lanes<T, BYTES>;
+FASTFLOW_INLINE void add_eight(const T* p, typename Simd<double, BYTES>::V parts[2]) {
+  using M = Simd<T, BYTES>;
   constexpr int64_t C = M::COUNT;
-  const typename M::V sum = ((M::load(p) + M::load(p + C)) + (M::load(p + 2 * C) + M::load(p + 3 * C))) +
-                            ((M::load(p + 4 * C) + M::load(p + 5 * C)) + (M::load(p + 6 * C) + M::load(p + 7 * C)));
+  const typename M::V sum =
+      ((M::load(p) + M::load(p + C)) + (M::load(p + 2 * C) + M::load(p + 3 * C))) +
+      ((M::load(p + 4 * C) + M::load(p + 5 * C)) + (M::load(p + 6 * C) + M::load(p + 7 * C)));
   T values[C];
   M::store(values, sum);
-  for (int64_t j = 0; j < C / Lanes<double, BYTES>::COUNT; ++j) parts[j] += load_doubles<BYTES>(values + j * Lanes<double, BYTES>::COUNT);
+  for (int64_t j = 0; j < C / Simd<double, BYTES>::COUNT; ++j)
+    parts[j] += load_doubles<BYTES>(values + j * Simd<double, BYTES>::COUNT);
 }
 
 template <int BYTES, typename T>
 FASTFLOW_INLINE double sum_of(const T* values, int64_t count) {
-  using M = Lanes<double, BYTES>;
-  constexpr int64_t EIGHT = 8 * Lanes<T, BYTES>::COUNT;
+  using M = Simd<double, BYTES>;
+  constexpr int64_t EIGHT = 8 * Simd<T, BYTES>::COUNT;
   double total = 0;
   int64_t i = 0;
   if (count >= M::COUNT) {
@@ -44,32 +47,34 @@ FASTFLOW_INLINE double sum_of(const T* values, int64_t count) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void add_lines_of(const Sum<T>& s) {
+FASTFLOW_INLINE void add_lines_simd(const Sum<T>& s) {
   for (int64_t l = 0; l < s.lines; ++l) s.sums[l] += sum_of<BYTES>(s.values + l * s.length, s.length);
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void add_each_of(const Sum<T>& given) {
+FASTFLOW_INLINE void add_each_simd(const Sum<T>& given) {
   const Sum<T> s = given;  // a store may change what is given by reference, as far as the compiler knows
-  using M = Lanes<double, BYTES>;
+  using M = Simd<double, BYTES>;
   const int64_t count = s.lines * s.length;
   int64_t i = 0;
-  for (; i + M::COUNT <= count; i += M::COUNT) M::store(s.sums + i, M::load(s.sums + i) + load_doubles<BYTES>(s.values + i));
+  for (; i + M::COUNT <= count; i += M::COUNT)
+    M::store(s.sums + i, M::load(s.sums + i) + load_doubles<BYTES>(s.values + i));
   for (; i < count; ++i) s.sums[i] += s.values[i];
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void add_of(const Addition<T>& given) {
+FASTFLOW_INLINE void add_simd(const Addition<T>& given) {
   const Addition<T> a = given;
-  using M = Lanes<T, BYTES>;
+  using M = Simd<T, BYTES>;
   int64_t i = 0;
-  for (; i + M::COUNT <= a.count; i += M::COUNT) M::store(a.sums + i, M::load(a.sums + i) + M::load(a.values + i));
+  for (; i + M::COUNT <= a.count; i += M::COUNT)
+    M::store(a.sums + i, M::load(a.sums + i) + M::load(a.values + i));
   for (; i < a.count; ++i) a.sums[i] += a.values[i];
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void add_deviations_of_lines_of(const DeviationSum<T>& s) {
-  using M = Lanes<double, BYTES>;
+FASTFLOW_INLINE void add_deviations_of_lines_simd(const DeviationSum<T>& s) {
+  using M = Simd<double, BYTES>;
   using V = typename M::V;
   for (int64_t l = 0; l < s.lines; ++l) {
     const T* line = s.values + l * s.length;
@@ -97,9 +102,9 @@ FASTFLOW_INLINE void add_deviations_of_lines_of(const DeviationSum<T>& s) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void add_deviations_of_each_of(const DeviationSum<T>& given) {
+FASTFLOW_INLINE void add_deviations_of_each_simd(const DeviationSum<T>& given) {
   const DeviationSum<T> s = given;
-  using M = Lanes<double, BYTES>;
+  using M = Simd<double, BYTES>;
   const int64_t count = s.lines * s.length;
   int64_t i = 0;
   for (; i + M::COUNT <= count; i += M::COUNT) {
@@ -116,15 +121,15 @@ FASTFLOW_INLINE void add_deviations_of_each_of(const DeviationSum<T>& given) {
 
 }  // namespace
 
-FASTFLOW_CLONES(add_lines, Sum<float>, add_lines_of)
-FASTFLOW_CLONES(add_lines, Sum<double>, add_lines_of)
-FASTFLOW_CLONES(add_each, Sum<float>, add_each_of)
-FASTFLOW_CLONES(add_each, Sum<double>, add_each_of)
-FASTFLOW_CLONES(add, Addition<float>, add_of)
-FASTFLOW_CLONES(add, Addition<double>, add_of)
-FASTFLOW_CLONES(add_deviations_of_lines, DeviationSum<float>, add_deviations_of_lines_of)
-FASTFLOW_CLONES(add_deviations_of_lines, DeviationSum<double>, add_deviations_of_lines_of)
-FASTFLOW_CLONES(add_deviations_of_each, DeviationSum<float>, add_deviations_of_each_of)
-FASTFLOW_CLONES(add_deviations_of_each, DeviationSum<double>, add_deviations_of_each_of)
+FASTFLOW_MULTIVERSION(add_lines, Sum<float>, add_lines_simd)
+FASTFLOW_MULTIVERSION(add_lines, Sum<double>, add_lines_simd)
+FASTFLOW_MULTIVERSION(add_each, Sum<float>, add_each_simd)
+FASTFLOW_MULTIVERSION(add_each, Sum<double>, add_each_simd)
+FASTFLOW_MULTIVERSION(add, Addition<float>, add_simd)
+FASTFLOW_MULTIVERSION(add, Addition<double>, add_simd)
+FASTFLOW_MULTIVERSION(add_deviations_of_lines, DeviationSum<float>, add_deviations_of_lines_simd)
+FASTFLOW_MULTIVERSION(add_deviations_of_lines, DeviationSum<double>, add_deviations_of_lines_simd)
+FASTFLOW_MULTIVERSION(add_deviations_of_each, DeviationSum<float>, add_deviations_of_each_simd)
+FASTFLOW_MULTIVERSION(add_deviations_of_each, DeviationSum<double>, add_deviations_of_each_simd)
 
 }  // namespace fastflow::cpu

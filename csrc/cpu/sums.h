@@ -1,6 +1,6 @@
 #pragma once
-// Sums in float64 of what lies side by side, compiled for each instruction set (multiversion.h), in an order that the widths of
-// its vectors and the shape alone decide.
+// Sums in float64 of what lies side by side, compiled for each instruction set (multiversion.h), in an order
+// that the widths of its vectors and the shape alone decide.
 #include <cstdint>
 
 namespace fastflow::cpu {

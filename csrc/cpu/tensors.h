@@ -14,32 +14,38 @@ namespace fastflow::cpu {
 
 using torch::stable::Tensor;
 
-// Contiguous and uninitialised, in the dtype of `like`, or in float or double where `type` says so. torch::stable::new_empty
-// goes through the dispatcher, which takes a microsecond longer: a third of a small op.
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, std::optional<torch::headeronly::ScalarType> type = {}) {
+// Contiguous and uninitialised, in the dtype of `like`, or in float or double where `type` says so.
+// torch::stable::new_empty goes through the dispatcher, which takes a microsecond longer: a third of a small
+// op.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                    std::optional<torch::headeronly::ScalarType> type = {}) {
   std::array<int64_t, 3> strides{};
   int64_t stride = 1;
   for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d)
     strides[d] = stride, stride *= std::max<int64_t>(1, sizes.begin()[d]);
   int32_t dtype;
   AtenTensorHandle made;
-  if (type) dtype = *type == torch::headeronly::ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  if (type)
+    dtype = *type == torch::headeronly::ScalarType::Double ? aoti_torch_dtype_float64()
+                                                           : aoti_torch_dtype_float32();
   else TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 
-// Images [n, c, h, w] in the dtype of `like`, uninitialised, contiguous or channels_last as torch.empty makes them.
-inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
+// Images [n, c, h, w] in the dtype of `like`, uninitialised, contiguous or channels_last as torch.empty makes
+// them.
+inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
+                           bool channels_last) {
   const auto some = [](int64_t size) { return std::max<int64_t>(1, size); };
-  const std::array<int64_t, 4> sizes{n, c, h, w}, planes{some(c) * some(h) * some(w), some(h) * some(w), some(w), 1},
-      rows{h * w * c, 1, w * c, c};
+  const std::array<int64_t, 4> sizes{n, c, h, w},
+      planes{some(c) * some(h) * some(w), some(h) * some(w), some(w), 1}, rows{h * w * c, 1, w * c, c};
   int32_t dtype;
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), (channels_last ? rows : planes).data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes.data(), (channels_last ? rows : planes).data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 
@@ -71,7 +77,7 @@ inline Tensor empty_like(const Tensor& x, torch::headeronly::ScalarType dtype) {
   }
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), like.sizes().data(), like.strides().data(), code,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 

@@ -1,8 +1,9 @@
 #pragma once
-// How the CPU's ops walk over tensors [N, C, ...]: a tile of some hundred elements at a time, either as planes (a line for
-// each channel, along the positions: NCHW) or as rows (a line for each position, along the channels: channels_last, and
-// vectors). What lies in memory as the tile has it is read and written there; all else, half precision too, passes through
-// buffers of a tile's size, so that the arithmetic sees one layout and one dtype.
+// How the CPU's ops walk over tensors [N, C, ...]: a tile of some hundred elements at a time, either as
+// planes (a line for each channel, along the positions: NCHW) or as rows (a line for each position, along the
+// channels: channels_last, and vectors). What lies in memory as the tile has it is read and written there;
+// all else, half precision too, passes through buffers of a tile's size, so that the arithmetic sees one
+// layout and one dtype.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -13,9 +14,9 @@
 #include <type_traits>
 
 #include "arguments.h"
-#include "multiversion.h"
 #include "cpu/gemm.h"
 #include "cpu/sums.h"
+#include "multiversion.h"
 #include "strides.h"
 
 namespace fastflow::cpu {
@@ -31,7 +32,9 @@ void for_dtype(ScalarType dtype, const F& f) {
 }
 
 template <typename F>
-void for_accumulator(const Tensor& x, const F& f) { x.scalar_type() == ScalarType::Double ? f(double()) : f(float()); }
+void for_accumulator(const Tensor& x, const F& f) {
+  x.scalar_type() == ScalarType::Double ? f(double()) : f(float());
+}
 
 inline ScalarType accumulator_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -44,34 +47,40 @@ struct Tile {
   int64_t count() const { return lines * length; }
 };
 
-// How samples of `channels` channels, of a coupling those transformed, are cut into tiles. Vectors are the positions of one
-// sample. A tile ends where a vector of every width does, if its lines let it: what does not is copied.
+// How samples of `channels` channels, of a coupling those transformed, are cut into tiles. Vectors are the
+// positions of one sample. A tile ends where a vector of every width does, if its lines let it: what does not
+// is copied.
 struct Grid {
   int64_t samples, channels, positions;
   bool vectors, rows;
-  int64_t lines, length;            // of a sample
-  int64_t together, piece;          // lines of a tile, and elements of a line in it
-  int64_t groups, pieces;           // so many of those lines and pieces
+  int64_t lines, length;                      // of a sample
+  int64_t lines_per_tile, elements_per_line;  // lines of a tile, and elements of a line in it
+  int64_t groups, pieces_per_line;            // so many of those lines and pieces_per_line
 
-  Grid(const Tensor& x, int64_t channels_, const Tensor& y) : samples(x.size(0)), channels(channels_), positions(1) {
+  Grid(const Tensor& x, int64_t channels_, const Tensor& y)
+      : samples(x.size(0)), channels(channels_), positions(1) {
     for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
     vectors = positions == 1;
     if (vectors) std::swap(samples, positions);
     rows = vectors || (y.stride(1) == 1 && channels > 1);
     lines = rows ? positions : channels, length = rows ? channels : positions;
-    pieces = rows ? 1 : (length + TILE - 1) / TILE;
-    piece = pieces > 1 ? padded((length + pieces - 1) / pieces) : length;
-    together = length && pieces == 1 ? std::max<int64_t>(1, TILE / length) : 1;
+    pieces_per_line = rows ? 1 : (length + TILE - 1) / TILE;
+    elements_per_line =
+        pieces_per_line > 1 ? padded((length + pieces_per_line - 1) / pieces_per_line) : length;
+    lines_per_tile = length && pieces_per_line == 1 ? std::max<int64_t>(1, TILE / length) : 1;
     const int64_t whole = 16 / std::gcd<int64_t>(length, 16);  // lines that fill vectors
-    if (together > whole) together -= together % whole;
-    groups = length ? (lines + together - 1) / together : 0;
+    if (lines_per_tile > whole) lines_per_tile -= lines_per_tile % whole;
+    groups = length ? (lines + lines_per_tile - 1) / lines_per_tile : 0;
   }
-  int64_t tiles_of_sample() const { return groups * pieces; }
+  int64_t tiles_of_sample() const { return groups * pieces_per_line; }
   int64_t tiles() const { return samples * tiles_of_sample(); }
   int64_t capacity() const { return padded(rows ? std::max(TILE, length) : TILE); }
   Tile operator[](int64_t i) const {
-    const int64_t sample = i / tiles_of_sample(), line = i % tiles_of_sample() / pieces * together, from = i % pieces * piece;
-    return {sample, line, from, std::min(together, lines - line), std::min(piece, length - from)};
+    const int64_t sample = i / tiles_of_sample(),
+                  line = i % tiles_of_sample() / pieces_per_line * lines_per_tile,
+                  from = i % pieces_per_line * elements_per_line;
+    return {sample, line, from, std::min(lines_per_tile, lines - line),
+            std::min(elements_per_line, length - from)};
   }
 };
 
@@ -89,7 +98,9 @@ struct Channels {
     data = static_cast<char*>(x.data_ptr()) + first * x.stride(1) * bytes;
   }
   template <typename T>
-  T* at(const Tile& t) const { return reinterpret_cast<T*>(data) + t.sample * sample + t.line * line + t.from * step; }
+  T* at(const Tile& t) const {
+    return reinterpret_cast<T*>(data) + t.sample * sample + t.line * line + t.from * step;
+  }
 
   // Where a tile lies in memory as it would in a buffer of T, else null.
   template <typename T>
@@ -117,17 +128,21 @@ void copy_line(To* to, int64_t to_step, const From* from, int64_t from_step, int
 }
 
 template <typename To, typename From>
-void copy_lines(To* to, int64_t to_line, int64_t to_step, const From* from, int64_t from_line, int64_t from_step, const Tile& t) {
+void copy_lines(To* to, int64_t to_line, int64_t to_step, const From* from, int64_t from_line,
+                int64_t from_step, const Tile& t) {
   int64_t lines = t.lines, length = t.length;
-  if (length < 4 && length < lines) std::swap(lines, length), std::swap(to_line, to_step), std::swap(from_line, from_step);
-  for (int64_t l = 0; l < lines; ++l) copy_line(to + l * to_line, to_step, from + l * from_line, from_step, length);
+  if (length < 4 && length < lines)
+    std::swap(lines, length), std::swap(to_line, to_step), std::swap(from_line, from_step);
+  for (int64_t l = 0; l < lines; ++l)
+    copy_line(to + l * to_line, to_step, from + l * from_line, from_step, length);
 }
 
 // A thread's buffers, one after the other.
 template <typename T>
 class Buffers {
  public:
-  Buffers(int64_t count, const Grid& grid) : size_(grid.capacity()), memory_(count * size_), next_(memory_.get()) {
+  Buffers(int64_t count, const Grid& grid)
+      : size_(grid.capacity()), memory_(count * size_), next_(memory_.get()) {
     std::fill_n(next_, count * size_, T(0));  // vectors read beyond what a tile fills
   }
   T* next() { return (next_ += size_) - size_; }
@@ -150,7 +165,7 @@ class Operand {
     });
     return buffer_;
   }
-  acc* room(const Tile& t) const {
+  acc* output(const Tile& t) const {
     acc* there = channels_.in_place<acc>(t);
     return there ? there : buffer_;
   }
@@ -166,15 +181,16 @@ class Operand {
   acc* const buffer_;
 };
 
-// Values for each channel or for each position, spread over a tile; null where there are none.
+// OperandView for each channel or for each position, spread over a tile; null where there are none.
 template <typename T>
-class Spread {
+class BroadcastOperand {
  public:
-  Spread(const T* values, bool along_lines, Buffers<T>& buffers)
+  BroadcastOperand(const T* values, bool along_lines, Buffers<T>& buffers)
       : values_(values), along_(along_lines), buffer_(values ? buffers.next() : nullptr) {}
   const T* operator()(const Tile& t) {
     if (!values_) return nullptr;
-    const bool there = along_ && t.lines <= last_.lines && t.from == last_.from && t.length == last_.length;  // as of all rows
+    const bool there = along_ && t.lines <= last_.lines && t.from == last_.from &&
+                       t.length == last_.length;  // as of all rows
     for (int64_t l = 0; !there && l < t.lines; ++l) {
       T* to = buffer_ + l * t.length;
       if (along_) copy_line(to, 1, values_ + t.from, 1, t.length);
@@ -207,51 +223,57 @@ void write(const Tensor& v, const double* from) {
 }
 
 template <typename T>
-const T* pointer(const std::optional<Buffer<T>>& v) { return v ? v->get() : nullptr; }
+const T* pointer(const std::optional<Buffer<T>>& v) {
+  return v ? v->get() : nullptr;
+}
 
-// What arithmetic that runs along lines (Lines) reads beside them.
+// What arithmetic that runs along lines (VectorLoop) reads beside them.
 template <typename T>
-struct Values {
+struct OperandView {
   const T* data;      // null: there are none
   bool each;          // a value for each element, else one for a line,
   int64_t line_step;  // from which the next line's is so far: 0 where all have the same
 };
 
-// A tile for arithmetic by whole vectors: line by line where each is made of whole ones, else all of it as one line.
-struct Lines {
+// A tile for arithmetic by whole vectors: line by line where each is made of whole ones, else all of it as
+// one line.
+struct VectorLoop {
   int64_t count, length;
-  Lines(const Grid& grid, const Tile& t) : count(fits(grid, t) ? t.lines : 1), length(t.count() / count) {}
+  VectorLoop(const Grid& grid, const Tile& t)
+      : count(fits(grid, t) ? t.lines : 1), length(t.count() / count) {}
   static bool fits(const Grid& grid, const Tile& t) { return !grid.rows && t.length % 16 == 0; }
 };
 
 // The vector of values that begins at element i of the tile, which is in line l.
 template <typename M, typename T>
-FASTFLOW_INLINE typename M::V at(const Values<T>& v, int64_t l, int64_t i) {
+FASTFLOW_INLINE typename M::V at(const OperandView<T>& v, int64_t l, int64_t i) {
   return v.each ? M::load(v.data + i) : M::all(v.data[l * v.line_step]);
 }
 
 // A value for each channel.
 template <typename T>
-class OfChannels {
+class PerChannel {
  public:
-  OfChannels(const T* values, const Grid& grid, Buffers<T>& buffers) : values_(values), grid_(grid), spread_(values, grid.rows, buffers) {}
-  Values<T> operator()(const Tile& t) {
-    if (values_ && Lines::fits(grid_, t)) return {values_ + t.line, false, 1};
+  PerChannel(const T* values, const Grid& grid, Buffers<T>& buffers)
+      : values_(values), grid_(grid), spread_(values, grid.rows, buffers) {}
+  OperandView<T> operator()(const Tile& t) {
+    if (values_ && VectorLoop::fits(grid_, t)) return {values_ + t.line, false, 1};
     return {spread_(t), true, 0};
   }
 
  private:
   const T* const values_;
   const Grid& grid_;
-  Spread<T> spread_;
+  BroadcastOperand<T> spread_;
 };
 
 // A value for each sample.
 template <typename T>
-class OfSamples {
+class PerSample {
  public:
-  OfSamples(const T* values, const Grid& grid, Buffers<T>& buffers) : values_(values), grid_(grid), spread_(values, false, buffers) {}
-  Values<T> operator()(const Tile& t) {
+  PerSample(const T* values, const Grid& grid, Buffers<T>& buffers)
+      : values_(values), grid_(grid), spread_(values, false, buffers) {}
+  OperandView<T> operator()(const Tile& t) {
     if (grid_.vectors) return {spread_(t), true, 0};
     return {values_ + t.sample, false, 0};
   }
@@ -259,7 +281,7 @@ class OfSamples {
  private:
   const T* const values_;
   const Grid& grid_;
-  Spread<T> spread_;
+  BroadcastOperand<T> spread_;
 };
 
 template <typename T>
@@ -273,15 +295,18 @@ double sum(const T* v, int64_t count) {
   return total;
 }
 
-// Tiles whose sums one thread makes in order; those of all slots are then added in order. How many there are and which tiles
-// they take depends on the shape alone, not on the number of threads.
+// Tiles whose sums one thread makes in order; those of all slots are then added in order. How many there are
+// and which tiles they take depends on the shape alone, not on the number of threads.
 struct Slots {
   static constexpr int64_t MOST = 32, TILES = 32;  // so many slots at most, of so many tiles at least
 
   int64_t tiles, count;
-  explicit Slots(const Grid& grid) : tiles(grid.tiles()), count(tiles ? std::clamp<int64_t>(tiles / TILES, 1, MOST) : 0) {}
+  explicit Slots(const Grid& grid)
+      : tiles(grid.tiles()), count(tiles ? std::clamp<int64_t>(tiles / TILES, 1, MOST) : 0) {}
   int64_t first(int64_t slot) const { return tiles * slot / count; }
-  int64_t grain(int64_t grain_in_tiles) const { return tiles ? std::max<int64_t>(1, grain_in_tiles * count / tiles) : 1; }
+  int64_t grain(int64_t grain_in_tiles) const {
+    return tiles ? std::max<int64_t>(1, grain_in_tiles * count / tiles) : 1;
+  }
 };
 
 // A sum for each channel over the tiles of a slot.
@@ -289,42 +314,47 @@ template <typename T>
 class ChannelSums {
  public:
   explicit ChannelSums(const Grid& grid)
-      : grid_(grid), size_(grid.rows ? grid.together * grid.length : grid.channels), sums_(size_), few_(grid.rows ? size_ : 0) {}
+      : grid_(grid),
+        size_(grid.rows ? grid.lines_per_tile * grid.length : grid.channels),
+        sums_(size_),
+        partial_(grid.rows ? size_ : 0) {}
   void clear() {
     std::fill_n(sums_.get(), size_, 0.);
-    clear_few();
+    clear_partial();
   }
   void add(const T* values, const Tile& t) {
     if (!grid_.rows) return add_lines({t.lines, t.length, values, sums_.get() + t.line});
-    // of rows a sum for each element of a tile, which begins with a row: so vectors run along them, of however few channels
-    cpu::add(Addition<T>{t.count(), values, few_.get()});
-    if (++added_ == FEW) take_few();
+    // of rows a sum for each element of a tile, which begins with a row: so vectors run along them, of
+    // however few channels
+    cpu::add(Addition<T>{t.count(), values, partial_.get()});
+    if (++added_ == PARTIAL_TILES) flush_partial();
   }
   void take(double* to) {
-    if (added_) take_few();
-    for (int64_t lines = grid_.rows ? grid_.together : 1, half; lines > 1; lines -= half) {
+    if (added_) flush_partial();
+    for (int64_t lines = grid_.rows ? grid_.lines_per_tile : 1, half; lines > 1; lines -= half) {
       half = lines / 2;
-      cpu::add(Addition<double>{half * grid_.channels, sums_.get() + (lines - half) * grid_.channels, sums_.get()});
+      cpu::add(Addition<double>{half * grid_.channels, sums_.get() + (lines - half) * grid_.channels,
+                                sums_.get()});
     }
     std::copy_n(sums_.get(), grid_.channels, to);
   }
 
  private:
-  static constexpr int64_t FEW = 8;  // additions without float64, as add_lines has them
+  static constexpr int64_t PARTIAL_TILES = 8;  // additions without float64, as add_lines has them
 
-  void take_few() {
-    add_each({1, size_, few_.get(), sums_.get()});
-    clear_few();
+  void flush_partial() {
+    add_each({1, size_, partial_.get(), sums_.get()});
+    clear_partial();
   }
-  void clear_few() {
-    if (grid_.rows) std::fill_n(few_.get(), size_, T(0));
+  void clear_partial() {
+    if (grid_.rows) std::fill_n(partial_.get(), size_, T(0));
     added_ = 0;
   }
 
   const Grid& grid_;
   const int64_t size_;
   const Buffer<double> sums_;
-  const Buffer<T> few_;
+  const Buffer<T> partial_;
   int64_t added_ = 0;
 };
 

@@ -47,7 +47,8 @@ class DeviceBlock {
 };
 
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, Kernel::RESIDENT) run(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(Kernel::THREADS, Kernel::RESIDENT)
+    run(const __grid_constant__ Kernel kernel) {
   extern __shared__ __align__(32) unsigned char memory[];
   DeviceBlock block(memory);
   kernel(block);
@@ -78,11 +79,14 @@ struct Cuda {
     if (shared_bytes > 48 * 1024) take_shared_memory<Kernel>(here);
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(here, &stream));
-    run<Kernel><<<static_cast<unsigned>(blocks), Kernel::THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(kernel);
+    run<Kernel>
+        <<<static_cast<unsigned>(blocks), Kernel::THREADS, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+            kernel);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // More than 48 KB a block has to be asked for, once a kernel and device: all there is, since a kernel's need varies.
+  // More than 48 KB a block has to be asked for, once a kernel and device: all there is, since a kernel's
+  // need varies.
   template <class Kernel>
   static void take_shared_memory(int device) {
     static std::atomic<uint64_t> asked{0};  // a bit for each device
@@ -91,19 +95,21 @@ struct Cuda {
     int most = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
-    STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
     asked.fetch_or(bit, std::memory_order_release);
   }
 
-  // A word of the host's memory that every device can write: where a kernel says that a matrix is singular, so that the
-  // host can read it without waiting for the device; see singular.h.
-  static int64_t* report() {
+  // A word of the host's memory that every device can write: where a kernel says that a matrix is singular,
+  // so that the host can read it without waiting for the device; see singular.h.
+  static int64_t* fault_word() {
     static int64_t* const slot = [] {
       // allocating would end a capture of a CUDA graph that is under way, in the usual mode
       cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
       STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
       void* memory = nullptr;
-      const cudaError_t error = cudaHostAlloc(&memory, sizeof(int64_t), cudaHostAllocPortable | cudaHostAllocMapped);
+      const cudaError_t error =
+          cudaHostAlloc(&memory, sizeof(int64_t), cudaHostAllocPortable | cudaHostAllocMapped);
       STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
       STD_CUDA_CHECK(error);
       return static_cast<int64_t*>(std::memset(memory, 0, sizeof(int64_t)));

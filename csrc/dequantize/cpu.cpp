@@ -1,9 +1,10 @@
-// fastflow_C::dequantize, its backward and its inverse on the CPU. Bytes an element, in float32: 5 (noise given 9), backward 13, without
-// a logit 8, inverse 5.
+// fastflow_C::dequantize, its backward and its inverse on the CPU. Bytes an element, in float32: 5 (noise
+// given 9), backward 13, without a logit 8, inverse 5.
 //
-// Elements are taken some two thousand at a time, of one sample or of several small ones, in an order that is the same in all
-// tensors: that of memory, or where noise is drawn or the result squeezed, the elements' own. What lies in memory as the
-// order has it is read and written there; all else, half precision too, passes through buffers of a tile's size.
+// Elements are taken some two thousand at a time, of one sample or of several small ones, in an order that is
+// the same in all tensors: that of memory, or where noise is drawn or the result squeezed, the elements' own.
+// What lies in memory as the order has it is read and written there; all else, half precision too, passes
+// through buffers of a tile's size.
 #include "stable.h"
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -19,11 +20,11 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cpu/simd_math.h"
 #include "cpu/gemm.h"
+#include "cpu/simd_math.h"
+#include "cpu/tensors.h"
 #include "noise/noise.h"
 #include "squeeze/squeeze.h"
-#include "cpu/tensors.h"
 
 namespace fastflow::cpu {
 namespace {
@@ -34,17 +35,22 @@ constexpr int64_t GRAIN = 16;   // tiles that are worth a thread
 // The arithmetic: whole vectors are read and written, `padded(count)` elements (gemm.h).
 
 template <typename T>
-struct Map {
+struct PixelMap {
   bool logit;
-  T bins, slope, shift, rest;  // p = (x + u) slope + shift, and with the rest 1 - p from what is left of the last bin
+  T bins, slope, shift,
+      rest;  // p = (x + u) slope + shift, and with the rest 1 - p from what is left of the last bin
 
-  Map(int64_t n_bits, double scale, double shift_, bool logit_)
-      : logit(logit_), bins(std::ldexp(T(1), n_bits)), slope(scale / std::ldexp(1., n_bits)), shift(shift_), rest(1 - scale - shift_) {}
+  PixelMap(int64_t n_bits, double scale, double shift_, bool logit_)
+      : logit(logit_),
+        bins(std::ldexp(T(1), n_bits)),
+        slope(scale / std::ldexp(1., n_bits)),
+        shift(shift_),
+        rest(1 - scale - shift_) {}
 };
 
 template <typename T>
 struct Dequantization {
-  Map<T> map;
+  PixelMap<T> map;
   int64_t count;
   const uint8_t* x;
   const T* u;
@@ -52,9 +58,9 @@ struct Dequantization {
 };
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void dequantized_of(const Dequantization<T>& d) {
-  using M = Elementary<T, BYTES>;
-  const Map<T> m = d.map;
+FASTFLOW_INLINE void dequantize_elements_simd(const Dequantization<T>& d) {
+  using M = SimdMath<T, BYTES>;
+  const PixelMap<T> m = d.map;
   T* __restrict y = d.y;
   for (int64_t i = 0; i < padded(d.count); ++i) y[i] = d.x[i];
   for (int64_t i = 0; i < padded(d.count); i += M::COUNT) {
@@ -71,7 +77,7 @@ FASTFLOW_INLINE void dequantized_of(const Dequantization<T>& d) {
 
 template <typename T>
 struct DequantizationBackward {
-  Map<T> map;
+  PixelMap<T> map;
   int64_t count;
   const uint8_t* x;  // with a logit, as what follows
   const T *u, *dlog_det, *dy;
@@ -79,9 +85,9 @@ struct DequantizationBackward {
 };
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void dequantized_backward_of(const DequantizationBackward<T>& d) {
-  using M = Elementary<T, BYTES>;
-  const Map<T> m = d.map;
+FASTFLOW_INLINE void dequantize_backward_elements_simd(const DequantizationBackward<T>& d) {
+  using M = SimdMath<T, BYTES>;
+  const PixelMap<T> m = d.map;
   T* __restrict du = d.du;
   if (m.logit)
     for (int64_t i = 0; i < padded(d.count); ++i) du[i] = d.x[i];
@@ -98,19 +104,19 @@ FASTFLOW_INLINE void dequantized_backward_of(const DequantizationBackward<T>& d)
 
 template <typename T>
 struct Quantization {
-  Map<T> map;
+  PixelMap<T> map;
   T per_bin;
   int64_t count;
   const T* y;
   uint8_t* x;
-  typename Lanes<T, 16>::Integer* whole;  // room
-  T* terms;                               // as above
+  typename Simd<T, 16>::Integer* whole;  // room
+  T* terms;                              // as above
 };
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void quantized_of(const Quantization<T>& d) {
-  using M = Elementary<T, BYTES>;
-  const Map<T> m = d.map;
+FASTFLOW_INLINE void quantize_elements_simd(const Quantization<T>& d) {
+  using M = SimdMath<T, BYTES>;
+  const PixelMap<T> m = d.map;
   for (int64_t i = 0; i < padded(d.count); i += M::COUNT) {
     auto p = M::load(d.y + i);
     if (m.logit) {
@@ -120,7 +126,8 @@ FASTFLOW_INLINE void quantized_of(const Quantization<T>& d) {
       p = (p < T(0) ? e : M::all(1)) / (e + T(1));
     }
     const auto v = (p - m.shift) * d.per_bin;
-    const auto whole = __builtin_convertvector(M::at_most(v > T(0) ? v : M::all(0), m.bins - 1), typename M::I);  // NaN becomes 0
+    const auto whole = __builtin_convertvector(M::min(v > T(0) ? v : M::all(0), m.bins - 1),
+                                               typename M::I);  // NaN becomes 0
     std::memcpy(d.whole + i, &whole, BYTES);
   }
   uint8_t* __restrict x = d.x;  // a loop of its own, so that it becomes vectors
@@ -136,7 +143,7 @@ struct Sum {
 };
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void sum_of(const Sum<T>& s) {
+FASTFLOW_INLINE void sum_simd(const Sum<T>& s) {
   double parts[16] = {}, total = 0;
   int64_t i = 0;
   for (; i + 16 <= s.count; i += 16)
@@ -146,14 +153,16 @@ FASTFLOW_INLINE void sum_of(const Sum<T>& s) {
   *s.sum = total;
 }
 
-FASTFLOW_CLONES(dequantized, Dequantization<float>, dequantized_of)
-FASTFLOW_CLONES(dequantized, Dequantization<double>, dequantized_of)
-FASTFLOW_CLONES(dequantized_backward, DequantizationBackward<float>, dequantized_backward_of)
-FASTFLOW_CLONES(dequantized_backward, DequantizationBackward<double>, dequantized_backward_of)
-FASTFLOW_CLONES(quantized, Quantization<float>, quantized_of)
-FASTFLOW_CLONES(quantized, Quantization<double>, quantized_of)
-FASTFLOW_CLONES(sum, Sum<float>, sum_of)
-FASTFLOW_CLONES(sum, Sum<double>, sum_of)
+FASTFLOW_MULTIVERSION(dequantize_elements, Dequantization<float>, dequantize_elements_simd)
+FASTFLOW_MULTIVERSION(dequantize_elements, Dequantization<double>, dequantize_elements_simd)
+FASTFLOW_MULTIVERSION(dequantize_backward_elements, DequantizationBackward<float>,
+                      dequantize_backward_elements_simd)
+FASTFLOW_MULTIVERSION(dequantize_backward_elements, DequantizationBackward<double>,
+                      dequantize_backward_elements_simd)
+FASTFLOW_MULTIVERSION(quantize_elements, Quantization<float>, quantize_elements_simd)
+FASTFLOW_MULTIVERSION(quantize_elements, Quantization<double>, quantize_elements_simd)
+FASTFLOW_MULTIVERSION(sum, Sum<float>, sum_simd)
+FASTFLOW_MULTIVERSION(sum, Sum<double>, sum_simd)
 
 // How batches are cut into tiles, and tensors seen through them.
 
@@ -163,22 +172,22 @@ struct Tile {
 };
 
 struct Grid {
-  int64_t samples, elements;  // of a sample
-  int64_t together, length, pieces;  // so many samples are a tile, or a piece of one is
+  int64_t samples, elements;                 // of a sample
+  int64_t samples_per_tile, length, pieces;  // so many samples are a tile, or a piece of one is
 
-  // `unit`: how many elements stay together.
+  // `unit`: how many elements stay samples_per_tile.
   Grid(const Tensor& x, int64_t unit) : samples(x.size(0)), elements(samples ? x.numel() / samples : 0) {
-    together = std::max<int64_t>(1, TILE / std::max<int64_t>(1, elements));
+    samples_per_tile = std::max<int64_t>(1, TILE / std::max<int64_t>(1, elements));
     const int64_t even = 16 / std::gcd<int64_t>(16, elements);  // of whole vectors, which need no buffer
-    if (together > even) together -= together % even;
+    if (samples_per_tile > even) samples_per_tile -= samples_per_tile % even;
     length = std::min(elements, std::max(unit, TILE / unit * unit));
     pieces = elements ? (elements + length - 1) / length : 0;
   }
-  int64_t tiles() const { return (samples + together - 1) / together * pieces; }
-  int64_t capacity() const { return padded(together * length); }
+  int64_t tiles() const { return (samples + samples_per_tile - 1) / samples_per_tile * pieces; }
+  int64_t capacity() const { return padded(samples_per_tile * length); }
   Tile operator[](int64_t i) const {
-    const int64_t sample = i / pieces * together, from = i % pieces * length;
-    return {sample, std::min(together, samples - sample), from, std::min(length, elements - from)};
+    const int64_t sample = i / pieces * samples_per_tile, from = i % pieces * length;
+    return {sample, std::min(samples_per_tile, samples - sample), from, std::min(length, elements - from)};
   }
 };
 
@@ -187,7 +196,8 @@ std::vector<int64_t> order_of(const Tensor& like, bool by_memory) {
   std::vector<int64_t> order;
   for (int64_t d = 1; d < like.dim(); ++d) order.push_back(d);
   if (by_memory)
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return like.stride(a) > like.stride(b); });
   return order;
 }
 
@@ -220,9 +230,9 @@ void copy_run(T* tile, int64_t tile_step, E* memory, int64_t step, int64_t count
 }
 
 // An image, noise or what lies like them, as tiles see it.
-class Samples {
+class SampleView {
  public:
-  Samples(const Tensor& x, const std::vector<int64_t>& order) : Samples(x) {
+  SampleView(const Tensor& x, const std::vector<int64_t>& order) : SampleView(x) {
     for (int64_t d : order) {
       const int64_t size = x.size(d), step = x.stride(d);
       if (size == 1) continue;
@@ -232,7 +242,7 @@ class Samples {
     if (axes_.empty()) axes_.push_back({1, 1});
   }
   // Squeezed images.
-  Samples(const Tensor& x, const std::string& squeeze_order) : Samples(x) {
+  SampleView(const Tensor& x, const std::string& squeeze_order) : SampleView(x) {
     height_ = x.size(2), width_ = x.size(3);
     row_ = x.stride(2), column_ = x.stride(3);
     blocks_ = blocks_of(squeeze_order, x.size(1) / 4, x.stride(1));
@@ -241,7 +251,9 @@ class Samples {
   // Where a tile lies in memory as it would in a buffer of T, else null.
   template <typename T>
   T* in_place(const Tile& t) const {
-    return is_dense(t) && dtype_ == TYPE<T> && t.count() % 16 == 0 ? static_cast<T*>(data_) + t.sample * sample_ + t.from : nullptr;
+    return is_dense(t) && dtype_ == TYPE<T> && t.count() % 16 == 0
+               ? static_cast<T*>(data_) + t.sample * sample_ + t.from
+               : nullptr;
   }
 
   template <bool STORE, typename T>
@@ -265,14 +277,15 @@ class Samples {
     return !blocks_ && axes_.size() == 1 && axes_[0].step == 1 && (t.samples == 1 || sample_ == t.length);
   }
 
-  explicit Samples(const Tensor& x) : data_(x.data_ptr()), dtype_(x.scalar_type()), sample_(x.stride(0)) {}
+  explicit SampleView(const Tensor& x) : data_(x.data_ptr()), dtype_(x.scalar_type()), sample_(x.stride(0)) {}
 
   template <bool STORE, typename T, typename E>
   void copy_runs(const Tile& t, T* tile, E* memory) const {
     const Axis inner = axes_.back();
     for (int64_t i = t.from; i < t.from + t.length;) {
       int64_t offset = i % inner.size * inner.step, rest = i / inner.size;
-      for (size_t a = axes_.size() - 1; a-- > 0; rest /= axes_[a].size) offset += rest % axes_[a].size * axes_[a].step;
+      for (size_t a = axes_.size() - 1; a-- > 0; rest /= axes_[a].size)
+        offset += rest % axes_[a].size * axes_[a].step;
       const int64_t count = std::min(inner.size - i % inner.size, t.from + t.length - i);
       copy_run<STORE>(tile + (i - t.from), 1, memory + offset, inner.step, count);
       i += count;
@@ -285,7 +298,8 @@ class Samples {
     const int64_t pair = 4 * width_;
     for (int64_t i = t.from / pair; i < (t.from + t.length) / pair; ++i) {
       E* first = memory + i / height_ * blocks_->channel + i % height_ * row_;
-      for (int k = 0; k < 4; ++k) copy_run<STORE>(tile + k / 2 * 2 * width_ + k % 2, 2, first + blocks_->pixel[k], column_, width_);
+      for (int k = 0; k < 4; ++k)
+        copy_run<STORE>(tile + k / 2 * 2 * width_ + k % 2, 2, first + blocks_->pixel[k], column_, width_);
       tile += pair;
     }
   }
@@ -302,7 +316,7 @@ class Samples {
 template <typename T>
 class Operand {
  public:
-  Operand(const Samples& samples, const Grid& grid) : samples_(samples), buffer_(grid.capacity()) {
+  Operand(const SampleView& samples, const Grid& grid) : samples_(samples), buffer_(grid.capacity()) {
     std::fill_n(buffer_.get(), grid.capacity(), T(0));  // vectors read beyond what a tile fills
   }
   const T* load(const Tile& t) const {
@@ -310,7 +324,7 @@ class Operand {
     samples_.copy<false>(t, buffer_.get());
     return buffer_.get();
   }
-  T* room(const Tile& t) const {
+  T* output(const Tile& t) const {
     T* there = samples_.in_place<T>(t);
     return there ? there : buffer_.get();
   }
@@ -319,23 +333,26 @@ class Operand {
   }
 
  private:
-  const Samples& samples_;
+  const SampleView& samples_;
   const Buffer<T> buffer_;
 };
 
 // A thread's noise of a tile: that of its samples' elements, which blocks of eight are drawn for.
 template <typename T>
-class Drawn {
+class TileNoise {
  public:
-  Drawn(const Grid& grid, const Tensor& seed, int64_t offset)
-      : grid_(grid), seed_(static_cast<uint64_t>(*seed.const_data_ptr<int64_t>())), offset_(static_cast<uint64_t>(offset)),
-        buffer_(grid.together * (grid.length + 2 * UNIFORM) + 16) {
-    std::fill_n(buffer_.get(), grid.together * (grid.length + 2 * UNIFORM) + 16, T(0));
+  TileNoise(const Grid& grid, const Tensor& seed, int64_t offset)
+      : grid_(grid),
+        seed_(static_cast<uint64_t>(*seed.const_data_ptr<int64_t>())),
+        offset_(static_cast<uint64_t>(offset)),
+        buffer_(grid.samples_per_tile * (grid.length + 2 * UNIFORM) + 16) {
+    std::fill_n(buffer_.get(), grid.samples_per_tile * (grid.length + 2 * UNIFORM) + 16, T(0));
   }
   const T* operator()(const Tile& t) const {
     T* const u = buffer_.get();
     const int64_t each = blocks(grid_.elements), first = t.from / UNIFORM;
-    draw_uniform({seed_, offset_ + t.sample, each, first, t.samples > 1 ? t.samples * each : blocks(t.from + t.length) - first, u});
+    draw_uniform({seed_, offset_ + t.sample, each, first,
+                  t.samples > 1 ? t.samples * each : blocks(t.from + t.length) - first, u});
     if (t.samples == 1) return u + t.from % UNIFORM;
     for (int64_t s = 1; s < t.samples; ++s) std::copy_n(u + s * each * UNIFORM, t.length, u + s * t.length);
     return u;
@@ -348,7 +365,8 @@ class Drawn {
   const Buffer<T> buffer_;
 };
 
-// Sums of a sample's terms, tile by tile: neither how many there are nor what they add up depends on the number of threads.
+// Sums of a sample's terms, tile by tile: neither how many there are nor what they add up depends on the
+// number of threads.
 template <typename T>
 class LogDet {
  public:
@@ -372,77 +390,93 @@ class LogDet {
   const Buffer<double> sums_;
 };
 
-// A tensor of `dtype` that lies as torch.empty_like(like) does, or squeezed or unsqueezed as fastflow.reference.squeeze leaves that.
-Tensor result_like(const Tensor& like, const std::optional<std::string>& squeeze_order, bool inverse, ScalarType dtype) {
+// A tensor of `dtype` that lies as torch.empty_like(like) does, or squeezed or unsqueezed as
+// fastflow.reference.squeeze leaves that.
+Tensor result_like(const Tensor& like, const std::optional<std::string>& squeeze_order, bool inverse,
+                   ScalarType dtype) {
   const Tensor flat = empty_like(like, dtype);
   if (!squeeze_order) return flat;
   const Tensor& source = inverse ? like : flat;
   const int64_t n = like.size(0), c = like.size(1), h = like.size(2), w = like.size(3);
   const bool channels_last = c > 1 && source.stride(1) == 1 && !source.is_contiguous();
-  return inverse ? empty_images(flat, n, c / 4, 2 * h, 2 * w, channels_last) : empty_images(flat, n, 4 * c, h / 2, w / 2, channels_last);
+  return inverse ? empty_images(flat, n, c / 4, 2 * h, 2 * w, channels_last)
+                 : empty_images(flat, n, 4 * c, h / 2, w / 2, channels_last);
 }
 
-Samples continuous_of(const Tensor& y, const std::vector<int64_t>& order, const std::optional<std::string>& squeeze_order) {
-  return squeeze_order ? Samples(y, *squeeze_order) : Samples(y, order);
+SampleView continuous_of(const Tensor& y, const std::vector<int64_t>& order,
+                         const std::optional<std::string>& squeeze_order) {
+  return squeeze_order ? SampleView(y, *squeeze_order) : SampleView(y, order);
 }
 
 int64_t unit_of(const Tensor& image, const std::optional<std::string>& squeeze_order) {
   return squeeze_order ? std::max<int64_t>(1, 2 * image.size(3)) : 1;
 }
 
-ScalarType accumulator_of(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+ScalarType accumulator_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 template <typename F>
-void for_accumulator(ScalarType dtype, const F& f) { dtype == ScalarType::Double ? f(double()) : f(float()); }
+void for_accumulator(ScalarType dtype, const F& f) {
+  dtype == ScalarType::Double ? f(double()) : f(float());
+}
 
 double log_slope(int64_t n_bits, double scale) { return std::log(scale / std::ldexp(1., n_bits)); }
 
-std::tuple<Tensor, Tensor> dequantize(const Tensor& x_, const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
-                                      int64_t offset, int64_t n_bits, double scale, double shift, bool logit,
+std::tuple<Tensor, Tensor> dequantize(const Tensor& x_, const std::optional<Tensor>& noise,
+                                      const std::optional<Tensor>& seed, int64_t offset, int64_t n_bits,
+                                      double scale, double shift, bool logit,
                                       const std::optional<std::string>& squeeze_order, ScalarType dtype) {
   check_dequantize("dequantize", x_, noise, seed, squeeze_order);
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "dequantize: dtype is ", torch::headeronly::toString(dtype), ", expected Float, Double, BFloat16 or Half");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "dequantize: dtype is ", torch::headeronly::toString(dtype),
+                  ", expected Float, Double, BFloat16 or Half");
   const Tensor y_ = result_like(x_, squeeze_order, false, dtype);
   const Tensor log_det_ = empty(x_, {x_.size(0)}, accumulator_of(dtype));
   const std::vector<int64_t> order = order_of(y_, noise && !squeeze_order);
-  const Samples x(x_, order), y = continuous_of(y_, order, squeeze_order), u(noise ? *noise : x_, order);
+  const SampleView x(x_, order), y = continuous_of(y_, order, squeeze_order), u(noise ? *noise : x_, order);
   const Grid grid(x_, unit_of(x_, squeeze_order));
   for_accumulator(dtype, [&](auto value) {
     using T = decltype(value);
-    const Map<T> map(n_bits, scale, shift, logit);
+    const PixelMap<T> map(n_bits, scale, shift, logit);
     const LogDet<T> log_det(grid, logit);
     torch::stable::parallel_for(0, grid.tiles(), GRAIN, [&](int64_t begin, int64_t end) {
       const Operand<uint8_t> pixels(x, grid);
       const Operand<T> given(u, grid), result(y, grid);
-      std::optional<Drawn<T>> drawn;
+      std::optional<TileNoise<T>> drawn;
       if (seed) drawn.emplace(grid, *seed, offset);
       const Buffer<T> terms(grid.capacity());
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = grid[i];
-        dequantized({map, tile.count(), pixels.load(tile), seed ? (*drawn)(tile) : given.load(tile), result.room(tile), terms.get()});
+        dequantize_elements({map, tile.count(), pixels.load(tile), seed ? (*drawn)(tile) : given.load(tile),
+                             result.output(tile), terms.get()});
         result.store(tile);
         if (logit) log_det.add(i, tile, terms.get());
       }
     });
-    log_det.write(log_det_, grid.elements * log_slope(n_bits, scale), logit ? std::optional(-1.) : std::nullopt);
+    log_det.write(log_det_, grid.elements * log_slope(n_bits, scale),
+                  logit ? std::optional(-1.) : std::nullopt);
   });
   return {y_, log_det_};
 }
 
-Tensor dequantize_backward(const Tensor& x_, const Tensor& noise, const Tensor& dy_, const Tensor& dlog_det_, int64_t n_bits, double scale,
-                           double shift, bool logit, const std::optional<std::string>& squeeze_order) {
+Tensor dequantize_backward(const Tensor& x_, const Tensor& noise, const Tensor& dy_, const Tensor& dlog_det_,
+                           int64_t n_bits, double scale, double shift, bool logit,
+                           const std::optional<std::string>& squeeze_order) {
   check_dequantize_backward(x_, noise, dy_, dlog_det_, squeeze_order);
   const Tensor du_ = empty_like(noise, noise.scalar_type());
   const std::vector<int64_t> order = order_of(du_, !squeeze_order);
-  const Samples x(x_, order), u(noise, order), du(du_, order), dy = continuous_of(dy_, order, squeeze_order);
+  const SampleView x(x_, order), u(noise, order), du(du_, order),
+      dy = continuous_of(dy_, order, squeeze_order);
   const Grid grid(x_, unit_of(x_, squeeze_order));
   for_accumulator(noise.scalar_type(), [&](auto value) {
     using T = decltype(value);
-    const Map<T> map(n_bits, scale, shift, logit);
+    const PixelMap<T> map(n_bits, scale, shift, logit);
     const Buffer<T> dlog_det(grid.samples);
     for_dtype(dlog_det_.scalar_type(), [&](auto of_dlog_det) {
-      copy_run<false>(dlog_det.get(), 1, static_cast<decltype(of_dlog_det)*>(dlog_det_.data_ptr()), dlog_det_.stride(0), grid.samples);
+      copy_run<false>(dlog_det.get(), 1, static_cast<decltype(of_dlog_det)*>(dlog_det_.data_ptr()),
+                      dlog_det_.stride(0), grid.samples);
     });
     torch::stable::parallel_for(0, grid.tiles(), GRAIN, [&](int64_t begin, int64_t end) {
       const Operand<uint8_t> pixels(x, grid);
@@ -453,8 +487,9 @@ Tensor dequantize_backward(const Tensor& x_, const Tensor& noise, const Tensor& 
         if (logit)
           for (int64_t s = 0; s < tile.samples; ++s)
             std::fill_n(spread.get() + s * tile.length, tile.length, dlog_det.get()[tile.sample + s]);
-        dequantized_backward({map, tile.count(), logit ? pixels.load(tile) : nullptr, logit ? given.load(tile) : nullptr, spread.get(),
-                              upstream.load(tile), result.room(tile)});
+        dequantize_backward_elements({map, tile.count(), logit ? pixels.load(tile) : nullptr,
+                                      logit ? given.load(tile) : nullptr, spread.get(), upstream.load(tile),
+                                      result.output(tile)});
         result.store(tile);
       }
     });
@@ -462,32 +497,33 @@ Tensor dequantize_backward(const Tensor& x_, const Tensor& noise, const Tensor& 
   return du_;
 }
 
-std::tuple<Tensor, Tensor> dequantize_inverse(const Tensor& y_, int64_t n_bits, double scale, double shift, bool logit,
-                                              const std::optional<std::string>& squeeze_order) {
+std::tuple<Tensor, Tensor> dequantize_inverse(const Tensor& y_, int64_t n_bits, double scale, double shift,
+                                              bool logit, const std::optional<std::string>& squeeze_order) {
   check_dequantize_inverse(y_, squeeze_order);
   const Tensor x_ = result_like(y_, squeeze_order, true, ScalarType::Byte);
   const Tensor log_det_ = empty(y_, {y_.size(0)}, accumulator_of(y_.scalar_type()));
   const std::vector<int64_t> order = order_of(x_, !squeeze_order);
-  const Samples x(x_, order), y = continuous_of(y_, order, squeeze_order);
+  const SampleView x(x_, order), y = continuous_of(y_, order, squeeze_order);
   const Grid grid(x_, unit_of(x_, squeeze_order));
   for_accumulator(y_.scalar_type(), [&](auto value) {
     using T = decltype(value);
-    const Map<T> map(n_bits, scale, shift, logit);
+    const PixelMap<T> map(n_bits, scale, shift, logit);
     const LogDet<T> log_det(grid, logit);
     torch::stable::parallel_for(0, grid.tiles(), GRAIN, [&](int64_t begin, int64_t end) {
       const Operand<uint8_t> pixels(x, grid);
       const Operand<T> latents(y, grid);
       const Buffer<T> terms(grid.capacity());
-      const Buffer<typename Lanes<T, 16>::Integer> whole(grid.capacity());
+      const Buffer<typename Simd<T, 16>::Integer> whole(grid.capacity());
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = grid[i];
-        quantized({map, static_cast<T>(std::ldexp(1., n_bits) / scale), tile.count(), latents.load(tile), pixels.room(tile),
-                   whole.get(), terms.get()});
+        quantize_elements({map, static_cast<T>(std::ldexp(1., n_bits) / scale), tile.count(),
+                           latents.load(tile), pixels.output(tile), whole.get(), terms.get()});
         pixels.store(tile);
         if (logit) log_det.add(i, tile, terms.get());
       }
     });
-    log_det.write(log_det_, -(grid.elements * log_slope(n_bits, scale)), logit ? std::optional(1.) : std::nullopt);
+    log_det.write(log_det_, -(grid.elements * log_slope(n_bits, scale)),
+                  logit ? std::optional(1.) : std::nullopt);
   });
   return {x_, log_det_};
 }

@@ -1,5 +1,6 @@
 #pragma once
-// Runs a CUDA kernel of csrc/ on the CPU, block by block and phase by phase: a device for tests, not for computing.
+// Runs a CUDA kernel of csrc/ on the CPU, block by block and phase by phase: a device for tests, not for
+// computing.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -16,7 +17,8 @@ class EmulatedBlock {
  public:
   const int64_t index, count;
 
-  EmulatedBlock(int64_t index, int64_t count, const std::vector<int>& threads, unsigned char* memory, int64_t bytes)
+  EmulatedBlock(int64_t index, int64_t count, const std::vector<int>& threads, unsigned char* memory,
+                int64_t bytes)
       : index(index), count(count), threads_(threads), memory_(memory), bytes_(bytes) {}
 
   template <class F>
@@ -29,7 +31,8 @@ class EmulatedBlock {
   Span<T> shared(int64_t size) {
     Span<T> taken{reinterpret_cast<T*>(memory_ + used_), size};
     used_ += (size * int64_t(sizeof(T)) + 15) / 16 * 16;
-    if (used_ > bytes_) throw std::out_of_range("fastflow: a block takes more shared memory than its launch gives");
+    if (used_ > bytes_)
+      throw std::out_of_range("fastflow: a block takes more shared memory than its launch gives");
     return taken;
   }
 
@@ -78,7 +81,7 @@ struct Emulated {
   }
 
   // Where a kernel says that a matrix is singular; see singular.h.
-  static int64_t* report() {
+  static int64_t* fault_word() {
     static int64_t slot = 0;
     return &slot;
   }

@@ -1,6 +1,7 @@
 // fastflow_C::gaussian_log_prob and its backward on the CPU, tile by tile (tiles.h).
 //
-// Bytes an element of z, float32: log-density 4, with a mean and a log scale for each element 12; backward 8 (z, dz) and 24.
+// Bytes an element of z, float32: log-density 4, with a mean and a log scale for each element 12; backward 8
+// (z, dz) and 24.
 #include "stable.h"
 
 #include <algorithm>
@@ -19,12 +20,13 @@ namespace {
 constexpr int64_t GRAIN = 32;  // tiles that are worth a thread: waking one costs some 10 us
 constexpr double LOG_2PI = 1.8378770664093454836;
 
-// Of e = (z - mean) / scale. The scale of a channel comes as its reciprocal, that of an element as its logarithm.
+// Of e = (z - mean) / scale. The scale of a channel comes as its reciprocal, that of an element as its
+// logarithm.
 template <typename T>
 struct Density {
-  Lines lines;
+  VectorLoop lines;
   const T* z;
-  Values<T> mean, reciprocal, log_scale;
+  OperandView<T> mean, reciprocal, log_scale;
   bool standard() const { return !mean.data && !reciprocal.data && !log_scale.data; }
 };
 
@@ -41,7 +43,7 @@ struct DensitySum : Density<T> {
 
 template <typename T>
 struct DensityBackward : Density<T> {
-  Values<T> dlog_prob;
+  OperandView<T> dlog_prob;
   T *dz, *dmean, *dlog_scale;  // null: not wanted
 };
 
@@ -65,20 +67,23 @@ FASTFLOW_INLINE V term(const Density<T>& d, int64_t l, int64_t i) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void density_terms_of(const DensityTerms<T>& given) {
-  const DensityTerms<T> d = given;  // a store may change what is given by reference, as far as the compiler knows
-  using M = Elementary<T, BYTES>;
+FASTFLOW_INLINE void density_terms_simd(const DensityTerms<T>& given) {
+  const DensityTerms<T> d =
+      given;  // a store may change what is given by reference, as far as the compiler knows
+  using M = SimdMath<T, BYTES>;
   int64_t i = 0;
   for (int64_t l = 0; l < d.lines.count; ++l)
-    for (const int64_t end = (l + 1) * d.lines.length; i < end; i += M::COUNT) M::store(d.terms + i, term<false, M>(d, l, i));
+    for (const int64_t end = (l + 1) * d.lines.length; i < end; i += M::COUNT)
+      M::store(d.terms + i, term<false, M>(d, l, i));
 }
 
 template <bool STANDARD, int BYTES, typename T>
 FASTFLOW_INLINE double sum_of_density(const Density<T>& d) {
-  using M = Elementary<T, BYTES>;
+  using M = SimdMath<T, BYTES>;
   constexpr int64_t C = M::COUNT, PARTS = STANDARD ? 4 : 1;
   const int64_t lines = STANDARD ? 1 : d.lines.count, length = d.lines.count * d.lines.length / lines;
-  typename M::V parts[PARTS] = {};  // several, so that an addition need not wait for the last; an exp takes longer
+  typename M::V parts[PARTS] =
+      {};  // several, so that an addition need not wait for the last; an exp takes longer
   double total = 0;
   int64_t i = 0;
   for (int64_t l = 0; l < lines; ++l) {
@@ -96,18 +101,19 @@ FASTFLOW_INLINE double sum_of_density(const Density<T>& d) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void density_sum_of(const DensitySum<T>& d) {
+FASTFLOW_INLINE void density_sum_simd(const DensitySum<T>& d) {
   *d.sum = d.standard() ? sum_of_density<true, BYTES, T>(d) : sum_of_density<false, BYTES, T>(d);
 }
 
 template <bool STANDARD, int BYTES, typename T>
-FASTFLOW_INLINE void gradients_of(const DensityBackward<T> d) {
-  using M = Elementary<T, BYTES>;
+FASTFLOW_INLINE void gradients_simd(const DensityBackward<T> d) {
+  using M = SimdMath<T, BYTES>;
   int64_t i = 0;
   for (int64_t l = 0; l < d.lines.count; ++l)
     for (const int64_t end = (l + 1) * d.lines.length; i < end; i += M::COUNT) {
       typename M::V reciprocal;
-      const typename M::V e = standardized<STANDARD, M>(d, l, i, reciprocal), g = at<M>(d.dlog_prob, l, i), dmean = g * e * reciprocal;
+      const typename M::V e = standardized<STANDARD, M>(d, l, i, reciprocal), g = at<M>(d.dlog_prob, l, i),
+                          dmean = g * e * reciprocal;
       M::store(d.dz + i, -dmean);
       if (STANDARD) continue;
       if (d.dmean) M::store(d.dmean + i, dmean);
@@ -116,35 +122,35 @@ FASTFLOW_INLINE void gradients_of(const DensityBackward<T> d) {
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void density_backward_of(const DensityBackward<T>& d) {
-  d.standard() ? gradients_of<true, BYTES, T>(d) : gradients_of<false, BYTES, T>(d);
+FASTFLOW_INLINE void density_backward_simd(const DensityBackward<T>& d) {
+  d.standard() ? gradients_simd<true, BYTES, T>(d) : gradients_simd<false, BYTES, T>(d);
 }
 
-FASTFLOW_CLONES(density_terms, DensityTerms<float>, density_terms_of)
-FASTFLOW_CLONES(density_terms, DensityTerms<double>, density_terms_of)
-FASTFLOW_CLONES(density_sum, DensitySum<float>, density_sum_of)
-FASTFLOW_CLONES(density_sum, DensitySum<double>, density_sum_of)
-FASTFLOW_CLONES(density_backward, DensityBackward<float>, density_backward_of)
-FASTFLOW_CLONES(density_backward, DensityBackward<double>, density_backward_of)
+FASTFLOW_MULTIVERSION(density_terms, DensityTerms<float>, density_terms_simd)
+FASTFLOW_MULTIVERSION(density_terms, DensityTerms<double>, density_terms_simd)
+FASTFLOW_MULTIVERSION(density_sum, DensitySum<float>, density_sum_simd)
+FASTFLOW_MULTIVERSION(density_sum, DensitySum<double>, density_sum_simd)
+FASTFLOW_MULTIVERSION(density_backward, DensityBackward<float>, density_backward_simd)
+FASTFLOW_MULTIVERSION(density_backward, DensityBackward<double>, density_backward_simd)
 
 // A mean or log scale: none, of each channel, or of each element.
 template <typename acc>
-struct Term {
+struct Parameter {
   std::optional<Buffer<acc>> channel;
   std::optional<Channels> each;
 
-  Term(const std::optional<Tensor>& v, const Grid& grid) {
+  Parameter(const std::optional<Tensor>& v, const Grid& grid) {
     if (v && v->dim() == 1) channel.emplace(values_of<acc>(*v));
     else if (v) each.emplace(*v, 0, 1, grid);
   }
 };
 
 template <typename acc>
-struct Terms {
-  Term<acc> mean, log_scale;     // of the latter's channels e^-s is kept
-  double sum_of_channels = 0;    // of their log scale
+struct Parameters {
+  Parameter<acc> mean, log_scale;  // of the latter's channels e^-s is kept
+  double sum_of_channels = 0;      // of their log scale
 
-  Terms(const std::optional<Tensor>& mean_, const std::optional<Tensor>& log_scale_, const Grid& grid)
+  Parameters(const std::optional<Tensor>& mean_, const std::optional<Tensor>& log_scale_, const Grid& grid)
       : mean(mean_, grid), log_scale(log_scale_, grid) {
     if (!log_scale.channel) return;
     acc* s = log_scale.channel->get();
@@ -154,26 +160,30 @@ struct Terms {
 
 // A thread's view of a term.
 template <typename acc>
-class TermOfTile {
+class TileParameter {
  public:
-  TermOfTile(const Term<acc>& term, const Grid& grid, Buffers<acc>& buffers) : channel_(pointer(term.channel), grid, buffers) {
+  TileParameter(const Parameter<acc>& term, const Grid& grid, Buffers<acc>& buffers)
+      : channel_(pointer(term.channel), grid, buffers) {
     if (term.each) each_.emplace(*term.each, buffers);
   }
-  Values<acc> channel(const Tile& t) { return channel_(t); }
-  Values<acc> each(const Tile& t) const { return each_ ? Values<acc>{each_->load(t), true, 0} : Values<acc>{}; }
-  Values<acc> operator()(const Tile& t) { return each_ ? each(t) : channel(t); }
+  OperandView<acc> channel(const Tile& t) { return channel_(t); }
+  OperandView<acc> each(const Tile& t) const {
+    return each_ ? OperandView<acc>{each_->load(t), true, 0} : OperandView<acc>{};
+  }
+  OperandView<acc> operator()(const Tile& t) { return each_ ? each(t) : channel(t); }
 
  private:
-  OfChannels<acc> channel_;
+  PerChannel<acc> channel_;
   std::optional<Operand<acc>> each_;
 };
 
 template <typename acc>
-void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_, const std::optional<Tensor>& log_scale_, const Grid& grid,
-                 const Tensor& log_prob) {
+void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_,
+                 const std::optional<Tensor>& log_scale_, const Grid& grid, const Tensor& log_prob) {
   const Channels z(z_, 0, 1, grid);
-  const Terms<acc> terms(mean_, log_scale_, grid);
-  const double positions = grid.vectors ? 1 : grid.positions, rest = positions * (grid.channels * LOG_2PI / 2 + terms.sum_of_channels);
+  const Parameters<acc> terms(mean_, log_scale_, grid);
+  const double positions = grid.vectors ? 1 : grid.positions,
+               rest = positions * (grid.channels * LOG_2PI / 2 + terms.sum_of_channels);
   const auto from_sum = [&](double sum) { return static_cast<acc>(-sum / 2 - rest); };
   const int64_t tiles = grid.tiles();
   const Buffer<double> sums(grid.vectors ? 0 : tiles);
@@ -181,12 +191,13 @@ void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_, const std
   torch::stable::parallel_for(0, tiles, GRAIN, [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(6, grid);
     const Operand<acc> v(z, buffers);
-    TermOfTile<acc> mean(terms.mean, grid, buffers), log_scale(terms.log_scale, grid, buffers);
+    TileParameter<acc> mean(terms.mean, grid, buffers), log_scale(terms.log_scale, grid, buffers);
     acc* of_elements = buffers.next();
-    const Buffer<double> of_lines(grid.together);
+    const Buffer<double> of_lines(grid.lines_per_tile);
     for (int64_t i = begin; i < end; ++i) {
       const Tile tile = grid[i];
-      const Density<acc> d{{grid, tile}, v.load(tile), mean(tile), log_scale.channel(tile), log_scale.each(tile)};
+      const Density<acc> d{
+          {grid, tile}, v.load(tile), mean(tile), log_scale.channel(tile), log_scale.each(tile)};
       if (!grid.vectors) {
         density_sum(DensitySum<acc>{d, sums.get() + i});
         continue;
@@ -207,14 +218,15 @@ void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_, const std
 
 // Where a term's gradient goes: into a tensor like it, or where it is one of channels into sums.
 template <typename acc>
-class GradientOfTile {
+class TileGradient {
  public:
-  GradientOfTile(const Term<acc>& term, const std::optional<Channels>& each, const Grid& grid, Buffers<acc>& buffers)
+  TileGradient(const Parameter<acc>& term, const std::optional<Channels>& each, const Grid& grid,
+               Buffers<acc>& buffers)
       : channels_(grid.channels) {
     if (each) each_.emplace(*each, buffers);
     if (term.channel) sums_.emplace(grid), of_elements_ = buffers.next();
   }
-  acc* room(const Tile& t) const { return each_ ? each_->room(t) : of_elements_; }
+  acc* output(const Tile& t) const { return each_ ? each_->output(t) : of_elements_; }
   void store(const Tile& t) {
     if (each_) each_->store(t);
     if (sums_) sums_->add(of_elements_, t);
@@ -241,40 +253,48 @@ class Gradient {
     if (term && term->dim() > 1) each_.emplace(*term);
     else channel_ = term ? empty(*term, {term->size(0)}) : empty(z, {0});
   }
-  std::optional<Channels> each(const Grid& grid) const { return each_ ? std::optional(Channels(each_->room(), 0, 1, grid)) : std::nullopt; }
+  std::optional<Channels> each(const Grid& grid) const {
+    return each_ ? std::optional(Channels(each_->kernel_output(), 0, 1, grid)) : std::nullopt;
+  }
   Tensor laid_out(const double* sums) {
-    if (each_) return each_->laid_out();
+    if (each_) return each_->finalize();
     for_dtype(channel_.scalar_type(), [&](auto value) { write<decltype(value)>(channel_, sums); });
     return channel_;
   }
 
  private:
-  std::optional<Result> each_;
+  std::optional<OutputBuffer> each_;
   Tensor channel_;
 };
 
 // The channels' gradients become sums: [2, channels] in the first slot's place, of [slots, 2, channels].
 template <typename acc>
-void backward_of(const Tensor& z_, const std::optional<Tensor>& mean_, const std::optional<Tensor>& log_scale_, const Tensor& dlog_prob_,
-                 const Grid& grid, const Slots& slots, const Tensor& dz_, const Gradient& dmean_, const Gradient& dlog_scale_,
+void backward_of(const Tensor& z_, const std::optional<Tensor>& mean_,
+                 const std::optional<Tensor>& log_scale_, const Tensor& dlog_prob_, const Grid& grid,
+                 const Slots& slots, const Tensor& dz_, const Gradient& dmean_, const Gradient& dlog_scale_,
                  double* sums) {
   const Channels z(z_, 0, 1, grid), dz(dz_, 0, 1, grid);
-  const Terms<acc> terms(mean_, log_scale_, grid);
+  const Parameters<acc> terms(mean_, log_scale_, grid);
   const std::optional<Channels> each_mean = dmean_.each(grid), each_log_scale = dlog_scale_.each(grid);
   const Buffer<acc> dlog_prob = values_of<acc>(dlog_prob_);
   torch::stable::parallel_for(0, slots.count, slots.grain(GRAIN), [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(9, grid);
     const Operand<acc> v(z, buffers), dv(dz, buffers);
-    TermOfTile<acc> mean(terms.mean, grid, buffers), log_scale(terms.log_scale, grid, buffers);
-    GradientOfTile<acc> dmean(terms.mean, each_mean, grid, buffers), dlog_scale(terms.log_scale, each_log_scale, grid, buffers);
-    OfSamples<acc> g(dlog_prob.get(), grid, buffers);
+    TileParameter<acc> mean(terms.mean, grid, buffers), log_scale(terms.log_scale, grid, buffers);
+    TileGradient<acc> dmean(terms.mean, each_mean, grid, buffers),
+        dlog_scale(terms.log_scale, each_log_scale, grid, buffers);
+    PerSample<acc> g(dlog_prob.get(), grid, buffers);
     for (int64_t slot = begin; slot < end; ++slot) {
       dmean.clear();
       dlog_scale.clear();
       for (int64_t i = slots.first(slot); i < slots.first(slot + 1); ++i) {
         const Tile tile = grid[i];
-        density_backward(DensityBackward<acc>{{{grid, tile}, v.load(tile), mean(tile), log_scale.channel(tile), log_scale.each(tile)},
-                                              g(tile), dv.room(tile), dmean.room(tile), dlog_scale.room(tile)});
+        density_backward(DensityBackward<acc>{
+            {{grid, tile}, v.load(tile), mean(tile), log_scale.channel(tile), log_scale.each(tile)},
+            g(tile),
+            dv.output(tile),
+            dmean.output(tile),
+            dlog_scale.output(tile)});
         dv.store(tile);
         dmean.store(tile);
         dlog_scale.store(tile);
@@ -286,32 +306,39 @@ void backward_of(const Tensor& z_, const std::optional<Tensor>& mean_, const std
   add_slots(sums, slots.count, 2 * grid.channels);
 }
 
-std::optional<Tensor> with_positions(const std::optional<Tensor>& term) {
-  return term && term->dim() > 1 ? std::optional(fastflow::with_positions(*term)) : term;
+std::optional<Tensor> with_position_stride(const std::optional<Tensor>& term) {
+  return term && term->dim() > 1 ? std::optional(fastflow::with_position_stride(*term)) : term;
 }
 
-Tensor gaussian_log_prob(const Tensor& z_, const std::optional<Tensor>& mean, const std::optional<Tensor>& log_scale) {
+Tensor gaussian_log_prob(const Tensor& z_, const std::optional<Tensor>& mean,
+                         const std::optional<Tensor>& log_scale) {
   check_gaussian_log_prob("gaussian_log_prob", z_, mean, log_scale);
-  const Tensor z = fastflow::with_positions(z_), log_prob = empty(z, {z.size(0)}, accumulator_of(z));
+  const Tensor z = fastflow::with_position_stride(z_), log_prob = empty(z, {z.size(0)}, accumulator_of(z));
   const Grid grid(z, z.size(1), z);
-  for_accumulator(z, [&](auto acc) { log_prob_of<decltype(acc)>(z, with_positions(mean), with_positions(log_scale), grid, log_prob); });
+  for_accumulator(z, [&](auto acc) {
+    log_prob_of<decltype(acc)>(z, with_position_stride(mean), with_position_stride(log_scale), grid,
+                               log_prob);
+  });
   return log_prob;
 }
 
-std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_backward(const Tensor& z, const std::optional<Tensor>& mean,
-                                                              const std::optional<Tensor>& log_scale, const Tensor& dlog_prob) {
+std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_backward(const Tensor& z,
+                                                              const std::optional<Tensor>& mean,
+                                                              const std::optional<Tensor>& log_scale,
+                                                              const Tensor& dlog_prob) {
   check_gaussian_log_prob_backward("gaussian_log_prob_backward", z, mean, log_scale, dlog_prob);
-  Result dz(z);
+  OutputBuffer dz(z);
   Gradient dmean(z, mean), dlog_scale(z, log_scale);
-  const Grid grid(z, z.size(1), dz.room());
+  const Grid grid(z, z.size(1), dz.kernel_output());
   const Slots slots(grid);
   const Buffer<double> sums(std::max<int64_t>(1, slots.count) * 2 * grid.channels);
   std::fill_n(sums.get(), 2 * grid.channels, 0.);
   for_accumulator(z, [&](auto acc) {
-    backward_of<decltype(acc)>(fastflow::with_positions(z), with_positions(mean), with_positions(log_scale), dlog_prob, grid, slots,
-                               dz.room(), dmean, dlog_scale, sums.get());
+    backward_of<decltype(acc)>(fastflow::with_position_stride(z), with_position_stride(mean),
+                               with_position_stride(log_scale), dlog_prob, grid, slots, dz.kernel_output(),
+                               dmean, dlog_scale, sums.get());
   });
-  return {dz.laid_out(), dmean.laid_out(sums.get()), dlog_scale.laid_out(sums.get() + grid.channels)};
+  return {dz.finalize(), dmean.laid_out(sums.get()), dlog_scale.laid_out(sums.get() + grid.channels)};
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// fastflow_C::lu_weight and its backward on the CPU: W = (L (U + diag s))[perm], its inverse and log|det|, of a stack.
+// fastflow_C::lu_weight and its backward on the CPU: W = (L (U + diag s))[perm], its inverse and log|det|, of
+// a stack.
 #include "stable.h"
 
 #include <algorithm>
@@ -19,7 +20,10 @@ struct Stack {
   int64_t batch, row, col;
 
   explicit Stack(const Tensor& t)
-      : data(t.const_data_ptr<T>()), batch(t.stride(0)), row(t.dim() > 1 ? t.stride(1) : 0), col(t.dim() > 2 ? t.stride(2) : 0) {}
+      : data(t.const_data_ptr<T>()),
+        batch(t.stride(0)),
+        row(t.dim() > 1 ? t.stride(1) : 0),
+        col(t.dim() > 2 ? t.stride(2) : 0) {}
   T operator()(int64_t k, int64_t i = 0, int64_t j = 0) const { return data[k * batch + i * row + j * col]; }
 };
 
@@ -51,7 +55,8 @@ void multiply(int64_t n, const T* a, int64_t a_row, int64_t a_col, const Square<
 
 // L and U with their diagonals, each triangle's other half 0.
 template <typename T>
-void load_factors(int64_t k, int64_t n, const Stack<T>& lower, const Stack<T>& upper, const T* s, const Square<T>& L, const Square<T>& U) {
+void load_factors(int64_t k, int64_t n, const Stack<T>& lower, const Stack<T>& upper, const T* s,
+                  const Square<T>& L, const Square<T>& U) {
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < i; ++j) L(i, j) = lower(k, i, j), U(i, j) = T(0);
     L(i, i) = T(1), U(i, i) = s[i];
@@ -68,16 +73,16 @@ void check_permutation(const char* op, const Stack<int64_t>& perm, int64_t K, in
     uint64_t named = 0;  // n is at most 64
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = perm(k, i);
-      STD_TORCH_CHECK(0 <= row && row < n && !(named >> row & 1), op, ": perm of matrix ", k, " has ", row, " at place ", i,
-                      ", expected each of 0 to ", n - 1, " once");
+      STD_TORCH_CHECK(0 <= row && row < n && !(named >> row & 1), op, ": perm of matrix ", k, " has ", row,
+                      " at place ", i, ", expected each of 0 to ", n - 1, " once");
       named |= uint64_t(1) << row;
     }
   }
 }
 
 template <typename T>
-void run(const Tensor& perm_, const Tensor& lower_, const Tensor& upper_, const Tensor& log_s_, const Tensor& sign_s_, const Tensor& weight,
-         const Tensor& weight_inverse, const Tensor& log_det) {
+void run(const Tensor& perm_, const Tensor& lower_, const Tensor& upper_, const Tensor& log_s_,
+         const Tensor& sign_s_, const Tensor& weight, const Tensor& weight_inverse, const Tensor& log_det) {
   const int64_t K = lower_.size(0), n = lower_.size(1);
   const Stack<int64_t> perm(perm_);
   const Stack<T> lower(lower_), upper(upper_), log_s(log_s_), sign_s(sign_s_);
@@ -118,20 +123,22 @@ void run(const Tensor& perm_, const Tensor& lower_, const Tensor& upper_, const 
 }
 
 template <typename T>
-void run_backward(const Tensor& perm_, const Tensor& lower_, const Tensor& upper_, const Tensor& log_s_, const Tensor& sign_s_,
-                  const Tensor& weight_inverse_, const Tensor& dweight_, const Tensor& dweight_inverse_, const Tensor& dlog_det_,
-                  const Tensor& dlower, const Tensor& dupper, const Tensor& dlog_s) {
+void run_backward(const Tensor& perm_, const Tensor& lower_, const Tensor& upper_, const Tensor& log_s_,
+                  const Tensor& sign_s_, const Tensor& weight_inverse_, const Tensor& dweight_,
+                  const Tensor& dweight_inverse_, const Tensor& dlog_det_, const Tensor& dlower,
+                  const Tensor& dupper, const Tensor& dlog_s) {
   const int64_t K = lower_.size(0), n = lower_.size(1);
   const Stack<int64_t> perm(perm_);
-  const Stack<T> lower(lower_), upper(upper_), log_s(log_s_), sign_s(sign_s_), inverse(weight_inverse_), dweight(dweight_),
-      dinverse(dweight_inverse_), dlog_det(dlog_det_);
+  const Stack<T> lower(lower_), upper(upper_), log_s(log_s_), sign_s(sign_s_), inverse(weight_inverse_),
+      dweight(dweight_), dinverse(dweight_inverse_), dlog_det(dlog_det_);
   T* dlower_ptr = dlower.mutable_data_ptr<T>();
   T* dupper_ptr = dupper.mutable_data_ptr<T>();
   T* dlog_s_ptr = dlog_s.mutable_data_ptr<T>();
   check_permutation("lu_weight_backward", perm, K, n);
   torch::stable::parallel_for(0, K, grain_of(n), [&](int64_t begin, int64_t end) {
     const Squares<T> squares(6, n);
-    const Square<T> L = squares[0], U = squares[1], transposed = squares[2], product = squares[3], G = squares[4], dA = squares[5];
+    const Square<T> L = squares[0], U = squares[1], transposed = squares[2], product = squares[3],
+                    G = squares[4], dA = squares[5];
     const Buffer<T> s(n);
     for (int64_t k = begin; k < end; ++k) {
       for (int64_t i = 0; i < n; ++i) s.get()[i] = sign_s(k, i) * std::exp(log_s(k, i));
@@ -164,27 +171,33 @@ void run_backward(const Tensor& perm_, const Tensor& lower_, const Tensor& upper
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
-                                             const Tensor& sign_s) {
+std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper,
+                                             const Tensor& log_s, const Tensor& sign_s) {
   check_lu_weight(perm, lower, upper, log_s, sign_s);
   const int64_t K = lower.size(0), n = lower.size(1);
   Tensor weight = empty(lower, {K, n, n}), weight_inverse = empty(lower, {K, n, n});
   Tensor log_det = n ? empty(lower, {K}) : torch::stable::new_zeros(lower, {K});
   if (lower.numel())
-    (lower.scalar_type() == ScalarType::Float ? run<float> : run<double>)(perm, lower, upper, log_s, sign_s, weight, weight_inverse, log_det);
+    (lower.scalar_type() == ScalarType::Float ? run<float> : run<double>)(perm, lower, upper, log_s, sign_s,
+                                                                          weight, weight_inverse, log_det);
   return {weight, weight_inverse, log_det};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
-                                                      const Tensor& sign_s, const Tensor& weight_inverse, const Tensor& dweight,
-                                                      const Tensor& dweight_inverse, const Tensor& dlog_det) {
-  check_lu_weight_backward(perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse, dlog_det);
+std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& perm, const Tensor& lower,
+                                                      const Tensor& upper, const Tensor& log_s,
+                                                      const Tensor& sign_s, const Tensor& weight_inverse,
+                                                      const Tensor& dweight, const Tensor& dweight_inverse,
+                                                      const Tensor& dlog_det) {
+  check_lu_weight_backward(perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse,
+                           dlog_det);
   const int64_t K = lower.size(0), n = lower.size(1);
   Tensor dlower = empty(lower, {K, n, n}), dupper = empty(lower, {K, n, n});
   Tensor dlog_s = empty(lower, {K, n});
   if (lower.numel())
-    (lower.scalar_type() == ScalarType::Float ? run_backward<float> : run_backward<double>)(
-        perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse, dlog_det, dlower, dupper, dlog_s);
+    (lower.scalar_type() == ScalarType::Float
+         ? run_backward<float>
+         : run_backward<double>)(perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse,
+                                 dlog_det, dlower, dupper, dlog_s);
   return {dlower, dupper, dlog_s};
 }
 

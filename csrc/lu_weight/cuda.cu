@@ -1,8 +1,8 @@
 // fastflow_C::lu_weight and lu_weight_backward on CUDA.
 #include "stable.h"
 
-#include "lu_weight/kernels.h"
 #include "cuda/device.cuh"
+#include "lu_weight/kernels.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastflow_C, CUDA, m) {
   m.impl("lu_weight", TORCH_BOX(&fastflow::lu_weight<fastflow::Cuda>));

@@ -1,21 +1,23 @@
 #pragma once
-// The weights of a stack of LU-parameterized 1x1 convolutions, C <= 64, a block for each matrix, as CUDA kernels in the
-// words of block.h; see docs/maths.md for the formulas.
+// The weights of a stack of LU-parameterized 1x1 convolutions, C <= 64, a block for each matrix, as CUDA
+// kernels in the words of block.h; see docs/maths.md for the formulas.
 //
-// Bound: the launch. A stack of K = 32, C = 48 is 0.6 MB in and out and 16 million operations on 32 multiprocessors; what
-// takes time is the 48 dependent steps of the inversion, each a barrier, so both triangles are inverted in the same steps.
+// Bound: the launch. A stack of K = 32, C = 48 is 0.6 MB in and out and 16 million operations on 32
+// multiprocessors; what takes time is the 48 dependent steps of the inversion, each a barrier, so both
+// triangles are inverted in the same steps.
 #include <cmath>
 #include <tuple>
 
+#include "stable.h"
+#include <torch/csrc/stable/ops.h>
 #include "arguments.h"
 #include "block.h"
 #include "singular.h"
-#include "stable.h"
-#include <torch/csrc/stable/ops.h>
 
 namespace fastflow {
 
-// C x C numbers in shared memory, rows an odd distance apart: rows and columns are both read without bank conflicts.
+// C x C numbers in shared memory, rows an odd distance apart: rows and columns are both read without bank
+// conflicts.
 template <typename T>
 struct Square {
   Span<T> span;
@@ -23,8 +25,8 @@ struct Square {
   FASTFLOW_HD T& operator()(int i, int j) const { return span[i * stride + j]; }
 };
 
-// out(i, j, sum over k of a(i, k) b(k, j)), sixteen results a thread; rows and columns of the sixteen lie a quarter of C
-// apart, so that neighbouring threads read neighbouring numbers.
+// out(i, j, sum over k of a(i, k) b(k, j)), sixteen results a thread; rows and columns of the sixteen lie a
+// quarter of C apart, so that neighbouring threads read neighbouring numbers.
 template <int THREADS, typename T, class A, class B, class Out>
 FASTFLOW_HD void product(int thread, int channels, A a, B b, Out out) {
   const int side = (channels + 3) / 4;
@@ -51,7 +53,8 @@ FASTFLOW_HD void product(int thread, int channels, A a, B b, Out out) {
     for (int r = 0; r < 4; ++r) {
       FASTFLOW_UNROLL
       for (int q = 0; q < 4; ++q)
-        if (tile / side + r * side < channels && tile % side + q * side < channels) out(i[r], j[q], sum[r][q]);
+        if (tile / side + r * side < channels && tile % side + q * side < channels)
+          out(i[r], j[q], sum[r][q]);
     }
   }
 }
@@ -76,14 +79,16 @@ struct Factors {
     return row >= 0 && row < channels ? static_cast<int>(row) : 0;
   }
   // element (i, j) of L or U of matrix k, whatever is stored in the other triangle
-  FASTFLOW_HD T l(int64_t k, int channels, int i, int j) const { return i > j ? lower(k, i * channels + j) : T(i == j); }
+  FASTFLOW_HD T l(int64_t k, int channels, int i, int j) const {
+    return i > j ? lower(k, i * channels + j) : T(i == j);
+  }
   FASTFLOW_HD T u(int64_t k, int channels, int i, int j) const {
     return i < j ? upper(k, i * channels + j) : i == j ? diagonal(k, i) : T(0);
   }
 };
 
-// W = (L U)[perm], W^-1 = (U^-1 L^-1)[:, perm], log_det. Both triangles are inverted by rows, column by column of the
-// triangle: a pivot's row is taken, times the column, from all rows beyond it.
+// W = (L U)[perm], W^-1 = (U^-1 L^-1)[:, perm], log_det. Both triangles are inverted by rows, column by
+// column of the triangle: a pivot's row is taken, times the column, from all rows beyond it.
 template <typename T>
 struct LUWeightKernel {
   static constexpr int THREADS = 256, RESIDENT = 1, HALF = THREADS / 2, ROWS = 8, COLUMNS = HALF / ROWS;
@@ -92,10 +97,12 @@ struct LUWeightKernel {
   Stack<T> weight, weight_inverse;
   Span<T> log_det;
   int channels;
-  int64_t* report;
+  int64_t* fault;
 
   static int stride(int channels) { return channels | 1; }
-  int64_t shared_bytes() const { return sizeof(T) * (4 * channels * stride(channels) + 2 * channels + 24) + sizeof(int) * (channels + 4); }
+  int64_t shared_bytes() const {
+    return sizeof(T) * (4 * channels * stride(channels) + 2 * channels + 24) + sizeof(int) * (channels + 4);
+  }
 
   template <class Block>
   FASTFLOW_HD void operator()(Block& block) const {
@@ -115,23 +122,24 @@ struct LUWeightKernel {
       }
       for (int i = thread; i < channels; i += THREADS) {
         const T d = factors.diagonal(k, i);
-        if (!usable(d)) *report = word_of(Fault::diagonal_of_lu_weight, k, i);
+        if (!is_finite_nonzero(d)) *fault = encode_fault(Fault::diagonal_of_lu_weight, k, i);
         reciprocal[i] = T(1) / d;
         perm[i] = factors.row(k, channels, i);
-        if (perm[i] != factors.perm(k, i)) *report = word_of(Fault::perm_of_lu_weight, k, i);
+        if (perm[i] != factors.perm(k, i)) *fault = encode_fault(Fault::perm_of_lu_weight, k, i);
         log_s[i] = factors.log_s(k, i);
       }
     });
     block.phase([&](int thread) {
       product<THREADS, T>(
-          thread, channels, [&](int i, int q) { return l(perm[i], q); }, [&](int q, int j) { return u(q, j); },
+          thread, channels, [&](int i, int q) { return l(perm[i], q); },
+          [&](int q, int j) { return u(q, j); },
           [&](int i, int j, T sum) { weight(k, i * channels + j) = sum; });
       if (thread == THREADS - 1) {  // the last to get a product, where there are as many
         T sum = 0;
         uint64_t named = 0;
         for (int i = 0; i < channels; ++i) {
           sum += log_s[i];
-          if (named >> perm[i] & 1) *report = word_of(Fault::perm_of_lu_weight, k, i);
+          if (named >> perm[i] & 1) *fault = encode_fault(Fault::perm_of_lu_weight, k, i);
           named |= uint64_t(1) << perm[i];
         }
         log_det[k] = sum;
@@ -150,13 +158,15 @@ struct LUWeightKernel {
           const T scale = reciprocal[pivot];
           for (int i = row; i < pivot; i += ROWS) {
             const T factor = u(i, pivot);
-            for (int j = pivot + column; j < channels; j += COLUMNS) u_inverse(i, j) -= factor * (scale * u_inverse(pivot, j));
+            for (int j = pivot + column; j < channels; j += COLUMNS)
+              u_inverse(i, j) -= factor * (scale * u_inverse(pivot, j));
           }
         }
       });
     block.phase([&](int thread) {
       product<THREADS, T>(
-          thread, channels, [&](int i, int q) { return u_inverse(i, q); }, [&](int q, int j) { return l_inverse(q, perm[j]); },
+          thread, channels, [&](int i, int q) { return u_inverse(i, q); },
+          [&](int q, int j) { return l_inverse(q, perm[j]); },
           [&](int i, int j, T sum) { weight_inverse(k, i * channels + j) = reciprocal[i] * sum; });
     });
   }
@@ -181,7 +191,8 @@ struct LUWeightBackwardKernel {
     const auto square = [&] { return Square<T>{block.template shared<T>(channels * stride), stride}; };
     const Square<T> first = square(), second = square(), third = square();
     const auto fill = [&](int thread, const Square<T>& to, auto value) {
-      for (int at = thread; at < channels * channels; at += THREADS) to(at / channels, at % channels) = value(at / channels, at % channels);
+      for (int at = thread; at < channels * channels; at += THREADS)
+        to(at / channels, at % channels) = value(at / channels, at % channels);
     };
     // first = W^-1, second = its gradient
     block.phase([&](int thread) {
@@ -190,14 +201,17 @@ struct LUWeightBackwardKernel {
     });
     block.phase([&](int thread) {
       product<THREADS, T>(
-          thread, channels, [&](int i, int q) { return first(q, i); }, [&](int q, int j) { return second(q, j); },
-          [&](int i, int j, T sum) { third(i, j) = sum; });
+          thread, channels, [&](int i, int q) { return first(q, i); },
+          [&](int q, int j) { return second(q, j); }, [&](int i, int j, T sum) { third(i, j) = sum; });
     });
     // second = the gradient of L U, rows put back
     block.phase([&](int thread) {
       product<THREADS, T>(
-          thread, channels, [&](int i, int q) { return third(i, q); }, [&](int q, int j) { return first(j, q); },
-          [&](int i, int j, T sum) { second(factors.row(k, channels, i), j) = dweight(k, i * channels + j) - sum; });
+          thread, channels, [&](int i, int q) { return third(i, q); },
+          [&](int q, int j) { return first(j, q); },
+          [&](int i, int j, T sum) {
+            second(factors.row(k, channels, i), j) = dweight(k, i * channels + j) - sum;
+          });
     });
     block.phase([&](int thread) {
       fill(thread, first, [&](int i, int j) { return factors.l(k, channels, i, j); });
@@ -205,10 +219,12 @@ struct LUWeightBackwardKernel {
     });
     block.phase([&](int thread) {
       product<THREADS, T>(
-          thread, channels, [&](int i, int q) { return second(i, q); }, [&](int q, int j) { return third(j, q); },
+          thread, channels, [&](int i, int q) { return second(i, q); },
+          [&](int q, int j) { return third(j, q); },
           [&](int i, int j, T sum) { dlower(k, i * channels + j) = i > j ? sum : T(0); });
       product<THREADS, T>(
-          thread, channels, [&](int i, int q) { return first(q, i); }, [&](int q, int j) { return second(q, j); },
+          thread, channels, [&](int i, int q) { return first(q, i); },
+          [&](int q, int j) { return second(q, j); },
           [&](int i, int j, T sum) {
             dupper(k, i * channels + j) = i < j ? sum : T(0);
             if (i == j) dlog_s(k, i) = sum * third(i, i) + dlog_det[k];
@@ -217,7 +233,8 @@ struct LUWeightBackwardKernel {
   }
 };
 
-// the ops -----------------------------------------------------------------------------------------------------------
+// the ops
+// -----------------------------------------------------------------------------------------------------------
 
 template <typename T, typename Element = std::remove_const_t<T>>
 Stack<T> stack_of(const Tensor& dense) {
@@ -228,26 +245,32 @@ Stack<T> stack_of(const Tensor& dense) {
 }
 
 template <typename T>
-Factors<T> factors_of(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s, const Tensor& sign_s) {
-  return {stack_of<const int64_t>(perm), stack_of<const T>(lower), stack_of<const T>(upper), stack_of<const T>(log_s),
-          stack_of<const T>(sign_s)};
+Factors<T> factors_of(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
+                      const Tensor& sign_s) {
+  return {stack_of<const int64_t>(perm), stack_of<const T>(lower), stack_of<const T>(upper),
+          stack_of<const T>(log_s), stack_of<const T>(sign_s)};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
-                                             const Tensor& sign_s) {
+std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper,
+                                             const Tensor& log_s, const Tensor& sign_s) {
   using torch::stable::contiguous;
   check_lu_weight(perm, lower, upper, log_s, sign_s);
   const typename Device::Guard guard(lower);
   raise_singular<Device>();
   const int64_t stack = lower.size(0), channels = lower.size(1);
-  const Tensor p = contiguous(perm), l = contiguous(lower), u = contiguous(upper), s = contiguous(log_s), sign = contiguous(sign_s);
-  const auto room = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(lower, size); };
-  const Tensor weight = room({stack, channels, channels}), weight_inverse = room({stack, channels, channels}), log_det = room({stack});
+  const Tensor p = contiguous(perm), l = contiguous(lower), u = contiguous(upper), s = contiguous(log_s),
+               sign = contiguous(sign_s);
+  const auto empty = [&](std::initializer_list<int64_t> size) {
+    return torch::stable::new_empty(lower, size);
+  };
+  const Tensor weight = empty({stack, channels, channels}),
+               weight_inverse = empty({stack, channels, channels}), log_det = empty({stack});
   const auto launch = [&](auto value) {
     using T = decltype(value);
-    const LUWeightKernel<T> kernel{factors_of<T>(p, l, u, s, sign), stack_of<T>(weight), stack_of<T>(weight_inverse),
-                                   stack_of<T>(log_det).span, static_cast<int>(channels), Device::report()};
+    const LUWeightKernel<T> kernel{factors_of<T>(p, l, u, s, sign), stack_of<T>(weight),
+                                   stack_of<T>(weight_inverse),     stack_of<T>(log_det).span,
+                                   static_cast<int>(channels),      Device::fault_word()};
     Device::launch(kernel, stack, kernel.shared_bytes());
   };
   if (stack) lower.scalar_type() == torch::headeronly::ScalarType::Float ? launch(float()) : launch(double());
@@ -255,23 +278,31 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& l
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& perm, const Tensor& lower, const Tensor& upper, const Tensor& log_s,
-                                                      const Tensor& sign_s, const Tensor& weight_inverse, const Tensor& dweight,
-                                                      const Tensor& dweight_inverse, const Tensor& dlog_det) {
+std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& perm, const Tensor& lower,
+                                                      const Tensor& upper, const Tensor& log_s,
+                                                      const Tensor& sign_s, const Tensor& weight_inverse,
+                                                      const Tensor& dweight, const Tensor& dweight_inverse,
+                                                      const Tensor& dlog_det) {
   using torch::stable::contiguous;
-  check_lu_weight_backward(perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse, dlog_det);
+  check_lu_weight_backward(perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse,
+                           dlog_det);
   const typename Device::Guard guard(lower);
   const int64_t stack = lower.size(0), channels = lower.size(1);
-  const Tensor p = contiguous(perm), l = contiguous(lower), u = contiguous(upper), s = contiguous(log_s), sign = contiguous(sign_s);
-  const Tensor v = contiguous(weight_inverse), dw = contiguous(dweight), dv = contiguous(dweight_inverse), dlog = contiguous(dlog_det);
-  const auto room = [&](std::initializer_list<int64_t> size) { return torch::stable::new_empty(lower, size); };
-  const Tensor dlower = room({stack, channels, channels}), dupper = room({stack, channels, channels}), dlog_s = room({stack, channels});
+  const Tensor p = contiguous(perm), l = contiguous(lower), u = contiguous(upper), s = contiguous(log_s),
+               sign = contiguous(sign_s);
+  const Tensor v = contiguous(weight_inverse), dw = contiguous(dweight), dv = contiguous(dweight_inverse),
+               dlog = contiguous(dlog_det);
+  const auto empty = [&](std::initializer_list<int64_t> size) {
+    return torch::stable::new_empty(lower, size);
+  };
+  const Tensor dlower = empty({stack, channels, channels}), dupper = empty({stack, channels, channels}),
+               dlog_s = empty({stack, channels});
   const auto launch = [&](auto value) {
     using T = decltype(value);
-    const LUWeightBackwardKernel<T> kernel{factors_of<T>(p, l, u, s, sign), stack_of<const T>(v), stack_of<const T>(dw),
-                                           stack_of<const T>(dv), stack_of<const T>(dlog).span, stack_of<T>(dlower),
-                                           stack_of<T>(dupper), stack_of<T>(dlog_s),
-                                           static_cast<int>(channels)};
+    const LUWeightBackwardKernel<T> kernel{
+        factors_of<T>(p, l, u, s, sign), stack_of<const T>(v), stack_of<const T>(dw), stack_of<const T>(dv),
+        stack_of<const T>(dlog).span,    stack_of<T>(dlower),  stack_of<T>(dupper),   stack_of<T>(dlog_s),
+        static_cast<int>(channels)};
     Device::launch(kernel, stack, kernel.shared_bytes());
   };
   if (stack) lower.scalar_type() == torch::headeronly::ScalarType::Float ? launch(float()) : launch(double());

@@ -1,5 +1,5 @@
-// fastflow_C::uniform_noise and normal_noise: [n, d] numbers from Philox4x32-10 (Salmon et al., SC'11), the same bits as
-// fastflow/reference.py has, normal ones to rounding. 4 bytes an element of float32, written.
+// fastflow_C::uniform_noise and normal_noise: [n, d] numbers from Philox4x32-10 (Salmon et al., SC'11), the
+// same bits as fastflow/reference.py has, normal ones to rounding. 4 bytes an element of float32, written.
 #include "stable.h"
 
 #include "noise/noise.h"
@@ -15,20 +15,23 @@ namespace {
 
 enum Stream : uint32_t { UNIFORM_STREAM, NORMAL_STREAM };  // the second word of the counter
 
-constexpr int64_t TOGETHER = 64;    // blocks that are computed at once, in vectors of one word of each
+constexpr int64_t BLOCKS = 64;      // blocks that are computed at once, in vectors of one word of each
 constexpr int64_t GRAIN = 1 << 12;  // blocks that are worth a thread
 
 struct alignas(64) Words {
-  uint32_t word[4][TOGETHER];
+  uint32_t word[4][BLOCKS];
 };
 
-// Counters, and the words made of them: counter (block, stream, low and high word of the sample), key the seed's two words.
+// Counters, and the words made of them: counter (block, stream, low and high word of the sample), key the
+// seed's two words.
 FASTFLOW_INLINE void philox(uint64_t seed, Stream stream, const Words& counters, Words& words) {
   const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
-  for (int64_t i = 0; i < TOGETHER; ++i) {
-    uint32_t c0 = counters.word[0][i], c1 = stream, c2 = counters.word[2][i], c3 = counters.word[3][i], k0 = low, k1 = high;
+  for (int64_t i = 0; i < BLOCKS; ++i) {
+    uint32_t c0 = counters.word[0][i], c1 = stream, c2 = counters.word[2][i], c3 = counters.word[3][i],
+             k0 = low, k1 = high;
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {  // unrolled, so that the loop around it is the one that becomes vectors
+    for (int round = 0; round < 10;
+         ++round) {  // unrolled, so that the loop around it is the one that becomes vectors
       const uint64_t p0 = uint64_t(c0) * 0xD2511F53, p1 = uint64_t(c2) * 0xCD9E8D57;
       c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, c1 = static_cast<uint32_t>(p1);
       c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1, c3 = static_cast<uint32_t>(p0);
@@ -41,7 +44,7 @@ FASTFLOW_INLINE void philox(uint64_t seed, Stream stream, const Words& counters,
 // Multiples of 2^-16: the low, then the high half of each word.
 template <typename T>
 FASTFLOW_INLINE void uniform(const Words& words, T* __restrict to) {
-  for (int64_t i = 0; i < TOGETHER; ++i)
+  for (int64_t i = 0; i < BLOCKS; ++i)
     for (int j = 0; j < 4; ++j) {
       to[UNIFORM * i + 2 * j] = T(static_cast<int32_t>(words.word[j][i] & 0xFFFF)) * T(0x1p-16);
       to[UNIFORM * i + 2 * j + 1] = T(static_cast<int32_t>(words.word[j][i] >> 16)) * T(0x1p-16);
@@ -51,10 +54,10 @@ FASTFLOW_INLINE void uniform(const Words& words, T* __restrict to) {
 // By Box and Muller, from the word pairs (0, 1) and (2, 3).
 template <int BYTES, typename T>
 FASTFLOW_INLINE void normal(const Words& words, T* __restrict to) {
-  using M = Elementary<T, BYTES>;
-  alignas(64) T pair[2][2][TOGETHER];  // cosines, sines
+  using M = SimdMath<T, BYTES>;
+  alignas(64) T pair[2][2][BLOCKS];  // cosines, sines
   for (int k = 0; k < 2; ++k)
-    for (int64_t i = 0; i < TOGETHER; i += M::COUNT) {
+    for (int64_t i = 0; i < BLOCKS; i += M::COUNT) {
       const auto square = M::log((M::of_words(words.word[2 * k] + i) + T(0.5)) * T(0x1p-32)) * T(-2);
       typename M::V cos, sin;
       M::cos_sin(words.word[2 * k + 1] + i, cos, sin);
@@ -62,7 +65,7 @@ FASTFLOW_INLINE void normal(const Words& words, T* __restrict to) {
       M::store(pair[k][0] + i, radius * cos);
       M::store(pair[k][1] + i, radius * sin);
     }
-  for (int64_t i = 0; i < TOGETHER; ++i)
+  for (int64_t i = 0; i < BLOCKS; ++i)
     for (int k = 0; k < 2; ++k)
       for (int s = 0; s < 2; ++s) to[NORMAL * i + 2 * k + s] = pair[k][s][i];
 }
@@ -70,11 +73,11 @@ FASTFLOW_INLINE void normal(const Words& words, T* __restrict to) {
 template <int64_t EACH, int BYTES, typename T>
 FASTFLOW_INLINE void draw(const Draw<T>& d) {
   Words counters{}, words;
-  alignas(64) T last[EACH * TOGETHER];
+  alignas(64) T last[EACH * BLOCKS];
   uint64_t sample = d.sample;
   int64_t block = d.block;
-  for (int64_t done = 0; done < d.blocks; done += TOGETHER) {
-    const int64_t count = std::min(TOGETHER, d.blocks - done);
+  for (int64_t done = 0; done < d.blocks; done += BLOCKS) {
+    const int64_t count = std::min(BLOCKS, d.blocks - done);
     for (int64_t i = 0; i < count;) {
       const int64_t of_sample = std::min(count - i, d.each - block);
       for (int64_t j = 0; j < of_sample; ++j, ++i) {
@@ -87,23 +90,27 @@ FASTFLOW_INLINE void draw(const Draw<T>& d) {
     }
     philox(d.seed, EACH == UNIFORM ? UNIFORM_STREAM : NORMAL_STREAM, counters, words);
     T* const to = d.to + done * EACH;
-    if constexpr (EACH == UNIFORM) uniform(words, count == TOGETHER ? to : last);
-    else normal<BYTES>(words, count == TOGETHER ? to : last);
-    if (count < TOGETHER) std::copy_n(last, count * EACH, to);
+    if constexpr (EACH == UNIFORM) uniform(words, count == BLOCKS ? to : last);
+    else normal<BYTES>(words, count == BLOCKS ? to : last);
+    if (count < BLOCKS) std::copy_n(last, count * EACH, to);
   }
 }
 
 template <int BYTES, typename T>
-FASTFLOW_INLINE void draw_uniform_of(const Draw<T>& d) { draw<UNIFORM, BYTES>(d); }
+FASTFLOW_INLINE void draw_uniform_simd(const Draw<T>& d) {
+  draw<UNIFORM, BYTES>(d);
+}
 template <int BYTES, typename T>
-FASTFLOW_INLINE void draw_normal_of(const Draw<T>& d) { draw<NORMAL, BYTES>(d); }
+FASTFLOW_INLINE void draw_normal_simd(const Draw<T>& d) {
+  draw<NORMAL, BYTES>(d);
+}
 
 }  // namespace
 
-FASTFLOW_CLONES(draw_uniform, Draw<float>, draw_uniform_of)
-FASTFLOW_CLONES(draw_uniform, Draw<double>, draw_uniform_of)
-FASTFLOW_CLONES(draw_normal, Draw<float>, draw_normal_of)
-FASTFLOW_CLONES(draw_normal, Draw<double>, draw_normal_of)
+FASTFLOW_MULTIVERSION(draw_uniform, Draw<float>, draw_uniform_simd)
+FASTFLOW_MULTIVERSION(draw_uniform, Draw<double>, draw_uniform_simd)
+FASTFLOW_MULTIVERSION(draw_normal, Draw<float>, draw_normal_simd)
+FASTFLOW_MULTIVERSION(draw_normal, Draw<double>, draw_normal_simd)
 
 namespace {
 
@@ -116,13 +123,13 @@ void fill(const Tensor& out, uint64_t seed, uint64_t offset, void (*numbers)(con
       numbers({seed, offset + static_cast<uint64_t>(i / each), each, i % each, blocks, there});
     };
     if (d == each * EACH) return drawn(begin, end - begin, to + begin * EACH);
-    T room[EACH * TOGETHER];  // where a sample's last block has numbers that are none of its
-    for (int64_t i = begin; i < end; i += TOGETHER) {
-      const int64_t blocks = std::min(TOGETHER, end - i);
-      drawn(i, blocks, room);
+    T buffer[EACH * BLOCKS];  // where a sample's last block has numbers that are none of its
+    for (int64_t i = begin; i < end; i += BLOCKS) {
+      const int64_t blocks = std::min(BLOCKS, end - i);
+      drawn(i, blocks, buffer);
       for (int64_t j = i; j < i + blocks; ++j) {
         const int64_t first = j % each * EACH;
-        std::copy_n(room + (j - i) * EACH, std::min(EACH, d - first), to + j / each * d + first);
+        std::copy_n(buffer + (j - i) * EACH, std::min(EACH, d - first), to + j / each * d + first);
       }
     }
   });

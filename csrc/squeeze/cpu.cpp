@@ -1,8 +1,9 @@
-// fastflow_C::squeeze on the CPU, both directions: 2x2 blocks of pixels into channels. Nothing is computed, so that elements move
-// as integers of their size: 8 bytes an element of float32, read once and written once.
+// fastflow_C::squeeze on the CPU, both directions: 2x2 blocks of pixels into channels. Nothing is computed,
+// so that elements move as integers of their size: 8 bytes an element of float32, read once and written once.
 //
-// Both sides are walked a row of blocks at a time. Planes (a channel's pixels side by side, NCHW) take pairs of pixels apart, and
-// rows (a pixel's channels side by side, channels_last) move all channels of a block. Other strides are walked like planes.
+// Both sides are walked a row of blocks at a time. Planes (a channel's pixels side by side, NCHW) take pairs
+// of pixels apart, and rows (a pixel's channels side by side, channels_last) move all channels of a block.
+// Other strides are walked like planes.
 #include "stable.h"
 
 #include <algorithm>
@@ -11,16 +12,17 @@
 #include <utility>
 
 #include "arguments.h"
+#include "cpu/tensors.h"
 #include "multiversion.h"
 #include "squeeze/squeeze.h"
-#include "cpu/tensors.h"
 
 namespace fastflow::cpu {
 namespace {
 
 constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
 
-// Image [N, C, 2H, 2W] and squeezed [N, 4C, H, W], strides in elements: all of `lines` begin to end go from one to the other.
+// Image [N, C, 2H, 2W] and squeezed [N, 4C, H, W], strides in elements: all of `lines` begin to end go from
+// one to the other.
 struct Move {
   bool inverse, rows;
   size_t itemsize;
@@ -41,8 +43,8 @@ FASTFLOW_INLINE void move(T& a, T& b) {
 
 // Pairs of pixels of a row of an image, and the first ones and the second ones of all pairs.
 template <bool INVERSE, typename T>
-FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict first, T* __restrict second, int64_t to_step,
-                                int64_t count) {
+FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict first, T* __restrict second,
+                                int64_t to_step, int64_t count) {
   for (int64_t j = 0; j < count; ++j) {
     move<INVERSE>(row[2 * j * step], first[j * to_step]);
     move<INVERSE>(row[(2 * j + 1) * step], second[j * to_step]);
@@ -51,10 +53,12 @@ FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict f
 
 template <bool INVERSE, typename T>
 FASTFLOW_INLINE void move_planes(const Move& m) {
-  int64_t i = m.begin % m.h, c = m.begin / m.h % m.c, n = m.begin / m.h / m.c;  // counted on: a line may be short for divisions
+  int64_t i = m.begin % m.h, c = m.begin / m.h % m.c,
+          n = m.begin / m.h / m.c;  // counted on: a line may be short for divisions
   for (int64_t line = m.begin; line < m.end; ++line) {
     T* image = reinterpret_cast<T*>(m.image) + n * m.image_n + c * m.image_c + 2 * i * m.image_h;
-    T* squeezed = reinterpret_cast<T*>(m.squeezed) + n * m.squeezed_n + c * m.blocks.channel + i * m.squeezed_h;
+    T* squeezed =
+        reinterpret_cast<T*>(m.squeezed) + n * m.squeezed_n + c * m.blocks.channel + i * m.squeezed_h;
     for (int k = 0; k < 4; k += 2, image += m.image_h) {
       T *first = squeezed + m.blocks.pixel[k], *second = squeezed + m.blocks.pixel[k + 1];
       if (m.image_w == 1 && m.squeezed_w == 1) move_pairs<INVERSE>(image, 1, first, second, 1, m.w);
@@ -70,7 +74,8 @@ template <bool INVERSE, typename T>
 FASTFLOW_INLINE void move_run(T* __restrict image, T* __restrict squeezed, int64_t count) {
   T *to = INVERSE ? image : squeezed, *from = INVERSE ? squeezed : image;
   int64_t i = 0;
-  if (count >= 4) {  // by fours, the last of which may overlap its neighbour: most runs are too short for a call
+  if (count >=
+      4) {  // by fours, the last of which may overlap its neighbour: most runs are too short for a call
     std::memcpy(to + count - 4, from + count - 4, 4 * sizeof(T));
     for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(T));
     return;
@@ -85,7 +90,8 @@ FASTFLOW_INLINE void move_rows(const Move& m) {
   // the four pixels of a channel lie side by side
   const bool interleaved = m.blocks.channel == 4;
   // the pixels of a row of a block, before and after
-  const bool pairs = m.image_w == channels && m.blocks.pixel[1] == channels && m.blocks.pixel[3] - m.blocks.pixel[2] == channels;
+  const bool pairs = m.image_w == channels && m.blocks.pixel[1] == channels &&
+                     m.blocks.pixel[3] - m.blocks.pixel[2] == channels;
   for (int64_t line = m.begin; line < m.end; ++line) {
     T* upper = reinterpret_cast<T*>(m.image) + line / m.h * m.image_n + 2 * (line % m.h) * m.image_h;
     T* to = reinterpret_cast<T*>(m.squeezed) + line / m.h * m.squeezed_n + line % m.h * m.squeezed_h;
@@ -113,13 +119,14 @@ FASTFLOW_INLINE void move_rows(const Move& m) {
 
 template <typename T>
 FASTFLOW_INLINE void move_elements(const Move& m) {
-  if (m.rows && m.c == 3) m.inverse ? move_rows<3, true, T>(m) : move_rows<3, false, T>(m);  // of images of colours
+  if (m.rows && m.c == 3)
+    m.inverse ? move_rows<3, true, T>(m) : move_rows<3, false, T>(m);  // of images of colours
   else if (m.rows) m.inverse ? move_rows<0, true, T>(m) : move_rows<0, false, T>(m);
   else m.inverse ? move_planes<true, T>(m) : move_planes<false, T>(m);
 }
 
 template <int BYTES>
-FASTFLOW_INLINE void move_lines_of(const Move& m) {
+FASTFLOW_INLINE void move_lines_simd(const Move& m) {
   switch (m.itemsize) {
     case 1: return move_elements<uint8_t>(m);
     case 2: return move_elements<uint16_t>(m);
@@ -127,28 +134,46 @@ FASTFLOW_INLINE void move_lines_of(const Move& m) {
     default: return move_elements<uint64_t>(m);
   }
 }
-FASTFLOW_CLONES(move_lines, Move, move_lines_of)
+FASTFLOW_MULTIVERSION(move_lines, Move, move_lines_simd)
 
 Tensor squeeze(const Tensor& x, const std::string& order, bool inverse) {
   check_squeezed("squeeze", "x", x, order, inverse);
-  STD_TORCH_CHECK(itemsize(x) <= 8, "squeeze: x has dtype ", dtype(x), ", expected elements of at most 8 bytes");
-  const int64_t n = x.size(0), c = inverse ? x.size(1) / 4 : x.size(1), h = inverse ? x.size(2) : x.size(2) / 2,
-                w = inverse ? x.size(3) : x.size(3) / 2;
+  STD_TORCH_CHECK(itemsize(x) <= 8, "squeeze: x has dtype ", dtype(x),
+                  ", expected elements of at most 8 bytes");
+  const int64_t n = x.size(0), c = inverse ? x.size(1) / 4 : x.size(1),
+                h = inverse ? x.size(2) : x.size(2) / 2, w = inverse ? x.size(3) : x.size(3) / 2;
   const bool channels_last = x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
-  const Tensor y = empty_images(x, n, inverse ? c : 4 * c, inverse ? 2 * h : h, inverse ? 2 * w : w, channels_last);
+  const Tensor y =
+      empty_images(x, n, inverse ? c : 4 * c, inverse ? 2 * h : h, inverse ? 2 * w : w, channels_last);
   if (!x.numel()) return y;
   const Tensor &image = inverse ? y : x, &squeezed = inverse ? x : y;
   const Blocks blocks = blocks_of(order, c, squeezed.stride(1));
-  Move all{inverse, false, itemsize(x), c, h, w, static_cast<char*>(image.data_ptr()), static_cast<char*>(squeezed.data_ptr()),
-           image.stride(0), image.stride(1), image.stride(2), image.stride(3),
-           squeezed.stride(0), squeezed.stride(2), squeezed.stride(3), blocks, 0, 0};
+  Move all{inverse,
+           false,
+           itemsize(x),
+           c,
+           h,
+           w,
+           static_cast<char*>(image.data_ptr()),
+           static_cast<char*>(squeezed.data_ptr()),
+           image.stride(0),
+           image.stride(1),
+           image.stride(2),
+           image.stride(3),
+           squeezed.stride(0),
+           squeezed.stride(2),
+           squeezed.stride(3),
+           blocks,
+           0,
+           0};
   all.rows = squeezed.stride(1) == 1 && all.image_c == 1 && all.squeezed_w != 1;
   const int64_t elements = all.rows ? 4 * c * w : 4 * w;
-  torch::stable::parallel_for(0, all.rows ? n * h : n * c * h, std::max<int64_t>(1, GRAIN / elements), [&](int64_t begin, int64_t end) {
-    Move part = all;
-    part.begin = begin, part.end = end;
-    move_lines(part);
-  });
+  torch::stable::parallel_for(0, all.rows ? n * h : n * c * h, std::max<int64_t>(1, GRAIN / elements),
+                              [&](int64_t begin, int64_t end) {
+                                Move part = all;
+                                part.begin = begin, part.end = end;
+                                move_lines(part);
+                              });
   return y;
 }
 

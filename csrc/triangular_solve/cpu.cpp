@@ -11,8 +11,9 @@
 namespace fastflow::cpu {
 namespace {
 
-// Columns of B that are solved together, in a buffer of their own: rows of X lie m apart, and where m is a power of two
-// they would all fall on the same cache sets. So few rows as a set has ways need none, and take more columns.
+// Columns of B that are solved together, in a buffer of their own: rows of X lie m apart, and where m is a
+// power of two they would all fall on the same cache sets. So few rows as a set has ways need none, and take
+// more columns.
 constexpr int64_t WIDTH = 64, FEW_ROWS = 8, WIDTH_OF_FEW_ROWS = 1024;
 
 template <typename T>
@@ -27,7 +28,8 @@ void solve(const Tensor& A, const Tensor& B, const Tensor& X, bool lower, bool u
   const int64_t a_batch = A.stride(0), b_batch = B.stride(0), b_col = B.stride(2);
   // Upper triangles are solved from their last row on, as lower ones whose strides are negative.
   const int64_t sign = lower ? 1 : -1, last = lower ? 0 : n - 1;
-  const int64_t a_row = sign * A.stride(1), a_col = sign * A.stride(2), b_row = sign * B.stride(1), x_row = sign * m;
+  const int64_t a_row = sign * A.stride(1), a_col = sign * A.stride(2), b_row = sign * B.stride(1),
+                x_row = sign * m;
   a_ptr += last * (A.stride(1) + A.stride(2));
   b_ptr += last * B.stride(1);
   x_ptr += last * m;
@@ -60,7 +62,8 @@ void solve(const Tensor& A, const Tensor& B, const Tensor& X, bool lower, bool u
       const T* from = whole ? b : block;
       const bool in_place = whole && (few_rows || m == 1);
       T* to = in_place ? x : block;
-      substitute({n, width, a, a_row, a_col, reciprocals, from, whole ? b_row : row_size, to, in_place ? x_row : row_size});
+      substitute({n, width, a, a_row, a_col, reciprocals, from, whole ? b_row : row_size, to,
+                  in_place ? x_row : row_size});
       if (!in_place)
         for (int64_t i = 0; i < n; ++i) std::copy_n(to + i * row_size, width, x + i * x_row);
     }
@@ -74,7 +77,8 @@ Tensor triangular_solve(const Tensor& A, const Tensor& B, bool upper, bool unit_
   Tensor X = empty(B, {B.size(0), n, m});
   if (X.numel() == 0) return X;
   Tensor a = transpose ? torch::stable::transpose(A, 1, 2) : A;
-  // Walking a large matrix down its columns misses the cache at each step; one copy serves all right-hand sides.
+  // Walking a large matrix down its columns misses the cache at each step; one copy serves all right-hand
+  // sides.
   if (a.stride(2) != 1 && n > 64 && m > 1) a = torch::stable::contiguous(a);
   const bool is_float = A.scalar_type() == ScalarType::Float;
   (is_float ? solve<float> : solve<double>)(a, B, X, upper == transpose, unit_diagonal);

@@ -1,17 +1,19 @@
 #pragma once
-// Batched triangular solves, X = op(A)^-1 B for A [K, n, n], B [K, n, m], as a CUDA kernel in the words of block.h.
+// Batched triangular solves, X = op(A)^-1 B for A [K, n, n], B [K, n, m], as a CUDA kernel in the words of
+// block.h.
 //
-// Bound: 8 bytes an element of B in float32 while n is small, n operations an element beyond. A thread has a column of B
-// and 32 of its rows in registers; A comes through shared memory in blocks of 32 x 32 that all threads read at once, and a
-// block of X that was solved before is read back from memory (the L2 cache), where the same thread wrote it. Products are
-// summed from zero and taken from b at last, which loses less than summing from b on: tests hold it beside LAPACK.
+// Bound: 8 bytes an element of B in float32 while n is small, n operations an element beyond. A thread has a
+// column of B and 32 of its rows in registers; A comes through shared memory in blocks of 32 x 32 that all
+// threads read at once, and a block of X that was solved before is read back from memory (the L2 cache),
+// where the same thread wrote it. Products are summed from zero and taken from b at last, which loses less
+// than summing from b on: tests hold it beside LAPACK.
 #include <algorithm>
 
+#include "stable.h"
+#include <torch/csrc/stable/ops.h>
 #include "arguments.h"
 #include "block.h"
 #include "singular.h"
-#include "stable.h"
-#include <torch/csrc/stable/ops.h>
 
 namespace fastflow {
 
@@ -25,7 +27,7 @@ struct TriangularSolveKernel {
   Span<T> x;
   int64_t stack, n, m;
   bool lower, unit_diagonal;
-  int64_t* report;
+  int64_t* fault;
 
   FASTFLOW_HD int64_t column_blocks() const { return (m + THREADS - 1) / THREADS; }
   static int64_t shared_bytes() { return sizeof(T) * (ROWS * STRIDE + ROWS); }
@@ -56,7 +58,8 @@ struct TriangularSolveKernel {
     T sum[ROWS];  // of the products with what was solved, for ROWS rows
   };
 
-  // Rows are counted in the order in which they are solved: from the last one up where the triangle is an upper one.
+  // Rows are counted in the order in which they are solved: from the last one up where the triangle is an
+  // upper one.
   FASTFLOW_HD int64_t row(int64_t i) const { return lower ? i : n - 1 - i; }
 
   // tile[j][i] = op(A)(top + i, left + j), of the strict triangle; 0 elsewhere.
@@ -72,7 +75,7 @@ struct TriangularSolveKernel {
   FASTFLOW_HD T divisor(int64_t k, int64_t i) const {
     if (unit_diagonal || i >= n) return T(1);
     const T d = a.span[k * a_step + row(i) * (a.row + a.col)];
-    if (!usable(d)) *report = word_of(Fault::diagonal_of_triangular_solve, k, row(i));
+    if (!is_finite_nonzero(d)) *fault = encode_fault(Fault::diagonal_of_triangular_solve, k, row(i));
     return d;
   }
 
@@ -90,7 +93,8 @@ struct TriangularSolveKernel {
   }
 
   // Solves the rows, and leaves sums of zero for the next.
-  FASTFLOW_HD void finish(int64_t k, int64_t top, int64_t column, const Span<T>& tile, const Span<T>& diagonal, Column& c) const {
+  FASTFLOW_HD void finish(int64_t k, int64_t top, int64_t column, const Span<T>& tile,
+                          const Span<T>& diagonal, Column& c) const {
     if (column >= m) return;
     FASTFLOW_UNROLL
     for (int j = 0; j < ROWS; ++j) {
@@ -110,7 +114,8 @@ struct TriangularSolveKernel {
   }
 };
 
-// the op ------------------------------------------------------------------------------------------------------------
+// the op
+// ------------------------------------------------------------------------------------------------------------
 
 template <class Device>
 Tensor triangular_solve(const Tensor& A, const Tensor& B, bool upper, bool unit_diagonal, bool transpose) {
@@ -129,8 +134,17 @@ Tensor triangular_solve(const Tensor& A, const Tensor& B, bool upper, bool unit_
     const TriangularSolveKernel<T> kernel{
         {{A.const_data_ptr<T>(), extent(A)}, A.stride(transpose ? 2 : 1), A.stride(transpose ? 1 : 2)},
         {{B.const_data_ptr<T>(), extent(B)}, B.stride(1), B.stride(2)},
-        A.stride(0), B.stride(0), {X.mutable_data_ptr<T>(), X.numel()}, stack, n, m, upper == transpose, unit_diagonal, Device::report()};
-    Device::launch(kernel, std::min<int64_t>(stack * kernel.column_blocks(), (int64_t(1) << 31) - 1), kernel.shared_bytes());
+        A.stride(0),
+        B.stride(0),
+        {X.mutable_data_ptr<T>(), X.numel()},
+        stack,
+        n,
+        m,
+        upper == transpose,
+        unit_diagonal,
+        Device::fault_word()};
+    Device::launch(kernel, std::min<int64_t>(stack * kernel.column_blocks(), (int64_t(1) << 31) - 1),
+                   kernel.shared_bytes());
   };
   if (X.numel()) A.scalar_type() == torch::headeronly::ScalarType::Float ? launch(float()) : launch(double());
   return X;
