@@ -1,11 +1,14 @@
 """The three flows of the UvA tutorial on image flows."""
 
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastflow import check
 from fastflow.models.model import Model
+from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
     AffineCoupling,
     Flow,
@@ -18,45 +21,45 @@ from fastflow.nn import (
     VariationalDequantize,
 )
 
-VARIANTS = ("simple", "vardeq", "multiscale")
+Variant = Literal["simple", "vardeq", "multiscale"]
+VARIANTS = get_args(Variant)
 _SHAPE = (1, 28, 28)
+
+
+@dataclass(frozen=True)
+class MNISTFlowConfig(ModelConfig):
+    """Options of :class:`MNISTFlow`, documented by :func:`mnist_flow`."""
+
+    variant: Variant = "multiscale"
+    reversible: bool = True
 
 
 class MNISTFlow(Model):
     """One of the three MNIST flows of P. Lippe's tutorial (UvA Deep Learning, tutorial 11, 2021), see :func:`mnist_flow`."""
 
-    def __init__(self, variant: str = "multiscale", reversible: bool = True) -> None:
-        check.one_of("variant", variant, VARIANTS)
-        config = {"variant": variant, "reversible": reversible}
-
+    @takes_fields_of(MNISTFlowConfig)
+    def __init__(self, config: MNISTFlowConfig) -> None:
         def chain(*layers: Flow) -> Sequential:
-            return Sequential(*layers, reversible=reversible)
+            return Sequential(*layers, reversible=config.reversible)
 
-        if variant == "simple":
+        if config.variant == "simple":
             dequantize = LogitDequantize(alpha=1e-5, preset="tutorial")
         else:
             dequantize = VariationalDequantize(
                 chain(*(_checkerboard(16, i % 2 == 1, seen=2) for i in range(4)))
             )
-        if variant != "multiscale":
+        if config.variant != "multiscale":
             flow = chain(*(_checkerboard(32, i % 2 == 1) for i in range(8)))
-            super().__init__(_SHAPE, dequantize, [flow], [], GaussianPrior(_SHAPE), None, config)
+            super().__init__(_SHAPE, dequantize, [flow], [], GaussianPrior(_SHAPE), None, asdict(config))
             return
         images = (_checkerboard(32, i % 2 == 1) for i in range(2))
         first = chain(*images, Squeeze(), *(_ChannelCoupling(4, 48, i % 2 == 1) for i in range(2)))
         second = chain(Squeeze(), *(_ChannelCoupling(8, 64, i % 2 == 1) for i in range(4)))
-        super().__init__(
-            _SHAPE,
-            dequantize,
-            [first, second],
-            [Split(4, prior="standard")],
-            GaussianPrior((8, 7, 7)),
-            None,
-            config,
-        )
+        split, prior = Split(4, prior="standard"), GaussianPrior((8, 7, 7))
+        super().__init__(_SHAPE, dequantize, [first, second], [split], prior, None, asdict(config))
 
 
-def mnist_flow(variant: str = "multiscale", reversible: bool = True) -> MNISTFlow:
+def mnist_flow(variant: Variant = "multiscale", reversible: bool = True) -> MNISTFlow:
     r"""A flow for MNIST, uint8 ``[N, 1, 28, 28]``, of P. Lippe's tutorial (UvA Deep Learning, tutorial 11, 2021).
 
     Args:

@@ -1,9 +1,12 @@
 """NICE."""
 
 import math
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from fastflow import check
 from fastflow.models.model import Model
+from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
     MLP,
     AdditiveCoupling,
@@ -16,7 +19,30 @@ from fastflow.nn import (
     Sequential,
 )
 
-PRIORS = ("logistic", "gaussian")
+
+@dataclass(frozen=True)
+class NICEConfig(ModelConfig):
+    """Options of :class:`NICE`, which documents them."""
+
+    features: int | tuple[int, ...] = 784
+    couplings: int = 4
+    hidden: int = 1000
+    layers: int = 5
+    prior: Literal["logistic", "gaussian"] = "logistic"
+    n_bits: int = 8
+    reversible: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shape = self.shape
+        if not shape or min(shape) < 1 or math.prod(shape) % 2:
+            expected = "an even number of dimensions, or the shape of an image that has one"
+            raise check.error("features", self.features, expected)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return (self.features,) if isinstance(self.features, int) else self.features
 
 
 class NICE(Model):
@@ -26,12 +52,13 @@ class NICE(Model):
     dimensions in turn. Pixels are dequantized to [-1/2, 1/2), where the paper has [0, 1]: the first biases take up the difference.
 
     Args:
-        features: D, an even number; or the shape of an image, ``(C, H, W)``, whose values are taken row by row.
+        features: D, an even number, or the shape of an image ``(C, H, W)``, whose values are taken row by row.
         couplings: number of couplings.
-        hidden, layers: width and number of the hidden layers of each network.
-        prior: ``"logistic"`` or ``"gaussian"``, of each dimension.
-        n_bits: bit depth; samples are uint8 ``[N, *features]`` with values below ``2 ** n_bits``.
-        reversible: recompute activations in backward instead of keeping them.
+        hidden: number of units of each hidden layer.
+        layers: number of hidden layers per network.
+        prior: prior of each dimension, ``"logistic"`` or ``"gaussian"``.
+        n_bits: bits per value; samples are uint8 ``[N, *features]`` with values below ``2 ** n_bits``.
+        reversible: recompute activations in backward instead of storing them.
 
     Raises ValueError for an argument outside these.
 
@@ -40,40 +67,18 @@ class NICE(Model):
         >>> model(torch.randint(0, 256, (8, 784), dtype=torch.uint8)).mean().backward()
     """
 
-    def __init__(
-        self,
-        features: int | tuple[int, ...] = 784,
-        couplings: int = 4,
-        hidden: int = 1000,
-        layers: int = 5,
-        prior: str = "logistic",
-        n_bits: int = 8,
-        reversible: bool = True,
-    ) -> None:
-        shape = (features,) if isinstance(features, int) else tuple(features)
-        config = {
-            "features": features if isinstance(features, int) else shape,
-            "couplings": couplings,
-            "hidden": hidden,
-            "layers": layers,
-            "prior": prior,
-            "n_bits": n_bits,
-            "reversible": reversible,
-        }
-        check.one_of("prior", prior, PRIORS)
-        check.count("couplings", couplings)
-        dimensions = math.prod(shape)
-        if not shape or min(shape) < 1 or dimensions % 2:
-            raise check.error(
-                "features", features, "an even number of dimensions, or the shape of an image that has one"
-            )
+    @takes_fields_of(NICEConfig)
+    def __init__(self, config: NICEConfig) -> None:
+        dimensions = math.prod(config.shape)
         half = dimensions // 2
+        networks = (MLP(half, half, config.hidden, config.layers) for _ in range(config.couplings))
         flow = Sequential(
-            *([Flatten(shape)] if len(shape) > 1 else []),
+            *([Flatten(config.shape)] if len(config.shape) > 1 else []),
             Permute(dimensions, "interleaved"),
-            *(AdditiveCoupling(MLP(half, half, hidden, layers), flip=i % 2 == 1) for i in range(couplings)),
+            *(AdditiveCoupling(net, flip=i % 2 == 1) for i, net in enumerate(networks)),
             Scale(dimensions),
-            reversible=reversible,
+            reversible=config.reversible,
         )
-        prior = LogisticPrior((dimensions,)) if prior == "logistic" else GaussianPrior((dimensions,))
-        super().__init__(shape, Dequantize(n_bits), [flow], [], prior, None, config)
+        prior = LogisticPrior if config.prior == "logistic" else GaussianPrior
+        dequantize = Dequantize(config.n_bits)
+        super().__init__(config.shape, dequantize, [flow], [], prior((dimensions,)), None, asdict(config))

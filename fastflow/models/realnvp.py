@@ -1,7 +1,10 @@
 """RealNVP."""
 
+from dataclasses import asdict, dataclass
+
 from fastflow import check
 from fastflow.models.model import Model
+from fastflow.models.options import ModelConfig, check_image_shape, takes_fields_of
 from fastflow.nn import (
     AffineCoupling,
     BatchNorm,
@@ -15,6 +18,30 @@ from fastflow.nn import (
 )
 
 
+@dataclass(frozen=True)
+class RealNVPConfig(ModelConfig):
+    """Options of :class:`RealNVP`, which documents them."""
+
+    image_shape: tuple[int, int, int] = (3, 32, 32)
+    scales: int = 2
+    hidden: int = 64
+    blocks: int = 8
+    n_bits: int = 8
+    classes: int | None = None
+    momentum: float = 0.9
+    reversible: bool = True
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_image_shape(self.image_shape)
+        _, h, w = self.image_shape
+        multiple = 2 ** (self.scales - 1)
+        if h % multiple or w % multiple:
+            got = f"{self.scales} for image_shape {self.image_shape}"
+            raise check.error("scales", got, f"a height and width that {multiple} divides")
+
+
 class RealNVP(Model):
     """RealNVP (Dinh, Sohl-Dickstein and Bengio, arXiv:1605.08803, sections 3.6 and 4.1).
 
@@ -24,16 +51,16 @@ class RealNVP(Model):
     ImageNet 32x32 with ``scales=4, hidden=32, blocks=4``, and 64x64 images with ``scales=5, hidden=32, blocks=2``.
 
     Args:
-        image_shape: ``(C, H, W)``; 2 to the power of ``scales - 1`` must divide H and W.
-        scales: number of scales.
-        hidden: channels inside the networks of the first checkerboard couplings.
-        blocks: residual blocks of each network.
-        n_bits: bit depth; images are uint8 with values below ``2 ** n_bits``.
-        classes: number of classes; the prior of the last latent is then learned for each.
-        momentum: of the batch normalizations between couplings, see :class:`fastflow.nn.BatchNorm`.
-        reversible: recompute activations in backward instead of keeping them. Backward then has to come before the next forward pass
-            in training mode, which moves the statistics of the batch normalizations.
-        checkpoint_every: keep the activation after every so many layers all the same.
+        image_shape: ``(C, H, W)``; ``2 ** (scales - 1)`` must divide H and W.
+        scales: number of scales; each except the last halves the image side.
+        hidden: number of channels inside the networks of the first scale's checkerboard couplings.
+        blocks: number of residual blocks per network.
+        n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``.
+        classes: number of classes; the prior of the last latent then has a learned mean and scale for each class.
+        momentum: momentum of the batch normalizations between couplings, see :class:`fastflow.nn.BatchNorm`.
+        reversible: recompute activations in backward instead of storing them. In training mode, call backward
+            before the next forward pass, because a forward pass updates the statistics of the batch normalizations.
+        checkpoint_every: store the activation after every this many layers of a reversible chain.
 
     In training mode the images of a batch meet in its statistics, in ``encode``, ``decode`` and ``sample`` too: call ``eval()`` before
     these. Raises ValueError for an argument outside these.
@@ -43,55 +70,23 @@ class RealNVP(Model):
         >>> model(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)).mean().backward()
     """
 
-    def __init__(
-        self,
-        image_shape: tuple[int, int, int] = (3, 32, 32),
-        scales: int = 2,
-        hidden: int = 64,
-        blocks: int = 8,
-        n_bits: int = 8,
-        classes: int | None = None,
-        momentum: float = 0.9,
-        reversible: bool = True,
-        checkpoint_every: int | None = None,
-    ) -> None:
-        config = {
-            "image_shape": tuple(image_shape),
-            "scales": scales,
-            "hidden": hidden,
-            "blocks": blocks,
-            "n_bits": n_bits,
-            "classes": classes,
-            "momentum": momentum,
-            "reversible": reversible,
-            "checkpoint_every": checkpoint_every,
-        }
-        for name, value in {"scales": scales, "hidden": hidden, "blocks": blocks}.items():
-            check.count(name, value)
-        if len(image_shape) != 3 or min(image_shape) < 1:
-            raise check.error("image_shape", tuple(image_shape), "(C, H, W)")
-        c, h, w = image_shape
-        multiple = 2 ** (scales - 1)
-        if h % multiple or w % multiple:
-            raise check.error(
-                "scales",
-                f"{scales} for image_shape {tuple(image_shape)}",
-                f"a height and width that {multiple} divides",
-            )
+    @takes_fields_of(RealNVPConfig)
+    def __init__(self, config: RealNVPConfig) -> None:
+        (c, h, w), hidden = config.image_shape, config.hidden
 
         def coupling(channels: int, hidden: int, mask: str, flip: bool) -> list:
             seen, changed = (channels, channels) if mask == "checkerboard" else (channels // 2, channels // 2)
-            net = ResidualNetwork(seen, 2 * changed, hidden, blocks)
+            net = ResidualNetwork(seen, 2 * changed, hidden, config.blocks)
             return [
                 AffineCoupling(
                     net, mask=mask, flip=flip, scale="tanh", h_order="scale_shift", num_features=changed
                 ),
-                BatchNorm(channels, momentum),
+                BatchNorm(channels, config.momentum),
             ]
 
         flows, splits = [], []
-        for scale in range(scales):
-            last = scale == scales - 1
+        for scale in range(config.scales):
+            last = scale == config.scales - 1
             layers = [
                 m for i in range(4 if last else 3) for m in coupling(c, hidden, "checkerboard", i % 2 == 1)
             ]
@@ -102,16 +97,10 @@ class RealNVP(Model):
                 layers.append(Permute(c, _diagonals_first(c)))
                 splits.append(Split(c, prior="standard"))
                 c //= 2
-            flows.append(Sequential(*layers, reversible=reversible, checkpoint_every=checkpoint_every))
-        super().__init__(
-            image_shape,
-            LogitDequantize(n_bits),
-            flows,
-            splits,
-            GaussianPrior((c, h, w), classes),
-            classes,
-            config,
-        )
+            chain = {"reversible": config.reversible, "checkpoint_every": config.checkpoint_every}
+            flows.append(Sequential(*layers, **chain))
+        dequantize, prior = LogitDequantize(config.n_bits), GaussianPrior((c, h, w), config.classes)
+        super().__init__(config.image_shape, dequantize, flows, splits, prior, config.classes, asdict(config))
 
 
 def _diagonals_first(channels: int) -> list[int]:

@@ -1,9 +1,13 @@
 """Glow's steps on vectors."""
 
+from dataclasses import asdict, dataclass
+from typing import Literal
+
 import torch
 
 from fastflow import check
 from fastflow.models.model import Model
+from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
     MLP,
     ActNorm,
@@ -15,7 +19,23 @@ from fastflow.nn import (
     Sequential,
 )
 
-PRIORS = ("gaussian", "mixture")
+
+@dataclass(frozen=True)
+class VectorGlowConfig(ModelConfig):
+    """Options of :class:`VectorGlow`, which documents them."""
+
+    features: int = 2
+    steps: int = 10
+    hidden: int = 64
+    layers: int = 2
+    prior: Literal["gaussian", "mixture"] = "gaussian"
+    components: int = 2
+    reversible: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features % 2:
+            raise check.error("features", self.features, "an even number, to split into halves")
 
 
 class VectorGlow(Model):
@@ -24,13 +44,14 @@ class VectorGlow(Model):
     The defaults are the two-moons flow of exercises on Glow: ten steps in two dimensions.
 
     Args:
-        features: D, an even number; samples are float vectors ``[N, D]``, in the model's dtype.
-        steps: number of steps.
-        hidden, layers: width and number of the hidden layers of each coupling network.
-        prior: ``"gaussian"``, or ``"mixture"``: a learned mixture of Gaussians, whose means start in random directions (torch's generator)
-            around 0, at a distance of 2 on the average.
-        components: of the mixture.
-        reversible: recompute activations in backward instead of keeping them.
+        features: D, an even number; samples are floating-point vectors ``[N, D]`` in the model's dtype.
+        steps: number of flow steps.
+        hidden: number of units of each hidden layer.
+        layers: number of hidden layers per coupling network.
+        prior: ``"gaussian"``, or ``"mixture"``: a learned mixture of Gaussians. The means start in random directions
+            (torch's generator) around 0, at a root mean square distance of 2.
+        components: number of Gaussians in the mixture.
+        reversible: recompute activations in backward instead of storing them.
 
     ``log_prob`` is the density's, exact. Raises ValueError for an argument outside these.
 
@@ -40,55 +61,21 @@ class VectorGlow(Model):
         >>> points = model.eval().sample(100)
     """
 
-    def __init__(
-        self,
-        features: int = 2,
-        steps: int = 10,
-        hidden: int = 64,
-        layers: int = 2,
-        prior: str = "gaussian",
-        components: int = 2,
-        reversible: bool = True,
-    ) -> None:
-        config = {
-            "features": features,
-            "steps": steps,
-            "hidden": hidden,
-            "layers": layers,
-            "prior": prior,
-            "components": components,
-            "reversible": reversible,
-        }
-        for name, value in {"features": features, "steps": steps, "components": components}.items():
-            check.count(name, value)
-        if features % 2:
-            raise check.error("features", features, "an even number, to split into halves")
-        check.one_of("prior", prior, PRIORS)
+    @takes_fields_of(VectorGlowConfig)
+    def __init__(self, config: VectorGlowConfig) -> None:
+        features = config.features
         half = features // 2
-        layers_of_steps = [
-            layer
-            for _ in range(steps)
-            for layer in (
-                ActNorm(features),
-                InvertibleConv1x1(features),
-                AffineCoupling(MLP(half, features, hidden, layers), num_features=half),
-            )
-        ]
-        shape = (features,)
-        prior = (
-            GaussianPrior(shape)
-            if prior == "gaussian"
-            else GaussianMixturePrior(shape, _means(components, features))
-        )
-        super().__init__(
-            shape,
-            Continuous(),
-            [Sequential(*layers_of_steps, reversible=reversible)],
-            [],
-            prior,
-            None,
-            config,
-        )
+        layers = []
+        for _ in range(config.steps):
+            layers += [ActNorm(features), InvertibleConv1x1(features)]
+            net = MLP(half, features, config.hidden, config.layers)
+            layers.append(AffineCoupling(net, num_features=half))
+        if config.prior == "gaussian":
+            prior = GaussianPrior((features,))
+        else:
+            prior = GaussianMixturePrior((features,), _means(config.components, features))
+        flow = Sequential(*layers, reversible=config.reversible)
+        super().__init__((features,), Continuous(), [flow], [], prior, None, asdict(config))
 
 
 def _means(components: int, features: int) -> torch.Tensor:

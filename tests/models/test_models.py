@@ -339,7 +339,7 @@ COUNT = "expected a positive integer"
                 "hidden": {0: COUNT},
                 "layers": {0: COUNT},
                 "prior": {"mixture": "expected one of 'logistic', 'gaussian'"},
-                "n_bits": {0: "expected 1 to 8"},
+                "n_bits": {0: COUNT, 9: "expected 1 to 8"},
             },
         ),
         (

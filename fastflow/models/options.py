@@ -1,0 +1,56 @@
+"""The options of a model as one frozen dataclass: its fields are the arguments of the constructor."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
+
+from fastflow import check
+
+P = ParamSpec("P")
+Self = TypeVar("Self")
+Options = TypeVar("Options", bound="ModelConfig")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Base class of the options of a model.
+
+    A field annotated with a ``Literal`` takes one of its values, a field annotated ``int`` a positive integer.
+    Sequences become tuples, so that equal options compare equal. Raises ValueError for another value.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal:
+                check.one_of(field.name, value, get_args(field.type))
+            elif field.type in (int, int | None):
+                check.count(field.name, value, optional=field.type is not int)
+            elif isinstance(value, Iterable) and not isinstance(value, str):
+                object.__setattr__(self, field.name, tuple(value))
+
+
+def check_image_shape(image_shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``image_shape`` is ``(C, H, W)``."""
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise check.error("image_shape", image_shape, "(C, H, W)")
+
+
+def takes_fields_of(
+    config_class: Callable[P, Options],
+) -> Callable[[Callable[[Self, Options], None]], Callable[Concatenate[Self, P], None]]:
+    """Decorate ``__init__(self, config)``: it then takes the fields of ``config_class`` as its arguments."""
+
+    def decorate(init: Callable[[Self, Options], None]) -> Callable[Concatenate[Self, P], None]:
+        @functools.wraps(init)
+        def with_fields(self: Self, *args: P.args, **kwargs: P.kwargs) -> None:
+            init(self, config_class(*args, **kwargs))
+
+        arguments = inspect.signature(config_class).parameters.values()
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        with_fields.__signature__ = inspect.Signature([this, *arguments], return_annotation=None)
+        return with_fields
+
+    return decorate
