@@ -1,4 +1,4 @@
-"""What every test stands on: the interpreter where there is no GPU, poisoned memory, one seed."""
+"""Set-up of every test: Triton's interpreter where there is no GPU, poisoned memory, one seed."""
 
 import os
 
@@ -10,6 +10,8 @@ if not torch.cuda.is_available():
 
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("tests.support")
+
 import fastflow  # noqa: E402
 from fastflow.ops import extension  # noqa: E402
 from tests.support import interpreter  # noqa: E402
@@ -19,24 +21,48 @@ interpreter.round_to_nearest()
 interpreter.count_loops()
 
 
-def pytest_collection_modifyitems(items):
+deselected = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Deselects ``gpu`` tests where torch sees no device; slow tests come first, so that no worker ends with one."""
     if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+        gpu = [item for item in items if "gpu" in item.keywords]
+        config.hook.pytest_deselected(items=gpu)
+        config.stash[deselected] = len(gpu)
+        items[:] = [item for item in items if "gpu" not in item.keywords]
+    items.sort(key=lambda item: "slow" not in item.keywords)
 
 
-BACKENDS = {
-    "interpreter": "triton",
-    "cuda": "auto",
-    "compiled": "auto",
-}  # fastflow.backend's name for what runs there
+class FromWorkers:
+    """Hands the number of deselected tests from pytest-xdist's workers, which collect, to their controller."""
+
+    @staticmethod
+    def pytest_sessionfinish(session):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["deselected"] = session.config.stash.get(deselected, 0)
+
+    @staticmethod
+    def pytest_testnodedown(node):
+        node.config.stash[deselected] = getattr(node, "workeroutput", {}).get("deselected", 0)
 
 
-@pytest.fixture(
-    scope="module",
-    params=["reference", *KERNELS],
-)
+def pytest_configure(config):
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(FromWorkers)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash.get(deselected, 0):
+        terminalreporter.write_line(f"{count} gpu tests were deselected: torch sees no CUDA device")
+
+
+# fastflow.backend's name for each body
+BACKENDS = {"interpreter": "triton", "cuda": "auto", "compiled": "auto"}
+
+
+@pytest.fixture(scope="module", params=["reference", *KERNELS])
 def each_backend(request):
     """Runs a module's tests on every body of its ops: plain PyTorch, Triton's interpreter, and the kernels on a device.
 

@@ -12,8 +12,8 @@ import fastflow
 from fastflow.models import NICE, Glow, RealNVP, VectorGlow, mnist_flow
 from fastflow.models.mnist_flow import VARIANTS
 from fastflow.nn import BatchNorm
-from tests.reversible.test_reversible import outputs_and_gradients
 from tests.support.cases import jacobian_log_det, randomize
+from tests.support.gradients import outputs_and_gradients
 
 F64 = torch.float64
 

@@ -5,9 +5,9 @@ import torch
 
 from fastflow.nn import AffineCoupling, BatchNorm, Sequential
 from fastflow.reversible import reversible, stored
-from tests.nn.test_modules import IMAGE, VECTOR, batch, mlp
-from tests.reversible.test_reversible import outputs_and_gradients
 from tests.support.cases import jacobian_log_det
+from tests.support.flows import IMAGE, VECTOR, batch, mlp
+from tests.support.gradients import outputs_and_gradients
 
 F64 = torch.float64
 every_shape = pytest.mark.parametrize("shape", [VECTOR, IMAGE, (4, 3)], ids=str)

@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastflow.models.glow import GlowLevel, GlowStep
+from fastflow.models.glow import GlowStep
 from fastflow.nn import (
     ActNorm,
-    AdditiveCoupling,
     AffineCoupling,
     BatchNorm,
-    Continuous,
     Dequantize,
     EncoderDecoder,
     Flatten,
@@ -24,96 +22,17 @@ from fastflow.nn import (
     LogitDequantize,
     Permute,
     ResidualNetwork,
-    Scale,
     Sequential,
     Split,
-    Squeeze,
 )
 from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 from fastflow.ops.affine_coupling import SCALES
 from tests.support.cases import jacobian_log_det, randomize
+from tests.support.flows import FLOWS, IMAGE, VECTOR, WithContext, batch, conv, trained
 
-VECTOR, IMAGE = (4,), (4, 2, 4)
 AFFINE = [scale for scale in SCALES if scale != "none"]
-
-
-def conv(c_in, c_out):
-    return nn.Sequential(nn.Conv2d(c_in, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, c_out, 1))
-
-
-def mlp(c_in, c_out):
-    return nn.Sequential(nn.Linear(c_in, 5), nn.Tanh(), nn.Linear(5, c_out))
-
-
-def batch_norm():
-    """Which has seen two batches, in eval mode: test_batch_norm.py is for the other."""
-    layer = BatchNorm(4)
-    for seed in (1, 2):
-        layer(3 + 2 * torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)))
-    return layer.eval()
-
-
-class WithContext(nn.Module):
-    """A network of x and of a vector for each sample."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.net = mlp(c_in + 3, c_out)
-
-    def forward(self, x, context):
-        return self.net(torch.cat([x, context], dim=1))
-
-
-FLOWS = {
-    **{
-        f"{name} of {kind}": (make, shape)
-        for kind, shape in (("vectors", VECTOR), ("images", IMAGE), ("sequences", (4, 3)))
-        for name, make in {
-            "ActNorm": lambda: ActNorm(4),
-            "LU": lambda: InvertibleConv1x1(4),
-            "plain": lambda: InvertibleConv1x1(4, lu=False),
-            "reverse": lambda: Permute(4),
-            "shuffle": lambda: Permute(4, order="random"),
-            "interleaved": lambda: Permute(4, order="interleaved"),
-            "a permutation": lambda: Permute(4, order=[2, 0, 3, 1]),
-            "Scale": lambda: Scale(4),
-            "BatchNorm": batch_norm,
-            "Continuous": lambda: Continuous(),
-        }.items()
-    },
-    **{f"{s} of vectors": (lambda s=s: AffineCoupling(mlp(2, 4), scale=s), VECTOR) for s in AFFINE},
-    **{f"{s} of images": (lambda s=s: AffineCoupling(conv(2, 4), scale=s, flip=True), IMAGE) for s in AFFINE},
-    "checkerboard of images": (lambda: AffineCoupling(conv(4, 8), mask="checkerboard", order="shift_first", num_features=4), IMAGE),
-    "checkerboard, flipped": (lambda: AffineCoupling(conv(4, 8), mask="checkerboard", flip=True, scale="tanh"), IMAGE),
-    "checkerboard of vectors": (lambda: AffineCoupling(mlp(4, 8), mask="checkerboard", h_order="scale_shift"), VECTOR),
-    "factor for each channel": (lambda: AffineCoupling(conv(2, 4), num_features=2), IMAGE),
-    "additive of vectors": (lambda: AdditiveCoupling(mlp(2, 2), flip=True), VECTOR),
-    "additive of images": (lambda: AdditiveCoupling(conv(2, 2)), IMAGE),
-    "additive checkerboard": (lambda: AdditiveCoupling(conv(4, 4), mask="checkerboard"), IMAGE),
-    "Glow's network": (lambda: AffineCoupling(GlowNetwork(2, 4, hidden=6), scale="sigmoid"), IMAGE),
-    "Flatten": (lambda: Flatten(IMAGE), IMAGE),
-    **{f"squeeze {order}": (lambda order=order: Squeeze(order), IMAGE) for order in ("channel", "space", "realnvp")},
-    "Sequential": (lambda: Sequential(ActNorm(4), InvertibleConv1x1(4), AffineCoupling(conv(2, 4)), Squeeze(), Permute(16)), IMAGE),
-    **{f"GlowStep, {v}": (lambda v=v: GlowStep(4, 6, conv1x1=v), IMAGE) for v in ("lu", "plain", "reverse", "shuffle")},
-    "GlowStep, additive": (lambda: GlowStep(4, 6, coupling="additive"), IMAGE),
-    "GlowLevel": (lambda: GlowLevel([GlowStep(16, 6) for _ in range(2)]), IMAGE),
-}  # fmt: skip
 every_flow = pytest.mark.parametrize("make, shape", FLOWS.values(), ids=FLOWS.keys())
-
-
-def trained(make):
-    """The module as after some training: no parameter at its first value, ActNorm initialised, eval mode."""
-    module = randomize(make(), std=0.1).double()
-    for layer in module.modules():
-        if isinstance(layer, ActNorm):
-            layer.initialized.fill_(True)
-            assert layer._initialized
-    return module.eval()
-
-
-def batch(shape, n=3, dtype=torch.float64):
-    return torch.randn(n, *shape, dtype=dtype)
 
 
 @every_flow

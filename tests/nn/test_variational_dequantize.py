@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fastflow.nn import AffineCoupling, Flow, GatedNetwork, LogitDequantize, Sequential, VariationalDequantize
-from tests.reversible.test_reversible import outputs_and_gradients
 from tests.support.cases import jacobian_log_det, randomize
+from tests.support.gradients import outputs_and_gradients
 
 F64 = torch.float64
 

@@ -18,7 +18,7 @@ from tests.support.cases import (
     assert_as_reference,
     assert_no_worse,
     lay_out,
-    leaf,
+    leaves,
     name,
     pairwise,
 )
@@ -49,10 +49,6 @@ def inputs(mask, scale, shape=(2, 4, 3, 2), dtype=torch.float64, h_dtype=None):
     h = torch.randn(shape[0], transformed * (1 if scale == "none" else 2), *shape[2:], dtype=torch.float64)
     factor = torch.rand(transformed, dtype=torch.float64) + 0.5 if scale in WITH_FACTOR else None
     return x.to(dtype), h.to(h_dtype or dtype), factor if factor is None else factor.to(dtype)
-
-
-def leaves(*tensors):
-    return [None if t is None else leaf(t) for t in tensors]
 
 
 def log_s(raw, f, scale):

@@ -7,7 +7,16 @@ import torch
 from torch.autograd import gradcheck
 
 from fastflow import ops, reference
-from tests.support.cases import EXTENSION, LAYOUTS, STATIC, assert_as_reference, lay_out, leaf, name, pairwise
+from tests.support.cases import (
+    EXTENSION,
+    LAYOUTS,
+    STATIC,
+    assert_as_reference,
+    lay_out,
+    leaves,
+    name,
+    pairwise,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
@@ -26,10 +35,6 @@ def inputs(shape, bias, dtype=torch.float64):
     c = shape[1]
     x, weight = torch.randn(shape), torch.randn(c, c) / c**0.5 + torch.eye(c)
     return x.to(dtype), weight.to(dtype), torch.randn(c).to(dtype) if bias else None
-
-
-def leaves(*tensors):
-    return [None if t is None else leaf(t) for t in tensors]
 
 
 @with_bias

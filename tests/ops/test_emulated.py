@@ -10,9 +10,8 @@ import torch
 import fastflow
 from fastflow import ops
 from fastflow.ops import extension
-from tests.ops.test_lu_weight import inputs as lu_inputs
-from tests.ops.test_triangular_solve import inputs as solve_inputs
 from tests.support.cases import lay_out
+from tests.support.matrices import lu_inputs, triangular_inputs
 
 CSRC = Path(__file__).parents[2] / "csrc"
 needs_extension = pytest.mark.skipif(
@@ -165,14 +164,14 @@ def test_lu_weight_has_no_race(k, c):
 @pytest.mark.parametrize("k, n, m", [(3, 12, 12), (2, 48, 200), (1, 130, 129)])
 @pytest.mark.parametrize("upper, transpose", [(False, False), (True, False), (True, True)])
 def test_triangular_solve_has_no_race(k, n, m, upper, transpose):
-    A, B = solve_inputs(k, n, m, torch.float32)
+    A, B = triangular_inputs(k, n, m, torch.float32)
     same_in_every_order(lambda: [ops.triangular_solve(A, B, upper=upper, transpose=transpose)])
 
 
 @needs_extension
 def test_a_singular_matrix_is_said_by_the_next_call():
     """A kernel cannot raise: it leaves word, and whoever launches one next, or asks, is told once."""
-    A, B = solve_inputs(3, 4, 2)
+    A, B = triangular_inputs(3, 4, 2)
     broken = A.clone()
     broken[1, 2, 2] = 0
     message = "triangular_solve: matrix 1 of the stack has 0 or no finite number at place 2 of its diagonal, in a call before this one"

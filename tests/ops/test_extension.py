@@ -7,9 +7,8 @@ import fastflow
 from fastflow import ops, reference
 from fastflow.ops import extension
 from fastflow.ops.squeeze import ORDERS
-from tests.ops.test_lu_weight import inputs as lu_inputs
-from tests.ops.test_triangular_solve import inputs as solve_inputs
 from tests.support.cases import assert_same_bits_whatever_the_threads, assert_writes_everything
+from tests.support.matrices import lu_inputs, triangular_inputs
 
 pytestmark = pytest.mark.skipif(not extension.cpu, reason="the C++ extension was not built here: no compiler")
 C = torch.ops.fastflow_C
@@ -351,7 +350,7 @@ def runs():
     rows = torch.channels_last
     lu = lu_inputs(33, 48, torch.float32)
     upstream = torch.randn(33, 48, 48), torch.randn(33, 48, 48), torch.randn(33)
-    A, B = solve_inputs(3, 48, 333, torch.float32)
+    A, B = triangular_inputs(3, 48, 333, torch.float32)
     h, factor, dlog_det = torch.randn(64, 12, 16, 16), torch.rand(6) + 0.5, torch.randn(64)
     coupling, checkerboard = SOFT, ("checkerboard", True, "tanh", "shift_first", "interleaved")
     vectors = (

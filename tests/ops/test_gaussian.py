@@ -16,6 +16,7 @@ from tests.support.cases import (
     assert_as_reference,
     lay_out,
     leaf,
+    leaves,
     name,
     pairwise,
 )
@@ -42,10 +43,6 @@ def term(kind, shape, dtype=torch.float64):
 
 def inputs(mean, log_scale, shape=(3, 4, 2, 2)):
     return torch.randn(shape, dtype=torch.float64), term(mean, shape), term(log_scale, shape)
-
-
-def leaves(*tensors):
-    return [None if t is None else leaf(t) for t in tensors]
 
 
 def broadcast(v, z):

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 import fastflow
 from fastflow import ops, reference
 from tests.support.cases import EXTENSION, STATIC, assert_as_reference, leaf
+from tests.support.matrices import lu_inputs
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
@@ -17,19 +18,6 @@ OP = torch.ops.fastflow.lu_weight.default
 BACKWARD = torch.ops.fastflow.lu_weight_backward.default
 SIZES = [(1, 1), (3, 2), (2, 5), (4, 12), (0, 3), (1, 48), (2, 33), (2, 64), (2, 65), (1, 130), (1, 512)]
 sizes = pytest.mark.parametrize("k, c", SIZES)
-
-
-def inputs(k, c, dtype=torch.float64):
-    """All of lower and upper is filled: only the strict triangles may be read."""
-    perm = torch.stack([torch.randperm(c) for _ in range(k)]) if k else torch.empty(0, c, dtype=torch.int64)
-    lower, upper = torch.randn(k, c, c) / c, torch.randn(k, c, c) / c
-    return (
-        perm,
-        lower.to(dtype),
-        upper.to(dtype),
-        0.3 * torch.randn(k, c).to(dtype),
-        torch.randn(k, c).sign().to(dtype),
-    )
 
 
 def by_hand(perm, lower, upper, log_s, sign_s):
@@ -45,7 +33,7 @@ def by_hand(perm, lower, upper, log_s, sign_s):
 
 @sizes
 def test_is_the_product_its_inverse_and_determinant(k, c):
-    args = inputs(k, c)
+    args = lu_inputs(k, c)
     weight, inverse, log_det = ops.lu_weight(*args)
     expected = by_hand(*args)
     torch.testing.assert_close(weight, expected, rtol=1e-11, atol=1e-11)
@@ -55,13 +43,13 @@ def test_is_the_product_its_inverse_and_determinant(k, c):
 
 @pytest.mark.parametrize("k, c", [(1, 1), (3, 2), (2, 5)])
 def test_gradients(k, c):
-    perm, lower, upper, log_s, sign_s = inputs(k, c)
+    perm, lower, upper, log_s, sign_s = lu_inputs(k, c)
     assert gradcheck(lambda *a: OP(perm, *a, sign_s), [leaf(v) for v in (lower, upper, log_s)])
 
 
 @sizes
 def test_backward_is_that_of_linalg(k, c):
-    perm, lower, upper, log_s, sign_s = inputs(k, c)
+    perm, lower, upper, log_s, sign_s = lu_inputs(k, c)
     variables = [leaf(v) for v in (lower, upper, log_s)]
     weight = by_hand(perm, *variables, sign_s)
     outputs = weight, torch.linalg.inv(weight), torch.linalg.slogdet(weight).logabsdet
@@ -77,7 +65,7 @@ def test_backward_is_that_of_linalg(k, c):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @sizes
 def test_every_body_is_the_reference(k, c, dtype):
-    args = inputs(k, c, dtype)
+    args = lu_inputs(k, c, dtype)
     assert_as_reference(OP, *args)
     upstream = (
         torch.randn(k, c, c, dtype=dtype),
@@ -89,12 +77,12 @@ def test_every_body_is_the_reference(k, c, dtype):
 
 @pytest.mark.parametrize("k, c", [(1, 1), (2, 5)])
 def test_opcheck(k, c):
-    perm, lower, upper, log_s, sign_s = inputs(k, c)
+    perm, lower, upper, log_s, sign_s = lu_inputs(k, c)
     torch.library.opcheck(OP, (perm, leaf(lower), leaf(upper), leaf(log_s), sign_s))
 
 
 def test_opcheck_layouts():
-    perm, lower, upper, log_s, sign_s = inputs(3, 4)
+    perm, lower, upper, log_s, sign_s = lu_inputs(3, 4)
     transposed = (
         perm,
         leaf(lower.mT),
@@ -119,7 +107,7 @@ def test_opcheck_layouts():
 
 
 def test_float32():
-    args = inputs(4, 48)
+    args = lu_inputs(4, 48)
     exact = ops.lu_weight(*args)
     found = ops.lu_weight(args[0], *(v.float() for v in args[1:]))
     for a, b in zip(found, exact, strict=True):
@@ -131,7 +119,7 @@ def test_float32():
 @pytest.mark.parametrize("spread", [2, 6])
 def test_ill_conditioned(spread, c):
     """The inverse's error, against float64's of the same numbers, is within ten times that of two triangular solves in float32."""
-    perm, lower, upper, _, sign_s = inputs(8, c, torch.float32)
+    perm, lower, upper, _, sign_s = lu_inputs(8, c, torch.float32)
     log_s = torch.linspace(-spread, spread, c).expand(8, c).contiguous()
     args = perm, lower, upper, log_s, sign_s
     exact = reference.lu_weight(perm, *(v.double() for v in args[1:]))[1]
@@ -150,7 +138,7 @@ def test_ill_conditioned(spread, c):
 @pytest.mark.parametrize("c", [5, 48, 80])
 @pytest.mark.parametrize("log_s", [-torch.inf, torch.inf, torch.nan, -800.0, 800.0], ids=str)
 def test_a_singular_matrix_is_named(log_s, c, each_backend):
-    args = inputs(4, c)
+    args = lu_inputs(4, c)
     args[3][2, 3] = log_s
     found = r"(-?0|-?inf|-?nan|0 or no finite number) at place 3 of its diagonal"
     with pytest.raises(
@@ -162,7 +150,7 @@ def test_a_singular_matrix_is_named(log_s, c, each_backend):
 
 
 def test_same_bits_twice():
-    perm, *rest, sign_s = inputs(4, 12, torch.float32)
+    perm, *rest, sign_s = lu_inputs(4, 12, torch.float32)
     variables = [leaf(v) for v in rest]
 
     def run():
@@ -172,7 +160,7 @@ def test_same_bits_twice():
 
 
 def test_a_matrix_does_not_depend_on_its_stack():
-    args = inputs(5, 24, torch.float32)
+    args = lu_inputs(5, 24, torch.float32)
     whole = ops.lu_weight(*args)
     alone = ops.lu_weight(*(v[3:4] for v in args))
     with fastflow.backend("reference"):
@@ -182,7 +170,7 @@ def test_a_matrix_does_not_depend_on_its_stack():
 
 
 def test_compile():
-    perm, *rest, sign_s = inputs(3, 4, torch.float32)
+    perm, *rest, sign_s = lu_inputs(3, 4, torch.float32)
     variables = [leaf(v) for v in rest]
     torch._dynamo.reset()
     compiled = torch.compile(

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 from fastflow import ops
 from tests.support.cases import EXTENSION, STATIC, leaf
+from tests.support.matrices import triangular_inputs
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
@@ -17,24 +18,10 @@ pytestmark = [
 OP = torch.ops.fastflow.triangular_solve.default
 BACKWARD = torch.ops.fastflow.triangular_solve_backward.default
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
-SIZES = [
-    (1, 1, 1),
-    (3, 1, 33),
-    (2, 3, 5),
-    (4, 5, 7),
-    (48, 12, 12),
-    (1, 33, 2),
-    (2, 40, 65),
-    (2, 64, 1),
-    (1, 96, 3),
-]
-SIZES += [(2, 130, 129), (1, 512, 3)]
+SIZES = [(1, 1, 1), (3, 1, 33), (2, 3, 5), (4, 5, 7), (48, 12, 12), (1, 33, 2), (2, 40, 65), (2, 64, 1)]
+SIZES += [(1, 96, 3), (2, 130, 129), (1, 512, 3)]
 variants = pytest.mark.parametrize("upper, unit_diagonal, transpose", list(product([False, True], repeat=3)))
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-def inputs(k, n, m, dtype=torch.float64):
-    return (torch.randn(k, n, n) / max(n, 1) + 2 * torch.eye(n)).to(dtype), torch.randn(k, n, m).to(dtype)
 
 
 def matrix(A, upper, unit_diagonal, transpose):
@@ -47,24 +34,9 @@ def matrix(A, upper, unit_diagonal, transpose):
 
 @variants
 @dtypes
-@pytest.mark.parametrize(
-    "k, n, m",
-    [
-        (1, 1, 1),
-        (3, 1, 33),
-        (2, 3, 5),
-        (4, 5, 7),
-        (48, 12, 12),
-        (1, 33, 2),
-        (2, 40, 65),
-        (2, 64, 1),
-        (1, 96, 3),
-        (2, 130, 129),
-        (1, 512, 3),
-    ],
-)
+@pytest.mark.parametrize("k, n, m", SIZES)
 def test_solves(k, n, m, dtype, upper, unit_diagonal, transpose):
-    A, B = inputs(k, n, m, dtype)
+    A, B = triangular_inputs(k, n, m, dtype)
     # only the named triangle may be read, so the rest is poison
     unread = (
         torch.ones(n, n, dtype=torch.bool).triu(1)
@@ -83,7 +55,7 @@ def test_solves(k, n, m, dtype, upper, unit_diagonal, transpose):
 
 @pytest.mark.parametrize("k, n, m", [(0, 3, 2), (2, 3, 0), (2, 0, 3), (0, 0, 0)])
 def test_nothing_to_solve(k, n, m):
-    A, B = (leaf(v) for v in inputs(k, n, m))
+    A, B = (leaf(v) for v in triangular_inputs(k, n, m))
     X = ops.triangular_solve(A, B, upper=False)
     assert X.shape == (k, n, m)
     dA, dB = torch.autograd.grad(X.sum(), (A, B))
@@ -92,12 +64,12 @@ def test_nothing_to_solve(k, n, m):
 
 @variants
 def test_gradients(upper, unit_diagonal, transpose):
-    assert gradcheck(OP, (*(leaf(v) for v in inputs(2, 3, 2)), upper, unit_diagonal, transpose))
+    assert gradcheck(OP, (*(leaf(v) for v in triangular_inputs(2, 3, 2)), upper, unit_diagonal, transpose))
 
 
 @variants
 def test_backward_is_that_of_linalg(upper, unit_diagonal, transpose):
-    A, B = (leaf(v) for v in inputs(2, 5, 3))
+    A, B = (leaf(v) for v in triangular_inputs(2, 5, 3))
     X = torch.linalg.solve(matrix(A, upper, unit_diagonal, transpose), B)
     dX = torch.randn_like(X)
     expected = torch.autograd.grad(X, (A, B), dX)
@@ -112,7 +84,7 @@ def test_backward_is_that_of_linalg(upper, unit_diagonal, transpose):
 @variants
 def test_opcheck(upper, unit_diagonal, transpose):
     variant = (upper, unit_diagonal, transpose)
-    A, B = inputs(2, 3, 2)
+    A, B = triangular_inputs(2, 3, 2)
     if not transpose:
         torch.library.opcheck(OP, (leaf(A), leaf(B), *variant))
     for a, b in [
@@ -128,7 +100,7 @@ def test_opcheck(upper, unit_diagonal, transpose):
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("n", [5, 40])
 def test_any_strides(n, transpose):
-    A, B = inputs(3, n, 9)
+    A, B = triangular_inputs(3, n, 9)
 
     def same(strided, plain):
         found, expected = (
@@ -145,7 +117,7 @@ def test_any_strides(n, transpose):
 @pytest.mark.parametrize("m", [524_281, 524_289])
 def test_many_right_hand_sides(m):
     """On both sides of where cuBLAS fails: a batch of 512 images of 32x32 has 524,288."""
-    A, B = inputs(1, 4, m)
+    A, B = triangular_inputs(1, 4, m)
     X = ops.triangular_solve(A, B, upper=False)
     torch.testing.assert_close(A.tril() @ X, B, rtol=1e-11, atol=1e-11)
 
@@ -157,7 +129,7 @@ def test_a_column_does_not_depend_on_the_others(n, upper, dtype, each_backend):
     """Its bits do not: neither on how many stand beside it nor on its place."""
     if each_backend == "reference":
         pytest.skip("how the library splits a batch is its own affair")
-    A, B = inputs(3, n, 333, dtype)
+    A, B = triangular_inputs(3, n, 333, dtype)
     X = ops.triangular_solve(A, B, upper=upper)
     for first, last in [(0, 1), (332, 333), (7, 9), (100, 111), (5, 21), (64, 128), (3, 100), (1, 333)]:
         assert torch.equal(ops.triangular_solve(A, B[:, :, first:last], upper=upper), X[:, :, first:last])
@@ -186,7 +158,7 @@ def test_sums_start_from_zero(n):
 @pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("n", [5, 70])
 def test_a_singular_matrix_is_named(n, value, upper):
-    A, B = inputs(4, n, 2)
+    A, B = triangular_inputs(4, n, 2)
     A[2, 3, 3] = value
     found = r"matrix 2 of the stack has (-?0|inf|-?nan|0 or no finite number) at place 3 of its diagonal"
     with pytest.raises(ValueError, match=f"triangular_solve: {found}"):
@@ -209,7 +181,7 @@ def test_divides_where_a_reciprocal_overflows(m, dtype):
 
 def test_the_first_singular_matrix_is_named(each_backend):
     """And its first place, whichever end the solve starts from; a GPU names one that it met."""
-    A, B = inputs(6, 7, 130)
+    A, B = triangular_inputs(6, 7, 130)
     A[3, 5, 5] = -torch.inf
     A[3, 6, 6] = A[4, 0, 0] = 0
     late = each_backend in ("emulated", "cuda")
@@ -229,7 +201,7 @@ def test_the_first_singular_matrix_is_named(each_backend):
 
 
 def test_same_bits_twice():
-    A, B = (leaf(v) for v in inputs(8, 48, 48, torch.float32))
+    A, B = (leaf(v) for v in triangular_inputs(8, 48, 48, torch.float32))
 
     def run():
         X = ops.triangular_solve(A, B, upper=True)
@@ -239,7 +211,7 @@ def test_same_bits_twice():
 
 
 def test_compile():
-    A, B = (leaf(v) for v in inputs(2, 4, 3))
+    A, B = (leaf(v) for v in triangular_inputs(2, 4, 3))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda A, B: ops.triangular_solve(A, B, upper=True).square().sum(),

@@ -1,4 +1,4 @@
-"""Who may import whom: kernels and reference below, ops above them, then modules, models, the trainer."""
+"""Checks which layer imports which: ops below nn, nn below models, models below the trainer."""
 
 import ast
 import sys
@@ -107,3 +107,11 @@ def test_import_direction(path):
 )
 def test_a_wrong_import_is_seen(module, source):
     assert len(wrong_imports(source, module)) == 1
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tests/**/test_*.py")), ids=lambda p: p.name)
+def test_no_test_file_is_imported(path):
+    """Test files share code through ``tests/support``."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    found = imports(path.read_text(), module, is_package=False)
+    assert not [name for name in found if ".test_" in name or name.startswith("test_")]

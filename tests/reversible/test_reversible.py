@@ -26,36 +26,9 @@ from fastflow.nn import (
 )
 from fastflow.reversible import reversible, stored
 from fastflow.reversible.chain import _generators as generators
-from tests.nn.test_modules import WithContext, batch, conv, mlp, trained
 from tests.support.cases import name, pairwise, randomize
-
-
-def outputs_and_gradients(run, variables, seed=3):
-    """Of ``run()``: its outputs, and the gradients by ``variables`` of a loss that weighs them."""
-    generator = torch.Generator().manual_seed(seed)
-    outputs = run()
-    loss = sum(
-        (v * torch.randn(v.shape, generator=generator, dtype=torch.float64, device="cpu").to(v)).sum()
-        for v in outputs
-    )
-    return [v.detach() for v in outputs], list(
-        torch.autograd.grad(loss, variables, allow_unused=True, materialize_grads=True)
-    )
-
-
-def assert_as_stored(steps, x, context=None, tolerance=1e-10, **options):
-    variables = [
-        x,
-        *(v for v in (context,) if v is not None and v.requires_grad),
-        *(p for s in steps for p in s.parameters()),
-    ]
-    variables = [v for v in dict.fromkeys(variables) if v.requires_grad]
-    expected = outputs_and_gradients(lambda: stored(steps, x, context), variables)
-    found = outputs_and_gradients(lambda: reversible(steps, x, context, **options), variables)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=tolerance)
-    return found
-
+from tests.support.flows import WithContext, batch, conv, mlp, trained
+from tests.support.gradients import assert_as_stored, outputs_and_gradients
 
 # gradients --------------------------------------------------------------------------------------------------------------------
 

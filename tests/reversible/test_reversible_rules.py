@@ -3,8 +3,8 @@
 import pytest
 
 from fastflow.nn import ActNorm
-from tests.nn.test_modules import FLOWS, batch, trained
-from tests.reversible.test_reversible import assert_as_stored
+from tests.support.flows import FLOWS, batch, trained
+from tests.support.gradients import assert_as_stored
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 

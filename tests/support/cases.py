@@ -70,6 +70,10 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.is_floating_point())
 
 
+def leaves(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else leaf(t) for t in tensors]
+
+
 def jacobian_log_det(f, x: Tensor) -> Tensor:
     """log|det dz/dx| ``[N]`` of z = f(x), by one backward pass for each element of a sample."""
     x = x.detach().clone().requires_grad_()

@@ -21,11 +21,11 @@ from fastflow.nn import ActNorm
 from fastflow.trainer.progress import read_metrics
 from fastflow.trainer.ranks import LostRankError, Ranks, join, share
 from fastflow.trainer.step import Step
+from tests.support.processes import processes, waves
 
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-from tests.trainer.test_resume import processes, waves  # noqa: E402
 
 # 45 images in batches of 7, which two ranks share as 3 and 4 and three as 2, 2 and 3
 SETTINGS = "--batch-size 7 --warmup 5 --clip 2 --flip True --levels 2 --steps-per-level 2 --hidden 8 --final-samples 2 --samples 4"

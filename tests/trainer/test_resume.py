@@ -1,17 +1,16 @@
 """A training process that is killed at any moment and resumed ends as if nothing had happened, bit for bit."""
 
-import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
 from fastflow import checkpoint
+from tests.support.processes import processes, waves
 
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
@@ -23,22 +22,6 @@ SETTINGS = (
     f"--steps {STEPS} --batch-size 6 --warmup 20 --clip 2 --flip True --eval-every 9 --save-every 7 --lr 3e-3"
 )
 SETTINGS += " --levels 2 --steps-per-level 1 --hidden 8 --final-samples 2 --samples 4 --ema 0.9"
-
-# One server imports torch once and forks the training processes: each is a process of its own to kill, at no cost.
-processes = multiprocessing.get_context("forkserver")
-preload = "fastflow.trainer.cli fastflow.trainer.train tyro tqdm torch._dynamo torch.utils.tensorboard matplotlib.backends.backend_agg"
-preload += " matplotlib.figure PIL.WebPImagePlugin"
-processes.set_forkserver_preload(preload.split())
-
-
-def waves(folder):
-    """A file of smooth 8x8 images: there is something to learn."""
-    path = folder / "waves.npz"
-    rng = np.random.default_rng(0)
-    i, j = np.mgrid[:8, :8]
-    angle, phase = rng.uniform(0, 6.3, (2, 50, 3, 1, 1))
-    np.savez(path, x=(127 + 100 * np.sin(angle + i / 4 + phase * j / 8)).astype(np.uint8))
-    return path
 
 
 @pytest.fixture(scope="module")

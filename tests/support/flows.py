@@ -1,0 +1,121 @@
+"""Small flows of every kind, their networks and batches: the cases of the tests that hold for any flow."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fastflow.models.glow import GlowLevel, GlowStep
+from fastflow.nn import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    BatchNorm,
+    Continuous,
+    Flatten,
+    GlowNetwork,
+    InvertibleConv1x1,
+    Permute,
+    Scale,
+    Sequential,
+    Squeeze,
+)
+from fastflow.ops.affine_coupling import SCALES
+from tests.support.cases import randomize
+
+VECTOR, IMAGE, SEQUENCE = (4,), (4, 2, 4), (4, 3)
+
+
+def batch(shape: tuple[int, ...], n: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, *shape, dtype=dtype)
+
+
+def conv(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(c_in, 5, 3, padding=1), nn.Tanh(), nn.Conv2d(5, c_out, 1))
+
+
+def mlp(c_in: int, c_out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(c_in, 5), nn.Tanh(), nn.Linear(5, c_out))
+
+
+class WithContext(nn.Module):
+    """A network of x and of one vector of three numbers per sample."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.net = mlp(c_in + 3, c_out)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.net(torch.cat([x, context], dim=1))
+
+
+def batch_norm() -> BatchNorm:
+    """A layer in eval mode that has seen two batches; test_batch_norm.py has training mode."""
+    layer = BatchNorm(4)
+    for seed in (1, 2):
+        layer(3 + 2 * torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)))
+    return layer.eval()
+
+
+def affine(net, c_in: int = 2, **options) -> AffineCoupling:
+    return AffineCoupling(net(c_in, 2 * c_in), **options)
+
+
+def additive(net, c_in: int = 2, **options) -> AdditiveCoupling:
+    return AdditiveCoupling(net(c_in, c_in), **options)
+
+
+ANY_SHAPE = {
+    "ActNorm": lambda: ActNorm(4),
+    "LU": lambda: InvertibleConv1x1(4),
+    "plain": lambda: InvertibleConv1x1(4, lu=False),
+    "reverse": lambda: Permute(4),
+    "shuffle": lambda: Permute(4, order="random"),
+    "interleaved": lambda: Permute(4, order="interleaved"),
+    "a permutation": lambda: Permute(4, order=[2, 0, 3, 1]),
+    "Scale": lambda: Scale(4),
+    "BatchNorm": batch_norm,
+    "Continuous": lambda: Continuous(),
+}
+OF_VECTORS = {
+    **{scale: partial(affine, mlp, scale=scale) for scale in SCALES if scale != "none"},
+    "checkerboard": partial(affine, mlp, 4, mask="checkerboard", h_order="scale_shift"),
+    "additive": partial(additive, mlp, flip=True),
+}
+OF_IMAGES = {
+    **{scale: partial(affine, conv, scale=scale, flip=True) for scale in SCALES if scale != "none"},
+    "checkerboard": partial(affine, conv, 4, mask="checkerboard", order="shift_first", num_features=4),
+    "checkerboard, flipped": partial(affine, conv, 4, mask="checkerboard", flip=True, scale="tanh"),
+    "factor for each channel": partial(affine, conv, num_features=2),
+    "additive": partial(additive, conv),
+    "additive checkerboard": partial(additive, conv, 4, mask="checkerboard"),
+    "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),
+    "Flatten": lambda: Flatten(IMAGE),
+    **{f"squeeze {order}": partial(Squeeze, order) for order in ("channel", "space", "realnvp")},
+    "Sequential": lambda: Sequential(
+        ActNorm(4), InvertibleConv1x1(4), AffineCoupling(conv(2, 4)), Squeeze(), Permute(16)
+    ),
+    **{f"GlowStep, {v}": partial(GlowStep, 4, 6, conv1x1=v) for v in ("lu", "plain", "reverse", "shuffle")},
+    "GlowStep, additive": lambda: GlowStep(4, 6, coupling="additive"),
+    "GlowLevel": lambda: GlowLevel([GlowStep(16, 6) for _ in range(2)]),
+}
+# name: (a function that makes the flow, the shape of a sample)
+FLOWS = {
+    f"{name} of {kind}": (make, shape)
+    for kind, shape, flows in (
+        ("vectors", VECTOR, ANY_SHAPE | OF_VECTORS),
+        ("images", IMAGE, ANY_SHAPE | OF_IMAGES),
+        ("sequences", SEQUENCE, ANY_SHAPE),
+    )
+    for name, make in flows.items()
+}
+
+
+def trained(make) -> nn.Module:
+    """``make()`` as after some training: no parameter at its first value, ActNorm initialized, eval mode."""
+    module = randomize(make(), std=0.1).double()
+    for layer in module.modules():
+        if isinstance(layer, ActNorm):
+            layer.initialized.fill_(True)
+            assert layer._initialized
+    return module.eval()
