@@ -15,7 +15,6 @@ pytest.register_assert_rewrite("tests.support")
 import fastflow  # noqa: E402
 from fastflow.ops import extension  # noqa: E402
 from tests.support import interpreter  # noqa: E402
-from tests.support.cases import KERNELS  # noqa: E402
 
 interpreter.round_to_nearest()
 interpreter.count_loops()
@@ -62,11 +61,21 @@ def pytest_terminal_summary(terminalreporter, config):
 BACKENDS = {"interpreter": "triton", "cuda": "auto", "compiled": "auto"}
 
 
-@pytest.fixture(scope="module", params=["reference", *KERNELS])
-def each_backend(request):
-    """Runs a module's tests on every body of its ops: plain PyTorch, Triton's interpreter, and the kernels on a device.
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc):
+    """Gives ``each_backend`` the values of the closest marker ``bodies``; ``on_both`` of test_large.py has its own."""
+    named = [marker.args[0] for marker in metafunc.definition.iter_markers("parametrize")]
+    if "each_backend" in metafunc.fixturenames and not any("each_backend" in names for names in named):
+        bodies = metafunc.definition.get_closest_marker("bodies").args
+        metafunc.parametrize("each_backend", bodies, indirect=True, scope="module")
 
-    The ops of the C++ extension have others: ``@pytest.mark.parametrize("each_backend", EXTENSION, indirect=True)``.
+
+@pytest.fixture(scope="module")
+def each_backend(request):
+    """Runs a test on each body of the ops that its marker ``bodies`` names.
+
+    These are "reference" (plain PyTorch), "interpreter" (Triton kernels in NumPy), "compiled" (C++ for the CPU),
+    "emulated" (CUDA kernels run on the CPU), and "cuda" (the kernels of a device).
     """
     if request.param == "interpreter" and not interpreter.RUNS:
         pytest.skip("kernels are compiled here, not interpreted: the device runs them")

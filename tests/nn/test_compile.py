@@ -26,9 +26,9 @@ from fastflow.nn import (
     Split,
     Squeeze,
 )
-from tests.support.cases import randomize
+from tests.support.cases import KERNELS, randomize
 
-pytestmark = pytest.mark.usefixtures("each_backend")
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.bodies("reference", *KERNELS)]
 
 IMAGE, VECTOR = (3, 4, 2, 4), (3, 4)
 

@@ -21,7 +21,7 @@ from tests.support.cases import (
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
-    pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True),
+    pytest.mark.bodies(*TRITON_AND_CPU),
 ]
 
 OP = torch.ops.fastflow.actnorm.default

@@ -15,7 +15,7 @@ from fastflow.nn import ActNorm, AffineCoupling
 from tests.support import interpreter
 from tests.support.cases import KERNELS, randomize
 
-kernels = pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
+kernels = pytest.mark.bodies(*KERNELS)
 interpreted = pytest.mark.skipif(not interpreter.RUNS, reason="kernels are compiled here, not interpreted")
 
 

@@ -20,7 +20,7 @@ from tests.support.cases import (
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
-    pytest.mark.parametrize("each_backend", EXTENSION, indirect=True),
+    pytest.mark.bodies(*EXTENSION),
 ]
 
 OP = torch.ops.fastflow.conv1x1.default

@@ -15,7 +15,7 @@ from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, 
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
-    pytest.mark.parametrize("each_backend", TRITON_AND_CPU, indirect=True),
+    pytest.mark.bodies(*TRITON_AND_CPU),
 ]
 
 OP = torch.ops.fastflow.dequantize.default

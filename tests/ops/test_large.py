@@ -7,7 +7,7 @@ import torch
 
 import fastflow
 from fastflow import ops
-from tests.support.cases import lay_out
+from tests.support.cases import CUDA, lay_out
 
 GLOW = [(512, 12, 16, 16), (512, 24, 8, 8), (512, 48, 4, 4), (16, 12, 128, 128), (4, 48, 32, 32)]
 SMALL = [(3, 12, 8, 8), (2, 4, 48, 64)]
@@ -180,9 +180,7 @@ def test_triangular_solve(k, n, m, each_backend):
         )
 
 
-@pytest.mark.parametrize(
-    "each_backend", ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
-)
+@pytest.mark.bodies("emulated", CUDA)
 def test_a_captured_graph(each_backend):
     """Replayed on other values it gives what the ops give; a matrix that became singular is told after the replay."""
     x, dy = torch.randn(8, 12, 8, 8), torch.randn(8, 12, 8, 8)
@@ -227,10 +225,24 @@ def test_a_captured_graph(each_backend):
 
 # past 2^31 elements ------------------------------------------------------------------------------------------------------------
 
+
+@pytest.fixture
+def empty_cache():
+    """Hands a large test's memory back to the device, which workers share."""
+    yield
+    torch.cuda.empty_cache()
+
+
+def large(test):
+    """Marks a test of 17 to 30 GB: with ``--dist loadgroup`` one worker runs all of them, one after the other."""
+    return pytest.mark.xdist_group("large")(pytest.mark.usefixtures("empty_cache")(test))
+
+
 MANY = on_both("count", [600], [2**31 + 600])  # elements
 SHARE = torch.bfloat16  # a tensor of this size takes 4 GB
 
 
+@large
 @MANY
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("samples", ["one", "many"])
@@ -278,6 +290,7 @@ def test_past_32_bits(count, samples, layout, each_backend):
     assert torch.equal(noise[-1:], ops.gaussian_sample((1, *shape[1:]), seed=5, offset=n - 1, dtype=SHARE))
 
 
+@large
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @on_both("count", [600], [2**31 + 600], "emulated")
 def test_conv1x1_past_32_bits(count, layout, each_backend):
@@ -306,6 +319,7 @@ def test_dequantize_rows_that_do_not_merge(width, each_backend):
         assert torch.equal(y[:, :, end], ops.dequantize(x[:, :, end], noise=noise[:, :, end])[0])
 
 
+@large
 @on_both("height", [300], [2**29])
 def test_dequantize_many_rows(height, each_backend):
     x = torch.randint(0, 256, (1, 4, height, 2), dtype=torch.uint8)

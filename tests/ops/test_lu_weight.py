@@ -11,7 +11,7 @@ from tests.support.matrices import lu_inputs
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
-    pytest.mark.parametrize("each_backend", EXTENSION, indirect=True),
+    pytest.mark.bodies(*EXTENSION),
 ]
 
 OP = torch.ops.fastflow.lu_weight.default

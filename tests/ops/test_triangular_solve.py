@@ -12,7 +12,7 @@ from tests.support.matrices import triangular_inputs
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
-    pytest.mark.parametrize("each_backend", EXTENSION, indirect=True),
+    pytest.mark.bodies(*EXTENSION),
 ]
 
 OP = torch.ops.fastflow.triangular_solve.default

@@ -3,10 +3,11 @@
 import pytest
 
 from fastflow.nn import ActNorm
+from tests.support.cases import KERNELS
 from tests.support.flows import FLOWS, batch, trained
 from tests.support.gradients import assert_as_stored
 
-pytestmark = pytest.mark.usefixtures("each_backend")
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.bodies("reference", *KERNELS)]
 
 
 @pytest.mark.parametrize("rule", ["its own rule", "the general rule"])

@@ -10,12 +10,11 @@ from torch import Tensor
 
 import fastflow
 
-# the bodies of ops that are kernels: for @pytest.mark.parametrize("each_backend", KERNELS, indirect=True)
-KERNELS = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
-# those of the ops of the C++ extension, likewise: PyTorch, the CPU's, and the CUDA kernels run on the CPU and on a device
-EXTENSION = ["reference", "compiled", "emulated", KERNELS[1]]
-# those of an op that Triton has for GPUs and C++ for the CPU, likewise
-TRITON_AND_CPU = ["reference", "compiled", *KERNELS]
+# For ``@pytest.mark.bodies(*KERNELS)``; tests/conftest.py has what each name means.
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+KERNELS = ["interpreter", CUDA]
+EXTENSION = ["reference", "compiled", "emulated", CUDA]  # of ops with CUDA kernels and C++
+TRITON_AND_CPU = ["reference", "compiled", *KERNELS]  # of ops with Triton kernels and C++
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
