@@ -270,7 +270,7 @@ def largest_batch(
         return took[batch] <= options.limit_mib
 
     slope, rest = np.polyfit(*zip(*swept, strict=True), 1) if len(swept) > 1 else (0, 0)
-    found = largest(fits, max(1, int((options.limit_mib - rest) / slope)) if slope > 0 else 1)
+    found = largest(fits, max(1, round((options.limit_mib - rest) / slope)) if slope > 0 else 1)
     return found, took[found]
 
 
