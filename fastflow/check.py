@@ -56,6 +56,14 @@ def channels(argument: str, t: Tensor, count: int, why: str) -> None:
         raise error(argument, shape_of(t), f"[{count}], {why}")
 
 
+def gradients(x_name: str, x: Tensor, dy: Tensor | None, dlog_det: Tensor | None = None) -> None:
+    """Gradients of an op's output, which has the shape of ``x``, and of its log-det; None if the op takes none."""
+    if dy is not None:
+        same_shape("dy", dy, x.shape, f"like {x_name}")
+    if dlog_det is not None:
+        same_shape("dlog_det", dlog_det, x.shape[:1], "one value for each sample")
+
+
 def diagonal(op: str, d: Tensor) -> None:
     """Finite numbers other than 0 on the diagonals ``[K, n]`` of a stack, where the host can look without waiting for a device."""
     if d.device.type != "cpu":

@@ -1,236 +1,226 @@
-"""How an op is registered with torch, and which of its bodies runs."""
+"""Registers an op with PyTorch from its reference: schema, fake, implementations and gradient."""
 
 import functools
-import importlib
-import os
-import re
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from fastflow import check
-from fastflow.ops import extension
-
-BACKENDS = ("auto", "reference", "triton", "emulated")
-
-
-def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
-    return name
-
-
-_backend = _checked(os.environ.get("FASTFLOW_BACKEND", "auto"), "FASTFLOW_BACKEND")
-
-
-class backend:
-    """Chooses the body of every op within a block.
-
-    ``"auto"``: the fastest one there is: Triton's kernels for CUDA tensors, compiled code where there is some, else PyTorch.
-    ``"reference"``: plain PyTorch. ``"triton"``: every op that has a Triton kernel runs it, CPU tensors in Triton's interpreter, which
-    takes ``TRITON_INTERPRET=1`` in the environment before Python starts and serves to test, not to compute; other ops as in ``"auto"``.
-    ``"emulated"``: the ops of the C++ extension run their CUDA kernels on CPU tensors too, block by block, likewise to test.
-
-    The environment variable ``FASTFLOW_BACKEND`` sets it for a process. It holds for all threads. Raises ValueError for another name.
-
-    Example:
-        >>> with fastflow.backend("reference"):
-        ...     y, log_det = flow(x)
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = _checked(name, "backend")
-
-    def __enter__(self) -> None:
-        global _backend
-        self.previous, _backend = _backend, self.name
-
-    def __exit__(self, *exc: object) -> None:
-        global _backend
-        _backend = self.previous
-
-
-def _extension(device: torch.device) -> str | None:
-    """The namespace of torch.ops that holds the extension's bodies for tensors of this device; None where PyTorch is to run."""
-    if _backend == "reference" or not (
-        extension.cpu if device.type == "cpu" else device.type == "cuda" and _has_code_for(device)
-    ):
-        return None
-    return "fastflow_emulated" if _backend == "emulated" and device.type == "cpu" else "fastflow_C"
-
-
-@functools.cache
-def _has_code_for(device: torch.device) -> bool:
-    """Whether the CUDA extension was compiled for this GPU: for its generation, or an earlier one's PTX."""
-    oldest = (
-        min(re.findall(r"\d+\.\d+", extension.build["cuda_archs"]), key=float, default="0.0")
-        if extension.cuda
-        else None
-    )
-    return oldest is not None and torch.cuda.get_device_capability(device) >= tuple(
-        map(int, oldest.split("."))
-    )
-
-
-@functools.cache
-def _compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
-    return getattr(getattr(torch.ops, namespace), name).default
-
-
-def with_compiled(
-    name: str, reference: Callable, on: Callable[..., Tensor], applies: Callable[..., bool] = lambda *_: True
-) -> Callable:
-    """The body that calls the extension's op ``name`` where it is built and ``applies`` to the arguments, else ``reference``.
-
-    ``on`` gives the argument whose device decides.
-    """
-
-    def body(*args):
-        namespace = _extension(on(*args).device)
-        if namespace is None or not applies(*args):
-            return reference(*args)
-        return _call(_compiled_op(namespace, name), *args)
-
-    return body
-
-
-def cpu_op(name: str, tensor: Tensor) -> Callable | None:
-    """The extension's op for the CPU alone, where ``tensor`` lies there and the op is to run; else None."""
-    if tensor.device.type != "cpu" or _extension(tensor.device) is None:
-        return None
-    return _compiled_op("fastflow_C", name)
-
-
-def with_cpu(reference: Callable) -> Callable:
-    """The body that calls the extension's op named as the reference is, on CPU tensors where it is built, else ``reference``.
-
-    For :func:`with_kernel`: an op that Triton has for GPUs, and C++ for the CPU. Their first argument decides.
-    """
-
-    @functools.wraps(reference)
-    def body(*args):
-        return (cpu_op(reference.__name__, args[0]) or reference)(*args)
-
-    return body
-
-
-def _call(op: torch._ops.OpOverload, *args):
-    """What compiled code says of the values it was given is a ValueError, as in Python; the place in C++ and its trace are left out."""
-    try:
-        return op(*args)
-    except RuntimeError as error:
-        if singular := re.search(r"\w+: matrix \d+ of the stack has .*", str(error)):
-            raise check.SingularError(singular[0]) from None
-        if perm := re.search(r"\w+: perm of matrix \d+ .*", str(error)):
-            raise ValueError(perm[0]) from None
-        raise
-
-
-def raise_singular() -> None:
-    """See :func:`fastflow.ops.raise_singular`."""
-    if extension.cuda and torch.cuda.is_initialized():
-        for device in range(torch.cuda.device_count()):
-            if torch._C._cuda_hasPrimaryContext(
-                device
-            ):  # a synchronisation would make one, of hundreds of MB
-                torch.cuda.synchronize(device)
-        _call(torch.ops.fastflow_C.raise_singular.default)
-    if extension.cpu:
-        _call(torch.ops.fastflow_emulated.raise_singular.default)
-
-
-@functools.cache
-def _kernels(family: str):
-    """``triton_kernels/FAMILY.py``, imported when first run: triton takes a second, and is not everywhere. None where it is not."""
-    try:
-        return importlib.import_module(f"fastflow.triton_kernels.{family}")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        return None
-
-
-def _runs_kernels(device: torch.device) -> bool:
-    """Whether the backend has tensors of this device go to Triton. Raises RuntimeError where it is told to and cannot."""
-    if _backend == "auto":
-        return device.type == "cuda" and _kernels("tiles") is not None
-    if _backend == "triton":
-        if _kernels("tiles") is None:
-            raise RuntimeError(
-                'backend: "triton" needs the package triton, which is not installed; "auto" and "reference" do without'
-            )
-        if device.type == "cpu" and not _kernels("tiles").INTERPRETED:
-            raise RuntimeError(
-                'backend: "triton" takes tensors on the CPU to Triton\'s interpreter, which wants TRITON_INTERPRET=1 in the environment '
-                'before Python starts; "auto" and "reference" do without'
-            )
-    return _backend == "triton"
-
-
-def with_kernel(reference: Callable, family: str, on: Callable[..., Tensor] = lambda x, *_: x) -> Callable:
-    """The body that runs the launcher of ``triton_kernels/FAMILY.py`` named as the reference is: on CUDA tensors, or when told to.
-
-    ``on`` gives the argument whose device decides; where it has no elements, the reference says what nothing looks like.
-    """
-    name = reference.__name__
-
-    def body(*args):
-        tensor = on(*args)
-        if not _runs_kernels(tensor.device) or not tensor.numel():
-            return reference(*args)
-        kernel = getattr(_kernels(family), name)
-        if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-            return kernel(*args)
-        with torch.cuda.device(tensor.device):  # Triton launches on the current device
-            return kernel(*args)
-
-    return body
+from fastflow.ops.dispatch import Implementations
 
 
 def register(
-    name: str,
-    signature: str,
-    body: Callable,
-    fake: Callable,
-    function: type[torch.autograd.Function] | None = None,
-) -> None:
-    """Defines ``torch.ops.fastflow.NAME``: ``body`` for every device, ``fake`` for tracing, ``function`` under the Autograd key.
+    reference: Callable,
+    *,
+    check: Callable[..., None] | None = None,
+    triton: bool = False,
+    compiled: Sequence[str] = (),
+    eligible: Callable[..., bool] | None = None,
+    call: Callable | None = None,
+    compiled_schema: str | None = None,
+    fallback: Callable | None = None,
+    outputs: str = "",
+    backward: Callable | None = None,
+    gradients: str = "",
+    differentiable_backward: bool = False,
+    integers: str = "",
+) -> Implementations:
+    """Defines ``torch.ops.fastflow.NAME`` from ``reference``, a function of plain PyTorch of that name.
 
-    Under the Autograd key the op itself is differentiable: opcheck holds for inputs that require grad, torch.compile sees one node.
-    One body chooses among those of the devices, since ``backend`` decides too.
+    The schema is the reference's signature. The reference is also the fake: it runs on fake tensors, so shapes, dtypes
+    and strides agree by construction. The gradient is an ``autograd.Function`` under the Autograd key, generated from
+    ``backward``: the op itself is differentiable, ``opcheck`` holds for inputs that require grad, and torch.compile
+    traces one node. (``torch.library.register_autograd`` was measured and rejected: slower per call, and a second
+    derivative is silently wrong.)
+
+    Args:
+        reference: ``fastflow/ops/FOLDER/reference.py``'s function; FOLDER names the Triton module.
+        check: raises ValueError for bad arguments, before every call and every trace. A backward has none: autograd
+            calls it with arguments that the op has checked. It takes the name of the op's
+            first argument, that argument, and any others of the op's arguments by their names; those that the op has
+            not take the check's defaults.
+        triton: whether ``triton_kernels/FOLDER.py`` has a launcher of the op's name, with its arguments.
+        compiled: devices with a compiled op in the extension, ``("cpu",)`` or ``("cpu", "cuda")``; see
+            :class:`~fastflow.ops.dispatch.Implementations` for ``eligible`` and ``call``.
+        compiled_schema: arguments and results of the compiled op if they are not the op's.
+        fallback: plain PyTorch that runs instead of the reference, if it must check values or call other ops.
+        outputs: names of the results, for ``backward``.
+        backward: the vector-Jacobian product: the reference of another op, or a function. Its arguments are the op's
+            arguments, its outputs, and ``dNAME`` for the gradient of output NAME, in any order; what it names is saved.
+        gradients: the arguments whose gradients ``backward`` returns, in order. None is returned for an argument that
+            is None.
+        integers: the outputs that are integers and have no gradient.
+        differentiable_backward: whether ``backward`` may be differentiated itself; otherwise that is an error.
+
+    Returns the implementations, for ops that are built from others.
     """
+    name, folder = reference.__name__, reference.__module__.split(".")[-2]
+    schema = torch.library.infer_schema(reference, mutates_args=())
+    parameters = list(inspect.signature(reference).parameters.values())
+    implementations = Implementations(
+        name,
+        fallback or reference,
+        next(i for i, p in enumerate(parameters) if p.annotation is Tensor),
+        folder if triton else None,
+        tuple(compiled),
+        eligible,
+        call,
+    )
+    names = [p.name for p in parameters]
+    checked = _checking(check, names)
     qualified = f"fastflow::{name}"
-    torch.library.define(qualified, signature)
-    torch.library.impl(qualified, "CompositeExplicitAutograd", _without_autocast(body))
-    torch.library.register_fake(qualified, fake)
-    if function is not None:
-        torch.library.impl(qualified, "Autograd", _with_gradient(name, function))
+    torch.library.define(qualified, schema)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", _without_autocast(checked(implementations)))
+    torch.library.register_fake(qualified, checked(reference))
+    if backward is not None:
+        function = _function(
+            name,
+            parameters,
+            outputs.split(),
+            backward,
+            gradients.split(),
+            differentiable_backward,
+            integers.split(),
+        )
+        torch.library.impl(qualified, "Autograd", _skipping(function, name))
+    if compiled:
+        define_compiled(name, compiled_schema or schema, emulated="cuda" in compiled)
+    return implementations
 
 
-def _with_gradient(name: str, function: type[torch.autograd.Function]) -> Callable:
-    """``function.apply``, past which an op goes where no gradient is wanted: it takes 7 us, half as long as a small op.
+def define_compiled(name: str, schema: str, emulated: bool = False) -> None:
+    """Defines the op of the C++ extension, whose bodies register themselves: ``fastflow_C::NAME``.
 
-    Not past it within forward mode, which ``no_grad`` leaves on: it says there that it has no such derivative.
+    Its namespace differs from ``fastflow``, whose implementation chooses between these bodies and others. With
+    ``emulated``, also ``fastflow_emulated::NAME``, the CUDA kernel run on the CPU.
     """
+    for namespace in ("fastflow_C", *(["fastflow_emulated"] if emulated else [])):
+        torch.library.define(f"{namespace}::{name}", schema.replace("SymInt", "int"))
 
-    def body(*args):
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.fastflow, name).default(*args)
 
-    return body
+def _checking(check: Callable[..., None] | None, names: list[str]) -> Callable[[Callable], Callable]:
+    """Decorator that runs ``check`` on an op's arguments first."""
+    if check is None:
+        return lambda body: body
+    expected = list(inspect.signature(check).parameters.values())[
+        2:
+    ]  # after the first argument's name and value
+    missing = [p.name for p in expected if p.name not in names and p.default is p.empty]
+    if missing:
+        raise TypeError(
+            f"{check.__qualname__}: got {', '.join(missing)}, expected arguments of the op: {names}"
+        )
+    defaults = tuple(p.default for p in expected if p.name not in names)
+    places = [*names, *(p.name for p in expected if p.name not in names)]
+    pick = _getter([places.index(p.name) for p in expected])
+    first = names[0]
+
+    def checked(body: Callable) -> Callable:
+        @functools.wraps(body)
+        def run(*args: object) -> object:
+            check(first, args[0], *pick(args + defaults))
+            return body(*args)
+
+        return run
+
+    return checked
+
+
+def _getter(places: list[int]) -> Callable[[tuple], tuple]:
+    """The elements of a tuple at these places; itemgetter, but a tuple for any number of them."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return (lambda values: (values[places[0]],)) if places else (lambda values: ())
 
 
 def _without_autocast(body: Callable) -> Callable:
-    """An op computes in the dtypes that it says: under autocast PyTorch's products of matrices in it would be rounded to half precision."""
+    """An op computes in the dtypes of its contract: autocast would round the matrix products in it to half precision."""
 
-    def exact(*args):
+    def exact(*args: object) -> object:
         if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
             return body(*args)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return body(*args)
 
     return exact
+
+
+def _function(
+    name: str,
+    parameters: list[inspect.Parameter],
+    outputs: list[str],
+    backward: Callable,
+    gradients: list[str],
+    differentiable_backward: bool,
+    integers: list[str],
+) -> type[torch.autograd.Function]:
+    """The op's autograd.Function. It saves the arguments and outputs that ``backward`` names."""
+    op = getattr(torch.ops.fastflow, name).default
+    arguments = [p.name for p in parameters]
+    values = [*arguments, *outputs]  # of a call, in this order
+    tensors = [*(p.name for p in parameters if p.annotation in (Tensor, Tensor | None)), *outputs]
+    wanted = list(inspect.signature(backward).parameters)
+    available = [*values, *(f"d{v}" for v in outputs)]
+    if unknown := [p for p in wanted if p not in available]:
+        raise TypeError(f"{backward.__name__}: got the arguments {unknown}, expected some of {available}")
+    saved = [p for p in wanted if p in tensors]
+    others = [p for p in wanted if p in values and p not in tensors]
+    saved_of, others_of = (_getter([values.index(p) for p in found]) for found in (saved, others))
+    order = [*saved, *others, *(f"d{v}" for v in outputs)]
+    arguments_of_backward = _getter([order.index(p) for p in wanted])
+    targets = [arguments.index(p) for p in gradients]
+    optional = [i for i in targets if parameters[i].annotation == Tensor | None]
+    # the op of that name if there is one, whatever its implementation
+    vjp = getattr(torch.ops.fastflow, backward.__name__).default if _is_op(backward.__name__) else backward
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                results = op(*args)
+            everything = args + results if type(results) is tuple else (*args, results)
+            ctx.save_for_backward(*saved_of(everything))
+            ctx.others = others_of(everything)
+            ctx.absent = [i for i in optional if args[i] is None]
+            if integers:
+                ctx.mark_non_differentiable(*(everything[values.index(v)] for v in integers))
+            return results
+
+        @staticmethod
+        def backward(ctx, *grads):
+            found = vjp(*arguments_of_backward(ctx.saved_tensors + ctx.others + grads))
+            result = [None] * len(arguments)
+            for i, gradient in zip(targets, found if type(found) is tuple else (found,), strict=True):
+                result[i] = gradient
+            for i in ctx.absent:
+                result[i] = None
+            return tuple(result)
+
+    if not differentiable_backward:
+        Function.backward = staticmethod(once_differentiable(Function.backward))
+    Function.__name__ = Function.__qualname__ = f"{name}_function"
+    return Function
+
+
+def _is_op(name: str) -> bool:
+    return hasattr(torch.ops.fastflow, name)
+
+
+def _skipping(function: type[torch.autograd.Function], name: str) -> Callable:
+    """Calls ``function.apply``, or the op below it if gradients are disabled: apply takes 7 us, half of a small op.
+
+    Forward-mode AD stays enabled under ``no_grad``, so there ``apply`` is called, which raises that it has no jvp.
+    """
+    op = getattr(torch.ops.fastflow, name).default
+
+    def body(*args: object) -> object:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return body

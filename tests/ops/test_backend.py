@@ -57,13 +57,16 @@ def test_triton_without_the_interpreter_is_an_error():
     assert run(COUPLE) == "[[1.0, 1.0]]"
     assert run(COUPLE, FASTFLOW_BACKEND="triton", TRITON_INTERPRET="1") == "[[1.0, 1.0]]"
     error = run(COUPLE, FASTFLOW_BACKEND="triton")
-    assert error.startswith('RuntimeError: backend: "triton"') and "TRITON_INTERPRET=1" in error
+    assert (
+        error.startswith('RuntimeError: backend: got "triton" with tensors on the CPU')
+        and "TRITON_INTERPRET=1" in error
+    )
 
 
 def test_without_triton():
     assert run(NO_TRITON + COUPLE) == "[[1.0, 1.0]]"
     assert run(NO_TRITON + COUPLE, FASTFLOW_BACKEND="triton").startswith(
-        'RuntimeError: backend: "triton" needs the package triton'
+        'RuntimeError: backend: got "triton", which needs the package triton'
     )
 
 

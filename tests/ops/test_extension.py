@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import fastflow
-from fastflow import ops, reference
+from fastflow import ops
 from fastflow.ops import extension
+from fastflow.ops.noise import reference as plain_noise
 from fastflow.ops.squeeze import ORDERS
 from tests.support.cases import assert_same_bits_whatever_the_threads, assert_writes_everything
 from tests.support.matrices import lu_inputs, triangular_inputs
@@ -337,7 +338,7 @@ def test_a_perm_that_is_none_is_an_error(wrong):
 def test_a_gpu_that_nothing_was_compiled_for_runs_pytorch(capability, runs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(extension.build, "cuda_archs", "8.0;9.0;10.0+PTX")
-    assert ops.library._has_code_for.__wrapped__(torch.device("cuda", 0)) is runs
+    assert ops.dispatch.has_code_for.__wrapped__(torch.device("cuda", 0)) is runs
 
 
 def runs():
@@ -520,7 +521,7 @@ def test_scale_functions_are_exact_for_every_float(scale):
 def test_normal_numbers_are_exact():
     """Within 5 units in the last place of what float64 makes of the same words: of logarithm, root, cosine and sine together."""
     seed, d = torch.tensor(3), 1_000_000
-    words = reference._words(1, d // 4, seed, 5, reference.NORMAL).unflatten(2, (2, 2))
+    words = plain_noise._words(1, d // 4, seed, 5, plain_noise.NORMAL).unflatten(2, (2, 2))
     u = (words[..., 0].float() + 0.5) * 2.0**-32  # rounded where the body rounds
     radius, angle = torch.sqrt(-2 * torch.log(u.double())), words[..., 1].double() * (2.0**-32 * 2 * torch.pi)
     exact = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=3).flatten()

@@ -2,12 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastflow import check
 from fastflow.ops.affine_coupling import reference
-from fastflow.ops.layout import acc_dtype
-from fastflow.ops.registry import register, with_cpu, with_kernel
+from fastflow.ops.registry import register
 
 MASKS = ("halves", "checkerboard")
 SCALES = ("exp", "sigmoid", "soft_clamp", "tanh", "none")
@@ -15,82 +13,34 @@ ORDERS = ("scale_first", "shift_first")
 H_ORDERS = ("shift_scale", "scale_shift", "interleaved")
 WITH_FACTOR = ("soft_clamp", "tanh")
 
-VARIANT = "str mask, bool flip, str scale, str order, str h_order"
-
-
-def _fake(x, h, factor, mask, flip, scale, order, h_order, inverse):
-    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=acc_dtype(x.dtype))
-
-
-def _fake_factor(x, factor):
-    return x.new_empty(0, dtype=acc_dtype(x.dtype)) if factor is None else torch.empty_like(factor)
-
-
-def _fake_backward(x, h, factor, dy, dlog_det, mask, flip, scale, order, h_order, inverse):
-    return torch.empty_like(dy), torch.empty_like(h), _fake_factor(x, factor)
-
-
-def _fake_inverse_backward(y, h, factor, dy, dlog_det, mask, flip, scale, order, h_order):
-    return torch.empty_like(y), torch.empty_like(dy), torch.empty_like(h), _fake_factor(y, factor)
-
-
-class AffineCouplingFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, h: Tensor, factor: Tensor | None, *variant) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, h, factor)
-        ctx.variant = variant
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastflow.affine_coupling.default(x, h, factor, *variant)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor, dlog_det: Tensor):
-        x, h, factor = ctx.saved_tensors
-        dx, dh, dfactor = torch.ops.fastflow.affine_coupling_backward.default(
-            x, h, factor, dy, dlog_det, *ctx.variant
-        )
-        return dx, dh, None if factor is None else dfactor, None, None, None, None, None, None
-
-
-register(
-    "affine_coupling",
-    f"(Tensor x, Tensor h, Tensor? factor, {VARIANT}, bool inverse) -> (Tensor, Tensor)",
-    with_kernel(with_cpu(reference.affine_coupling), "affine_coupling"),
-    _fake,
-    AffineCouplingFunction,
-)
-register(
-    "affine_coupling_backward",
-    f"(Tensor x, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, {VARIANT}, bool inverse) -> (Tensor, Tensor, Tensor)",
-    with_kernel(with_cpu(reference.affine_coupling_backward), "affine_coupling"),
-    _fake_backward,
-)
-register(
-    "affine_coupling_inverse_backward",
-    f"(Tensor y, Tensor h, Tensor? factor, Tensor dy, Tensor dlog_det, {VARIANT}) -> (Tensor, Tensor, Tensor, Tensor)",
-    with_kernel(with_cpu(reference.affine_coupling_inverse_backward), "affine_coupling"),
-    _fake_inverse_backward,
-)
-
 
 def _check(
-    x: Tensor, h: Tensor, factor: Tensor | None, mask: str, scale: str, order: str, h_order: str
+    argument: str,
+    x: Tensor,
+    h: Tensor,
+    factor: Tensor | None,
+    mask: str,
+    scale: str,
+    order: str,
+    h_order: str,
+    dy: Tensor | None = None,
+    dlog_det: Tensor | None = None,
 ) -> None:
     check.one_of("mask", mask, MASKS)
     check.one_of("scale", scale, SCALES)
     check.one_of("order", order, ORDERS)
     check.one_of("h_order", h_order, H_ORDERS)
-    check.floating("x", x)
+    check.floating(argument, x)
     c = x.shape[1]
     if mask == "halves" and c % 2:
-        raise check.error("x", check.shape_of(x), "an even number of channels, to split into halves")
-    check.beside("h", h, "x", x)
+        raise check.error(argument, check.shape_of(x), "an even number of channels, to split into halves")
+    check.beside("h", h, argument, x)
     transformed = c // 2 if mask == "halves" else c
     check.same_shape(
         "h",
         h,
         (x.shape[0], transformed if scale == "none" else 2 * transformed, *x.shape[2:]),
-        f"x is {list(x.shape)}, {mask}, {'shift' if scale == 'none' else 'shift and scale'} of {transformed} channels",
+        f"{argument} is {list(x.shape)}, {mask}, {'shift' if scale == 'none' else 'shift and scale'} of {transformed} channels",
     )
     if (factor is not None) != (scale in WITH_FACTOR):
         raise check.error(
@@ -99,8 +49,22 @@ def _check(
             f"one for {' and '.join(WITH_FACTOR)} only, scale is {scale!r}",
         )
     if factor is not None:
-        check.beside("factor", factor, "x", x)
+        check.beside("factor", factor, argument, x)
         check.channels("factor", factor, transformed, "one for each transformed channel")
+    check.gradients(argument, x, dy, dlog_det)
+
+
+kernels = {"triton": True, "compiled": ("cpu",)}
+register(reference.affine_coupling_backward, **kernels)
+register(reference.affine_coupling_inverse_backward, **kernels, check=_check)
+register(
+    reference.affine_coupling,
+    **kernels,
+    check=_check,
+    outputs="y log_det",
+    backward=reference.affine_coupling_backward,
+    gradients="x h factor",
+)
 
 
 def affine_coupling(
@@ -135,7 +99,6 @@ def affine_coupling(
 
     Raises ValueError for other shapes, dtypes, devices or names. Double backward is an error.
     """
-    _check(x, h, factor, mask, scale, order, h_order)
     return torch.ops.fastflow.affine_coupling.default(
         x, h, factor, mask, flip, scale, order, h_order, inverse
     )
@@ -158,9 +121,6 @@ def affine_coupling_inverse_backward(
 
     Arguments, shapes and errors as there; ``dy`` like y, ``dlog_det`` ``[N]``. dx holds no part that comes through the network.
     """
-    _check(y, h, factor, mask, scale, order, h_order)
-    check.same_shape("dy", dy, y.shape, "like y")
-    check.same_shape("dlog_det", dlog_det, y.shape[:1], "one value for each sample")
     x, dx, dh, dfactor = torch.ops.fastflow.affine_coupling_inverse_backward.default(
         y, h, factor, dy, dlog_det, mask, flip, scale, order, h_order
     )

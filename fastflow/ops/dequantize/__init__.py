@@ -1,3 +1,3 @@
-from fastflow.ops.dequantize.op import MAP, dequantize, dequantize_inverse
+from fastflow.ops.dequantize.op import dequantize, dequantize_inverse
 
-__all__ = ["MAP", "dequantize", "dequantize_inverse"]
+__all__ = ["dequantize", "dequantize_inverse"]

@@ -2,97 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastflow import check
 from fastflow.ops.dequantize import reference
-from fastflow.ops.layout import acc_dtype, memory_format, sample_view
 from fastflow.ops.noise import as_seed
-from fastflow.ops.registry import register, with_cpu, with_kernel
-from fastflow.ops.squeeze import ORDERS, check_even, check_image, squeezed_shape
-
-MAP = "int n_bits, float scale, float shift, bool logit, str? squeeze_order"
-
-
-def _image_like(x: Tensor, squeeze_order: str | None, inverse: bool, dtype: torch.dtype) -> Tensor:
-    y = torch.empty_like(x, dtype=dtype)
-    if squeeze_order is None:
-        return y
-    layout = memory_format(x if inverse else y)  # of what is squeezed or unsqueezed
-    return torch.empty(squeezed_shape(x, inverse), dtype=dtype, device=x.device, memory_format=layout)
-
-
-def _fake(x, noise, seed, offset, n_bits, scale, shift, logit, squeeze_order, dtype):
-    return _image_like(x, squeeze_order, False, dtype), x.new_empty(x.shape[0], dtype=acc_dtype(dtype))
-
-
-def _fake_backward(x, noise, dy, dlog_det, n_bits, scale, shift, logit, squeeze_order):
-    return torch.empty_like(noise)
-
-
-def _fake_inverse(y, n_bits, scale, shift, logit, squeeze_order):
-    return _image_like(y, squeeze_order, True, torch.uint8), y.new_empty(y.shape[0], dtype=acc_dtype(y.dtype))
-
-
-class DequantizeFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, *rest
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, noise)
-        ctx.map = rest[:-1]
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastflow.dequantize.default(x, noise, seed, offset, *rest)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor, dlog_det: Tensor):
-        x, noise = ctx.saved_tensors
-        dnoise = torch.ops.fastflow.dequantize_backward.default(x, noise, dy, dlog_det, *ctx.map)
-        return None, dnoise, None, None, None, None, None, None, None, None
-
-
-class DequantizeInverseFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y: Tensor, *rest) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            x, log_det = torch.ops.fastflow.dequantize_inverse.default(y, *rest)
-        ctx.save_for_backward(y)
-        ctx.logit = rest[3]
-        ctx.mark_non_differentiable(x)
-        return x, log_det
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dx: Tensor, dlog_det: Tensor):
-        (y,) = ctx.saved_tensors
-        dy = torch.zeros_like(y)
-        if ctx.logit:  # d/dy (log sigmoid(y) + log sigmoid(-y)) = 1 - 2 sigmoid(y) = -tanh(y / 2)
-            acc = acc_dtype(y.dtype)
-            dy = dy.copy_(-torch.tanh(y.to(acc) / 2) * sample_view(dlog_det, y))
-        return dy, None, None, None, None, None
-
-
-register(
-    "dequantize",
-    f"(Tensor x, Tensor? noise, Tensor? seed, SymInt offset, {MAP}, ScalarType dtype) -> (Tensor, Tensor)",
-    with_kernel(with_cpu(reference.dequantize), "dequantize"),
-    _fake,
-    DequantizeFunction,
-)
-register(
-    "dequantize_backward",
-    f"(Tensor x, Tensor noise, Tensor dy, Tensor dlog_det, {MAP}) -> Tensor",
-    with_kernel(with_cpu(reference.dequantize_backward), "dequantize"),
-    _fake_backward,
-)
-register(
-    "dequantize_inverse",
-    f"(Tensor y, {MAP}) -> (Tensor, Tensor)",
-    with_kernel(with_cpu(reference.dequantize_inverse), "dequantize"),
-    _fake_inverse,
-    DequantizeInverseFunction,
-)
+from fastflow.ops.registry import register
+from fastflow.ops.squeeze import ORDERS, check_even, check_image
 
 
 def _check_map(n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None) -> None:
@@ -108,6 +23,66 @@ def _check_map(n_bits: int, scale: float, shift: float, logit: bool, squeeze_ord
         )
     if squeeze_order is not None:
         check.one_of("squeeze_order", squeeze_order, ORDERS)
+
+
+def _check(
+    argument: str,
+    x: Tensor,
+    noise: Tensor | None,
+    n_bits: int,
+    scale: float,
+    shift: float,
+    logit: bool,
+    squeeze_order: str | None,
+    seed: Tensor | None,
+) -> None:
+    if x.dtype != torch.uint8:
+        raise check.error(argument, f"dtype {x.dtype}", "uint8 images")
+    if x.ndim < 2:
+        raise check.error(argument, check.shape_of(x), "a batch [N, ...]")
+    _check_map(n_bits, scale, shift, logit, squeeze_order)
+    if squeeze_order is not None:
+        check_even(x)
+    if (noise is None) == (seed is None):
+        raise check.error("noise, seed", "both" if seed is not None else "neither", "one of them")
+    if noise is not None:
+        check.floating("noise", noise)
+        check.same_shape("noise", noise, x.shape, "like x")
+        if noise.device != x.device:
+            raise check.error("noise", f"device {noise.device}", f"{x.device}, where x is")
+
+
+def _check_inverse(
+    argument: str, y: Tensor, n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None
+) -> None:
+    check.floating(argument, y)
+    _check_map(n_bits, scale, shift, logit, squeeze_order)
+    if squeeze_order is not None:
+        check_image(y)
+        if y.shape[1] % 4:
+            raise check.error(argument, check.shape_of(y), "a number of channels that 4 divides")
+
+
+register(reference.dequantize_backward, triton=True, compiled=("cpu",))
+register(
+    reference.dequantize,
+    check=_check,
+    triton=True,
+    compiled=("cpu",),
+    outputs="y log_det",
+    backward=reference.dequantize_backward,
+    gradients="noise",
+)
+register(
+    reference.dequantize_inverse,
+    check=_check_inverse,
+    triton=True,
+    compiled=("cpu",),
+    outputs="x log_det",
+    integers="x",
+    backward=reference.dequantize_inverse_backward,
+    gradients="y",
+)
 
 
 def dequantize(
@@ -141,20 +116,7 @@ def dequantize(
 
     Raises ValueError when x is not uint8, when neither or both of noise and seed are given, for a map whose logit is infinite.
     """
-    if x.dtype != torch.uint8:
-        raise check.error("x", f"dtype {x.dtype}", "uint8 images")
-    if x.ndim < 2:
-        raise check.error("x", check.shape_of(x), "a batch [N, ...]")
-    _check_map(n_bits, scale, shift, logit, squeeze_order)
-    if squeeze_order is not None:
-        check_even(x)
-    if (noise is None) == (seed is None):
-        raise check.error("noise, seed", "both" if seed is not None else "neither", "one of them")
     if noise is not None:
-        check.floating("noise", noise)
-        check.same_shape("noise", noise, x.shape, "like x")
-        if noise.device != x.device:
-            raise check.error("noise", f"device {noise.device}", f"{x.device}, where x is")
         dtype = noise.dtype
     seed = None if seed is None else as_seed(seed, x.device)
     return torch.ops.fastflow.dequantize.default(
@@ -176,10 +138,4 @@ def dequantize_inverse(
     Shape: y floating point; x uint8; log_det ``[N]``, nats, of the continuous map from y to x + u (differentiable; x is not).
     Raises ValueError as :func:`dequantize` does.
     """
-    check.floating("y", y)
-    _check_map(n_bits, scale, shift, logit, squeeze_order)
-    if squeeze_order is not None:
-        check_image(y)
-        if y.shape[1] % 4:
-            raise check.error("y", check.shape_of(y), "a number of channels that 4 divides")
     return torch.ops.fastflow.dequantize_inverse.default(y, n_bits, scale, shift, logit, squeeze_order)

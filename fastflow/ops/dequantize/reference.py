@@ -64,3 +64,12 @@ def dequantize_inverse(
         p = torch.sigmoid(p)
     x = torch.floor((p - shift) * (2.0**n_bits / scale)).clamp(0, 2**n_bits - 1)
     return dense_like(x, y, torch.uint8), log_det
+
+
+def dequantize_inverse_backward(y: Tensor, dlog_det: Tensor, logit: bool) -> Tensor:
+    """dy: the log-det's, since the pixels are integers."""
+    dy = torch.zeros_like(y)
+    if not logit:
+        return dy
+    # d/dy (log sigmoid(y) + log sigmoid(-y)) = 1 - 2 sigmoid(y) = -tanh(y / 2)
+    return dy.copy_(-torch.tanh(y.to(acc_dtype(y.dtype)) / 2) * sample_view(dlog_det, y))

@@ -57,9 +57,28 @@ def gaussian_log_prob_backward(
 
 
 def gaussian_sample(
-    size: list[int], mean: Tensor | None, log_scale: Tensor | None, temperature: float, seed: Tensor, offset: int, dtype: torch.dtype,
-    normal: Callable = normal_noise,
-) -> Tensor:  # fmt: skip
+    size: list[int],
+    mean: Tensor | None,
+    log_scale: Tensor | None,
+    temperature: float,
+    seed: Tensor,
+    offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return gaussian_sample_by(normal_noise, size, mean, log_scale, temperature, seed, offset, dtype)
+
+
+def gaussian_sample_by(
+    normal: Callable[..., Tensor],
+    size: list[int],
+    mean: Tensor | None,
+    log_scale: Tensor | None,
+    temperature: float,
+    seed: Tensor,
+    offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sample from the standard normal noise of ``normal``, with the arguments of :func:`normal_noise`."""
     acc = acc_dtype(dtype)
     z = normal(size, seed, offset, acc)
     m, s = gaussian_terms(z, mean, log_scale, acc)
@@ -70,3 +89,17 @@ def gaussian_sample(
     if mean is not None:
         z = z + m
     return z.to(dtype).contiguous()
+
+
+def gaussian_sample_backward(
+    z: Tensor, mean: Tensor | None, log_scale: Tensor | None, dz: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dmean, dlog_scale) from the sample; None for an argument that is None."""
+
+    def gradient(v: Tensor | None, dv: Tensor) -> Tensor | None:
+        if v is None:
+            return None
+        return channel_sum(dv).to(v.dtype) if v.ndim == 1 and z.ndim > 1 else dv.to(v.dtype)
+
+    m, _ = gaussian_terms(z, mean, None, z.dtype)
+    return gradient(mean, dz), gradient(log_scale, dz * (z - m))

@@ -4,47 +4,36 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastflow import check
 from fastflow.ops.lu_weight import reference
-from fastflow.ops.registry import register, with_compiled
+from fastflow.ops.registry import register
+
+MAX_COMPILED = 64  # rows: a multiprocessor of a GPU does not hold four larger matrices
 
 
-def _fake(perm, lower, upper, log_s, sign_s):
-    return lower.new_empty(lower.shape), lower.new_empty(lower.shape), log_s.new_empty(log_s.shape[:-1])
+def _check(argument: str, perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> None:
+    if lower.ndim != 3 or lower.shape[1] != lower.shape[2]:
+        raise check.error("lower", check.shape_of(lower), "a stack [K, C, C]")
+    if lower.dtype not in (torch.float32, torch.float64):
+        raise check.error("lower", f"dtype {lower.dtype}", "float32 or float64")
+    check.same_shape("upper", upper, lower.shape, "like lower")
+    for name, v in (("perm", perm), ("log_s", log_s), ("sign_s", sign_s)):
+        check.same_shape(name, v, lower.shape[:2], f"lower is {list(lower.shape)}")
+    if perm.dtype != torch.int64:
+        raise check.error("perm", f"dtype {perm.dtype}", "int64")
+    for name, v in (("perm", perm), ("upper", upper), ("log_s", log_s), ("sign_s", sign_s)):
+        if v.device != lower.device or (v is not perm and v.dtype != lower.dtype):
+            raise check.error(
+                name, f"{v.dtype} on {v.device}", f"{lower.dtype} on {lower.device}, like lower"
+            )
 
 
-def _fake_backward(perm, lower, upper, log_s, sign_s, weight_inverse, dweight, dweight_inverse, dlog_det):
-    return lower.new_empty(lower.shape), upper.new_empty(upper.shape), log_s.new_empty(log_s.shape)
-
-
-class LUWeightFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            weight, weight_inverse, log_det = torch.ops.fastflow.lu_weight.default(*args)
-        ctx.save_for_backward(*args, weight_inverse)
-        return weight, weight_inverse, log_det
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dweight: Tensor, dweight_inverse: Tensor, dlog_det: Tensor):
-        dlower, dupper, dlog_s = torch.ops.fastflow.lu_weight_backward.default(
-            *ctx.saved_tensors, dweight, dweight_inverse, dlog_det
-        )
-        return None, dlower, dupper, dlog_s, None
-
-
-def _reference(perm, lower, upper, log_s, sign_s):
+def _checking_values(perm, lower, upper, log_s, sign_s):
     check.diagonal("lu_weight", sign_s * torch.exp(log_s))
     # large matrices come from here too, with the triangular solve that the device has
-    return reference.lu_weight(
-        perm, lower, upper, log_s, sign_s, solve=torch.ops.fastflow.triangular_solve.default
-    )
-
-
-MAX_COMPILED = 64  # rows: of larger ones a GPU's multiprocessor does not hold four
+    solve = torch.ops.fastflow.triangular_solve.default
+    return reference.lu_weight_by(solve, perm, lower, upper, log_s, sign_s)
 
 
 @functools.cache
@@ -55,26 +44,21 @@ def _fits(size: int, device: torch.device) -> bool:
     )
 
 
-def _fits_a_block(perm, lower, *_):
+def _eligible(perm: Tensor, lower: Tensor, *_: object) -> bool:
     c = lower.shape[-1]
     return c <= MAX_COMPILED and _fits(4 * c * (c | 1) * lower.element_size() + 4096, lower.device)
 
 
+kernels = {"compiled": ("cpu", "cuda"), "eligible": _eligible}
+register(reference.lu_weight_backward, **kernels)
 register(
-    "lu_weight",
-    "(Tensor perm, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s) -> (Tensor, Tensor, Tensor)",
-    with_compiled("lu_weight", _reference, on=lambda perm, *_: perm, applies=_fits_a_block),
-    _fake,
-    LUWeightFunction,
-)
-register(
-    "lu_weight_backward",
-    "(Tensor perm, Tensor lower, Tensor upper, Tensor log_s, Tensor sign_s, Tensor weight_inverse, "
-    "Tensor dweight, Tensor dweight_inverse, Tensor dlog_det) -> (Tensor, Tensor, Tensor)",
-    with_compiled(
-        "lu_weight_backward", reference.lu_weight_backward, on=lambda perm, *_: perm, applies=_fits_a_block
-    ),
-    _fake_backward,
+    reference.lu_weight,
+    **kernels,
+    check=_check,
+    fallback=_checking_values,
+    outputs="weight weight_inverse log_det",
+    backward=reference.lu_weight_backward,
+    gradients="lower upper log_s",
 )
 
 
@@ -95,18 +79,4 @@ def lu_weight(
     the matrix of the stack, where :math:`e^{\log s}` is 0, inf or NaN; on a CUDA device that one comes late, see
     :func:`raise_singular`. Double backward is an error.
     """
-    if lower.ndim != 3 or lower.shape[1] != lower.shape[2]:
-        raise check.error("lower", check.shape_of(lower), "a stack [K, C, C]")
-    if lower.dtype not in (torch.float32, torch.float64):
-        raise check.error("lower", f"dtype {lower.dtype}", "float32 or float64")
-    check.same_shape("upper", upper, lower.shape, "like lower")
-    for name, v in (("perm", perm), ("log_s", log_s), ("sign_s", sign_s)):
-        check.same_shape(name, v, lower.shape[:2], f"lower is {list(lower.shape)}")
-    if perm.dtype != torch.int64:
-        raise check.error("perm", f"dtype {perm.dtype}", "int64")
-    for name, v in (("perm", perm), ("upper", upper), ("log_s", log_s), ("sign_s", sign_s)):
-        if v.device != lower.device or (v is not perm and v.dtype != lower.dtype):
-            raise check.error(
-                name, f"{v.dtype} on {v.device}", f"{lower.dtype} on {lower.device}, like lower"
-            )
     return torch.ops.fastflow.lu_weight.default(perm, lower, upper, log_s, sign_s)

@@ -12,8 +12,15 @@ def _lu_factors(lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> 
 
 
 def lu_weight(
-    perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor, solve: Solve = triangular_solve
+    perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return lu_weight_by(triangular_solve, perm, lower, upper, log_s, sign_s)
+
+
+def lu_weight_by(
+    solve: Solve, perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight, weight_inverse, log_det), the inverse by ``solve``."""
     L, U = _lu_factors(lower, upper, log_s, sign_s)
     unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(L)
     inverse = solve(U, solve(L, unit, False, True, False), True, False, False)

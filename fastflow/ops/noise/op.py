@@ -1,39 +1,30 @@
-"""fastflow::uniform_noise: counter-based noise that depends on (seed, sample index, element) alone."""
+"""fastflow::uniform_noise: counter-based noise, a function of (seed, sample index, element) only."""
 
-import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastflow import check
+from fastflow.ops.dispatch import Implementations
 from fastflow.ops.layout import acc_dtype
 from fastflow.ops.noise import reference
-from fastflow.ops.registry import cpu_op, register, with_kernel
+from fastflow.ops.registry import define_compiled, register
+
+ROWS = "(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor"
 
 
-def _drawn(plain: Callable) -> Callable:
-    """``plain``, or the extension's function of that name, which draws rows in the dtype that is computed in."""
-
-    @functools.wraps(plain)
-    def draw(size: list[int], seed: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-        compiled = cpu_op(plain.__name__, seed)
-        if compiled is None:
-            return plain(size, seed, offset, dtype)
-        rows = compiled(size[0], math.prod(size[1:]), seed, offset, acc_dtype(dtype) == torch.float64)
-        return rows.to(dtype).reshape(size)
-
-    return draw
+def _rows(op, size, seed, offset, dtype):
+    """The compiled ops draw rows in the dtype that is computed in."""
+    rows = op(size[0], math.prod(size[1:]), seed, offset, acc_dtype(dtype) == torch.float64)
+    return rows.to(dtype).reshape(size)
 
 
-drawn_uniform, drawn_normal = _drawn(reference.uniform_noise), _drawn(reference.normal_noise)
-
-register(
-    "uniform_noise",
-    "(SymInt[] size, Tensor seed, SymInt offset, ScalarType dtype) -> Tensor",
-    with_kernel(drawn_uniform, "noise", on=lambda size, seed, *_: seed),
-    lambda size, seed, offset, dtype: seed.new_empty(size, dtype=dtype),
+register(reference.uniform_noise, triton=True, compiled=("cpu",), compiled_schema=ROWS, call=_rows)
+# not an op: gaussian_sample draws it
+define_compiled("normal_noise", ROWS)
+normal_noise = Implementations(
+    "normal_noise", reference.normal_noise, device_of=1, compiled=("cpu",), call=_rows
 )
 
 

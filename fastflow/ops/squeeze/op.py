@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from fastflow import check
-from fastflow.ops.layout import memory_format
-from fastflow.ops.registry import register, with_cpu, with_kernel
+from fastflow.ops.registry import register
 from fastflow.ops.squeeze import reference
 
 ORDERS = ("channel", "space", "realnvp")
@@ -14,36 +13,6 @@ ORDERS = ("channel", "space", "realnvp")
 def squeezed_shape(x: Tensor, inverse: bool) -> tuple[int, int, int, int]:
     n, c, h, w = x.shape
     return (n, c // 4, 2 * h, 2 * w) if inverse else (n, 4 * c, h // 2, w // 2)
-
-
-def _fake(x, order, inverse):
-    return torch.empty(
-        squeezed_shape(x, inverse), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
-    )
-
-
-class SqueezeFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, order: str, inverse: bool) -> Tensor:
-        ctx.order, ctx.inverse = order, inverse
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastflow.squeeze.default(x, order, inverse)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        return torch.ops.fastflow.squeeze.default(dy, ctx.order, not ctx.inverse), None, None
-
-
-_kernel = with_kernel(with_cpu(reference.squeeze), "squeeze")
-
-
-def _body(x, order, inverse):
-    return (
-        reference.squeeze(x, order, inverse) if x.dtype == torch.complex128 else _kernel(x, order, inverse)
-    )  # no integer is as large
-
-
-register("squeeze", "(Tensor x, str order, bool inverse) -> Tensor", _body, _fake, SqueezeFunction)
 
 
 def check_image(x: Tensor) -> None:
@@ -55,6 +24,32 @@ def check_even(x: Tensor) -> None:
     check_image(x)
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise check.error("x", check.shape_of(x), "an even height and width")
+
+
+def _check(argument: str, x: Tensor, order: str, inverse: bool) -> None:
+    check.one_of("order", order, ORDERS)
+    if not inverse:
+        return check_even(x)
+    check_image(x)
+    if x.shape[1] % 4:
+        raise check.error(argument, check.shape_of(x), "a number of channels that 4 divides")
+
+
+def _backward(dy: Tensor, order: str, inverse: bool) -> Tensor:
+    return torch.ops.fastflow.squeeze.default(dy, order, not inverse)
+
+
+register(
+    reference.squeeze,
+    check=_check,
+    triton=True,
+    compiled=("cpu",),
+    eligible=lambda x, *_: x.dtype != torch.complex128,  # no integer of 16 bytes to move
+    outputs="y",
+    backward=_backward,
+    gradients="x",
+    differentiable_backward=True,
+)
 
 
 def squeeze(x: Tensor, order: str = "channel") -> Tensor:
@@ -69,15 +64,9 @@ def squeeze(x: Tensor, order: str = "channel") -> Tensor:
     Shape: ``[N, C, H, W]`` with even H and W to ``[N, 4C, H/2, W/2]``; channels_last stays channels_last.
     Raises ValueError for other shapes and names.
     """
-    check.one_of("order", order, ORDERS)
-    check_even(x)
     return torch.ops.fastflow.squeeze.default(x, order, False)
 
 
 def unsqueeze(x: Tensor, order: str = "channel") -> Tensor:
     """The inverse of :func:`squeeze`: ``[N, 4C, H, W]`` to ``[N, C, 2H, 2W]``. Raises ValueError for other shapes and names."""
-    check.one_of("order", order, ORDERS)
-    check_image(x)
-    if x.shape[1] % 4:
-        raise check.error("x", check.shape_of(x), "a number of channels that 4 divides")
     return torch.ops.fastflow.squeeze.default(x, order, True)

@@ -2,67 +2,43 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastflow import check
-from fastflow.ops import registry
-from fastflow.ops.registry import register, with_compiled
+from fastflow.ops import dispatch
+from fastflow.ops.registry import register
 from fastflow.ops.triangular_solve import reference
 
 
-def _fake(A, B, upper, unit_diagonal, transpose):
-    return B.new_empty(B.shape)
+def _check(argument: str, A: Tensor, B: Tensor) -> None:
+    if A.ndim != 3 or A.shape[1] != A.shape[2]:
+        raise check.error("A", check.shape_of(A), "a stack of square matrices [K, n, n]")
+    if A.dtype not in (torch.float32, torch.float64):
+        raise check.error("A", f"dtype {A.dtype}", "float32 or float64")
+    if B.ndim != 3 or B.shape[:2] != A.shape[:2]:
+        raise check.error("B", check.shape_of(B), f"[{A.shape[0]}, {A.shape[1]}, m]")
+    if B.dtype != A.dtype or B.device != A.device:
+        raise check.error("B", f"{B.dtype} on {B.device}", f"{A.dtype} on {A.device}, like A")
 
 
-def _fake_backward(A, X, dX, upper, unit_diagonal, transpose):
-    return A.new_empty(A.shape), dX.new_empty(dX.shape)
-
-
-class TriangularSolveFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, A: Tensor, B: Tensor, *variant) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            X = torch.ops.fastflow.triangular_solve.default(A, B, *variant)
-        ctx.save_for_backward(A, X)
-        ctx.variant = variant
-        return X
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dX: Tensor):
-        return (
-            *torch.ops.fastflow.triangular_solve_backward.default(*ctx.saved_tensors, dX, *ctx.variant),
-            None,
-            None,
-            None,
-        )
-
-
-def _reference(A, B, upper, unit_diagonal, transpose):
+def _checking_values(A, B, upper, unit_diagonal, transpose):
     if not unit_diagonal and B.numel():
         check.diagonal("triangular_solve", A.diagonal(dim1=1, dim2=2))
     return reference.triangular_solve(A, B, upper, unit_diagonal, transpose)
 
 
-_body = with_compiled("triangular_solve", _reference, on=lambda A, *_: A)
-
-
 def _backward(A, X, dX, upper, unit_diagonal, transpose):
-    return reference.triangular_solve_backward(A, X, dX, upper, unit_diagonal, transpose, solve=_body)
+    return reference.triangular_solve_backward_by(_solve, A, X, dX, upper, unit_diagonal, transpose)
 
 
-register(
-    "triangular_solve",
-    "(Tensor A, Tensor B, bool upper, bool unit_diagonal, bool transpose) -> Tensor",
-    _body,
-    _fake,
-    TriangularSolveFunction,
-)
-register(
-    "triangular_solve_backward",
-    "(Tensor A, Tensor X, Tensor dX, bool upper, bool unit_diagonal, bool transpose) -> (Tensor, Tensor)",
-    _backward,
-    _fake_backward,
+register(reference.triangular_solve_backward, fallback=_backward)
+_solve = register(
+    reference.triangular_solve,
+    check=_check,
+    compiled=("cpu", "cuda"),
+    fallback=_checking_values,
+    outputs="X",
+    backward=reference.triangular_solve_backward,
+    gradients="A B",
 )
 
 
@@ -79,14 +55,6 @@ def triangular_solve(
     Raises ValueError for other shapes, dtypes or devices, and SingularError, a ValueError that names the matrix of the stack, for a
     diagonal that holds 0, inf or NaN; on a CUDA device that one comes late, see :func:`raise_singular`. Double backward is an error.
     """
-    if A.ndim != 3 or A.shape[1] != A.shape[2]:
-        raise check.error("A", check.shape_of(A), "a stack of square matrices [K, n, n]")
-    if A.dtype not in (torch.float32, torch.float64):
-        raise check.error("A", f"dtype {A.dtype}", "float32 or float64")
-    if B.ndim != 3 or B.shape[:2] != A.shape[:2]:
-        raise check.error("B", check.shape_of(B), f"[{A.shape[0]}, {A.shape[1]}, m]")
-    if B.dtype != A.dtype or B.device != A.device:
-        raise check.error("B", f"{B.dtype} on {B.device}", f"{A.dtype} on {A.device}, like A")
     return torch.ops.fastflow.triangular_solve.default(A, B, upper, unit_diagonal, transpose)
 
 
@@ -98,4 +66,4 @@ def raise_singular() -> None:
     worthless meanwhile, most of them inf or NaN. Kernels that were queued before the error was raised may leave word again, and so does
     a captured graph each time that it is replayed.
     """
-    registry.raise_singular()
+    dispatch.raise_singular()

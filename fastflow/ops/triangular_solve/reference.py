@@ -16,15 +16,15 @@ def triangular_solve(A: Tensor, B: Tensor, upper: bool, unit_diagonal: bool, tra
 
 
 def triangular_solve_backward(
-    A: Tensor,
-    X: Tensor,
-    dX: Tensor,
-    upper: bool,
-    unit_diagonal: bool,
-    transpose: bool,
-    solve: Solve = triangular_solve,
+    A: Tensor, X: Tensor, dX: Tensor, upper: bool, unit_diagonal: bool, transpose: bool
 ) -> tuple[Tensor, Tensor]:
     """(dA, dB)."""
+    return triangular_solve_backward_by(triangular_solve, A, X, dX, upper, unit_diagonal, transpose)
+
+
+def triangular_solve_backward_by(
+    solve: Solve, A: Tensor, X: Tensor, dX: Tensor, upper: bool, unit_diagonal: bool, transpose: bool
+) -> tuple[Tensor, Tensor]:
     dB = solve(A, dX, upper, unit_diagonal, not transpose)
     dA = -(X @ dB.mT if transpose else dB @ X.mT)
     diagonal = 1 if unit_diagonal else 0

@@ -1,0 +1,211 @@
+"""Chooses the implementation of an op for a device: a Triton kernel, a compiled op of the C++ extension, or the reference."""
+
+import functools
+import importlib
+import os
+import re
+import subprocess
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastflow import check
+from fastflow.ops import extension
+
+BACKENDS = ("auto", "reference", "triton", "emulated")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+# One setting for all threads, not a ContextVar: autograd runs backward passes in threads of its own.
+_backend = _checked(os.environ.get("FASTFLOW_BACKEND", "auto"), "FASTFLOW_BACKEND")
+
+
+class backend:
+    """Selects the implementation of every op within a block.
+
+    - ``"auto"`` (default): Triton kernels and CUDA C++ for CUDA tensors, C++ for CPU tensors, otherwise PyTorch.
+    - ``"reference"``: plain PyTorch.
+    - ``"triton"``: every op that has a Triton kernel runs it. CPU tensors run in Triton's interpreter, which requires
+      ``TRITON_INTERPRET=1`` in the environment before Python starts; it is for tests. Other ops run as in ``"auto"``.
+    - ``"emulated"``: ops with a CUDA C++ kernel run it on CPU tensors, block by block; also for tests.
+
+    The environment variable ``FASTFLOW_BACKEND`` sets the default of a process. The setting applies to all threads.
+    Raises ValueError for any other name.
+
+    Example:
+        >>> import fastflow, torch
+        >>> with fastflow.backend("reference"):
+        ...     y, log_det = fastflow.ops.actnorm(torch.zeros(2, 3), torch.zeros(3), torch.ones(3))
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked(name, "backend")
+
+    def __enter__(self) -> None:
+        global _backend
+        self.previous, _backend = _backend, self.name
+
+    def __exit__(self, *exc: object) -> None:
+        global _backend
+        _backend = self.previous
+
+
+@dataclass(frozen=True)
+class Implementations:
+    """What an op runs on which device. This class is the table of docs/backends.md.
+
+    Attributes:
+        name: the op; also the names of its reference, its Triton launcher and its compiled op.
+        fallback: plain PyTorch, for every device.
+        device_of: position of the argument whose device decides.
+        triton: module of :mod:`fastflow.triton_kernels` with the op's launcher; None if it has no Triton kernel.
+        compiled: devices that have a compiled op in the extension: ``()``, ``("cpu",)`` or ``("cpu", "cuda")``.
+        eligible: says whether the kernels take these arguments; the fallback runs if not.
+        call: calls the compiled op, given first, if its arguments are not the op's own.
+    """
+
+    name: str
+    fallback: Callable
+    device_of: int = 0
+    triton: str | None = None
+    compiled: tuple[str, ...] = ()
+    eligible: Callable[..., bool] | None = None
+    call: Callable | None = None
+
+    def __call__(self, *args: object) -> object:
+        if _backend == "reference" or not (self.eligible is None or self.eligible(*args)):
+            return self.fallback(*args)
+        tensor = args[self.device_of]
+        device = tensor.device
+        on_gpu_or_told = device.type == "cuda" or _backend == "triton"
+        if self.triton and on_gpu_or_told and tensor.numel() and _runs_kernels(device):
+            return self._launch(device, *args)
+        return self._compiled(device, *args)
+
+    def _compiled(self, device: torch.device, *args: object) -> object:
+        namespace = self._namespace(device)
+        if namespace is None:
+            return self.fallback(*args)
+        op = compiled_op(namespace, self.name)
+        return call_compiled(op, *args) if self.call is None else self.call(op, *args)
+
+    def _namespace(self, device: torch.device) -> str | None:
+        kind = device.type
+        if kind not in self.compiled:
+            return None
+        if kind == "cuda":
+            return "fastflow_C" if has_code_for(device) else None
+        if not extension.cpu:
+            return None
+        return "fastflow_emulated" if _backend == "emulated" and "cuda" in self.compiled else "fastflow_C"
+
+    def _launch(self, device: torch.device, *args: object) -> object:
+        launcher = getattr(triton_kernels(self.triton), self.name)
+        try:
+            if device.type != "cuda" or device.index == torch.cuda.current_device():
+                return launcher(*args)
+            with torch.cuda.device(device):  # Triton launches on the current device
+                return launcher(*args)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            if _backend == "triton" or not _needs_c_compiler(error):
+                raise
+            _disable_triton(error)
+            return self._compiled(device, *args)
+
+
+def compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
+    """``torch.ops.NAMESPACE.NAME.default``, looked up once."""
+    return _compiled_op(namespace, name)
+
+
+@functools.cache
+def _compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops, namespace), name).default
+
+
+def call_compiled(op: torch._ops.OpOverload, *args: object) -> object:
+    """Calls a compiled op. Its errors about argument values become ValueErrors, without the C++ file, line and trace."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if singular := re.search(r"\w+: matrix \d+ of the stack has .*", str(error)):
+            raise check.SingularError(singular[0]) from None
+        if perm := re.search(r"\w+: perm of matrix \d+ .*", str(error)):
+            raise ValueError(perm[0]) from None
+        raise
+
+
+@functools.cache
+def has_code_for(device: torch.device) -> bool:
+    """Whether the CUDA extension was compiled for this GPU: for its generation, or for an earlier one with PTX."""
+    if not extension.cuda:
+        return False
+    oldest = min(re.findall(r"\d+\.\d+", extension.build["cuda_archs"]), key=float, default=None)
+    return oldest is not None and torch.cuda.get_device_capability(device) >= tuple(
+        map(int, oldest.split("."))
+    )
+
+
+def raise_singular() -> None:
+    """See :func:`fastflow.ops.raise_singular`."""
+    if extension.cuda and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            if torch._C._cuda_hasPrimaryContext(device):  # synchronizing would create one, of hundreds of MB
+                torch.cuda.synchronize(device)
+        call_compiled(torch.ops.fastflow_C.raise_singular.default)
+    if extension.cpu:
+        call_compiled(torch.ops.fastflow_emulated.raise_singular.default)
+
+
+_triton_works = True  # False once a kernel could not be built: there is no C compiler
+
+
+@functools.cache
+def triton_kernels(module: str):
+    """``fastflow.triton_kernels.MODULE``; None if triton is not installed. Imported on first use: triton takes a second."""
+    try:
+        return importlib.import_module(f"fastflow.triton_kernels.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return None
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether the backend runs Triton kernels on this device. Raises RuntimeError if it must and cannot."""
+    if _backend == "auto":
+        return device.type == "cuda" and _triton_works and triton_kernels("tiles") is not None
+    if _backend == "triton":
+        if triton_kernels("tiles") is None:
+            raise RuntimeError(
+                'backend: got "triton", expected "auto" or "reference": the package triton is not installed'
+            )
+        if device.type == "cpu" and not triton_kernels("tiles").INTERPRETED:
+            raise RuntimeError(
+                'backend: got "triton" with tensors on the CPU, expected TRITON_INTERPRET=1 in the environment before '
+                'Python starts, which runs kernels in Triton\'s interpreter; or the backend "auto" or "reference"'
+            )
+    return _backend == "triton"
+
+
+def _needs_c_compiler(error: Exception) -> bool:
+    """Whether Triton failed to build its launcher: no C compiler, or one that fails (for example without Python.h)."""
+    return isinstance(error, subprocess.CalledProcessError) or "Failed to find C compiler" in str(error)
+
+
+def _disable_triton(error: Exception) -> None:
+    global _triton_works
+    if _triton_works:
+        _triton_works = False
+        warnings.warn(
+            f"Triton cannot build its kernels, so ops run in PyTorch, slower and with more memory: {error}. "
+            "Install a C compiler (or name one in CC) to use the kernels.",
+            stacklevel=2,
+        )
