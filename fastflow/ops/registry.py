@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from fastflow.ops.dispatch import Implementations
 
+OPS: dict[str, Implementations] = {}  # every registered op by name
+
 
 def register(
     reference: Callable,
@@ -70,6 +72,7 @@ def register(
         eligible,
         call,
     )
+    OPS[name] = implementations
     names = [p.name for p in parameters]
     checked = _checking(check, names)
     qualified = f"fastflow::{name}"
