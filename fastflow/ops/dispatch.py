@@ -185,7 +185,8 @@ def _runs_kernels(device: torch.device) -> bool:
     if _backend == "triton":
         if triton_kernels("tiles") is None:
             raise RuntimeError(
-                'backend: got "triton", expected "auto" or "reference": the package triton is not installed'
+                'backend: got "triton", which needs the package triton, expected "auto" or "reference": '
+                "triton is not installed"
             )
         if device.type == "cpu" and not triton_kernels("tiles").INTERPRETED:
             raise RuntimeError(
