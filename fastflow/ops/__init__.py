@@ -3,15 +3,16 @@
 from fastflow.check import SingularError
 from fastflow.ops.actnorm import actnorm, actnorm_inverse_backward, actnorm_statistics
 from fastflow.ops.affine_coupling import affine_coupling, affine_coupling_inverse_backward
+from fastflow.ops.affine_coupling.reference import checkerboard_transformed
 from fastflow.ops.conv1x1 import conv1x1, conv1x1_inverse_backward
 from fastflow.ops.dequantize import dequantize, dequantize_inverse
 from fastflow.ops.dispatch import backend
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
+from fastflow.ops.layout import acc_dtype, positions
 from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
 from fastflow.ops.squeeze import squeeze, unsqueeze
 from fastflow.ops.triangular_solve import raise_singular, triangular_solve
-from fastflow.reference import acc_dtype, checkerboard_transformed, positions
 
 __all__ = [
     "SingularError",
