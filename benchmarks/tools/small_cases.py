@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastflow import nn, ops
 from fastflow.models import Glow, RealNVP
+from fastflow.ops import spec
 
 SIZES = ((3, 12, 5, 7), (2, 6, 16, 16), (1, 48, 4, 4))
 
@@ -30,7 +31,20 @@ def layers(c: int) -> list[nn.Flow]:
     ]
 
 
+def ran_ops(device: str) -> Iterator[str]:
+    """Every case of every op's spec, in both layouts."""
+    torch.set_default_device(device)
+    for shape in ((3, 12, 6, 10), (2, 8, 16, 16)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            make = spec.Make(lay_out=lambda x, layout=layout: x.contiguous(memory_format=layout))
+            for case in spec.cases(make, shape):
+                case()
+                yield f"{case} on {'x'.join(map(str, shape))}, {layout}"
+    torch.set_default_device(None)
+
+
 def ran(device: str) -> Iterator[str]:
+    yield from ran_ops(device)
     for n, c, h, w in SIZES:
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(n, c, h, w, device=device).contiguous(memory_format=layout)

@@ -116,8 +116,15 @@ def assert_as_reference(op, *args) -> None:
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     else:
         with fastflow.backend("reference"):
-            exact = run(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+            exact = run(*map(in_float64, args))
         assert_no_worse(*([v.double() for v in results if v.numel()] for results in (found, expected, exact)))
+
+
+def in_float64(argument: object) -> object:
+    """A floating point tensor or dtype in float64, anything else as it is."""
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        return argument.double()
+    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
 def assert_no_worse(found: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:

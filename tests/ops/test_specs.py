@@ -1,0 +1,114 @@
+"""Every registered op, by the cases of its spec: equal to the reference, registered correctly, minimal traffic."""
+
+import pytest
+import torch
+
+import fastflow
+from fastflow.ops import extension, spec
+from fastflow.ops.registry import OPS
+from tests.conftest import BACKENDS
+from tests.support import interpreter
+from tests.support.cases import (
+    STATIC,
+    assert_as_reference,
+    assert_same_bits_whatever_the_threads,
+    assert_writes_everything,
+    lay_out,
+)
+
+SHAPE = (4, 12, 16, 16)  # Glow's first level; values per channel or sample are below the tolerance of traffic
+SMALL = (2, 8, 6, 10)
+NAMES = [str(case) for case in spec.cases(spec.Make(), SMALL)]
+
+
+def laid_out(layout: str):
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        if layout == "channels_last sliced":
+            both = torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)
+            return both.chunk(2, dim=1)[1]
+        return lay_out(x, layout)
+
+    return apply
+
+
+def find(name: str, make: spec.Make, shape: tuple[int, ...]) -> spec.Case:
+    folder = OPS[name.split()[0]].fallback.__module__.split(".")[-2]
+    return next(case for case in spec.cases(make, shape, folder) if str(case) == name)
+
+
+def bodies(name: str) -> list[str]:
+    """The implementations of an op besides its reference that run without a GPU."""
+    op = OPS[name.split()[0]]
+    found = ["interpreter"] if op.triton else []
+    found += ["compiled"] if "cpu" in op.compiled else []
+    return found + (["emulated"] if "cuda" in op.compiled else [])
+
+
+def on(name: str, body: str) -> fastflow.backend:
+    """The block that runs an op by ``body``; skips the test where the body is not to be had."""
+    if body == "interpreter" and not interpreter.RUNS:
+        pytest.skip("kernels are compiled here, not interpreted")
+    if body in ("compiled", "emulated") and not extension.cpu:
+        pytest.skip("the C++ extension was not built here: no compiler")
+    return fastflow.backend(BACKENDS.get(body, body))
+
+
+def test_every_op_has_cases_whose_names_differ():
+    assert {name.split()[0] for name in NAMES} == set(OPS)
+    assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize("name, body", [(name, body) for name in NAMES for body in bodies(name)])
+@pytest.mark.parametrize(
+    "dtype, layout", [("float32", "contiguous"), ("bfloat16", "channels_last"), ("float64", "sliced")]
+)
+def test_matches_reference(name, body, dtype, layout):
+    case = find(name, spec.Make(getattr(torch, dtype), laid_out(layout)), SMALL)
+    with on(name, body):
+        assert_as_reference(getattr(torch.ops.fastflow, case.op).default, *case.args)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registration(name):
+    """Schema, fake and autograd registration, contiguous and channels_last, also for inputs that require grad."""
+    for layout in ("contiguous", "channels_last"):
+        case = find(name, spec.Make(torch.float64, laid_out(layout)), SMALL)
+        op = getattr(torch.ops.fastflow, case.op).default
+        torch.library.opcheck(op, case.args, test_utils=STATIC)
+
+
+@pytest.mark.skipif(not extension.cpu, reason="the C++ extension was not built here: no compiler")
+@pytest.mark.parametrize("dtype, layout", [("float32", "contiguous"), ("bfloat16", "channels_last")])
+@pytest.mark.parametrize("name", [name for name in NAMES if "cpu" in OPS[name.split()[0]].compiled])
+def test_same_bits_for_any_number_of_threads_and_all_written(name, dtype, layout):
+    case = find(name, spec.Make(getattr(torch, dtype), laid_out(layout)), (64, 12, 16, 16))
+
+    def run() -> tuple[torch.Tensor, ...]:
+        found = case()
+        return found if isinstance(found, tuple) else (found,)
+
+    assert_same_bits_whatever_the_threads(run)
+    assert_writes_everything(run)
+
+
+COUNTED = [str(case) for case in spec.cases(spec.Make(), SHAPE) if case.bytes_moved is not None]
+
+
+@pytest.mark.skipif(not interpreter.RUNS, reason="kernels are compiled here: only the interpreter counts")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "channels_last sliced"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_bytes_and_launches(name, layout):
+    case = find(name, spec.Make(torch.float32, laid_out(layout)), SHAPE)
+    with fastflow.backend("triton"), interpreter.traffic() as found:
+        case()
+    elements = torch.Size(SHAPE).numel()
+    moved = (found.read + found.written) / elements
+    assert moved >= case.bytes_moved, "fewer bytes than there are: the counter is broken"
+    report = f"{found.read} bytes read, {found.written} written"
+    assert moved <= case.tolerance * case.bytes_moved, report
+    assert found.operations == [], "an operation ran that is not a kernel and may be a copy"
+    assert len(found.launches) == case.launches, found.launches
+
+
+def test_every_op_with_a_kernel_is_counted():
+    assert {op for op, found in OPS.items() if found.triton} == {name.split()[0] for name in COUNTED}
