@@ -15,6 +15,11 @@ from fastflow.ops.dispatch import Implementations
 OPS: dict[str, Implementations] = {}  # every registered op by name
 
 
+def folders() -> list[str]:
+    """The folders of ops, which are also the names of their files in csrc/, triton_kernels/ and benchmarks/ops/."""
+    return sorted({op.fallback.__module__.split(".")[-2] for op in OPS.values()})
+
+
 def register(
     reference: Callable,
     *,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastflow.ops.layout import acc_dtype
-from fastflow.ops.registry import OPS
+from fastflow.ops.registry import folders
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ class Make:
 
     def pixels(self, *shape: int) -> Tensor:
         return self.lay_out(torch.randint(0, 256, shape, dtype=torch.uint8))
-
-
-def folders() -> list[str]:
-    """The folders of ops, which are also the names of their files in csrc/, triton_kernels/ and benchmarks/ops/."""
-    return sorted({op.fallback.__module__.split(".")[-2] for op in OPS.values()})
 
 
 def cases(make: Make, shape: tuple[int, ...], folder: str | None = None) -> Iterator[Case]:
