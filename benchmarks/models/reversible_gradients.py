@@ -70,7 +70,9 @@ def reversed_by(model: Glow, reversible: bool, checkpoint_every: int | None = No
     return model
 
 
-def measure(model: Glow, images: dict[str, Tensor], batch: int) -> list[dict]:
+def measure(
+    model: Glow, images: dict[str, Tensor], batch: int, ways: Iterable[str] = tuple(WAYS)
+) -> list[dict]:
     """A row for each kind of numbers, kind of images, batch and way to backprop; the model stays as it is."""
     rows = []
     models = {kind: copy.deepcopy(model).to(state) for kind, (state, _) in KINDS.items()}
@@ -79,7 +81,7 @@ def measure(model: Glow, images: dict[str, Tensor], batch: int) -> list[dict]:
             truth = gradient(reversed_by(models["float64"], False), x, None)
             for kind, (_, networks) in KINDS.items():
                 one, stored = models[kind], None
-                for way in WAYS if kind == "float32" else ("stored", "reversible", "every 8"):
+                for way in ways if kind == "float32" else [w for w in ways if w != "plain inverse"]:
                     reversible, every = WAYS[way]
                     with (
                         mock.patch.object(glow_level, "_correction", lambda *_: 0.0)
@@ -146,6 +148,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to backprop")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
     parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of memory.md")
     options = parser.parse_args(argv)
@@ -163,7 +166,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if step in options.after:
             rows += [
                 {"after": step} | row
-                for row in measure(model, {"test images": test, "uniform noise": noise}, options.batch)
+                for row in measure(
+                    model, {"test images": test, "uniform noise": noise}, options.batch, options.ways
+                )
             ]
 
     def text(value: object) -> object:

@@ -1,7 +1,9 @@
-"""The script that a GPU machine runs."""
+"""The script that runs on a machine with a GPU, with a stub in place of Python for its stages."""
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -9,37 +11,70 @@ import pytest
 import torch
 
 from benchmarks.tools import harness
-from tests.support.rows import rows_of
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the pass runs by itself")
+
+# Runs Python, except for the stages: it writes their command lines to $STARTED, and $FAILING fails.
+STUB = """#!/usr/bin/env bash
+[ "$1" = -m ] || exec {python} "$@"
+printf '%q ' "$@" >>"$STARTED"
+echo >>"$STARTED"
+[ "$2" != "$FAILING" ]
+"""
 
 
-def test_the_gpu_pass_runs_without_a_gpu_at_tiny_sizes(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("a GPU is here: the pass is run by itself, in minutes")
-    script = ["bash", str(harness.ROOT / "benchmarks" / "gpu_pass.sh")]
-    about = {
-        "env": os.environ | {"PYTHON": sys.executable, "MINUTES": "6"},
-        "capture_output": True,
-        "text": True,
-    }
-    refused = subprocess.run(script, **about)
-    assert refused.returncode == 2 and "give a folder" in refused.stderr
-    done = subprocess.run([*script, str(tmp_path)], **about)
+def run(
+    tmp_path, folder: str | None, minutes: str = "6", failing: str = ""
+) -> tuple[subprocess.CompletedProcess, list]:
+    """The finished pass, and the command line of each stage that it started."""
+    stub, started = tmp_path / "python", tmp_path / "started"
+    stub.write_text(STUB.format(python=shlex.quote(sys.executable)))
+    stub.chmod(0o755)
+    started.write_text("")
+    given = {"PYTHON": str(stub), "MINUTES": minutes, "STARTED": str(started), "FAILING": failing}
+    script = ["bash", str(harness.ROOT / "benchmarks" / "gpu_pass.sh"), *([] if folder is None else [folder])]
+    done = subprocess.run(script, env=os.environ | given, capture_output=True, text=True)
+    return done, [shlex.split(line)[1:] for line in started.read_text().splitlines()]
+
+
+STAGES = {
+    "small_cases",
+    "training_speed",
+    "glow",
+    "memory",
+    "profile",
+    "inverse_precision",
+    *harness.with_cases(),
+}
+
+
+def test_without_a_gpu_it_takes_a_folder(tmp_path):
+    done, started = run(tmp_path, None)
+    assert done.returncode == 2 and "give a folder" in done.stderr and not started
+
+
+def test_every_stage_starts_with_options_that_its_program_takes(tmp_path, capsys):
+    done, started = run(tmp_path, str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = (tmp_path / "gpu_pass" / "summary.txt").read_text()
-    stages = [
-        "small_cases",
-        "training_speed",
-        "glow",
-        "memory",
-        "profile",
-        *harness.with_cases(),
-        "inverse_precision",
-    ]
-    for stage in stages:
+    summary = (tmp_path / "out" / "gpu_pass" / "summary.txt").read_text()
+    for stage in STAGES:
         assert re.search(rf"^{stage} +\d+ s  passed$", summary, re.M), summary
-    for stage in stages[1:]:
-        assert rows_of(tmp_path / f"{stage}.csv")
-    cut = subprocess.run(
-        [*script, str(tmp_path / "cut")], **about | {"env": about["env"] | {"MINUTES": "0.2"}}
-    )
-    assert cut.returncode == 1 and "left out: no time" in cut.stdout
+    assert {module.rsplit(".")[-1] for module, *_ in started} == STAGES
+    for module, *options in started:
+        assert module.endswith("small_cases") or str(tmp_path / "out") in options
+        # a parser names all the options that it does not know
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).main([*options, "--unknown"])
+        assert capsys.readouterr().err.strip().endswith("unrecognized arguments: --unknown"), module
+
+
+def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
+    done, started = run(tmp_path, str(tmp_path / "out"), failing="benchmarks.models.glow")
+    assert done.returncode == 1 and re.search(r"^glow +\d+ s  failed \(1\)", done.stdout, re.M), done.stdout
+    assert len(started) == len(STAGES)
+
+
+def test_stages_without_time_are_left_out_and_named(tmp_path):
+    done, started = run(tmp_path, str(tmp_path / "out"), minutes="0.1")
+    assert done.returncode == 1 and not started
+    assert "left out: no time" in done.stdout and 'STAGES="' in done.stdout

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 from fastflow import ops, reference
 from tests.support.cases import (
+    CUDA,
     LAYOUTS,
     STATIC,
     TRITON_AND_CPU,
@@ -71,12 +72,18 @@ def test_backward_is_that_of_the_reference(shape, inverse):
         torch.testing.assert_close(found, (detached[0], *expected), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @both_directions
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 2)], ids=str)
 def test_opcheck(shape, inverse):
     torch.library.opcheck(OP, (*(leaf(v) for v in inputs(shape)), inverse))
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 3, 4, 2), (1, 4, 2, 3)], ids=str)
 def test_opcheck_layouts(shape, layout):
@@ -207,6 +214,7 @@ def test_shapes(n, c, spatial):
     torch.testing.assert_close(ops.actnorm(y, s, b, inverse=True)[0], x, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.bodies("reference", "compiled", CUDA)  # kernels in the interpreter: assert_as_reference
 def test_same_bits_twice():
     args = [leaf(v) for v in inputs((16, 12, 16, 16), torch.float32)]
 

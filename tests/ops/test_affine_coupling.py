@@ -12,6 +12,8 @@ from torch.autograd import gradcheck
 from fastflow import ops, reference
 from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
 from tests.support.cases import (
+    CUDA,
+    KERNELS,
     LAYOUTS,
     STATIC,
     TRITON_AND_CPU,
@@ -96,8 +98,20 @@ def test_formula_and_inverse(case):
     torch.testing.assert_close(log_det_back, -log_det, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.bodies("reference", "compiled")
 @pytest.mark.parametrize("case", FULL, ids=name)
 def test_gradients(case):
+    check_gradients(case)
+
+
+@pytest.mark.bodies(*KERNELS)
+@pytest.mark.parametrize("case", PAIRWISE, ids=name)
+def test_gradients_of_kernels(case):
+    """Pairwise: test_backward_is_that_of_the_reference compares the kernels' gradients in every case."""
+    check_gradients(case)
+
+
+def check_gradients(case):
     args = leaves(*inputs(case["mask"], case["scale"]))
     assert gradcheck(lambda *a: OP(*a, *case.values()), args, fast_mode=True)
 
@@ -131,11 +145,17 @@ def test_inverse_backward(case):
     assert len(given) == 3 or gradients[2] is None
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @pytest.mark.parametrize("case", PAIRWISE, ids=name)
 def test_opcheck(case):
     torch.library.opcheck(OP, (*leaves(*inputs(case["mask"], case["scale"])), *case.values()))
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @pytest.mark.parametrize(
     "mask, scale, layout",
     [(m, s, v) for m, s in [("halves", "soft_clamp"), ("checkerboard", "none")] for v in LAYOUTS],
@@ -265,6 +285,7 @@ def test_shapes(n, half, spatial, case):
         torch.testing.assert_close(alone, (y[i : i + 1], log_det[i : i + 1]), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.bodies("reference", "compiled", CUDA)  # kernels in the interpreter: assert_as_reference
 @pytest.mark.parametrize("mask", MASKS)
 def test_same_bits_twice(mask):
     def run():

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 from fastflow import ops, reference
 from tests.support.cases import (
+    CUDA,
     EXTENSION,
     LAYOUTS,
     STATIC,
@@ -97,6 +98,9 @@ def test_every_body_is_the_reference(case):
     assert_as_reference(INVERSE_BACKWARD, x, weight, inverse, bias, dy)
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @with_bias
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 2), (2, 3, 5)], ids=str)
 def test_opcheck(shape, bias):
@@ -142,6 +146,7 @@ def test_autocast_does_not_round(channels, each_backend):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.bodies("reference", "compiled", CUDA)  # kernels in the interpreter: assert_as_reference
 @pytest.mark.parametrize("shape", [(16, 12, 16, 16), (64, 48, 4, 4)], ids=str)
 def test_same_bits_twice(shape):
     args = leaves(*inputs(shape, True, torch.float32))

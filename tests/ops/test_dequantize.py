@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 import fastflow
 from fastflow import ops, reference
 from fastflow.ops.squeeze import ORDERS
-from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, name, pairwise
+from tests.support.cases import CUDA, LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, name, pairwise
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
@@ -161,6 +161,9 @@ def test_gradients(case, each_backend):
         assert gradcheck(lambda z: INVERSE(z, *v)[1], leaf(y), fast_mode=fast)
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @pytest.mark.parametrize("case", pairwise(**AXES, given=[False, True]), ids=name)
 def test_opcheck(case):
     given, v = case["given"], variant(case["preset"], case["n_bits"], case["squeeze_order"])
@@ -221,6 +224,7 @@ def test_half_precision_rounds_once(dtype):
     torch.testing.assert_close(log_det.double(), exact_log_det, rtol=1e-5, atol=0)
 
 
+@pytest.mark.bodies("reference", "compiled", CUDA)  # kernels in the interpreter: assert_as_reference
 def test_same_bits_twice():
     x, noise = image(shape=(16, 3, 16, 16)), leaf(torch.rand(16, 3, 16, 16))
 

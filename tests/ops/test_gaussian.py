@@ -10,6 +10,7 @@ from torch.distributions import Normal
 
 from fastflow import ops, reference
 from tests.support.cases import (
+    CUDA,
     LAYOUTS,
     STATIC,
     TRITON_AND_CPU,
@@ -89,6 +90,9 @@ def test_backward_is_that_of_the_reference(mean, log_scale):
             torch.testing.assert_close(gradient, next(expected), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @every_term
 def test_opcheck(mean, log_scale):
     z, m, s = leaves(*inputs(mean, log_scale))
@@ -98,6 +102,9 @@ def test_opcheck(mean, log_scale):
     )
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @pytest.mark.parametrize("mean, log_scale", [("full", "none"), ("channel", "full")])
 def test_opcheck_traces_the_sample(mean, log_scale):
     z, m, s = leaves(*inputs(mean, log_scale))
@@ -190,6 +197,7 @@ def test_sample_at_temperature_zero_has_its_gradient():
     assert torch.autograd.grad(sample.sum(), s)[0].abs().max() == 0
 
 
+@pytest.mark.bodies("reference", "compiled", CUDA)  # kernels in the interpreter: assert_as_reference
 def test_same_bits_twice():
     z, m, s = leaves(*(v.float() for v in inputs("channel", "channel", (16, 12, 16, 16))))
 

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 
 import fastflow
 from fastflow import ops, reference
-from tests.support.cases import EXTENSION, STATIC, assert_as_reference, leaf
+from tests.support.cases import CUDA, EXTENSION, STATIC, assert_as_reference, leaf
 from tests.support.matrices import lu_inputs
 
 pytestmark = [
@@ -75,12 +75,18 @@ def test_every_body_is_the_reference(k, c, dtype):
     assert_as_reference(BACKWARD, *args, reference.lu_weight(*args)[1], *upstream)
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @pytest.mark.parametrize("k, c", [(1, 1), (2, 5)])
 def test_opcheck(k, c):
     perm, lower, upper, log_s, sign_s = lu_inputs(k, c)
     torch.library.opcheck(OP, (perm, leaf(lower), leaf(upper), leaf(log_s), sign_s))
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 def test_opcheck_layouts():
     perm, lower, upper, log_s, sign_s = lu_inputs(3, 4)
     transposed = (
@@ -149,6 +155,7 @@ def test_a_singular_matrix_is_named(log_s, c, each_backend):
     ops.raise_singular()  # it is said once
 
 
+@pytest.mark.bodies("reference", "compiled", CUDA)  # kernels in the interpreter: assert_as_reference
 def test_same_bits_twice():
     perm, *rest, sign_s = lu_inputs(4, 12, torch.float32)
     variables = [leaf(v) for v in rest]

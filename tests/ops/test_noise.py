@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 
 from fastflow import ops, reference
 from fastflow.ops.noise import reference as plain_noise
-from tests.support.cases import TRITON_AND_CPU
+from tests.support.cases import CUDA, TRITON_AND_CPU
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
     pytest.mark.bodies(*TRITON_AND_CPU),
 ]
 
+# the kernels draw the same bits (uniform) or within rounding (normal), so their statistics are these
+statistics = pytest.mark.bodies("reference", "compiled", CUDA)
 OP = torch.ops.fastflow.uniform_noise.default
 
 # Random123's known answers for philox4x32-10: counter, key, result
@@ -123,6 +125,7 @@ def test_uniform_is_a_multiple_below_one(dtype):
     )  # 262144 draws miss one of 65536 values with odds of 2 %; this seed does not
 
 
+@statistics
 def test_uniform_moments():
     u = ops.uniform_noise((1000, 400), seed=11, dtype=torch.float64).flatten()
     n = u.numel()
@@ -133,6 +136,7 @@ def test_uniform_moments():
     assert abs(chi2 - 255) < 5 * (2 * 255) ** 0.5
 
 
+@statistics
 def test_normal_moments():
     z = reference.normal_noise([1000, 400], torch.tensor(11), 0, torch.float64).flatten()
     n = z.numel()
@@ -145,6 +149,7 @@ def test_normal_moments():
     ).abs().max() < 2 / n**0.5  # Kolmogorov and Smirnov: odds of 0.07 %
 
 
+@statistics
 @each_noise
 def test_neighbours_are_uncorrelated(noise):
     x = noise((512, 512), 9).double()
@@ -162,6 +167,9 @@ def test_normal_is_finite_at_the_ends(dtype, monkeypatch):
     assert z.isfinite().all() and 6 < z[0, 0] < 7 and abs(z[0, 2]) < 1e-3
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [(2, 3, 2, 2), (1, 1), (0, 5)], ids=str)
 def test_opcheck(dtype, size):

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastflow
 from fastflow import ops
 from fastflow.ops.squeeze import ORDERS
-from tests.support.cases import LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, name, pairwise
+from tests.support.cases import CUDA, LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, name, pairwise
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
@@ -63,12 +63,18 @@ def test_gradients(order, inverse, each_backend):
     assert gradgradcheck(OP, (x, order, inverse), fast_mode=fast)
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @both_directions
 @any_order
 def test_opcheck(order, inverse):
     torch.library.opcheck(OP, (leaf(torch.randn(2, 4, 4, 6)), order, inverse))
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @both_directions
 @any_order
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 
 from fastflow import ops
-from tests.support.cases import EXTENSION, STATIC, leaf
+from tests.support.cases import CUDA, EXTENSION, STATIC, leaf
 from tests.support.matrices import triangular_inputs
 
 pytestmark = [
@@ -81,6 +81,9 @@ def test_backward_is_that_of_linalg(upper, unit_diagonal, transpose):
     )
 
 
+@pytest.mark.bodies(
+    "reference", "compiled", CUDA
+)  # a body changes only strides, which are compared elsewhere
 @variants
 def test_opcheck(upper, unit_diagonal, transpose):
     variant = (upper, unit_diagonal, transpose)
@@ -200,6 +203,7 @@ def test_the_first_singular_matrix_is_named(each_backend):
     )  # what is not used is not looked at
 
 
+@pytest.mark.bodies("reference", "compiled", CUDA)  # kernels in the interpreter: assert_as_reference
 def test_same_bits_twice():
     A, B = (leaf(v) for v in triangular_inputs(8, 48, 48, torch.float32))
 
