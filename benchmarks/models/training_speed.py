@@ -251,7 +251,7 @@ def sources(options: argparse.Namespace) -> dict[str, tuple[data.Batches, int]]:
 
     count, batch = (64, 8) if options.quick else (50_000, 128)
     images = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-    in_memory = data.Images("as many as CIFAR-10", images, images[:8], flip=True)
+    in_memory = data.Images("as many as CIFAR-10", images, images[:8], horizontal_flip=True)
     if options.device == "cuda":
         in_memory.to("cuda")
     folder = Path(tempfile.mkdtemp(prefix="loader"))

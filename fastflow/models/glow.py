@@ -45,7 +45,7 @@ class Glow(Model):
         levels: number of levels L; each halves the image side.
         steps: number of flow steps per level K.
         hidden: number of channels inside the coupling networks.
-        coupling: ``"affine"`` or ``"additive"``.
+        coupling: type of coupling, ``"affine"`` or ``"additive"``.
         conv1x1: channel mixing of a step: a learned 1x1 convolution (``"lu"``: LU-factored, ``"plain"``) or a fixed
             permutation (``"reverse"``, ``"shuffle"``).
         n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``.
@@ -59,8 +59,8 @@ class Glow(Model):
         reversible: recompute activations in backward instead of storing them. Memory then does not grow with
             ``steps``, and a training step takes up to a third longer (docs/memory.md). Set it to False to compile
             the whole model with torch.compile.
-        checkpoint_every: store the activation after every this many steps of a reversible chain, which limits the
-            number of steps over which rounding errors add up.
+        checkpoint_every: store the activation after every this many steps of a reversible chain. Rounding errors then
+            add up over no more steps than these.
 
     Raises ValueError for an argument outside these, naming the levels that fit an image.
 

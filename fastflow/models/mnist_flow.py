@@ -35,7 +35,12 @@ class MNISTFlowConfig(ModelConfig):
 
 
 class MNISTFlow(Model):
-    """One of the three MNIST flows of P. Lippe's tutorial (UvA Deep Learning, tutorial 11, 2021), see :func:`mnist_flow`."""
+    """One of the three MNIST flows of P. Lippe's tutorial (UvA Deep Learning, tutorial 11, 2021).
+
+    Args:
+        variant: ``"simple"``, ``"vardeq"`` or ``"multiscale"``, see :func:`mnist_flow`.
+        reversible: recompute activations in backward instead of storing them.
+    """
 
     @takes_fields_of(MNISTFlowConfig)
     def __init__(self, config: MNISTFlowConfig) -> None:

@@ -1,161 +1,161 @@
-"""What a training run is told: the options of ``fastflow train``."""
+"""The options of ``fastflow train``."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args, get_origin
 
+from fastflow.trainer.model_options import MODELS, ModelOptions
+
+# Options that may differ when a run is resumed.
 _MAY_CHANGE = set(
-    "resume out steps minutes lr clip save_every device workers data_dir accumulate bf16 compile cuda_graph timeout".split()
+    "resume out steps minutes lr clip save_every device workers data_dir accumulate bf16 compile cuda_graph "
+    "deterministic timeout".split()
 )
+# Old names of options: checkpoints of runs hold them, and the command line takes them for one more release.
+RENAMED = {"flip": "horizontal_flip", "activations_every": "activation_checkpoint_every"}
 
 
 @dataclass(frozen=True)
-class Config:
-    """Train a flow on images."""
+class DataOptions:
+    """Options of the data, and the model."""
 
     data: str = "photos"
-    """photos, cifar10, mnist, a folder of images, or a .npz file (uint8 x, and y, x_test, y_test at will)."""
+    """photos, cifar10, mnist, a folder of images, or a .npz file (uint8 x; optional: y, x_test, y_test)."""
     data_dir: str = "data"
-    """Where torchvision finds cifar10 and mnist, or downloads them to."""
+    """Folder of torchvision's cifar10 and mnist, which are downloaded to it if absent."""
     image_size: int | None = None
-    """Side of an image in pixels: folders are resized to it (32), mnist is padded from 28 to 32 unless it is 28 (as for mnist- models)."""
+    """Image side. Folders: default 32. MNIST: 32 (zero-padded) or 28; default 28 for mnist- models, otherwise 32."""
     n_bits: int = 8
-    """Bits a pixel and channel; fewer than 8 drop the lowest."""
-    flip: bool | None = None
-    """Mirror training images at random; the default is what is usual for the data."""
+    """Bits per pixel and channel; values below 8 drop the lowest bits."""
+    horizontal_flip: bool | None = None
+    """Flip training images horizontally at random. Default: yes for photos, cifar10 and folders. Old name: --flip."""
     class_conditional: bool = False
-    """Give the labels to the model."""
+    """Condition the model on the labels."""
+    model: Literal[tuple(MODELS)] = "glow"
+    """Model to train; mnist- models are those of the UvA tutorial on image flows."""
 
-    model: str = "glow"
-    """glow, realnvp, nice, or one of the UvA tutorial's flows for MNIST: mnist-simple, mnist-vardeq, mnist-multiscale."""
-    levels: int | None = None
-    """Scales: each but RealNVP's last halves the image's side; the default is 3 for glow and 2 for realnvp."""
-    steps_per_level: int = 8
-    """Steps of flow a level (K)."""
-    hidden: int | None = None
-    """Channels inside the coupling networks; the default is 32 for glow, 64 for realnvp, 1000 for nice."""
-    blocks: int | None = None
-    """Residual blocks of a network of realnvp (8), hidden layers of one of nice (5)."""
-    learned_prior: bool = False
-    """Learn the last latent's mean and scale, which are else 0 and 1."""
-    prior: str = "logistic"
-    """Of nice: logistic or gaussian."""
-    coupling: str = "affine"
-    """affine or additive."""
-    conv1x1: str = "lu"
-    """How channels are mixed: by 1x1 convolutions, lu or plain, or fixed permutations, reverse or shuffle."""
-    scale: str = "soft_clamp"
-    """Scale function of the affine coupling: soft_clamp, tanh, sigmoid (the paper's code) or exp."""
-    logit: bool = False
-    """Model the logit of the pixels, as in RealNVP."""
-    reversible: bool = True
-    """Recompute activations backwards instead of keeping them."""
-    activations_every: int | None = None
-    """Keep the true activation each so many steps of a reversible chain."""
+
+@dataclass(frozen=True)
+class Config(ModelOptions, DataOptions):
+    """Train a flow on images."""
 
     steps: int = 800
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     minutes: float | None = None
-    """End within this time, evaluation and pictures included: where too slow, steps are cut, the schedule with them.
-    The default is 2.9 for photos and no limit (inf) for other data."""
+    """Time limit, final evaluation and pictures included. If the steps do not fit, their number and the learning-rate
+    schedule are shortened. Default: 2.9 for photos, no limit (inf) for other data."""
     batch_size: int = 32
-    """Images a step, over all ranks."""
+    """Images per step, over all ranks."""
     accumulate: int = 1
-    """Parts that a rank takes its share of a batch in, to fit its memory."""
+    """Gradient-accumulation steps per rank."""
     lr: float = 3e-3
-    """Adam's learning rate after the warm-up."""
+    """Learning rate of Adam after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's averaging of gradients and of their squares."""
+    """Adam's decay rates of the averages of gradients and of squared gradients."""
     warmup: int = 50
     """Steps over which the learning rate rises linearly."""
-    schedule: str = "cosine"
-    """After the warm-up: cosine (to zero at the last step) or constant."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine decay to zero at the last step, or constant."""
     scale_l2: float = 0.0
-    """Coefficient of the squared scales of weight-normalised convolutions in the loss; RealNVP's is 5e-5."""
+    """Coefficient of the squared scales of weight-normalized convolutions in the loss (realnvp; 5e-5 in the paper)."""
     clip: float = 100.0
-    """Largest norm of the gradient; greater ones are scaled down to it."""
+    """Largest norm of the gradient; larger gradients are scaled down to it."""
     ema: float = 0.0
-    """Decay a step of the averaged weights that are evaluated, sampled and kept in best.pt, such as 0.999; 0: the weights as they are."""
+    """EMA decay per step, e.g. 0.999; the averaged weights are evaluated, sampled and saved in best.pt. 0 disables it."""
     bf16: bool | None = None
-    """Run the networks in bfloat16 (autocast), the state in float32; the default is yes on a GPU, no elsewhere."""
+    """Run the networks in bfloat16 (autocast); the flow's state stays float32. Default: yes on a GPU, no elsewhere."""
     float64: bool = False
-    """Compute in float64, slowly: to compare runs."""
+    """Compute in float64 (slow), to compare runs."""
     compile: bool = False
-    """Compile the coupling networks (torch.compile)."""
+    """Compile the coupling networks with torch.compile."""
     cuda_graph: bool = False
     """Capture the whole training step in a CUDA graph."""
+    deterministic: bool = True
+    """Use only deterministic cuDNN algorithms, so that a GPU run can be resumed bit for bit."""
     seed: int = 0
-    """Of weights, batches, noise and samples."""
+    """Random seed for weights, batches, noise and samples."""
     device: str = "auto"
-    """auto (cuda where there is one, else cpu), or a device as torch names it; under torchrun each rank takes its own GPU."""
+    """auto (cuda if available, otherwise cpu) or a torch device. Under torchrun each rank uses its own GPU."""
     timeout: float = 60.0
-    """Seconds that a rank waits for the others within a step before it gives up."""
+    """Seconds that a rank waits for the other ranks within a step before it fails."""
     workers: int | None = None
-    """Processes that prepare batches; the default is none for data in memory, up to four for a folder."""
+    """Number of data-loading processes. Default: none for data in memory, up to four for a folder."""
 
     eval_every: int = 100
     """Steps between evaluations on the test set."""
     eval_images: int = 1000
-    """Test images of these evaluations, the first ones; the last evaluation takes all."""
+    """Number of test images in these evaluations, taken from the start; the final evaluation uses all."""
     eval_samples: int = 1
-    """Importance samples of these evaluations."""
+    """Importance samples in these evaluations."""
     final_samples: int = 8
-    """Importance samples of the last evaluation."""
+    """Importance samples in the final evaluation."""
     sample_every: int = 400
     """Steps between sample grids."""
     samples: int = 64
-    """Images in a sample grid."""
+    """Number of images in a sample grid."""
     temperature: float = 0.7
     """Factor on the latents' standard deviation in sample grids."""
     save_every: int = 100
     """Steps between checkpoints."""
 
     out: str | None = None
-    """The run's folder, a new one; the default is the first free runs/DATA-N."""
+    """Folder of the run, which must not exist or be empty. Default: the first unused runs/DATA-N."""
     resume: str | None = None
-    """Go on with the run of this folder; its settings hold, and few may be changed."""
+    """Continue the run in this folder with its own settings, few of which can be changed."""
 
 
 class ConfigError(ValueError):
-    """Settings that do not go together; the message is one line."""
+    """Settings that cannot be used; the message is one line."""
 
 
-def check(config):
-    """Raise ConfigError, naming the field, for a value that no run can have."""
-    if config.schedule not in ("cosine", "constant"):
-        raise ConfigError(f"schedule is {config.schedule!r}, expected cosine or constant")
-    ones = "levels steps_per_level hidden blocks steps batch_size accumulate eval_every eval_images eval_samples final_samples"
-    least = dict.fromkeys(f"{ones} sample_every samples save_every n_bits".split(), 1)
-    for name, bound in (least | {"seed": 0, "warmup": 0, "temperature": 0}).items():
-        value = getattr(config, name)
-        if value is not None and not value >= bound:
-            raise ConfigError(f"{name} is {value}, expected at least {bound}")
+def config_error(option: str, got: object, expected: str) -> ConfigError:
+    """The error of an option that has a wrong value."""
+    return ConfigError(f"{option}: got {got}, expected {expected}")
+
+
+def validate_config(config: Config) -> None:
+    """Raise ConfigError, naming the option, for a value that no run can have."""
+    for field in fields(config):
+        choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+        value = getattr(config, field.name)
+        if choices and value not in choices:
+            raise config_error(field.name, repr(value), f"one of {', '.join(choices)}")
+    ones = (
+        "steps batch_size accumulate eval_every eval_images eval_samples final_samples sample_every samples"
+    )
+    least = dict.fromkeys(f"{ones} save_every n_bits".split(), 1) | {"seed": 0, "warmup": 0, "temperature": 0}
+    for name, bound in least.items():
+        if not getattr(config, name) >= bound:
+            raise config_error(name, getattr(config, name), f"at least {bound}")
     if config.n_bits > 8:
-        raise ConfigError(f"n_bits is {config.n_bits}, expected at most 8")
+        raise config_error("n_bits", config.n_bits, "at most 8")
     if config.minutes is not None and not config.minutes > 0:
-        raise ConfigError(f"minutes is {config.minutes}, expected a positive number")
+        raise config_error("minutes", config.minutes, "a positive number")
     for name in ("lr", "clip", "timeout"):
         if not 0 < getattr(config, name) < math.inf:
-            raise ConfigError(f"{name} is {getattr(config, name)}, expected a positive number")
+            raise config_error(name, getattr(config, name), "a positive number")
     if not 0 <= config.scale_l2 < math.inf:
-        raise ConfigError(f"scale_l2 is {config.scale_l2}, expected 0 or a positive number")
+        raise config_error("scale_l2", config.scale_l2, "0 or a positive number")
     if not 0 <= config.ema < 1:
-        raise ConfigError(f"ema is {config.ema}, expected a decay from 0 to below 1")
+        raise config_error("ema", config.ema, "a decay from 0 to below 1")
     if config.float64 and config.bf16:
-        raise ConfigError("bf16 is True with float64, expected one of them")
+        raise config_error("bf16", True, "False with float64")
 
 
-def check_changes(training, config):
+def stored_config(training: dict) -> dict[str, object]:
+    """The settings of a run from the training state of its checkpoint, by their present names."""
+    return {RENAMED.get(name, name): value for name, value in training["config"].items()}
+
+
+def check_changes(training: dict, config: Config) -> None:
     """Raise ConfigError for a change that a run cannot be resumed with; ``training`` is its checkpoint's state."""
-    kept, given = training["config"], asdict(config)
+    kept, given = stored_config(training), asdict(config)
     for name in given:
         if name not in _MAY_CHANGE and kept.get(name, given[name]) != given[name]:
             allowed = ", ".join(sorted(_MAY_CHANGE - {"resume", "out"}))
-            raise ConfigError(
-                f"{name} is {given[name]}, the run has {kept[name]}; a resumed run may change {allowed}"
-            )
+            expected = f"{kept[name]} as in the run; a resumed run may change {allowed}"
+            raise config_error(name, given[name], expected)
     if config.out is not None:
-        raise ConfigError(
-            f"out is {config.out}, but a resumed run goes on in its own folder, {config.resume}"
-        )
+        raise config_error("out", config.out, f"none: a resumed run continues in its folder, {config.resume}")
     if config.steps < training["step"]:
-        raise ConfigError(f"steps is {config.steps}, the run is at step {training['step']} already")
+        raise config_error("steps", config.steps, f"at least {training['step']}, the current step of the run")

@@ -1,27 +1,53 @@
-"""What a trained model is worth and looks like: bits/dim of a test set, sample grids, the closing table."""
+"""Evaluation of a trained model: bits/dim of a test set, sample grids, the table of results."""
 
 import math
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
 from fastflow.trainer import picture
+from fastflow.trainer.config import Config
 from fastflow.trainer.progress import read_metrics
 from fastflow.trainer.ranks import Ranks
 from fastflow.trainer.step import autocast
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 @torch.no_grad()
 def evaluate(
-    model, images, labels=None, *, samples=1, seed=0, batch_size=250, bf16=False, each=False, ranks=None
+    model: Model,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 250,
+    bf16: bool = False,
+    each: bool = False,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    r"""Bits/dim of each image, :math:`-\log_2 \frac{1}{K} \sum_k p_k(x) / D` over K draws of the dequantization noise.
+    r"""Bits/dim of each image, :math:`-\log_2 \frac{1}{K} \sum_k p_k(x) / D`, over K draws of the dequantization noise.
 
-    More samples tighten the bound (arXiv:1509.00519, equation 8).  The noise depends on (seed, k, image) alone.
+    More samples tighten the bound (arXiv:1509.00519, equation 8). The noise depends only on (seed, k, image).
 
-    images: uint8 ``[N, C, H, W]``; labels: int64 ``[N]`` or None; ``ranks`` share the batches.  Gives float64 ``[N]``
-    on the CPU, the same on every rank; with ``each`` the bounds of 1, 2, ... K samples, ``[K, N]``.
+    Args:
+        model: a model of images.
+        images: uint8 ``[N, C, H, W]``.
+        labels: int64 ``[N]``, or None.
+        samples: number of importance samples K.
+        seed: seed of the noise.
+        batch_size: images per batch.
+        bf16: run the networks in bfloat16.
+        each: give the bounds of 1, 2, ... K samples.
+        ranks: processes that share the batches.
+
+    Shape: float64 ``[N]`` on the CPU, with ``each`` ``[K, N]``; the same on every rank.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -30,28 +56,28 @@ def evaluate(
     log_prob = torch.zeros(samples, len(images), dtype=torch.float64)
     for k in range(samples):
         for start in range(0, len(images), batch_size):
-            if start // batch_size % ranks.count != ranks.index:
+            if start // batch_size % ranks.world_size != ranks.rank:
                 continue
             part = slice(start, start + batch_size)
             context = None if labels is None else labels[part].to(device)
             with autocast(device, bf16):
-                nats = model.log_prob(
-                    images[part].to(device), context, seed=derive(seed, Stream.TEST_NOISE, k), offset=start
-                )
+                noise = derive(seed, Stream.TEST_NOISE, k)
+                nats = model.log_prob(images[part].to(device), context, seed=noise, offset=start)
             log_prob[k, part] = nats.double().cpu()
-    with ranks.losing():
-        ranks.add(log_prob, patiently=True)  # exact: all but one are zero
+    with ranks.translate_collective_errors():
+        ranks.all_reduce_sum(log_prob, long_timeout=True)  # exact: one summand of each entry is not zero
     model.train(was_training)
     dimensions = images[0].numel() * math.log(2)
-    bounds = (
-        torch.logcumsumexp(log_prob, 0) - torch.arange(1, samples + 1, dtype=torch.float64).log()[:, None]
-    )
+    counts = torch.arange(1, samples + 1, dtype=torch.float64)
+    bounds = torch.logcumsumexp(log_prob, 0) - counts.log()[:, None]
     return -(bounds if each else bounds[-1]) / dimensions
 
 
 @torch.no_grad()
-def sample(model, n, temperature=1.0, seed=0, labels=None):
-    """``n`` images, uint8 ``[n, C, H, W]`` on the CPU; of a model of classes, all classes in turn unless ``labels``."""
+def sample(
+    model: Model, n: int, temperature: float = 1.0, seed: int = 0, labels: Tensor | None = None
+) -> Tensor:
+    """``n`` images, uint8 ``[n, C, H, W]`` on the CPU. A class-conditional model without ``labels``: all classes in turn."""
     device = next(model.parameters()).device
     if labels is None and model.classes is not None:
         labels = torch.arange(n) % model.classes
@@ -64,23 +90,30 @@ def sample(model, n, temperature=1.0, seed=0, labels=None):
     return images
 
 
-def pictures(run, config, model, metrics, board, step, codecs=None):
+def save_pictures(
+    folder: Path,
+    config: Config,
+    model: Model,
+    *,
+    board: "SummaryWriter | None",
+    step: int,
+    codecs: dict[str, float] | None = None,
+) -> None:
+    """Write samples.png, and curve.png from metrics.csv, into the run's folder; the samples also to TensorBoard."""
     images = sample(model, config.samples, config.temperature, derive(config.seed, Stream.SAMPLES))
-    picture.save_grid(run / "samples.png", images, config.n_bits)
+    picture.save_grid(folder / "samples.png", images, config.n_bits)
     if board:
         board.add_image("samples", picture.grid(images, config.n_bits), step, dataformats="HWC")
-    rows = [(r["step"], r["train_bits_per_dim"], r["test_bits_per_dim"]) for r in read_metrics(metrics)]
+    metrics = read_metrics(folder / "metrics.csv")
+    rows = [(row["step"], row["train_bits_per_dim"], row["test_bits_per_dim"]) for row in metrics]
     if rows:
-        picture.save_curve(run / "curve.png", rows, codecs)
+        picture.save_curve(folder / "curve.png", rows, codecs)
 
 
-def report(result):
-    """The closing table, from what result.json holds."""
-    bits, one, k = (
-        result["test_bits_per_dim"],
-        result["test_bits_per_dim_1_sample"],
-        result["importance_samples"],
-    )
+def report(result: dict) -> str:
+    """The table of results, from the contents of result.json."""
+    bits, one = result["test_bits_per_dim"], result["test_bits_per_dim_1_sample"]
+    k = result["importance_samples"]
     samples = f"{k} importance samples, {one:.3f} with one" if k > 1 else "one sample of the noise"
     width = max(5, len(result["model"]))
     lines = [

@@ -1,17 +1,24 @@
-"""What a run and a model leave to look at: sample grids, curves, histograms, densities, and what image codecs need for the same images."""
+"""Pictures of runs and models: sample grids, curves, histograms, densities; and bits/dim of image codecs."""
 
 import io
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastflow.checkpoint import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def grid(images, n_bits=8, columns=None, gap=2):
-    """Images laid out in rows: uint8 ``[N, C, H, W]`` with values in ``[0, 2^n_bits)`` to uint8 ``[H', W', 3]``.
 
-    Values are shifted back to 8 bits.  One channel becomes gray; of more than three the first three are shown.
+def grid(images: ArrayLike, n_bits: int = 8, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Images in rows: uint8 ``[N, C, H, W]`` with values in ``[0, 2^n_bits)`` to uint8 ``[H', W', 3]``.
+
+    Values are scaled back to 8 bits. One channel becomes gray; more than three channels are cut to the first three.
     """
     images = np.asarray(images) << (8 - n_bits)
     n, c, h, w = images.shape
@@ -25,8 +32,8 @@ def grid(images, n_bits=8, columns=None, gap=2):
     return canvas
 
 
-def save_grid(path, images, n_bits=8, columns=None):
-    """Write :func:`grid` as a PNG; images smaller than 64 pixels are enlarged by a whole factor."""
+def save_grid(path: Path | str, images: ArrayLike, n_bits: int = 8, columns: int | None = None) -> None:
+    """Write :func:`grid` as a PNG; images smaller than 64 pixels are enlarged by an integer factor."""
     from PIL import Image
 
     picture = grid(images, n_bits, columns)
@@ -36,10 +43,14 @@ def save_grid(path, images, n_bits=8, columns=None):
         Image.fromarray(picture).save(file, "PNG")
 
 
-def save_curve(path, rows, baselines=None):
+def save_curve(
+    path: Path | str,
+    rows: Sequence[tuple[int, float, float | None]],
+    baselines: Mapping[str, float] | None = None,
+) -> None:
     """Write the loss curve as a PNG.
 
-    ``rows``: (step, train bits/dim, test bits/dim or None) in order.  ``baselines``: {name: bits/dim}, drawn as lines.
+    ``rows``: (step, train bits/dim, test bits/dim or None) in order. ``baselines``: {name: bits/dim}, drawn as lines.
     """
     from matplotlib.figure import Figure
 
@@ -71,8 +82,8 @@ def save_curve(path, rows, baselines=None):
     _write(path, figure)
 
 
-def save_rows(path, rows, n_bits=8):
-    """Write rows of images as a PNG, the name of each beside it.  ``rows``: {name: images as in :func:`grid`}."""
+def save_rows(path: Path | str, rows: Mapping[str, ArrayLike], n_bits: int = 8) -> None:
+    """Write labeled rows of images as a PNG. ``rows``: {name: images as in :func:`grid`}."""
     from matplotlib.figure import Figure
 
     pictures = {name: grid(images, n_bits, columns=len(images)) for name, images in rows.items()}
@@ -90,8 +101,14 @@ def save_rows(path, rows, n_bits=8):
     _write(path, figure, bbox_inches="tight", pad_inches=0.05)
 
 
-def save_histograms(path, panels, xlabel, bins=100, log=False):
-    """Write histograms as a PNG, one panel below the other.  ``panels``: {title: {name: values}}, each drawn as a density."""
+def save_histograms(
+    path: Path | str,
+    panels: Mapping[str, Mapping[str, ArrayLike]],
+    xlabel: str,
+    bins: int = 100,
+    log: bool = False,
+) -> None:
+    """Write histograms as a PNG, one panel per row. ``panels``: {title: {name: values}}, drawn as densities."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.4 * len(panels)), layout="constrained")
@@ -119,10 +136,10 @@ def save_histograms(path, panels, xlabel, bins=100, log=False):
     _write(path, figure)
 
 
-def save_scores(path, panels):
-    """Write panels of scores as a PNG, side by side: a row of points for each group, on a logarithmic axis.
+def save_scores(path: Path | str, panels: Mapping[str, Mapping[str, ArrayLike]]) -> None:
+    """Write panels of scores side by side as a PNG: a row of points for each group, on a logarithmic axis.
 
-    ``panels``: {title: {name: positive scores}}, of the same names.  The line is the 0.95 quantile of the first group.
+    ``panels``: {title: {name: positive scores}} with equal names. A line shows the 0.95 quantile of the first group.
     """
     from matplotlib.figure import Figure
 
@@ -146,10 +163,16 @@ def save_scores(path, panels):
     _write(path, figure)
 
 
-def save_densities(path, data, densities, limits):
-    """Write a row for each two-dimensional model as a PNG: data, the density's map, samples.
+def save_densities(
+    path: Path | str,
+    data: ArrayLike,
+    densities: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    limits: tuple[tuple[float, float], tuple[float, float]],
+) -> None:
+    """Write a row for each two-dimensional model as a PNG: data, map of the density, samples.
 
-    ``data``: ``[N, 2]``; ``densities``: {name: (density as of :func:`fastflow.explore.density`, samples ``[M, 2]``)}.
+    ``data``: ``[N, 2]``; ``densities``: {name: (density from :func:`fastflow.explore.density`, samples ``[M, 2]``)};
+    ``limits``: those of the density.
     """
     from matplotlib.figure import Figure
 
@@ -176,16 +199,16 @@ def save_densities(path, data, densities, limits):
     _write(path, figure)
 
 
-def _write(path, figure, **options):
+def _write(path: Path | str, figure: "Figure", **options: object) -> None:
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120, **options)
 
 
-def codec_bits_per_dim(images):
-    """Bits/dim that PNG (``optimize=True``) and lossless WebP (quality 100, method 6) need, each image encoded alone.
+def codec_bits_per_dim(images: ArrayLike) -> dict[str, float]:
+    """Bits/dim of PNG (``optimize=True``) and lossless WebP (quality 100, method 6), one file per image.
 
-    ``images``: uint8 ``[N, C, H, W]``.  Gives {name: bits/dim}, headers included; empty unless C is 1 or 3 and N > 0,
-    and without WebP where Pillow was built without it.
+    ``images``: uint8 ``[N, C, H, W]``. Gives {name: bits/dim}, headers included. It is empty unless C is 1 or 3 and N > 0,
+    and lacks WebP if Pillow was built without it.
     """
     from PIL import Image, features
 

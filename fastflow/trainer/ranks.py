@@ -1,6 +1,6 @@
-"""Training on several devices: a process ("rank") for each, as torchrun starts them, on torch.distributed.
+"""Training on several devices: one process ("rank") per device, as torchrun starts them, on torch.distributed.
 
-A batch of B samples is shared by all ranks: rank r of W has samples ``r B // W`` to ``(r + 1) B // W`` of it.
+All ranks share a batch of B samples: rank r of W processes samples ``r B // W`` to ``(r + 1) B // W - 1``.
 """
 
 import os
@@ -9,141 +9,155 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(hours=2)  # for what one rank does alone: a download, a folder's pictures, a checkpoint
+T = TypeVar("T")
+
+# for work that a single rank does while the others wait: a download, pictures, a checkpoint
+LONG_TIMEOUT = timedelta(hours=2)
 
 
 class DeviceError(ValueError):
-    """A device that a rank cannot have; the message is one line."""
+    """A device that a rank cannot use; the message is one line."""
 
 
 class LostRankError(RuntimeError):
-    """Another rank has died or does not answer; its own error says why."""
+    """Another rank died or does not respond; its own error gives the reason."""
 
 
-def share(n: int, index: int, count: int) -> tuple[int, int]:
-    """First and end of the ``index``-th of ``count`` parts of n things, which differ by one at most."""
-    return n * index // count, n * (index + 1) // count
+def shard_bounds(n: int, rank: int, world_size: int) -> tuple[int, int]:
+    """First index and end of the part of ``n`` items that belongs to ``rank``; sizes of parts differ by at most 1."""
+    return n * rank // world_size, n * (rank + 1) // world_size
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together: ``index`` of ``count``, ``local`` on its machine."""
+    """This process (``rank``, ``local_rank`` on its machine) and the number of processes that train together."""
 
-    index: int = 0
-    count: int = 1
-    local: int = 0
-    patient: "dist.ProcessGroup | None" = None
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    long_timeout_group: "dist.ProcessGroup | None" = None
 
     @property
-    def first(self) -> bool:
-        """Whether this rank is the one that writes and prints."""
-        return self.index == 0
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
 
-    def add(self, values: Tensor, patiently: bool = False) -> Tensor:
-        """The sum over all ranks, in place; the same bits on each. ``patiently``: of tensors of the CPU, as :meth:`wait`."""
-        if self.count > 1:
-            dist.all_reduce(values, group=self.patient if patiently else None)
+    def all_reduce_sum(self, values: Tensor, long_timeout: bool = False) -> Tensor:
+        """Sum over all ranks, in place; every rank gets the same bits.
+
+        ``long_timeout``: wait for the other ranks as long as :meth:`barrier` does; CPU tensors only.
+        """
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.long_timeout_group if long_timeout else None)
         return values
 
-    def wait(self) -> None:
-        """Until all ranks are here, for as long as one of them may have to do alone."""
-        if self.count > 1:
-            with self.losing():
-                dist.barrier(group=self.patient)
+    def barrier(self) -> None:
+        """Wait for all ranks, as long as the work of a single rank may take."""
+        if self.world_size > 1:
+            with self.translate_collective_errors():
+                dist.barrier(group=self.long_timeout_group)
 
-    def first_then_rest(self, load: Callable):
-        """``load()``, by the first rank of each machine before the others: what is downloaded is downloaded once."""
-        if self.local == 0:
+    def local_main_first(self, load: Callable[[], T]) -> T:
+        """Call ``load`` on the first rank of each machine, then on the others, so that data are downloaded once."""
+        if self.local_rank == 0:
             loaded = load()
-            self.wait()
+            self.barrier()
             return loaded
-        self.wait()
+        self.barrier()
         return load()
 
-    def tell(self, text: str) -> str:
-        """The first rank's ``text``."""
-        if self.count == 1:
+    def broadcast_str(self, text: str) -> str:
+        """The ``text`` of the main rank."""
+        if self.world_size == 1:
             return text
-        told = [text]
-        dist.broadcast_object_list(told, group=self.patient, device=torch.device("cpu"))
-        return told[0]
+        texts = [text]
+        dist.broadcast_object_list(texts, group=self.long_timeout_group, device=torch.device("cpu"))
+        return texts[0]
 
     @contextmanager
-    def losing(self) -> Iterator[None]:
-        """Errors of a collective are those of another rank: LostRankError."""
-        if self.count == 1:
+    def translate_collective_errors(self) -> Iterator[None]:
+        """Raise LostRankError for an error of a collective, which means that another rank failed."""
+        if self.world_size == 1:
             yield
             return
-        with _losing():
+        with _translate_collective_errors():
             yield
 
 
 @contextmanager
-def _losing() -> Iterator[None]:
+def _translate_collective_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if _is_of_a_collective(error):
-            reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().split("\n")[0]).split(". ")[0][
-                :160
-            ]  # less its place in gloo
-            raise LostRankError(
-                f"another rank has died or does not answer; its own error says why ({reason})"
-            ) from None
-        raise
+        if not _is_collective_error(error):
+            raise
+        first_line = str(error).strip().split("\n")[0]
+        reason = re.sub(r"^\[[^]]*\]\s*", "", first_line).split(". ")[0][:160]  # without gloo's file and line
+        raise LostRankError(f"another rank died or does not respond; see its own error ({reason})") from None
 
 
-def _is_of_a_collective(error: RuntimeError) -> bool:
+def _is_collective_error(error: RuntimeError) -> bool:
     if isinstance(error, dist.DistError):
         return True
-    said = str(error).lower()
-    return any(
-        word in said for word in ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
-    )
+    words = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+    return any(word in str(error).lower() for word in words)
 
 
 @contextmanager
-def join(device: str = "cpu", timeout: float = 60.0) -> Iterator[tuple[Ranks, torch.device]]:
-    """The ranks that torchrun started, this one's device with them; one rank where it did not start this process.
+def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[tuple[Ranks, torch.device]]:
+    """The ranks that torchrun started and the device of this rank; a single rank without torchrun.
 
-    ``device``: cpu, or cuda, which becomes that of the rank's place on its machine. A collective that waits for longer than ``timeout``
-    seconds is an error. A process group that is there already is used, and left as it is.
+    ``device``: cpu, or cuda, which becomes the GPU with the number of the local rank. ``timeout``: seconds after which a
+    waiting collective fails. An existing process group is used and not destroyed.
 
-    Raises DeviceError for a device that torch does not know, and where a machine has more ranks than GPUs.
+    Raises DeviceError for an unknown device and if a machine has fewer GPUs than ranks.
     """
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"device is {device!r}, expected cpu, cuda or another that torch knows") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device is {device}, but torch sees no GPU")
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    mine = not dist.is_initialized()
-    if mine and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    chosen = _available(device)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    owns_group = not dist.is_initialized()
+    if owns_group and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield Ranks(), chosen
         return
     if chosen.type == "cuda":
-        if chosen.index is None:
-            chosen = torch.device("cuda", local)
-        if chosen.index >= torch.cuda.device_count():
-            raise DeviceError(
-                f"rank {local} of this machine has no GPU, of which it sees {torch.cuda.device_count()}: start fewer ranks"
-            )
+        chosen = _gpu_of_rank(chosen, local_rank)
         torch.cuda.set_device(chosen)
-    with _losing():
-        if mine:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout)
-            )
-        ranks = Ranks(
-            dist.get_rank(), dist.get_world_size(), local, dist.new_group(backend="gloo", timeout=PATIENCE)
-        )
-        ranks.wait()  # or a rank with an error might be gone before another has found it, which could then not tell its own
+    with _translate_collective_errors():
+        if owns_group:
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, long_timeout_group)
+        # Without this barrier a rank that fails early could be gone before the others are connected; they would then
+        # report a lost rank instead of their own error.
+        ranks.barrier()
     yield ranks, chosen
-    if mine:  # after an error the others may wait for what will not come: no farewell, the process ends
+    if (
+        owns_group
+    ):  # not after an error: the other ranks may still wait in a collective, and the process ends anyway
         dist.destroy_process_group()
+
+
+def _available(device: str) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"device: got {device!r}, expected cpu, cuda or another torch device") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(f"device: got {device}, expected an available device; torch finds no GPU")
+    return chosen
+
+
+def _gpu_of_rank(device: torch.device, local_rank: int) -> torch.device:
+    chosen = torch.device("cuda", local_rank) if device.index is None else device
+    visible = torch.cuda.device_count()
+    if chosen.index >= visible:
+        raise DeviceError(
+            f"local rank {local_rank} needs a GPU but only {visible} are visible; start fewer ranks"
+        )
+    return chosen

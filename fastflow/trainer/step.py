@@ -1,4 +1,4 @@
-"""One training step over static buffers: the same code uncaptured on any device and captured in a CUDA graph."""
+"""One training step over static buffers: the same code runs uncaptured on any device and captured in a CUDA graph."""
 
 from contextlib import nullcontext
 from inspect import signature
@@ -6,105 +6,120 @@ from inspect import signature
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-from fastflow.trainer.ranks import share
+from fastflow.models.model import Model
+from fastflow.trainer.ranks import Ranks, shard_bounds
 
-WARM_UP = 3  # steps before a capture: libraries choose their kernels and take their memory
-# what a step changes of the buffers it brings together itself; torch 2.14 has given the option another name
+# uncaptured steps before a capture, in which libraries choose their kernels and allocate their memory
+WARM_UP = 3
+# DistributedDataParallel also records the order of gradients in its first steps and then rebuilds its buckets
+DDP_WARM_UP = 11
+# DistributedDataParallel's option that synchronizes buffers, which a step does itself; torch 2.14 renamed it
 BROADCAST_BUFFERS = next(
-    n
-    for n in ("forward_sync_buffers", "broadcast_buffers")
-    if n in signature(DistributedDataParallel).parameters
-)
-WARM_UP_OF_RANKS = (
-    11  # DistributedDataParallel measures the order of gradients in its first steps, and rebuilds its buckets
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
 )
 
 
-def autocast(device, enabled):
-    """bfloat16 for the networks; casts are not kept, since what is kept would not be cast again in a captured step."""
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """bfloat16 for the networks. Casts are not cached: a captured step would not repeat a cached cast."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 class Step:
     """Forward, backward, clipping and update: ``step(x, labels, seed, lr)``.
 
-    The batch is copied to where the last one was, nothing waits for the device before the report is read, and where the loss or the
-    gradient's norm is not finite the update is left out on the device. So the whole step can be captured once and replayed.
+    The batch is copied into a static buffer. Nothing waits for the device before the report is read. If the loss or the
+    norm of the gradient is not finite, the device skips the update. Therefore the whole step can be captured once and
+    replayed.
 
     Args:
-        model: one of fastflow.models, in training mode; its weights and the optimizer's state stay where they are.
-        optimizer: fused, over the model's parameters; its learning rate becomes a tensor.
+        model: one of fastflow.models, in training mode; its weights and the optimizer's state keep their addresses.
+        optimizer: a fused optimizer of the model's parameters; its learning rate becomes a tensor.
         ranks: the processes that share a batch.
-        batch_size: B, images over all ranks; this rank has its share of them.
-        parts: gradients are accumulated over so many parts of the share.
-        clip: the largest norm of the gradient, greater ones are scaled down to it; ``inf`` for none.
+        batch_size: images over all ranks; this rank processes its part of them.
+        micro_batches: number of parts of the rank's samples over which gradients are accumulated.
+        clip: largest norm of the gradient; larger gradients are scaled down to it. ``inf`` disables clipping.
         bf16: run the networks in bfloat16.
-        capture: capture the step in a CUDA graph after some steps of warm-up.
+        capture: capture the step in a CUDA graph after the warm-up steps.
     """
 
     def __init__(
-        self, model, optimizer, ranks, *, batch_size, parts=1, clip=float("inf"), bf16=False, capture=False
-    ):
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        ranks: Ranks,
+        *,
+        batch_size: int,
+        micro_batches: int = 1,
+        clip: float = float("inf"),
+        bf16: bool = False,
+        capture: bool = False,
+    ) -> None:
         self.model, self.optimizer, self.ranks = model, optimizer, ranks
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.batch_size, self.clip, self.bf16, self.capture = batch_size, clip, bf16, capture
-        self.first, end = share(batch_size, ranks.index, ranks.count)
-        self.bounds = [share(end - self.first, i, parts) for i in range(parts)]
-
-        self.statistics = (
-            [b for b in model.running_statistics() if b.is_floating_point()] if ranks.count > 1 else []
-        )
-
-        # The buffers: what a step reads that is not the model's, and what it reports.
-        shape = (end - self.first, *model.shape)
-        self.x = torch.empty(shape, dtype=torch.uint8, device=self.device).contiguous(
-            memory_format=torch.channels_last
-        )
-        self.labels = (
-            None if model.classes is None else torch.empty(shape[:1], dtype=torch.int64, device=self.device)
-        )
-        self.seed = torch.empty((), dtype=torch.int64, device=self.device)
-        exact = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
-        self.wishes = torch.zeros(2, dtype=exact, device=self.device)
-        self.report: Tensor | None = None
-        # The CPU's fused Adam takes any dtype, CUDA's a float32.
-        self.lr = torch.empty(
-            (), dtype=torch.float64 if self.device.type == "cpu" else torch.float32, device=self.device
-        )
+        self.first, end = shard_bounds(batch_size, ranks.rank, ranks.world_size)
+        self.bounds = [shard_bounds(end - self.first, i, micro_batches) for i in range(micro_batches)]
+        floating = [b for b in model.running_statistics() if b.is_floating_point()]
+        self.statistics = floating if ranks.world_size > 1 else []
+        self._allocate_buffers(end - self.first)
         for group in optimizer.param_groups:
             group.update(lr=self.lr, capturable=capture)
-
         self.graph, self.calls = None, 0
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" and capture else None
         self.forward = model
-        if ranks.count > 1:
+        if ranks.world_size > 1:
             with torch.cuda.stream(self.stream) if self.stream else nullcontext():
                 device_ids = [self.device.index] if self.device.type == "cuda" else None
                 self.forward = DistributedDataParallel(
                     model, device_ids, gradient_as_bucket_view=True, **{BROADCAST_BUFFERS: False}
                 )
 
-    def __call__(self, x, labels, seed, lr, wishes=(0.0, 0.0)):
-        """Takes one step; gives bits/dim and gradient norm of the whole batch, and the sums of the ranks' ``wishes``, as floats.
+    def _allocate_buffers(self, samples: int) -> None:
+        """Allocate the inputs of a step that are not the model's, and the votes, which are part of its report."""
+        x = torch.empty((samples, *self.model.shape), dtype=torch.uint8, device=self.device)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.labels = None
+        if self.model.classes is not None:
+            self.labels = torch.empty(samples, dtype=torch.int64, device=self.device)
+        self.seed = torch.empty((), dtype=torch.int64, device=self.device)
+        exact = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
+        self.votes = torch.zeros(2, dtype=exact, device=self.device)
+        self.report: Tensor | None = None
+        # CUDA's fused Adam takes a float32 learning rate, the CPU's any dtype
+        lr_dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        self.lr = torch.zeros((), dtype=lr_dtype, device=self.device)
 
-        x, labels: this rank's share of the batch, on any device. Values that are not finite mean that nothing was updated.
+    def __call__(
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        seed: int,
+        lr: float,
+        votes: tuple[float, float] = (0.0, 0.0),
+    ) -> tuple[float, float, float, float]:
+        """Take one step; give bits/dim and gradient norm of the whole batch, and the sums of the ranks' ``votes``.
+
+        x, labels: this rank's part of the batch, on any device. If a value is not finite, nothing was updated.
         """
         self.x.copy_(x, non_blocking=True)
         if self.labels is not None:
             self.labels.copy_(labels, non_blocking=True)
         self.seed.fill_(seed)
         self.lr.fill_(lr)
-        if self.ranks.count > 1:
-            self.wishes.copy_(torch.tensor(wishes))
-        with self.ranks.losing():
+        if self.ranks.world_size > 1:
+            self.votes.copy_(torch.tensor(votes))
+        with self.ranks.translate_collective_errors():
             self._run_or_replay()
             bits, norm, *summed = self.report.tolist()
-        return bits, norm, *(summed if self.ranks.count > 1 else wishes)
+        return bits, norm, *(summed if self.ranks.world_size > 1 else votes)
 
-    def alone(self):
-        """Forward and backward of this rank by itself, on an empty batch, so that what is to be compiled is."""
+    def compile_forward_backward(self) -> None:
+        """Run forward and backward without the other ranks, on an empty batch, so that torch.compile compiles now."""
         kept = [b.clone() for b in self.model.buffers()]
         self.x.zero_()
         for first, end in self.bounds:
@@ -115,52 +130,61 @@ class Step:
             buffer.copy_(value)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _run_or_replay(self):
+    def _run_or_replay(self) -> None:
         if self.stream is None:
             self.run()
             return
         if self.graph is None:
             current = torch.cuda.current_stream(self.device)
             self.stream.wait_stream(current)
-            if self.calls < (WARM_UP if self.ranks.count == 1 else WARM_UP_OF_RANKS):
+            if self.calls < (WARM_UP if self.ranks.world_size == 1 else DDP_WARM_UP):
                 self.calls += 1
                 with torch.cuda.stream(self.stream):
                     self.run()
                 current.wait_stream(self.stream)
                 return
             self.graph = torch.cuda.CUDAGraph()
-            # a loader's pinning thread may call CUDA meanwhile, which is no error of this thread's capture
+            # a loader's pinning thread may call CUDA during the capture, which must not invalidate it
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.run()
         self.graph.replay()
 
-    def run(self):
-        """The step, on what lies in the buffers."""
+    def run(self) -> None:
+        """Take the step on the contents of the buffers."""
         self.optimizer.zero_grad(set_to_none=True)
+        summed_bits = self._forward_backward()
+        report = self.ranks.all_reduce_sum(torch.cat([summed_bits.to(self.votes.dtype).view(1), self.votes]))
+        if self.statistics:
+            self._average_statistics()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        bad = ~(report[0].isfinite() & norm.isfinite())
+        # non-finite gradients stay as they are, so that the error message can name the largest one
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm.masked_fill(bad, 0))
+        self.optimizer.found_inf = (
+            bad.float()
+        )  # as from torch.amp.GradScaler: a fused optimizer skips the update
+        self.optimizer.step()
+        self.report = torch.cat([report[:1] / self.batch_size, norm.to(report.dtype).view(1), report[1:]])
+
+    def _forward_backward(self) -> Tensor:
+        """Accumulate gradients over the micro-batches; give the sum of their bits/dim."""
         summed = 0.0
         for i, (first, end) in enumerate(self.bounds):
             last = i == len(self.bounds) - 1
-            with self.forward.no_sync() if self.ranks.count > 1 and not last else nullcontext():
+            with self.forward.no_sync() if self.ranks.world_size > 1 and not last else nullcontext():
                 with autocast(self.device, self.bf16):
                     labels = None if self.labels is None else self.labels[first:end]
                     bits = self.forward(self.x[first:end], labels, seed=self.seed, offset=self.first + first)
                 # DistributedDataParallel divides by the number of ranks
-                (bits.sum() * (self.ranks.count / self.batch_size)).backward()
+                (bits.sum() * (self.ranks.world_size / self.batch_size)).backward()
             summed = summed + bits.detach().sum()
-        report = self.ranks.add(torch.cat([summed.to(self.wishes.dtype).view(1), self.wishes]))
-        if self.statistics:  # each rank's batches moved its own: all go on from their mean
-            mean = self.ranks.add(torch.cat([b.flatten() for b in self.statistics])) / self.ranks.count
-            for buffer, value in zip(
-                self.statistics, mean.split([b.numel() for b in self.statistics]), strict=True
-            ):
-                buffer.copy_(value.view_as(buffer))
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = ~(report[0].isfinite() & norm.isfinite())
-        # where it is bad, gradients are left as they are, to be looked at
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm.masked_fill(bad, 0))
-        self.optimizer.found_inf = (
-            bad.float()
-        )  # what torch.amp.GradScaler tells a fused optimizer: skip this update
-        self.optimizer.step()
-        self.report = torch.cat([report[:1] / self.batch_size, norm.to(report.dtype).view(1), report[1:]])
+        return summed
+
+    def _average_statistics(self) -> None:
+        """Replace the running statistics, which each rank updated from its own samples, by their mean over the ranks."""
+        flat = torch.cat([b.flatten() for b in self.statistics])
+        mean = self.ranks.all_reduce_sum(flat) / self.ranks.world_size
+        parts = mean.split([b.numel() for b in self.statistics])
+        for buffer, value in zip(self.statistics, parts, strict=True):
+            buffer.copy_(value.view_as(buffer))

@@ -10,6 +10,7 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
     [
         "fastflow.trainer.cli",
+        "fastflow.trainer.commands",
         "fastflow.trainer.train",
         "tyro",
         "tqdm",

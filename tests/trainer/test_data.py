@@ -47,7 +47,7 @@ def test_photos_batches_are_random_crops(photos):
     x, labels = Batches(photos, 64, seed=0)[3]
     assert x.shape == (64, 3, 32, 32) and x.dtype == torch.uint8 and labels is None and x.is_contiguous()
     assert len({image.numpy().tobytes() for image in x}) == 64
-    plain, _ = Batches(photos, 64, seed=0, flip=False)[3]
+    plain, _ = Batches(photos, 64, seed=0, horizontal_flip=False)[3]
     mirrored = [not torch.equal(a, b) for a, b in zip(x, plain, strict=True)]
     assert 10 < sum(mirrored) < 54
     assert all(torch.equal(a, b.flip(2) if m else b) for a, b, m in zip(x, plain, mirrored, strict=True))
@@ -165,10 +165,10 @@ def test_folder_with_classes_and_with_a_split(tmp_path):
 
 
 def test_folder_errors(tmp_path):
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError, match="got no image, expected files"):
         data.load(str(tmp_path))
     save_images(tmp_path, ["one.png"])
-    with pytest.raises(DataError, match="has 1 image, expected at least 2"):
+    with pytest.raises(DataError, match="got 1 image, expected at least 2"):
         data.load(str(tmp_path))
     save_images(tmp_path, ["two.png", "three.png"])
     (tmp_path / "two.png").write_bytes((tmp_path / "two.png").read_bytes()[:60])
@@ -210,17 +210,17 @@ def test_npz_errors(tmp_path):
             data.load(str(path), image_size=image_size)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
-    refused("x is float64, expected uint8", x=x / 255)
-    refused(r"x is \(4, 8, 8, 5\), expected \[N, H, W\]", x=np.zeros((4, 8, 8, 5), np.uint8))
-    refused("x is empty", x=x[:0])
-    refused("holds 1 image", x=x[:1])
-    refused(r"y is int64 \(3,\), expected integers", x=x, y=np.arange(3))
-    refused("y is float64", x=x, y=np.zeros(4))
-    refused("y is int64", x=x, y=np.array([0, 1, -1, 0]))
-    refused("x_test holds", x=x, x_test=x[:, :4])
+    refused("x: got float64, expected uint8", x=x / 255)
+    refused(r"x: got shape \(4, 8, 8, 5\), expected \[N, H, W\]", x=np.zeros((4, 8, 8, 5), np.uint8))
+    refused("x: got 0 images", x=x[:0])
+    refused("x: got 1 image", x=x[:1])
+    refused(r"y: got int64 \(3,\), expected integers", x=x, y=np.arange(3))
+    refused("y: got float64", x=x, y=np.zeros(4))
+    refused("y: got int64", x=x, y=np.array([0, 1, -1, 0]))
+    refused("x_test: got images", x=x, x_test=x[:, :4])
     refused("expected x", a=x, b=x)
     refused("cannot be read", x=np.array([{"an": "object"}] * 4, dtype=object))
-    refused("image size 16", image_size=16, x=x)
+    refused("image_size: got 16", image_size=16, x=x)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match="cannot be read as .npz"):
         data.load(str(path))
@@ -230,12 +230,12 @@ def test_npz_errors(tmp_path):
 
 def test_names_and_sizes():
     with pytest.raises(
-        DataError, match="data 'imagenet': expected photos, cifar10, mnist, a folder of images or a .npz"
+        DataError, match="data: got 'imagenet', expected photos, cifar10, mnist, a folder of images or a .npz"
     ):
         data.load("imagenet")
-    with pytest.raises(DataError, match="image size 64: photos has 32"):
+    with pytest.raises(DataError, match="image_size: got 64, expected 32 for photos"):
         data.load("photos", image_size=64)
-    with pytest.raises(DataError, match="image size 30: mnist has 32 or 28"):
+    with pytest.raises(DataError, match="image_size: got 30, expected 32 or 28 for mnist"):
         data.load("mnist", image_size=30)
 
 
@@ -274,7 +274,7 @@ def test_mnist_is_padded(tmp_path):
             np.array([0x801, 6], ">i4").tobytes() + labels.tobytes()
         )
     source = data.load("mnist", data_dir=str(tmp_path))
-    assert source.image_shape == (1, 32, 32) and source.classes == 10 and not source.flip
+    assert source.image_shape == (1, 32, 32) and source.classes == 10 and not source.horizontal_flip
     assert np.array_equal(source.test.numpy()[:, 0, 2:30, 2:30], images) and source.test.sum() == images.sum()
     assert source.test_labels.tolist() == labels.tolist()
     assert data.load("mnist", data_dir=str(tmp_path), image_size=28).image_shape == (1, 28, 28)

@@ -19,7 +19,7 @@ from fastflow.distributed import merge_statistics
 from fastflow.models import Glow, RealNVP
 from fastflow.nn import ActNorm
 from fastflow.trainer.progress import read_metrics
-from fastflow.trainer.ranks import LostRankError, Ranks, join, share
+from fastflow.trainer.ranks import LostRankError, Ranks, init_process_group, shard_bounds
 from fastflow.trainer.step import Step
 from tests.support.processes import processes, waves
 
@@ -28,8 +28,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 # 45 images in batches of 7, which two ranks share as 3 and 4 and three as 2, 2 and 3
-SETTINGS = "--batch-size 7 --warmup 5 --clip 2 --flip True --levels 2 --steps-per-level 2 --hidden 8 --final-samples 2 --samples 4"
-SETTINGS = f"{SETTINGS} --eval-every 5 --eval-images 4 --save-every 10 --schedule constant --float64 --ema 0.9".split()
+SETTINGS = (
+    "--batch-size 7 --warmup 5 --clip 2 --horizontal-flip True --levels 2 --steps-per-level 2 --hidden 8 "
+    "--final-samples 2 --samples 4 --eval-every 5 --eval-images 4 --save-every 10 --schedule constant --float64 --ema 0.9"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +148,9 @@ def test_a_run_resumes_with_another_number_of_ranks(before, after, alone, arrays
 def stop_one(argv, index):
     """A signal for one rank alone."""
     if int(os.environ["RANK"]) == index:
-        from fastflow.trainer import train
+        from fastflow.trainer.step import Step
 
-        step = train.Step.__call__
+        step = Step.__call__
 
         def signalled(self, *args):
             self.seen = getattr(self, "seen", 0) + 1
@@ -156,7 +158,7 @@ def stop_one(argv, index):
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(self, *args)
 
-        train.Step.__call__ = signalled
+        Step.__call__ = signalled
     command_line(argv)
 
 
@@ -206,7 +208,7 @@ def test_a_rank_that_dies_ends_the_run_and_it_resumes(alone, arrays, tmp_path):
         torchrun.kill()
         torchrun.wait()
     said = log.read_text()
-    assert "error: rank 0: another rank has died or does not answer; its own error says why" in said
+    assert "error: rank 0: another rank died or does not respond; see its own error" in said
     assert "rank      : 1 (local_rank: 1)\n  exitcode  : -9" in said
     step = checkpoint.read(run / "last.pt")["training"]["step"]
     assert step and step % 10 == 0
@@ -237,9 +239,7 @@ def test_an_error_of_one_rank_ends_the_others(arrays, tmp_path):
     )
     assert started.end(60) == [1, 1]
     assert "ZeroDivisionError: of the second rank" in started.said(1)
-    assert (
-        started.said(0).splitlines()[-1].startswith("error: rank 0: another rank has died or does not answer")
-    )
+    assert started.said(0).splitlines()[-1].startswith("error: rank 0: another rank died or does not respond")
 
 
 def wait_in_vain(argv):
@@ -273,7 +273,7 @@ def test_a_rank_that_hangs_ends_the_others_after_the_timeout(arrays, tmp_path):
     started.ranks[0].join(60)
     code = started.ranks[0].exitcode
     started.ranks[1].kill()
-    assert code == 1 and "another rank has died or does not answer" in started.said(0)
+    assert code == 1 and "another rank died or does not respond" in started.said(0)
     assert started.end() == [1, -signal.SIGKILL]
 
 
@@ -293,26 +293,26 @@ def test_settings_that_ranks_cannot_share(arrays, tmp_path):
     assert started.end() == [1, 1]
     assert (
         started.said(1)
-        == "error: rank 1: batch_size is 5, expected at least 6 (ranks times accumulate, 2 x 3)\n"
+        == "error: rank 1: batch_size: got 5, expected at least 6 (ranks times accumulate, 2 x 3)\n"
     )
     assert not (tmp_path / "run").exists()
 
 
 def train_apart(folder, find_unused_parameters, reversible):
     """Three steps of DistributedDataParallel from an uninitialised model, as a user would take them; ranks differ in all they can."""
-    with join() as (ranks, _):
-        torch.manual_seed(ranks.index)
+    with init_process_group() as (ranks, _):
+        torch.manual_seed(ranks.rank)
         model = Glow((3, 8, 8), levels=2, steps=2, hidden=8, reversible=reversible)
         wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
         optimizer = torch.optim.Adam(wrapped.parameters(), lr=1e-2)
         for step in range(3):
-            generator = torch.Generator().manual_seed(10 * step + ranks.index)
-            x = torch.randint(0, 40, (3 + ranks.index, 3, 8, 8), generator=generator)
-            x = (x * (1 + 4 * ranks.index) + 20 * (1 - ranks.index)).to(torch.uint8)
+            generator = torch.Generator().manual_seed(10 * step + ranks.rank)
+            x = torch.randint(0, 40, (3 + ranks.rank, 3, 8, 8), generator=generator)
+            x = (x * (1 + 4 * ranks.rank) + 20 * (1 - ranks.rank)).to(torch.uint8)
             optimizer.zero_grad()
-            wrapped(x, seed=step, offset=3 * ranks.index).mean().backward()
+            wrapped(x, seed=step, offset=3 * ranks.rank).mean().backward()
             optimizer.step()
-        torch.save({"state": model.state_dict(), "x": x}, Path(folder) / f"{ranks.index}.pt")
+        torch.save({"state": model.state_dict(), "x": x}, Path(folder) / f"{ranks.rank}.pt")
 
 
 @pytest.mark.parametrize("find_unused_parameters, reversible", [(False, True), (True, True), (False, False)])
@@ -329,7 +329,7 @@ def test_ranks_whose_data_differ_keep_equal_parameters(find_unused_parameters, r
 
 def normalised_apart(folder):
     """Three steps of the trainer's Step on a model of batch normalizations, each rank with its own share of the batches."""
-    with join() as (ranks, _):
+    with init_process_group() as (ranks, _):
         torch.manual_seed(0)
         model = RealNVP((3, 8, 8), hidden=4, blocks=1)
         step = Step(model, torch.optim.Adam(model.parameters(), fused=True), ranks, batch_size=6)
@@ -340,12 +340,12 @@ def normalised_apart(folder):
             if i == 2:
                 before = [b.clone() for b in model.running_statistics()]
                 each = copy.deepcopy(model)  # what this rank's batch alone makes of them
-                each(x[3 * ranks.index :][:3], seed=i, offset=3 * ranks.index)
-            step(x[3 * ranks.index :][:3], None, i, 1e-2)
+                each(x[3 * ranks.rank :][:3], seed=i, offset=3 * ranks.rank)
+            step(x[3 * ranks.rank :][:3], None, i, 1e-2)
         found = {"before": before, "alone": each.running_statistics(), "after": model.running_statistics()}
         torch.save(
             found | {"parameters": [p.detach() for p in model.parameters()]},
-            Path(folder) / f"{ranks.index}.pt",
+            Path(folder) / f"{ranks.rank}.pt",
         )
 
 
@@ -363,7 +363,7 @@ def test_running_statistics_are_the_mean_of_those_of_the_ranks(tmp_path):
 
 
 def statistics(folder):
-    with join() as (ranks, _):
+    with init_process_group() as (ranks, _):
         torch.manual_seed(0)
         x = 3 + 2 * torch.randn(7, 4, 3, dtype=torch.float64)
         found = {}
@@ -373,22 +373,22 @@ def statistics(folder):
             "the second has none": (0, 7, 7),
         }.items():
             layer = ActNorm(4).double()
-            layer(x[ends[ranks.index] : ends[ranks.index + 1]])
+            layer(x[ends[ranks.rank] : ends[ranks.rank + 1]])
             found[name] = (layer.log_scale.detach(), layer.bias.detach(), layer.initialized)
         none = ActNorm(4)
         none(torch.empty(0, 4))
         found["all have none"] = (none.log_scale.detach(), none.bias.detach(), none.initialized)
         # a group of its own, and one loaded on the first rank alone and broadcast
         groups = [dist.new_group([i]) for i in range(2)]
-        own = ActNorm(4, process_group=groups[ranks.index]).double()
-        own(x + ranks.index)
+        own = ActNorm(4, process_group=groups[ranks.rank]).double()
+        own(x + ranks.rank)
         found["own"] = (own.log_scale.detach(), own.bias.detach(), own.initialized)
         late = ActNorm(4).double()
-        if ranks.first:
+        if ranks.is_main:
             late.load_state_dict(layer.state_dict())
         DistributedDataParallel(late)(x)
         found["broadcast"] = (late.log_scale.detach(), late.bias.detach(), late.initialized)
-        torch.save(found, Path(folder) / f"{ranks.index}.pt")
+        torch.save(found, Path(folder) / f"{ranks.rank}.pt")
 
 
 def test_statistics_are_those_of_all_ranks(tmp_path):
@@ -412,7 +412,7 @@ def test_statistics_are_those_of_all_ranks(tmp_path):
 def test_shares_are_whole_and_even():
     for n in range(12):
         for count in range(1, 6):
-            ends = [share(n, i, count) for i in range(count)]
+            ends = [shard_bounds(n, i, count) for i in range(count)]
             assert (
                 ends[0][0] == 0
                 and ends[-1][1] == n
@@ -424,13 +424,13 @@ def test_shares_are_whole_and_even():
 def test_without_torchrun_there_is_one_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    with join("cpu") as (ranks, device):
+    with init_process_group("cpu") as (ranks, device):
         assert (
-            ranks == Ranks() and ranks.first and device == torch.device("cpu") and not dist.is_initialized()
+            ranks == Ranks() and ranks.is_main and device == torch.device("cpu") and not dist.is_initialized()
         )
-        assert ranks.tell("a") == "a" and ranks.first_then_rest(lambda: 3) == 3
+        assert ranks.broadcast_str("a") == "a" and ranks.local_main_first(lambda: 3) == 3
         x = torch.ones(2)
-        assert ranks.add(x) is x and x.tolist() == [1, 1]
+        assert ranks.all_reduce_sum(x) is x and x.tolist() == [1, 1]
     mean, var = torch.ones(3), torch.zeros(3)
     assert merge_statistics(5, mean, var) == (5, mean, var)
 
@@ -438,8 +438,8 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
 def test_a_group_that_is_there_is_used_and_left():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with join() as (ranks, _):
-            assert (ranks.index, ranks.count) == (0, 1)
+        with init_process_group() as (ranks, _):
+            assert (ranks.rank, ranks.world_size) == (0, 1)
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
@@ -448,13 +448,13 @@ def test_a_group_that_is_there_is_used_and_left():
 def test_only_errors_of_collectives_are_another_ranks():
     ranks = Ranks(0, 2)
     with (
-        pytest.raises(LostRankError, match=r"its own error says why \(Connection closed by peer\)"),
-        ranks.losing(),
+        pytest.raises(LostRankError, match=r"see its own error \(Connection closed by peer\)"),
+        ranks.translate_collective_errors(),
     ):
         raise RuntimeError(
             "[/third_party/gloo/pair.cc:545] Connection closed by peer. This is typically caused by"
         )
-    with pytest.raises(RuntimeError, match="^shapes"), ranks.losing():
+    with pytest.raises(RuntimeError, match="^shapes"), ranks.translate_collective_errors():
         raise RuntimeError("shapes do not fit")
-    with pytest.raises(RuntimeError, match="^gloo"), Ranks().losing():
+    with pytest.raises(RuntimeError, match="^gloo"), Ranks().translate_collective_errors():
         raise RuntimeError("gloo")

@@ -91,7 +91,7 @@ def test_the_buffers_stay_where_they_are(device):
     step(x, None, 1, 1e-3)
 
     def places():
-        held = [step.x, step.seed, step.lr, step.wishes, *trained.parameters()]
+        held = [step.x, step.seed, step.lr, step.votes, *trained.parameters()]
         return [
             t.data_ptr()
             for t in held + [v for state in step.optimizer.state.values() for v in state.values()]
@@ -124,11 +124,11 @@ def test_an_update_that_is_not_finite_is_left_out(device, capture):
         assert all(torch.equal(v, before[1][i][k]) for k, v in state.items())
 
 
-@pytest.mark.parametrize("parts", [2, 4, 6])
-def test_accumulated_parts_are_the_whole(parts):
+@pytest.mark.parametrize("micro_batches", [2, 4, 6])
+def test_accumulated_parts_are_the_whole(micro_batches):
     whole = model().double()
     parted = copy.deepcopy(whole)
-    expected, found = static(whole), static(parted, parts=parts)
+    expected, found = static(whole), static(parted, micro_batches=micro_batches)
     for a, b in zip(expected[0], found[0], strict=True):
         assert b == pytest.approx(a, rel=1e-12)
     torch.testing.assert_close(list(parted.parameters()), list(whole.parameters()), rtol=1e-11, atol=1e-11)
@@ -136,11 +136,11 @@ def test_accumulated_parts_are_the_whole(parts):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{}, {"classes": 3}, {"bf16": True}, {"parts": 2}, {"reversible": False}], ids=str
+    "options", [{}, {"classes": 3}, {"bf16": True}, {"micro_batches": 2}, {"reversible": False}], ids=str
 )
 def test_captured_is_uncaptured_bit_for_bit(options):
-    how = {k: v for k, v in options.items() if k in ("classes", "bf16", "parts")}
-    ours = model("cuda", **{k: v for k, v in options.items() if k not in ("bf16", "parts")})
+    how = {k: v for k, v in options.items() if k in ("classes", "bf16", "micro_batches")}
+    ours = model("cuda", **{k: v for k, v in options.items() if k not in ("bf16", "micro_batches")})
     theirs = copy.deepcopy(ours)
     found, expected = static(ours, **how, capture=True), static(theirs, **how)
     assert_same_bits(found, expected)

@@ -19,9 +19,11 @@ from fastflow.models import Glow
 from fastflow.seeds import derive
 from fastflow.trainer import progress as progress_module
 from fastflow.trainer import train
+from fastflow.trainer.budget import steps_that_fit
 from fastflow.trainer.cli import main
-from fastflow.trainer.config import Config, ConfigError
+from fastflow.trainer.config import Config, ConfigError, validate_config
 from fastflow.trainer.evaluate import evaluate, sample
+from fastflow.trainer.nonfinite import diagnose
 from fastflow.trainer.progress import Metrics, Progress, read_metrics
 
 pytest.importorskip("tyro")
@@ -160,7 +162,9 @@ def test_class_conditional(arrays, tmp_path, capsys):
     )
     assert main(["evaluate", str(run)]) == 0
     capsys.readouterr()
-    assert "expected labels from 0 to 1" in failed(capsys, ["sample", str(run), "--classes", "2"])
+    assert "classes: got (2,), expected labels from 0 to 1" in failed(
+        capsys, ["sample", str(run), "--classes", "2"]
+    )
 
 
 def test_bf16_trains(arrays, tmp_path):
@@ -257,19 +261,19 @@ def test_diagnosis_names_the_layer_and_the_gradient():
     x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
     model.initialize(x, seed=0)
     model(x, seed=0).mean().backward()
-    assert "every layer output is finite" in train.diagnose(model, x, None, 0)
+    assert "every layer output is finite" in diagnose(model, x, None, 0)
     name, parameter = max(
         model.named_parameters(), key=lambda p: p[1].grad.norm() if p[1].grad is not None else -1
     )
-    assert f"largest gradient {parameter.grad.norm():g}, of {name}" in train.diagnose(model, x, None, 0)
+    assert f"largest gradient {parameter.grad.norm():g}, of {name}" in diagnose(model, x, None, 0)
     network = model.get_submodule("flows.1.steps.1.coupling.net")
     next(network.parameters()).data.view(-1)[0] = math.inf
     first = next(iter(network.children()))
-    assert f"is that of flows.1.steps.1.coupling.net.0 ({type(first).__name__})" in train.diagnose(
+    assert f"is that of flows.1.steps.1.coupling.net.0 ({type(first).__name__})" in diagnose(
         model, x, None, 0
     )
     dict(model.named_parameters())["flows.0.steps.1.actnorm.bias"].grad[0] = math.nan
-    assert "largest gradient nan, of flows.0.steps.1.actnorm.bias" in train.diagnose(model, x, None, 0)
+    assert "largest gradient nan, of flows.0.steps.1.actnorm.bias" in diagnose(model, x, None, 0)
 
 
 def test_a_run_is_never_overwritten(arrays, tmp_path, monkeypatch, capsys):
@@ -285,9 +289,11 @@ def test_a_run_is_never_overwritten(arrays, tmp_path, monkeypatch, capsys):
 def test_what_a_resumed_run_may_change(finished, capsys, tmp_path, arrays):
     run, _ = finished
     line = failed(capsys, ["train", "--resume", str(run), "--hidden", "16", "--steps", "20"])
-    assert "hidden is 16, the run has 8" in line
-    assert "out is" in failed(capsys, ["train", "--resume", str(run), "--out", str(tmp_path)])
-    assert "at step 12 already" in failed(capsys, ["train", "--resume", str(run), "--steps", "11"])
+    assert "hidden: got 16, expected 8 as in the run; a resumed run may change" in line
+    assert "out: got" in failed(capsys, ["train", "--resume", str(run), "--out", str(tmp_path)])
+    assert "steps: got 11, expected at least 12" in failed(
+        capsys, ["train", "--resume", str(run), "--steps", "11"]
+    )
     assert "no such run folder" in failed(capsys, ["train", "--resume", str(tmp_path / "none")])
     assert "last.pt: no such file" in failed(capsys, ["train", "--resume", str(tmp_path)])
     (tmp_path / "last.pt").write_bytes((run / "best.pt").read_bytes())
@@ -298,7 +304,7 @@ def test_what_a_resumed_run_may_change(finished, capsys, tmp_path, arrays):
     (tmp_path / "metrics.csv").write_text(
         "".join((run / "metrics.csv").read_text().splitlines(keepends=True)[:8])
     )
-    assert "has 7 rows in order, the checkpoint is at step 12" in failed(
+    assert "got 7 rows in order, expected 12, the step of the checkpoint" in failed(
         capsys, ["train", "--resume", str(tmp_path)]
     )
     small = tmp_path / "small.npz"
@@ -307,7 +313,7 @@ def test_what_a_resumed_run_may_change(finished, capsys, tmp_path, arrays):
     contents = torch.load(tmp_path / "last.pt", weights_only=True)
     contents["training"]["config"]["data"] = str(small)
     torch.save(contents, tmp_path / "last.pt")
-    assert "was trained on other data" in failed(capsys, ["train", "--resume", str(tmp_path)])
+    assert "data: got data of sizes" in failed(capsys, ["train", "--resume", str(tmp_path)])
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
@@ -325,29 +331,30 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ("--steps 0", "steps is 0, expected at least 1"),
-        ("--n-bits 9", "n_bits is 9, expected at most 8"),
-        ("--lr -1", "lr is -1.0, expected a positive number"),
-        ("--minutes 0", "minutes is 0.0, expected a positive number"),
-        ("--lr nan", "lr is nan, expected a positive number"),
-        ("--schedule linear", "schedule is 'linear', expected cosine or constant"),
-        ("--data nowhere", "data 'nowhere': expected photos"),
+        ("--steps 0", "steps: got 0, expected at least 1"),
+        ("--n-bits 9", "n_bits: got 9, expected at most 8"),
+        ("--lr -1", "lr: got -1.0, expected a positive number"),
+        ("--minutes 0", "minutes: got 0.0, expected a positive number"),
+        ("--lr nan", "lr: got nan, expected a positive number"),
+        ("--data nowhere", "data: got 'nowhere', expected photos"),
         ("--levels 4", "levels"),
-        ("--device nowhere", "device is 'nowhere', expected cpu, cuda"),
+        ("--device nowhere", "device: got 'nowhere', expected cpu, cuda"),
         pytest.param(
             "--device cuda",
-            "device is cuda, but torch sees no GPU",
+            "device: got cuda, expected an available device",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
         ),
-        ("--cuda-graph --device cpu", "cuda_graph: the device is cpu, expected a CUDA device"),
+        ("--cuda-graph --device cpu", "cuda_graph: got device cpu, expected a CUDA device"),
         (
             "--batch-size 3 --accumulate 4",
-            "batch_size is 3, expected at least 4 (ranks times accumulate, 1 x 4)",
+            "batch_size: got 3, expected at least 4 (ranks times accumulate, 1 x 4)",
         ),
-        ("--ema 1", "ema is 1.0, expected a decay from 0 to below 1"),
-        ("--float64 --bf16 True", "bf16 is True with float64, expected one of them"),
-        ("--coupling quadratic", "coupling"),
-        ("--data photos --class-conditional", "photos has no labels"),
+        ("--ema 1", "ema: got 1.0, expected a decay from 0 to below 1"),
+        ("--float64 --bf16 True", "bf16: got True, expected False with float64"),
+        (
+            "--data photos --class-conditional",
+            "class_conditional: got True, expected False: photos has no labels",
+        ),
     ],
 )
 def test_settings_that_cannot_be(argv, words, arrays, tmp_path, capsys):
@@ -357,13 +364,52 @@ def test_settings_that_cannot_be(argv, words, arrays, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "argv, choices",
+    [
+        ("train --schedule linear", "'cosine', 'constant'"),
+        ("train --coupling quadratic", "'affine', 'additive'"),
+        ("train --model flow++", "'glow', 'realnvp', 'nice'"),
+        ("interpolate last.pt --method cubic", "'linear', 'spherical'"),
+    ],
+)
+def test_the_command_line_lists_choices(argv, choices, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stopped:
+        main(argv.split())
+    assert stopped.value.code == 2 and choices in capsys.readouterr().err
+
+
+def test_a_config_validates_choices_too():
+    for options in ({"schedule": "linear"}, {"model": "flow++"}, {"coupling": "quadratic"}):
+        (name, value), *_ = options.items()
+        with pytest.raises(ConfigError, match=re.escape(f"{name}: got {value!r}, expected one of ")):
+            validate_config(Config(**options))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "interpolate"])
+def test_every_option_has_a_help_text(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = re.split(r"\n\W+--(?=[a-z])", capsys.readouterr().out)[1:]
+    assert len(options) > 5
+    for option in options:
+        words = re.findall(
+            r"(?<![-{|,\w])[A-Za-z]?[a-z]{2,}\b", re.sub(r"\(default: .*?\)", "", option.partition(" ")[2])
+        )
+        assert len(words) >= 2, option
+
+
 def test_checkpoints_that_cannot_be_used(finished, tmp_path, capsys):
     run, _ = finished
     path = tmp_path / "damaged.pt"
     path.write_bytes((run / "last.pt").read_bytes()[:1000])
     for argv in (["evaluate", str(path)], ["sample", str(path)]):
         assert failed(capsys, argv) == f"error: {path}: truncated or damaged"
-    assert "does not say what it was trained on" in failed(capsys, ["evaluate", str(run / "best.pt")])
+    assert "does not contain the name of its training data" in failed(
+        capsys, ["evaluate", str(run / "best.pt")]
+    )
     assert "without classes" in failed(capsys, ["sample", str(run), "--classes", "1"])
 
 
@@ -398,8 +444,8 @@ def test_minutes_end_a_run_in_time(arrays, tmp_path):
 def test_how_many_steps_fit():
     config = Config(batch_size=10, eval_every=100, eval_images=50, eval_samples=1, final_samples=4, samples=0)
     # a step of 1 s is 0.05 s an image forward: 2.5 s an evaluation, 100 images 4 times at the end 20 s, and 8 s to spare
-    assert train._steps_that_fit(config, 1000.0, 1.0, 100) == int((1000 - 28 - 2.5) / 1.025)
-    assert train._steps_that_fit(config, 10.0, 1.0, 100) == 0
+    assert steps_that_fit(config, 1000.0, 1.0, 100) == int((1000 - 28 - 2.5) / 1.025)
+    assert steps_that_fit(config, 10.0, 1.0, 100) == 0
 
 
 def test_progress_on_a_terminal_and_off(monkeypatch, capsys):
@@ -427,7 +473,7 @@ def test_signals_are_given_back():
     import signal
 
     before = signal.getsignal(signal.SIGTERM)
-    with train._signals() as received:
+    with train.received_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
         assert signal.getsignal(signal.SIGTERM) is before  # a second one acts as it would have

@@ -10,9 +10,9 @@ import fastflow
 from fastflow import checkpoint
 from fastflow.trainer.build import build_model
 from fastflow.trainer.cli import main
-from fastflow.trainer.config import Config, ConfigError
+from fastflow.trainer.config import Config, ConfigError, validate_config
 from fastflow.trainer.data import Images
-from fastflow.trainer.train import _groups
+from fastflow.trainer.run import parameter_groups
 
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
@@ -88,12 +88,12 @@ def test_the_penalty_is_on_the_scales_of_weight_normalization():
         Config(model="realnvp", hidden=4, blocks=1),
         Images("", np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 8, 8), np.uint8)),
     )
-    rest, scales = _groups(model, 0.5)
+    rest, scales = parameter_groups(model, 0.5)
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert {id(p) for p in scales["params"]} == {id(m.g) for m in convolutions}
     assert (
         len(rest["params"]) + len(convolutions) == len(list(model.parameters()))
-        and len(_groups(model, 0.0)) == 1
+        and len(parameter_groups(model, 0.0)) == 1
     )
     before = [p.detach().clone() for p in scales["params"]]
     for p in model.parameters():
@@ -106,24 +106,35 @@ def test_the_penalty_is_on_the_scales_of_weight_normalization():
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({"model": "flow++"}, "model is 'flow++', expected one of glow, realnvp"),
-        ({"model": "nice", "levels": 2}, "levels is 2, but nice has none; it takes hidden, blocks"),
-        ({"model": "glow", "blocks": 3}, "blocks is 3, but glow has none"),
+        ({"model": "flow++"}, "model: got 'flow++', expected one of glow, realnvp"),
+        (
+            {"model": "nice", "levels": 2},
+            "levels: got 2, expected no value: nice has no such option, it takes couplings, hidden, blocks, prior",
+        ),
+        ({"model": "glow", "blocks": 3}, "blocks: got 3, expected no value: glow has no such option"),
         (
             {"model": "glow", "scale_l2": 5e-5},
-            "scale_l2 is 5e-05, but glow has none",
-        ),  # no weight normalization to penalise
+            "scale_l2: got 5e-05, expected 0: glow has no weight normalization to penalize",
+        ),
         (
             {"model": "mnist-simple", "n_bits": 5},
-            "n_bits is 5, but mnist-simple has none; it takes no such option",
+            "n_bits: got 5, expected no value: mnist-simple has no such option, it takes reversible",
         ),
-        ({"model": "mnist-vardeq"}, "mnist-vardeq takes images (1, 28, 28), things has (3, 8, 8)"),
+        (
+            {"model": "mnist-vardeq"},
+            "data: got things with images (3, 8, 8), expected (1, 28, 28) for mnist-vardeq",
+        ),
         ({"model": "realnvp", "levels": 5}, "scales: got 5 for image_shape (3, 8, 8)"),
         ({"model": "nice", "prior": "cauchy"}, "prior: got 'cauchy'"),
-        ({"model": "realnvp", "class_conditional": True}, "class_conditional: things has no labels"),
+        (
+            {"model": "realnvp", "class_conditional": True},
+            "class_conditional: got True, expected False: things has no labels",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(settings, said):
+    config = Config(**settings)
     with pytest.raises(ConfigError) as caught:
-        build_model(Config(**settings), THINGS)
+        validate_config(config)
+        build_model(config, THINGS)
     assert said in str(caught.value)

@@ -1,0 +1,231 @@
+"""The commands ``train``, ``evaluate``, ``sample`` and ``interpolate``, and their options."""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from fastflow import checkpoint, explore
+from fastflow.models.model import Model
+from fastflow.trainer import data, picture
+from fastflow.trainer.config import RENAMED, Config, ConfigError, config_error
+from fastflow.trainer.evaluate import evaluate, report, sample
+from fastflow.trainer.run import resumed_config
+from fastflow.trainer.train import train
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Bits/dim of a trained model on a test set, with those of image codecs for comparison."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A checkpoint, or a run folder (its last.pt)."""
+    data: str | None = None
+    """Data, as in train. Default: the data of the training run."""
+    data_dir: str | None = None
+    """Folder of torchvision's data. Default: as in the training run."""
+    images: int | None = None
+    """Number of test images, taken from the start. Default: all."""
+    samples: int = 16
+    """Importance samples."""
+    batch_size: int = 250
+    """Images per batch."""
+    bf16: bool = False
+    """Run the networks in bfloat16 (autocast)."""
+    seed: int = 0
+    """Random seed of the dequantization noise."""
+    device: str = "cpu"
+    """cpu, cuda or another torch device."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Write a grid of samples of a trained model as a PNG."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A checkpoint, or a run folder (its last.pt)."""
+    out: str = "samples.png"
+    """File to write."""
+    n: int | None = None
+    """Number of images. Default: 64, or 8 per temperature if there are several."""
+    temperature: tuple[float, ...] = (0.7,)
+    """Factor on the latents' standard deviation; several values give one row each, of the same noise."""
+    classes: tuple[int, ...] | None = None
+    """Class labels, used in turn. Default: all classes."""
+    seed: int = 0
+    """Random seed of the latents."""
+    device: str = "cpu"
+    """cpu, cuda or another torch device."""
+
+
+@dataclass(frozen=True)
+class Interpolate:
+    """Write rows of images decoded from latents between those of two test images, as a PNG."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A checkpoint, or a run folder (its last.pt)."""
+    out: str = "interpolation.png"
+    """File to write."""
+    pairs: int = 4
+    """Number of rows; the test images are used in order."""
+    steps: int = 8
+    """Images per row, including both ends."""
+    method: Literal[explore.METHODS] = "linear"
+    """Path between the latents."""
+    seed: int = 0
+    """Random seed of the dequantization noise."""
+    data: str | None = None
+    """Data, as in train. Default: the data of the training run."""
+    data_dir: str | None = None
+    """Folder of torchvision's data. Default: as in the training run."""
+    device: str = "cpu"
+    """cpu, cuda or another torch device."""
+
+
+def run_command(argv: list[str]) -> None:
+    """Parse the arguments and run the command."""
+    argv = _with_present_names(argv)
+    # A resumed run's own settings are the defaults, so that the options given are those that differ.
+    folder = _resume_folder(argv)
+    default = resumed_config(folder) if folder is not None and not {"-h", "--help"} & set(argv) else Config()
+    options = tyro.cli(
+        Annotated[Config, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Interpolate, tyro.conf.subcommand("interpolate")],
+        args=argv,
+        prog="fastflow",
+        description="Train, evaluate and explore normalizing flows on images.",
+    )
+    commands = {Config: train, Evaluate: _evaluate, Sample: _sample, Interpolate: _interpolate}
+    commands[type(options)](options)
+
+
+def _with_present_names(argv: list[str]) -> list[str]:
+    """Replace deprecated names of options of ``train``."""
+    if argv[:1] != ["train"]:
+        return argv
+    replaced = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        new = RENAMED.get(name[2:].replace("-", "_")) if name.startswith("--") else None
+        if new is not None:
+            new = f"--{new.replace('_', '-')}"
+            if not int(os.environ.get("RANK", 0)):
+                print(f"{name} is deprecated and will be removed, use {new}", file=sys.stderr)
+        replaced.append(argument if new is None else new + equals + value)
+    return replaced
+
+
+def _resume_folder(argv: list[str]) -> str | None:
+    if argv[:1] != ["train"]:
+        return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume")
+    return parser.parse_known_args(argv)[0].resume
+
+
+def _evaluate(options: Evaluate) -> None:
+    path = _file(options.checkpoint)
+    model, training = checkpoint.opened(path, options.device)
+    source = _source(options, model, training, path)
+    images = source.test[: options.images] >> (8 - model.n_bits)
+    labels = None if model.classes is None else source.test_labels[: options.images]
+    bounds = evaluate(
+        model,
+        images,
+        labels,
+        samples=options.samples,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        bf16=options.bf16,
+        each=True,
+    )
+    result = {
+        "model": type(model).__name__,
+        "test_images": len(images),
+        "importance_samples": options.samples,
+        "test_bits_per_dim": bounds[-1].mean().item(),
+        "test_bits_per_dim_1_sample": bounds[0].mean().item(),
+        "codecs_bits_per_dim": picture.codec_bits_per_dim(images[:1000]) if model.n_bits == 8 else {},
+    }
+    print(report(result))
+
+
+def _sample(options: Sample) -> None:
+    path = _file(options.checkpoint)
+    model = checkpoint.load(path, options.device)
+    _check_images(model, path)
+    several = len(options.temperature) > 1
+    n = (8 if several else 64) if options.n is None else options.n
+    for name, value, least in (("n", n, 1), ("temperature", min(options.temperature), 0)):
+        if not value >= least:
+            raise config_error(name, value, f"at least {least}")
+    labels = None
+    if options.classes is not None:
+        if model.classes is None:
+            raise config_error("classes", options.classes, f"none: {path} holds a model without classes")
+        if not all(0 <= c < model.classes for c in options.classes):
+            raise config_error("classes", options.classes, f"labels from 0 to {model.classes - 1}")
+        labels = torch.tensor(options.classes)[torch.arange(n) % len(options.classes)]
+    rows = {f"T = {t:g}": sample(model, n, t, options.seed, labels) for t in options.temperature}
+    if several:
+        picture.save_rows(options.out, rows, model.n_bits)
+    else:
+        picture.save_grid(options.out, *rows.values(), model.n_bits)
+    print(f"{options.out}: {n} samples at temperature {', '.join(f'{t:g}' for t in options.temperature)}")
+
+
+def _interpolate(options: Interpolate) -> None:
+    for name, least in {"pairs": 1, "steps": 2}.items():
+        if (got := getattr(options, name)) < least:
+            raise config_error(name, got, f"at least {least}")
+    path = _file(options.checkpoint)
+    model, training = checkpoint.opened(path, options.device)
+    source = _source(options, model, training, path)
+    images = source.test[: 2 * options.pairs] >> (8 - model.n_bits)
+    if len(images) < 2 * options.pairs:
+        most = f"at most {len(source.test) // 2}: {source.name} has {len(source.test)} test images"
+        raise config_error("pairs", options.pairs, most)
+    x0, x1 = images.to(options.device).chunk(2)
+    context = None if model.classes is None else source.test_labels[: options.pairs].to(options.device)
+    rows = explore.interpolate(model, x0, x1, options.steps, context, options.method, options.seed).cpu()
+    picture.save_grid(options.out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
+    latents = len(model.latent_shapes())
+    print(f"{options.out}: {options.pairs} pairs of {source.name}, {options.method} in {latents} latents")
+
+
+def _source(options: Evaluate | Interpolate, model: Model, training: dict | None, path: Path) -> data.Source:
+    """The data of ``--data``, otherwise of the training run. Raises ConfigError if they do not fit the model."""
+    trained = (training or {}).get("config", {})
+    name = options.data or trained.get("data")
+    _check_images(model, path)
+    if name is None:
+        raise ConfigError(f"{path}: does not contain the name of its training data; give --data")
+    source = data.load(name, options.data_dir or trained.get("data_dir", "data"), model.shape[1])
+    if source.image_shape != tuple(model.shape):
+        got = f"{name} with images {source.image_shape}"
+        raise config_error("data", got, f"images {tuple(model.shape)}, the model's")
+    if model.classes is not None and source.classes is None:
+        raise config_error(
+            "data", f"{name} without labels", f"labels of {model.classes} classes for the model"
+        )
+    if model.classes is not None and source.classes > model.classes:
+        got = f"{name} with {source.classes} classes"
+        raise config_error("data", got, f"at most {model.classes}, the model's classes")
+    return source
+
+
+def _check_images(model: Model, path: Path) -> None:
+    if len(model.shape) != 3:
+        got = f"a {type(model).__name__} of vectors {list(model.shape)}"
+        raise ConfigError(f"{path}: got {got}, expected a model of images")
+
+
+def _file(path: str) -> Path:
+    return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)

@@ -1,0 +1,75 @@
+"""Images in a .npz file."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fastflow.trainer.data.images import Images
+from fastflow.trainer.data.source import DataError
+
+
+def load_npz(path: Path, image_size: int | None) -> Images:
+    """Images of a .npz file: ``x`` and optionally ``y``, ``x_test``, ``y_test``. Raises DataError for other contents."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except Exception as error:  # of zipfile, zlib or numpy
+        raise DataError(
+            f"{path}: cannot be read as .npz ({str(error).strip().splitlines()[0][:120]})"
+        ) from error
+    if len(arrays) == 1:
+        arrays = {"x": next(iter(arrays.values()))}
+    x, y = (arrays.get(key, arrays.get(f"{key}_train")) for key in "xy")
+    if x is None:
+        raise DataError(
+            f"{path}: got arrays {', '.join(arrays)}, expected x (images) and optionally y, x_test, y_test"
+        )
+    x, y = _as_images(path, "x", x), _as_labels(path, "y", y, len(x))
+    if "x_test" in arrays:
+        x_test = _as_images(path, "x_test", arrays["x_test"])
+        y_test = _as_labels(path, "y_test", arrays.get("y_test"), len(x_test))
+        if x_test.shape[1:] != x.shape[1:]:
+            raise DataError(
+                f"{path}: x_test: got images {x_test.shape[1:]}, expected {x.shape[1:]} (C, H, W) as in x"
+            )
+    elif len(x) < 2:
+        raise DataError(f"{path}: x: got {len(x)} image, expected at least 2, one of them to test on")
+    else:
+        held_out = np.arange(len(x)) % 10 == min(9, len(x) - 1)
+        x, x_test = x[~held_out], x[held_out]
+        y, y_test = (None, None) if y is None else (y[~held_out], y[held_out])
+    if image_size is not None and x.shape[2:] != (image_size, image_size):
+        raise DataError(
+            f"image_size: got {image_size}, expected {x.shape[2]}x{x.shape[3]}, the size of {path}"
+        )
+    if y is not None and y_test is not None and y_test.max() > y.max():
+        raise DataError(
+            f"{path}: y_test: got class {y_test.max()}, expected at most {y.max()}, the largest class in y"
+        )
+    return Images(path.stem, x, x_test, None if y_test is None else y, y_test)
+
+
+def _as_images(path: Path, key: str, x: np.ndarray) -> np.ndarray:
+    if x.dtype != np.uint8:
+        raise DataError(f"{path}: {key}: got {x.dtype}, expected uint8")
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[3] in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    elif x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise DataError(
+            f"{path}: {key}: got shape {x.shape}, expected [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
+        )
+    if len(x) == 0:
+        raise DataError(f"{path}: {key}: got 0 images, expected at least 1")
+    return x
+
+
+def _as_labels(path: Path, key: str, y: np.ndarray | None, n: int) -> np.ndarray | None:
+    if y is None:
+        return None
+    if y.shape != (n,) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
+        raise DataError(f"{path}: {key}: got {y.dtype} {y.shape}, expected integers from 0 of shape {(n,)}")
+    return y

@@ -1,0 +1,47 @@
+"""CIFAR-10 and MNIST, through torchvision."""
+
+import socket
+from pathlib import Path
+
+import numpy as np
+
+from fastflow.trainer.data.images import Images
+from fastflow.trainer.data.source import DataError
+
+
+def load_cifar10(data_dir: str) -> Images:
+    """CIFAR-10, which is downloaded to ``data_dir`` if it is not there. Raises DataError if that fails."""
+    train, test = _load("CIFAR10", data_dir, "cifar-10-batches-py/data_batch_1 to _5 and test_batch")
+    images = [d.data.transpose(0, 3, 1, 2) for d in (train, test)]
+    return Images("cifar10", *images, np.array(train.targets), np.array(test.targets), horizontal_flip=True)
+
+
+def load_mnist(data_dir: str, size: int) -> Images:
+    """MNIST, zero-padded from 28x28 to ``size``, downloaded as by :func:`load_cifar10`."""
+    train, test = _load("MNIST", data_dir, "MNIST/raw/train-images-idx3-ubyte.gz and the other three files")
+    edge = (size - 28) // 2
+    images = [
+        np.pad(d.data.numpy()[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge))) for d in (train, test)
+    ]
+    return Images("mnist", *images, train.targets.numpy(), test.targets.numpy())
+
+
+def _load(name: str, data_dir: str, expected: str) -> tuple:
+    import torchvision
+
+    kind = getattr(torchvision.datasets, name)
+    try:
+        return kind(data_dir, train=True), kind(data_dir, train=False)
+    except RuntimeError:  # absent or damaged
+        pass
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets no timeout, so a blocked network would hang here
+    try:
+        return kind(data_dir, train=True, download=True), kind(data_dir, train=False, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{name.lower()}: not found and not downloaded ({reason}); expected {Path(data_dir) / expected}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)

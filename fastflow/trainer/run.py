@@ -1,0 +1,383 @@
+"""A training run: its model, data, optimizer and files, and the operations of the training loop on them."""
+
+import copy
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from fastflow import checkpoint
+from fastflow.check import SingularError
+from fastflow.checkpoint import CheckpointError
+from fastflow.models.model import Model
+from fastflow.seeds import Stream, derive
+from fastflow.trainer import data, picture
+from fastflow.trainer.budget import TimeBudget
+from fastflow.trainer.build import build_model
+from fastflow.trainer.config import Config, ConfigError, check_changes, config_error, stored_config
+from fastflow.trainer.evaluate import evaluate, report, save_pictures
+from fastflow.trainer.nonfinite import NonFiniteError, diagnose
+from fastflow.trainer.progress import Metrics, Progress, open_tensorboard
+from fastflow.trainer.ranks import Ranks, shard_bounds
+from fastflow.trainer.step import Step, autocast
+
+
+@dataclass
+class RunState:
+    """The numbers of a run that change: steps done and planned, best test bits/dim, seconds of earlier processes."""
+
+    step: int
+    target_steps: int
+    best: float | None = None
+    seconds: float = 0.0
+
+    def improve(self, test_bits: float) -> bool:
+        """Keep the best test bits/dim; whether ``test_bits`` is better than all before."""
+        better = self.best is None or test_bits < self.best
+        self.best = test_bits if better else self.best
+        return better
+
+
+class StepReport(NamedTuple):
+    """Bits/dim and gradient norm of a batch, whether a rank received a signal, and the planned number of steps."""
+
+    bits: float
+    grad_norm: float
+    stop: bool
+    target_steps: int
+
+
+class Run:
+    """A run on this rank, new or from its last checkpoint, ready for its next step.
+
+    ``model`` is trained; ``eval_model`` is evaluated, sampled and saved: with ``ema`` its averaged copy, otherwise the
+    same object. Files are written by the main rank only; on other ranks these methods do nothing.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
+        began = time.monotonic()
+        _check_device(config, ranks, device)
+        self.config, self.ranks, self.device = config, ranks, device
+        self.bf16 = device.type == "cuda" and not config.float64 if config.bf16 is None else config.bf16
+        saved = read_run(config.resume) if config.resume else None
+        if saved:
+            check_changes(saved["training"], config)
+        self._load_data()
+        if saved:
+            self._restore(saved)
+        else:
+            self._create()
+        self._set_up_training(saved)
+        state = self.state
+        self.budget = TimeBudget(config, state.step, state.target_steps, state.seconds, len(self.test), began)
+        self._open_files()
+        if not saved:
+            self.save()
+
+    def _load_data(self) -> None:
+        config, ranks = self.config, self.ranks
+        side = config.image_size
+        if side is None and config.data == "mnist" and config.model.startswith("mnist-"):
+            side = 28
+        source = ranks.local_main_first(lambda: data.load(config.data, config.data_dir, side))
+        if self.device.type == "cuda" and not config.workers and isinstance(source, data.Images):
+            if source.nbytes < torch.cuda.mem_get_info(self.device)[0] / 8:
+                source.to(self.device)
+        self.source, self.part = source, shard_bounds(config.batch_size, ranks.rank, ranks.world_size)
+        self.batches = data.Batches(
+            source, config.batch_size, config.seed, config.n_bits, config.horizontal_flip, self.part
+        )
+        self.test = source.test >> (8 - config.n_bits)
+        self.test_labels = source.test_labels if config.class_conditional else None
+        self.data_fingerprint = [source.length, len(source.test), *source.image_shape, source.classes]
+
+    def _create(self) -> None:
+        """A new model, initialized from the first batch, and a new folder."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        model = build_model(config, self.source).to(self.device)
+        self.model = model.double() if config.float64 else model
+        self.state = RunState(0, config.steps)
+        x, labels = self.to_device(self.batches[0])
+        with self.ranks.translate_collective_errors():
+            seed = derive(config.seed, Stream.INITIALIZE)
+            self.model.initialize(x, labels, seed=seed, offset=self.part[0])
+        self.eval_model = copy.deepcopy(self.model) if config.ema else self.model
+        self.folder = Path(self.ranks.broadcast_str(str(_new_folder(config)) if self.ranks.is_main else ""))
+
+    def _restore(self, saved: dict) -> None:
+        """The models and the state of a checkpoint, which :func:`read_run` read."""
+        config, training = self.config, saved["training"]
+        self.folder = Path(config.resume)
+        if training["data"] != self.data_fingerprint:
+            got = f"data of sizes {self.data_fingerprint}"
+            raise config_error("data", got, f"{training['data']} as in the run {self.folder}")
+        self.eval_model = checkpoint.build(saved, self.last).to(self.device)
+        self.state = RunState(training["step"], training["total"], training["best"], training["seconds"])
+        kept = training["config"]
+        if (config.steps, config.minutes) != (kept["steps"], kept["minutes"]):
+            self.state.target_steps = config.steps
+        self.model = self.eval_model
+        if config.ema:
+            self.model = copy.deepcopy(self.eval_model)
+            self.model.load_state_dict(training["trained"])
+
+    def _set_up_training(self, saved: dict | None) -> None:
+        config, model = self.config, self.model
+        for each in {model, self.eval_model}:
+            each.to(memory_format=torch.channels_last)  # faster convolutions; the layers keep the format
+        if config.compile:
+            model.compile_networks()
+        groups = parameter_groups(model, config.scale_l2)
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+        if saved:
+            self.optimizer.load_state_dict(saved["training"]["optimizer"])
+            _set_rng_states(saved["training"]["rng"])
+        self._step = Step(
+            model,
+            self.optimizer,
+            self.ranks,
+            batch_size=config.batch_size,
+            micro_batches=config.accumulate,
+            clip=config.clip,
+            bf16=self.bf16,
+            capture=config.cuda_graph,
+        )
+        if config.compile and self.ranks.world_size > 1:
+            # here, because the ranks may compile for longer than they wait for each other in a step
+            self._step.compile_forward_backward()
+            self.ranks.barrier()
+        self._averages, self._weights = list(self.eval_model.parameters()), list(model.parameters())
+        statistics = zip(self.eval_model.running_statistics(), model.running_statistics(), strict=True)
+        self._statistics = list(statistics) if config.ema else []
+
+    def _open_files(self) -> None:
+        if not self.ranks.is_main:
+            return
+        config, step = self.config, self.state.step
+        self.metrics = Metrics(self.folder / "metrics.csv", step)
+        self.board = open_tensorboard(self.folder, step)
+        self.progress = Progress(self.state.target_steps, step, config.batch_size)
+        size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        count, images = self.ranks.world_size, f"{self.source.length:,} images of {self.source.name}"
+        where = f"{count} x {self.device.type}" if count > 1 else self.device.type
+        self.progress.say(f"{self.folder}: {size:,} parameters, {images}, {where}")
+
+    @property
+    def last(self) -> Path:
+        """The file of the last checkpoint."""
+        return self.folder / "last.pt"
+
+    def to_device(self, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        x, labels = batch
+        labels = labels.to(self.device, non_blocking=True) if self.config.class_conditional else None
+        return x.to(self.device, non_blocking=True, memory_format=torch.channels_last), labels
+
+    def take_step(
+        self, x: Tensor, labels: Tensor | None, seed: int, lr: float, votes: tuple[float, float]
+    ) -> StepReport:
+        """Take one optimizer step. Raises NonFiniteError; the weights then are those before the step."""
+        try:
+            bits, grad_norm, stop, target_steps = self._step(x, labels, seed, lr, votes)
+        except SingularError as error:
+            raise self._non_finite_error(str(error), "last checkpoint") from None
+        if math.isfinite(bits) and math.isfinite(grad_norm):
+            return StepReport(bits, grad_norm, bool(stop), int(target_steps))
+        try:
+            with autocast(self.device, self.bf16):
+                reason = diagnose(self.model, x, labels, seed, self.part[0])
+        except SingularError as error:  # a GPU reports a singular matrix at the next call
+            reason = str(error)
+        found = f"bits/dim {bits:g}, gradient norm {grad_norm:g}; {reason}"
+        raise self._non_finite_error(found, "last good checkpoint")
+
+    def _non_finite_error(self, reason: str, last: str) -> NonFiniteError:
+        if self.ranks.is_main:
+            self.metrics.sync()
+            self.progress.close()
+        return NonFiniteError(f"step {self.state.step + 1}: {reason}; the {last} is {self.last}")
+
+    def average_weights(self) -> None:
+        """Update the averaged weights of ``eval_model``, and copy the running statistics to it."""
+        if not self.config.ema:
+            return
+        step = self.state.step
+        decay = min(
+            self.config.ema, (1 + step) / (10 + step)
+        )  # low at first, to forget the first weights soon
+        get_ema_multi_avg_fn(decay)(self._averages, self._weights, None)
+        for average, value in self._statistics:
+            average.copy_(value)
+
+    def test_bits_per_dim(self, samples: int, images: int | None = None) -> list[float]:
+        """Mean bits/dim of the first ``images`` test images with 1, 2, ... ``samples`` importance samples."""
+        labels = None if self.test_labels is None else self.test_labels[:images]
+        bounds = evaluate(
+            self.eval_model,
+            self.test[:images],
+            labels,
+            samples=samples,
+            seed=self.config.seed,
+            bf16=self.bf16,
+            each=True,
+            ranks=self.ranks,
+        )
+        return bounds.mean(1).tolist()
+
+    def update_progress(self, bits: float) -> None:
+        """Show the step's bits/dim; shorten or lengthen the run if the time limit requires it."""
+        if not self.ranks.is_main:
+            return
+        step, config = self.state.step, self.config
+        self.progress.update(bits, self.state.target_steps)
+        if self.budget.end_step(step, self.state.target_steps):
+            fitting, minutes = self.budget.target_steps, self.budget.limit / 60
+            self.progress.say(f"step {step}: {fitting} of {config.steps} steps fit in {minutes:g} minutes")
+
+    def log(self, lr: float, bits: float, grad_norm: float, test_bits: float | None) -> None:
+        """Write the step's row of metrics.csv and its TensorBoard scalars."""
+        if not self.ranks.is_main:
+            return
+        step = self.state.step
+        if test_bits is not None:
+            self.progress.say(f"step {step}: train {self.progress.bits:.3f}, test {test_bits:.3f} bits/dim")
+        epoch = step * self.config.batch_size // self.source.length
+        self.metrics.write(step, epoch, lr, bits, grad_norm, test_bits)
+        if self.board:
+            scalars = {"train/bits_per_dim": bits, "train/grad_norm": grad_norm, "train/lr": lr}
+            scalars["test/bits_per_dim"] = test_bits
+            scalars["images_per_second"] = self.progress.images_per_second
+            for name, value in scalars.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
+
+    def save_best(self) -> None:
+        """Write best.pt."""
+        if self.ranks.is_main:
+            checkpoint.save(self.folder / "best.pt", self.eval_model)
+
+    def save(self) -> None:
+        """Write last.pt: the evaluated model, and all that is needed to continue the run."""
+        if not self.ranks.is_main:
+            return
+        state = self.state
+        training = {
+            "config": asdict(self.config),
+            "data": self.data_fingerprint,
+            "step": state.step,
+            "total": state.target_steps,
+            "best": state.best,
+            "seconds": self.budget.elapsed(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": _rng_states(),
+        }
+        if self.config.ema:
+            training["trained"] = self.model.state_dict()
+        self.metrics.sync()
+        checkpoint.save(self.last, self.eval_model, training)
+
+    def save_pictures(self, codecs: dict[str, float] | None = None) -> None:
+        """Write samples.png and curve.png; ``codecs``: bits/dim of image codecs, drawn into the curve."""
+        if self.ranks.is_main:
+            options = {"board": self.board, "step": self.state.step, "codecs": codecs}
+            save_pictures(self.folder, self.config, self.eval_model, **options)
+
+    def close_progress(self) -> None:
+        if self.ranks.is_main:
+            self.progress.close()
+
+    def finish(self) -> None:
+        """Evaluate on the whole test set; write result.json and the pictures. A finished run that is resumed repeats it."""
+        config = self.config
+        bounds = self.test_bits_per_dim(config.final_samples)
+        if self.ranks.is_main:
+            codecs = picture.codec_bits_per_dim(self.test[:1000]) if config.n_bits == 8 else {}
+            result = {
+                "model": type(self.eval_model).__name__,
+                "step": self.state.step,
+                "test_images": len(self.test),
+                "importance_samples": config.final_samples,
+                "test_bits_per_dim": bounds[-1],
+                "test_bits_per_dim_1_sample": bounds[0],
+                "codecs_bits_per_dim": codecs,
+            }
+            self.save_pictures(codecs)
+            with checkpoint.replacing(self.folder / "result.json") as file:
+                file.write((json.dumps(result, indent=2) + "\n").encode())
+            if self.board:
+                self.board.close()
+            print(report(result))
+            print(f"{self.folder}: last.pt, best.pt, metrics.csv, curve.png, samples.png")
+        self.ranks.barrier()
+
+
+def read_run(folder: Path | str) -> dict:
+    """The contents of the last checkpoint of a run folder. Raises CheckpointError if there is nothing to continue."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such run folder")
+    contents = checkpoint.read(folder / "last.pt")
+    if contents["training"] is None:
+        raise CheckpointError(f"{folder / 'last.pt'}: holds no training state to continue from")
+    return contents
+
+
+def resumed_config(folder: str) -> Config:
+    """The Config that continues the run of ``folder`` unchanged."""
+    kept = stored_config(read_run(folder)["training"])
+    known = {field.name for field in fields(Config)}
+    return replace(Config(**{k: v for k, v in kept.items() if k in known}), resume=str(folder), out=None)
+
+
+def parameter_groups(model: Model, scale_l2: float) -> list[dict]:
+    """The parameters as optimizer groups; penalized scales of weight normalization are a group with weight decay."""
+    scales = model.weight_scales() if scale_l2 else []
+    chosen = {id(p) for p in scales}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    # Adam's weight decay adds its multiple of the weight to the gradient; the gradient of a square has a factor of 2
+    return [{"params": rest}, *([{"params": scales, "weight_decay": 2 * scale_l2}] if scales else [])]
+
+
+def _check_device(config: Config, ranks: Ranks, device: torch.device) -> None:
+    if config.cuda_graph and device.type != "cuda":
+        raise config_error("cuda_graph", f"device {device}", "a CUDA device")
+    least = ranks.world_size * config.accumulate
+    if config.batch_size < least:
+        product = f"ranks times accumulate, {ranks.world_size} x {config.accumulate}"
+        raise config_error("batch_size", config.batch_size, f"at least {least} ({product})")
+
+
+def _new_folder(config: Config) -> Path:
+    if config.out is not None:
+        run = Path(config.out)
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ConfigError(
+                f"out: {run} exists; --resume {run} continues that run, another --out starts a new one"
+            )
+        run.mkdir(parents=True, exist_ok=True)
+        return run
+    n = 1
+    while True:
+        run = Path("runs") / f"{Path(config.data).resolve().stem}-{n}"
+        try:
+            run.mkdir(parents=True)
+            return run
+        except FileExistsError:
+            n += 1
+
+
+def _rng_states() -> dict:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+
+def _set_rng_states(states: dict) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if torch.cuda.is_available() and len(states.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
