@@ -3,6 +3,7 @@
 import io
 import random
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,17 @@ def test_round_trip_keeps_every_bit_and_the_model_in_eval_mode(tmp_path, double)
     training = checkpoint.read(tmp_path / "model.pt")["training"]
     assert training["step"] == 3 and training["list"] == [1, None, 2.5]
     assert torch.equal(training["state"]["a"], torch.arange(3))
+
+
+def test_a_checkpoint_of_an_old_version_loads():
+    """FastFlow 0.1.0 wrote the file, with the log-probabilities that its model gave to some images."""
+    path = Path(__file__).parent / "data" / "glow_0.1.0.pt"
+    contents = torch.load(path, weights_only=True)
+    model, kept = checkpoint.opened(path)
+    assert type(model) is Glow and model.config == contents["config"] and model.classes == 2
+    assert all(torch.equal(v, contents["state_dict"][k]) for k, v in model.state_dict().items())
+    log_prob = model.log_prob(kept["x"], kept["labels"], seed=1)
+    torch.testing.assert_close(log_prob, kept["log_prob"], rtol=1e-12, atol=1e-10)
 
 
 def test_a_loaded_model_never_initialises_again(tmp_path):

@@ -19,7 +19,6 @@ from fastflow.models import Glow
 from fastflow.seeds import derive
 from fastflow.trainer import progress as progress_module
 from fastflow.trainer import train
-from fastflow.trainer.budget import steps_that_fit
 from fastflow.trainer.cli import main
 from fastflow.trainer.config import Config, ConfigError, validate_config
 from fastflow.trainer.evaluate import evaluate, sample
@@ -441,11 +440,21 @@ def test_minutes_end_a_run_in_time(arrays, tmp_path):
     assert state["total"] == 51 and state["config"]["steps"] == 10**6
 
 
-def test_how_many_steps_fit():
-    config = Config(batch_size=10, eval_every=100, eval_images=50, eval_samples=1, final_samples=4, samples=0)
-    # a step of 1 s is 0.05 s an image forward: 2.5 s an evaluation, 100 images 4 times at the end 20 s, and 8 s to spare
-    assert steps_that_fit(config, 1000.0, 1.0, 100) == int((1000 - 28 - 2.5) / 1.025)
-    assert steps_that_fit(config, 10.0, 1.0, 100) == 0
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_is_deterministic_during_a_run_only(before, deterministic, arrays, tmp_path, monkeypatch):
+    during, step = [], train.Run.take_step
+
+    def take_step(self, *args):
+        during.append(torch.backends.cudnn.deterministic)
+        return step(self, *args)
+
+    monkeypatch.setattr(train.Run, "take_step", take_step)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", before)
+    small = {"levels": 1, "steps_per_level": 1, "hidden": 2, "steps": 1, "samples": 1, "final_samples": 1}
+    train.train(Config(data=arrays, out=str(tmp_path / "run"), deterministic=deterministic, **small))
+    assert during == [deterministic or before]
+    assert torch.backends.cudnn.deterministic == before
 
 
 def test_progress_on_a_terminal_and_off(monkeypatch, capsys):

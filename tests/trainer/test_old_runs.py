@@ -1,0 +1,76 @@
+"""A run folder that FastFlow 0.1.0 wrote continues as 0.1.0 continued it.
+
+``tests/data/run_0.1.0.tar.xz`` holds the data, the folder of a run that a signal stopped at step 5 of 8, and the
+metrics.csv and result.json with which 0.1.0 ended it. The run was class-conditional, in float64, with two accumulated
+parts, averaged weights, random flips and an activation checkpoint (options since renamed).
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from fastflow import checkpoint
+from fastflow.trainer.cli import main
+from fastflow.trainer.progress import read_metrics
+
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture
+def old(tmp_path, monkeypatch):
+    with tarfile.open(DATA / "run_0.1.0.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def assert_close(found, expected):
+    """Equal but for the rounding of float64, which differs between machines."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if isinstance(value, float):
+            assert value == pytest.approx(expected[name], rel=1e-10, abs=0), name
+        else:
+            assert value == expected[name], name
+
+
+def test_an_old_run_continues(old):
+    training = checkpoint.read(old / "run/last.pt")["training"]
+    assert training["config"]["flip"] is True and training["config"]["activations_every"] == 1
+    assert (training["step"], training["total"]) == (5, 8)
+    assert main(["train", "--resume", "run"]) == 0
+    found, expected = read_metrics(old / "run/metrics.csv"), read_metrics(old / "expected_metrics.csv")
+    assert len(found) == len(expected) == 8
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs)
+    found, expected = (
+        json.loads((old / name).read_text()) for name in ("run/result.json", "expected_result.json")
+    )
+    for result in (found, expected):
+        del result["codecs_bits_per_dim"]  # of the installed Pillow
+    assert_close(found, expected)
+    config = checkpoint.read(old / "run/last.pt")["training"]["config"]
+    assert config["horizontal_flip"] is True and config["activation_checkpoint_every"] == 1
+
+
+def test_renamed_options_of_an_old_run_are_kept(old, capsys):
+    assert main(["train", "--resume", "run", "--horizontal-flip", "False"]) == 1
+    assert "horizontal_flip: got False, expected True as in the run" in capsys.readouterr().err
+
+
+def test_old_names_of_options_work_for_one_release(old, capsys):
+    argv = ["train", "--data", "images.npz", "--out", "new", "--flip", "False", "--activations-every=2"]
+    argv += "--levels 1 --steps-per-level 1 --hidden 2 --steps 1 --batch-size 2 --samples 1 --final-samples 1".split()
+    assert main(argv) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == [
+        "--flip is deprecated and will be removed, use --horizontal-flip",
+        "--activations-every is deprecated and will be removed, use --activation-checkpoint-every",
+    ]
+    config = checkpoint.read(old / "new/last.pt")["training"]["config"]
+    assert config["horizontal_flip"] is False and config["activation_checkpoint_every"] == 2
