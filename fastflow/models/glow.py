@@ -65,6 +65,8 @@ class Glow(Model):
     Raises ValueError for an argument outside these, naming the levels that fit an image.
 
     Example:
+        >>> import torch
+        >>> from fastflow.models import Glow
         >>> model = Glow(image_shape=(3, 32, 32), levels=3, steps=4, hidden=64)
         >>> x = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
         >>> model(x).mean().backward()

@@ -77,6 +77,8 @@ def mnist_flow(variant: Variant = "multiscale", reversible: bool = True) -> MNIS
     :func:`fastflow.models.load_published`.
 
     Example:
+        >>> import torch
+        >>> from fastflow.models import mnist_flow
         >>> model = mnist_flow("simple")
         >>> model(torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)).mean().backward()
     """

@@ -63,6 +63,8 @@ class NICE(Model):
     Raises ValueError for an argument outside these.
 
     Example:
+        >>> import torch
+        >>> from fastflow.models import NICE
         >>> model = NICE(features=784, hidden=100)
         >>> model(torch.randint(0, 256, (8, 784), dtype=torch.uint8)).mean().backward()
     """

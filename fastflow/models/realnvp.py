@@ -66,6 +66,8 @@ class RealNVP(Model):
     these. Raises ValueError for an argument outside these.
 
     Example:
+        >>> import torch
+        >>> from fastflow.models import RealNVP
         >>> model = RealNVP(image_shape=(3, 32, 32), hidden=8, blocks=1)
         >>> model(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)).mean().backward()
     """

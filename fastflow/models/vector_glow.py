@@ -56,6 +56,8 @@ class VectorGlow(Model):
     ``log_prob`` is the density's, exact. Raises ValueError for an argument outside these.
 
     Example:
+        >>> import torch
+        >>> from fastflow.models import VectorGlow
         >>> model = VectorGlow(features=2)
         >>> (-model.log_prob(torch.randn(256, 2)).mean()).backward()
         >>> points = model.eval().sample(100)

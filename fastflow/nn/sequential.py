@@ -25,6 +25,8 @@ class Sequential(Flow):
     Raises TypeError for a module that is no :class:`Flow` (a ``Split`` has three outputs and belongs into a model).
 
     Example:
+        >>> import torch
+        >>> from fastflow.nn import ActNorm, AffineCoupling, InvertibleConv1x1, Sequential
         >>> flow = Sequential(ActNorm(4), InvertibleConv1x1(4), AffineCoupling(torch.nn.Linear(2, 4)))
         >>> z, log_det = flow(torch.randn(8, 4))
     """

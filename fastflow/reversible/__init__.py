@@ -1,14 +1,8 @@
 """Backprop through a chain of invertible steps from its output."""
 
-from fastflow.reversible.chain import (
-    Gradients,
-    Weights,
-    add,
-    has_hooks,
-    has_its_own_rule,
-    reversible,
-    stored,
-    vjp,
-)
+from fastflow.reversible.chain import Weights, stored
+from fastflow.reversible.rules import has_hooks, has_its_own_rule
+from fastflow.reversible.run import reversible
+from fastflow.reversible.vjp import Gradients, add, vjp
 
 __all__ = ["Gradients", "Weights", "add", "has_hooks", "has_its_own_rule", "reversible", "stored", "vjp"]

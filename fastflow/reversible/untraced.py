@@ -1,4 +1,4 @@
-"""What torch.compile is not to look into; a file of its own, since the decorator imports the compiler, which takes a second."""
+"""The function that torch.compile does not trace. A file of its own: the decorator imports the compiler, which takes a second."""
 
 import torch
 

@@ -25,7 +25,7 @@ from fastflow.nn import (
     Sequential,
 )
 from fastflow.reversible import reversible, stored
-from fastflow.reversible.chain import _generators as generators
+from fastflow.reversible.state import generators_of as generators
 from tests.support.cases import name, pairwise, randomize
 from tests.support.flows import WithContext, batch, conv, mlp, trained
 from tests.support.gradients import assert_as_stored, outputs_and_gradients
@@ -705,7 +705,7 @@ class OneWay(Flow):
 def test_a_step_without_an_inverse_is_refused():
     steps, x = [ActNorm(4).double().eval(), OneWay()], batch((4,)).requires_grad_()
     with pytest.raises(
-        ValueError, match=r"steps\[1\]: OneWay has no inverse, expected .*; reversible=False does without"
+        ValueError, match=r"steps\[1\]: OneWay has no inverse, expected .*; or pass reversible=False"
     ):
         Sequential(*steps)(x)
     with pytest.raises(ValueError, match=r"steps\[0\]: Linear has no inverse"):

@@ -15,6 +15,8 @@ class EncoderDecoder(nn.Module):
     Both directions return ``(output, log_det)``, log_det ``[N]`` in nats, of that direction. Raises ValueError for what is no Flow.
 
     Example:
+        >>> import torch
+        >>> from fastflow.nn import ActNorm, EncoderDecoder
         >>> layer = EncoderDecoder(ActNorm(2))
         >>> z, log_det = layer.encoder(torch.randn(8, 2))
     """

@@ -65,6 +65,7 @@ def uniform_noise(
         device: the seed's where that is a tensor, else torch's default device.
 
     Example:
+        >>> from fastflow.ops import uniform_noise
         >>> whole = uniform_noise((4, 3), seed=1)
         >>> bool((uniform_noise((2, 3), seed=1, offset=2) == whole[2:]).all())
         True

@@ -1,0 +1,22 @@
+"""Whether a step has its own rule for backprop from its output, the method ``inverse_backward``."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def is_flow(m: nn.Module) -> bool:
+    return hasattr(type(m), "inverse_backward")
+
+
+def has_its_own_rule(step: nn.Module, modules: Sequence[nn.Module] | None = None) -> bool:
+    """Whether ``inverse_backward`` may be used. False if a flow within the step lacks it or has hooks: they would be skipped."""
+    flows = [m for m in modules or step.modules() if is_flow(m)]
+    return step in flows and all(
+        m.inverse_backward is not None and not has_hooks(m) and not vars(m).keys() & {"forward", "inverse"}
+        for m in flows
+    )
+
+
+def has_hooks(m: nn.Module) -> bool:
+    return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))

@@ -1,0 +1,212 @@
+"""State that a chain restores, so that its steps run in backward as they ran in forward; a context manager for each kind."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fastflow.reversible.rules import is_flow
+
+Generator = tuple[Callable[[], Tensor], Callable[[Tensor], None]]  # reads a generator's state, and sets it
+Buffer = tuple[nn.Module, str, Tensor | None]
+Autocast = dict[str, tuple[bool, torch.dtype]]
+
+
+@contextmanager
+def training_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None]:
+    """Each module in its mode of ``modes`` (True: training), then in the one it had."""
+    changed = [
+        (m, m.training) for m, training in zip(modules, modes, strict=True) if m.training is not training
+    ]
+    try:
+        for m, training in changed:
+            m.training = not training
+        yield
+    finally:
+        for m, training in changed:
+            m.training = training
+
+
+@contextmanager
+def parameters_in_place(places: Iterable[tuple[nn.Module, str, Tensor | None]]) -> Iterator[None]:
+    """The parameters of the forward pass in their modules. functional_call may have ended, or another be in its place."""
+    exchanged = [
+        (m, name, m._parameters.get(name), p) for m, name, p in places if m._parameters.get(name) is not p
+    ]
+    try:
+        for m, name, _, p in exchanged:
+            m._parameters[name] = p
+        yield
+    finally:
+        for m, name, p, _ in exchanged:
+            m._parameters[name] = p
+
+
+@contextmanager
+def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """No hooks on gradients of ``tensors``: they are for the gradient that leaves the chain, and run then."""
+    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    try:
+        for of_tensor, _ in hooks:
+            of_tensor.clear()
+        yield
+    finally:
+        for of_tensor, kept in hooks:
+            of_tensor.update(kept)
+
+
+def autocast_settings(device: torch.device) -> Autocast:
+    return {
+        kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in {"cpu", device.type}
+    }
+
+
+@contextmanager
+def same_autocast(settings: Autocast) -> Iterator[None]:
+    """Autocast as in ``settings``, without its cache, which would keep a copy of each weight."""
+    with ExitStack() as stack:
+        for device, (enabled, dtype) in settings.items():
+            if enabled or torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+        yield
+
+
+@contextmanager
+def no_parametrization_cache() -> Iterator[None]:
+    """No cache of parametrizations, which would return tensors computed without gradients."""
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = cached
+
+
+@contextmanager
+def rng_restored(generators: Sequence[Generator]) -> Iterator[None]:
+    """The states of ``generators`` afterwards as before."""
+    states = [get() for get, _ in generators]
+    try:
+        yield
+    finally:
+        for (_, put), state in zip(generators, states, strict=True):
+            put(state)
+
+
+@contextmanager
+def buffers_restored(buffers: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """The named buffers afterwards as before: the same tensors, unless the block writes into them."""
+    kept = {(m, name): m._buffers[name] for m, name in buffers}
+    try:
+        yield
+    finally:
+        for (m, name), buffer in kept.items():
+            m._buffers[name] = buffer
+
+
+class ChangeDetector:
+    """Detects tensors that were written into, or whose memory was replaced, by version counters and addresses."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = tuple(tensors)
+        self.versions = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(t._version, t.data_ptr()) for t in self.tensors]
+
+    def changed(self) -> Tensor | None:
+        """The first tensor that has changed since, or None."""
+        for tensor, before, now in zip(self.tensors, self.versions, self._now(), strict=True):
+            if before != now:
+                return tensor
+        return None
+
+
+class Replay:
+    """State that one step changed in the forward pass, as it was before: generators and buffers."""
+
+    def __init__(self, states: list[Tensor], now: list[Tensor], buffers: list[Buffer]) -> None:
+        self.states = [] if all(map(torch.equal, states, now)) else states
+        moved = (
+            (m, name, b, m._buffers[name]) for m, name, b in buffers if not _unmoved(b, m._buffers[name])
+        )
+        # a flag that was set stays set: it marks an action that is done once
+        self.buffers = [
+            (
+                m,
+                name,
+                after.clone() if _is_flag(after) else before,
+                after.clone() if is_flow(m) and after is not None else None,
+            )
+            for m, name, before, after in moved
+        ]
+
+    def restore(self, generators: Sequence[Generator]) -> None:
+        for (_, put), state in zip(generators, self.states, strict=False):
+            put(state)
+        for m, name, before, _ in self.buffers:
+            m._buffers[name] = None if before is None else before.clone()
+
+    def restore_flows(self) -> None:
+        """Sets flows' buffers to their values after the forward pass, which their inverses need; networks keep the earlier ones."""
+        for m, name, _, after in self.buffers:
+            if after is not None:
+                m._buffers[name] = after.clone()
+
+
+def _unmoved(before: Tensor | None, after: Tensor | None) -> bool:
+    """Compares values, because batch norm writes without a new version. False on devices, where it would synchronize."""
+    if before is None or after is None:
+        return before is after
+    return before.device.type == "cpu" and torch.equal(before, after)
+
+
+def _is_flag(buffer: Tensor | None) -> bool:
+    return buffer is not None and buffer.dtype in (torch.bool, torch.uint8)
+
+
+def copied_buffers(modules: Sequence[nn.Module], by_rule: bool) -> list[Buffer]:
+    """Copies of the buffers that a forward pass may change. Buffers of flows with their own rule are excluded: it needs the new values."""
+    watched = [m for m in modules if m._buffers and not (by_rule and is_flow(m))]
+    return [(m, name, None if b is None else b.clone()) for m in watched for name, b in m._buffers.items()]
+
+
+drawing: WeakSet[nn.Module] = WeakSet()  # steps that have drawn random numbers
+
+
+def generators_of(device: torch.device, steps: Sequence[nn.Module]) -> list[Generator]:
+    """The generators that steps on this device draw from."""
+    generators = [(torch.get_rng_state, torch.set_rng_state)]
+    if device.type == "cpu":
+        return generators
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # the state of a captured graph's generator cannot be read
+        for step in steps:
+            if step in drawing:
+                raise RuntimeError(
+                    f"{type(step).__name__} draws random numbers (dropout?), which a reversible chain cannot replay in a captured CUDA "
+                    "graph; pass reversible=False"
+                )
+        return generators
+    of_device = torch.get_device_module(device)
+    where = () if device.type == "mps" else (device,)
+    return [
+        *generators,
+        (lambda: of_device.get_rng_state(*where), lambda state: of_device.set_rng_state(state, *where)),
+    ]
+
+
+def _bump_versions(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Fused optimizers write into parameters without giving them a new version; ChangeDetector depends on it."""
+    if torch.compiler.is_compiling():
+        return
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+
+register_optimizer_step_post_hook(_bump_versions)
