@@ -50,7 +50,7 @@ $(STAMP): $(SOURCES)
 	@# TORCH is named again, or a torchvision that wants another torch would replace it
 	@$(PIP) --no-build-isolation $(TORCH) -e '.[train,test]'
 	@# what training imports is imported once, so that its bytecode is there when training starts
-	@$(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow import train; \
+	@$(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow.trainer import train; \
 	  from fastflow.ops import extension as e; \
 	  print(f"FastFlow is ready: torch {torch.__version__}, C++ ops", *(["built,"] if e.cpu else ["left out,"]), \
 	  "CUDA ops", *(["built"] if e.cuda else ["left out"]))'
