@@ -101,7 +101,7 @@ class Copy:
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     def test(self, arguments: list[str], seconds: float) -> subprocess.CompletedProcess:
-        quiet = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        quiet = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
         return self.run([sys.executable, "-m", "pytest", *quiet, *arguments], seconds)
 
     def check(self) -> None:
@@ -160,7 +160,7 @@ def run_all(chosen: list[tuple[str, Fault]], out: Path, seconds: float) -> list[
             found, by = verdict(copy, fault, seconds)
             taken = f"{time.monotonic() - start:.1f}"
             row = {"area": area, **fault._asdict(), "verdict": found, "caught_by": by, "seconds": taken}
-            rows = [r for r in rows if (r["file"], r["name"]) != (fault.file, fault.name)] + [row]
+            rows = [r for r in rows if r["name"] != fault.name] + [row]
             write(path, rows)
             tqdm.write(f"{area}: {fault.name}: {found} {by}", file=sys.stdout)
     refuse_tests_that_always_fail(copy, path, rows, todo)
@@ -192,13 +192,17 @@ def write(path: Path, rows: list[dict]) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["| area | file | fault | caught by |", "|---|---|---|---|"]
+def table(rows: list[dict], before: list[dict]) -> str:
+    """A row per fault; with ``before``, results of an earlier version, also the test that caught it then."""
+    head = ["area", "file", "fault", "caught by", *(["caught by, before"] if before else [])]
+    cells = [head, ["---"] * len(head)]
     for area, faults in AREAS.items():
         for fault in faults:
-            row = next((r for r in rows if same(r, fault)), None)
-            lines.append(f"| {area} | `{fault.file}` | {fault.name} | {_cell(row)} |")
-    return "\n".join(lines)
+            now = next((row for row in rows if same(row, fault)), None)
+            cells.append([area, f"`{fault.file}`", fault.name, _cell(now)])
+            if before:
+                cells[-1].append(_cell(next((row for row in before if row["name"] == fault.name), None)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _cell(row: dict | None) -> str:
@@ -210,9 +214,9 @@ def _cell(row: dict | None) -> str:
     return f"`{Path(file).name}` {test.split('[')[0]}"
 
 
-def write_table(page: Path, rows: list[dict]) -> None:
-    before, rest = page.read_text().split(FIRST)
-    page.write_text(f"{before}{FIRST}\n{table(rows)}\n{LAST}{rest.split(LAST)[1]}")
+def write_table(page: Path, text: str) -> None:
+    start, rest = page.read_text().split(FIRST)
+    page.write_text(f"{start}{FIRST}\n{text}\n{LAST}{rest.split(LAST)[1]}")
 
 
 def main() -> None:
@@ -225,6 +229,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=600, help="time limit of a fault's tests")
     parser.add_argument("--table", type=Path, help="page whose table is rewritten from the results")
+    parser.add_argument("--before", type=Path, help="results.csv of an earlier version, for a column of the table")
     options = parser.parse_args()
     chosen = [
         (area, fault)
@@ -242,7 +247,8 @@ def main() -> None:
     for row in missed:
         print(f"  {row['area']}: {row['file']}: {row['name']}: {row['verdict']} {row['caught_by']}")
     if options.table:
-        write_table(options.table, rows_of(out / "results.csv"))
+        before = rows_of(options.before) if options.before else []
+        write_table(options.table, table(rows_of(out / "results.csv"), before))
     if missed:
         sys.exit(1)
 
