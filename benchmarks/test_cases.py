@@ -1,12 +1,15 @@
-"""The cases of ops and modules under pytest-benchmark, which keeps runs and compares them: did a change make something slower?
+"""Runs the cases of ops and layers under pytest-benchmark, which stores runs and compares them.
 
     python -m pytest benchmarks --benchmark-autosave
     python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:10%   # after the change
     python -m pytest benchmarks -k "conv1x1 and channels_last and fastflow"
 
-Every file of this folder with ``cases`` is here; each case in each mode is a group, each provider a test of it, and all are found equal
-first. Launches, GB/s and the copy's are in ``extra_info`` of what is saved. The rows in results/, which compare providers with each other,
-come from the files themselves: there providers take turns, and a GPU's times are those of CUDA events. Here a GPU is waited for.
+Every benchmark with ``cases`` takes part. Each case in each mode is a group, each provider a test of it;
+all providers are compared first. Launches, GB/s and the copy's GB/s are in ``extra_info`` of the saved
+runs.
+
+The rows in results/ come from the benchmarks themselves, where providers take turns and a GPU's times are
+those of CUDA events. Here a call ends when the GPU is idle.
 """
 
 import functools
@@ -24,7 +27,7 @@ def copy_gb_s(pytestconfig) -> float:
 
 @pytest.fixture(scope="session")
 def prepare(pytestconfig):
-    """``harness.prepare`` of a case in a mode, once for the tests of its providers, which follow each other."""
+    """``harness.prepare`` of a case in a mode; once for the tests of its providers, which are adjacent."""
     return functools.lru_cache(maxsize=1)(lambda case, mode: harness.prepare(case, mode, pytestconfig.option))
 
 

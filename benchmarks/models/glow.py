@@ -1,25 +1,29 @@
-"""A Glow beside plain PyTorch, torch.compile of that, nflows and normflows: forward and backward, log_prob, and sampling.
+"""Times a Glow, plain PyTorch, nflows and normflows: forward and backward, log_prob, and sampling.
 
-    pip install --no-deps nflows normflows    # to compare with; one that is not installed is left out
+    pip install --no-deps nflows normflows    # optional, to compare with them
     python -m benchmarks.models.glow
 
-All have the same weights and compute the same: bits/dim, gradients and samples are compared with plain PyTorch's in float64 before anything
-is timed. ``log_prob`` is bits/dim without gradients, as one scores images; its results are compared too.
+All providers have the same weights. Their bits/dim, gradients and samples are compared with plain PyTorch's
+in float64 before anything is timed. ``log_prob`` is bits/dim without gradients; it is compared as well.
 
-Each of the two libraries has a coupling that the other has not, so there are two cases: ``soft_clamp``, the default here, beside nflows,
-and ``sigmoid, shift first``, that of OpenAI's Glow, beside normflows. ``nflows`` has its ActNorm, OneByOneConvolution and
-AffineCouplingTransform (with this scale function), ``normflows`` its GlowBlock, both around the same networks, squeezes and splits.
-``plain`` is benchmarks/models/plain_glow.py, and has to be no slower than the library in the same run: a straw man would void the rows.
-On a GPU
-the second case is left out where normflows is not installed: that comparison is what it is for, and benchmarks/gpu_pass.sh has no time for
-as much again.
+Each of the two libraries has a coupling that the other lacks, so there are two cases. ``soft_clamp``,
+FastFlow's default, is compared with nflows: its ActNorm, OneByOneConvolution and AffineCouplingTransform
+(with this scale function). ``sigmoid, shift first``, from OpenAI's Glow, is compared with normflows'
+GlowBlock. Both have the same networks, squeezes and splits. ``plain`` is benchmarks/models/plain_glow.py.
+If a library is faster than it in the same run, no row is written. On a GPU the second case needs normflows;
+benchmarks/gpu_pass.sh has no time for it otherwise.
 
-``fastflow`` is the library with stored activations, as the others have them, ``reversible`` its default, ``networks compiled`` after
-``model.compile_networks()``, ``torch.compile of fastflow`` the whole model; all in channels_last, as the trainer has it. Each is timed in a
-process of its own, as one would run it, in turns with the others: in one process all share a heap, and how often a step's large tensors are
-given back to the system and fetched again depends on what the others keep there.
+The other providers, all in channels_last as in the trainer:
 
-Rows go to results/glow.csv, and the table of docs/training.md is written anew.
+- ``fastflow``: with stored activations, as in the libraries;
+- ``fastflow, reversible``: FastFlow's default;
+- ``fastflow, networks compiled``: after ``model.compile_networks()``;
+- ``torch.compile of fastflow``: the whole model compiled.
+
+Each provider runs in its own process, and the processes take turns. In one process all share a heap, and
+other providers' tensors decide how often memory is returned to the system and fetched again.
+
+Rows go to results/glow.csv. The table of docs/training.md is rewritten.
 """
 
 import argparse
@@ -35,7 +39,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.models import plain_glow, published
+from benchmarks.models import libraries, plain_glow
 from benchmarks.tools import harness, page, report
 from fastflow import ops
 from fastflow.models import Glow
@@ -47,16 +51,16 @@ ON_A_GPU = {
     "L=3 K=32 hidden 512 batch 256": (32, 3, 32, 512, 256),
 }
 QUICK = {"L=2 K=2 hidden 8 batch 3": (8, 2, 2, 8, 3)}
-TOLERANCE = 1e-9  # of float64, over the largest value
+TOLERANCE = 1e-9  # in float64, over the largest value
 
 
 def build(coupling: str, side: int, levels: int, steps: int, hidden: int, batch: int) -> Glow:
-    """A Glow with weights that nflows can have too: no permutation, and positive diagonals."""
+    """A Glow whose weights nflows can represent: no permutation, positive diagonals."""
     torch.manual_seed(0)
     model = Glow((3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=False)
     with torch.no_grad():
         for step in (step for level in model.flows for step in level.steps):
-            published.settle(step, coupling)
+            libraries.settle(step, coupling)
     model.initialize(torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8), seed=0)
     with torch.no_grad():
         for p in model.parameters():
@@ -65,7 +69,7 @@ def build(coupling: str, side: int, levels: int, steps: int, hidden: int, batch:
 
 
 class Provider:
-    """``bits(x, noise, seed)``, ``sample(n, generator)`` and the parameters that it has by a Glow's names."""
+    """A model to time: ``bits(x, noise, seed)``, ``sample(n, generator)``, parameters by a Glow's names."""
 
     def __init__(self, made: nn.Module, names: dict[str, nn.Parameter], compiled: bool = False) -> None:
         self.made, self.names = made, names
@@ -82,7 +86,7 @@ class Provider:
 
 
 class Plain(Provider):
-    """A PlainGlow, of steps of one kind or another; ``same_noise`` is that of a Glow's samples, in place of torch.randn."""
+    """A PlainGlow with steps of a given kind. ``same_noise``: samples use a Glow's noise, not torch.randn."""
 
     def __init__(self, model: Glow, step=plain_glow.Step, compiled: bool = False) -> None:
         made = plain_glow.PlainGlow(model, step).train()
@@ -114,11 +118,11 @@ def fastflow(model: Glow, reversible: bool = False, compiled: bool = False) -> P
 
 
 def ways(coupling: str, compiled: bool) -> dict[str, Callable[[Glow], Provider]]:
-    """What makes each provider of a model; plain PyTorch first."""
+    """Functions that make each provider from a model, plain PyTorch first."""
     found: dict[str, Callable[[Glow], Provider]] = {"plain": Plain}
-    library = published.COUPLINGS[coupling]
-    if published.installed(library):
-        found[library] = lambda model: Plain(model, published.step(library))
+    library = libraries.COUPLINGS[coupling]
+    if libraries.installed(library):
+        found[library] = lambda model: Plain(model, libraries.step(library))
     found |= {"fastflow": fastflow, "fastflow, reversible": lambda model: fastflow(model, reversible=True)}
     if compiled:
         found["torch.compile of plain"] = lambda model: Plain(model, compiled=True)
@@ -151,8 +155,11 @@ def log_prob(provider: Provider, given: tuple) -> torch.Tensor:
 
 
 def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[str, float]:
-    """The largest error of bits/dim and of any gradient that a provider shares with the first, over the largest value. Raises
-    ValueError for one above the tolerance, and for a sample that is off by more than a value of a pixel, or in more than 1 in 1000."""
+    """The largest error of each provider's bits/dim and gradients, relative to the first provider's largest.
+
+    Raises ValueError if an error exceeds the tolerance, or if a sample differs by more than 1 of 255 or in
+    more than 1 of 1000 pixel values.
+    """
     errors, expected, pixels = {}, None, None
     for name, provider in found.items():
         step(provider, given)
@@ -174,14 +181,18 @@ def check(found: dict[str, Provider], given: tuple, tolerance: float) -> dict[st
         off = (sample - pixels).abs()
         if not each[worst] <= tolerance or off.max() > 1 or (off > 0).float().mean() > 1e-3:
             raise ValueError(
-                f"{name}: {worst} is off by {each[worst]:.1e} of its largest value, a pixel by {off.max()}; no row is written"
+                f"{name}: {worst} is off by {each[worst]:.1e} of its largest value, a pixel by {off.max()}; "
+                "no row is written"
             )
     return errors
 
 
 def work(pipe, name: str, coupling: str, shape: tuple, device: str) -> None:
-    """A provider in its process: warmed up, then ``(mode, seconds)`` in and the times of that turn out, until None comes."""
-    warnings.filterwarnings("ignore", message=published.DEPRECATED)
+    """Runs a provider in its own process.
+
+    Receives ``(mode, seconds)`` and sends the times of that turn, until it receives None.
+    """
+    warnings.filterwarnings("ignore", message=libraries.DEPRECATED)
     provider = ways(coupling, compiled=True)[name](build(coupling, *shape).to(device))
     given = inputs(shape[0], shape[-1], device, torch.float32)
     generator = torch.Generator(device)
@@ -202,20 +213,22 @@ def work(pipe, name: str, coupling: str, shape: tuple, device: str) -> None:
 def times(
     names: list[str], coupling: str, shape: tuple, options: argparse.Namespace
 ) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds, p20, p50 and p80, of each provider in each mode."""
+    """Percentiles 20, 50 and 80 of the milliseconds of each provider, by mode."""
     context = multiprocessing.get_context("spawn")
     workers = {}
-    for name in tqdm(
-        names, desc="starting, compiling", leave=False
-    ):  # one after the other: two compiling at once take longer
+    for name in tqdm(names, desc="starting, compiling", leave=False):
         pipe, theirs = context.Pipe()
         process = context.Process(
             target=work, args=(theirs, name, coupling, shape, options.device), daemon=True
         )
         process.start()
         theirs.close()
-        pipe.recv()
         workers[name] = pipe, process
+        if options.compiled:  # one after the other: two that compile at once take longer
+            pipe.recv()
+    if not options.compiled:
+        for pipe, _ in workers.values():
+            pipe.recv()
     taken = {mode: {name: [] for name in names} for mode in report.GLOW_MODES}
     turns = list(itertools.product(taken, range(harness.ROUNDS), names))
     for mode, _, name in tqdm(turns, desc="turns", leave=False):
@@ -234,8 +247,8 @@ def times(
 def couplings(device: str) -> list[str]:
     return [
         c
-        for c, library in published.COUPLINGS.items()
-        if device == "cpu" or c == "soft_clamp" or published.installed(library)
+        for c, library in libraries.COUPLINGS.items()
+        if device == "cpu" or c == "soft_clamp" or libraries.installed(library)
     ]
 
 
@@ -246,7 +259,7 @@ def measure(size: str, coupling: str, shape: tuple, options: argparse.Namespace)
     errors = check(found, inputs(side, batch, options.device, torch.float64), TOLERANCE)
     del found, exact
     measured = times(list(ways(coupling, compiled=options.compiled)), coupling, shape, options)
-    about, rows, library = harness.metadata(options.device), [], published.COUPLINGS[coupling]
+    about, rows, library = harness.metadata(options.device), [], libraries.COUPLINGS[coupling]
     for mode, each in measured.items():
         plain, theirs = each["plain"][1], each.get(library, each["plain"])[1]
         if plain > theirs and not options.quick:
@@ -256,15 +269,15 @@ def measure(size: str, coupling: str, shape: tuple, options: argparse.Namespace)
             row = {"size": size, "coupling": coupling, "mode": mode, "provider": name}
             row |= {"p20_ms": f"{p20:.2f}", "p50_ms": f"{p50:.2f}", "p80_ms": f"{p80:.2f}"}
             row |= {"images_s": f"{1e3 * batch / p50:.1f}", "ratio": f"{p50 / plain:.3f}"}
-            # compiled ones are the same modules as those that were compared
+            # compiled providers are the modules that were compared
             row |= {"error": f"{errors.get(name, max(errors.values())):.1e}", "tolerance": f"{TOLERANCE:.0e}"}
             rows.append(row | about)
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    about = f"p50, in parentheses over plain PyTorch's, on {rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
-    return f"{report.glow_table(rows)}\n\n({about})"
+    about = "{device}, torch {torch}, commit {commit}".format(**rows[0])
+    return f"{report.glow_table(rows)}\n\n(p50; in parentheses the ratio to plain PyTorch's; {about})"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -273,7 +286,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         parser.set_defaults(seconds=20.0)
 
     options = harness.arguments(__doc__, argv, add)
-    warnings.filterwarnings("ignore", message=published.DEPRECATED)
+    warnings.filterwarnings("ignore", message=libraries.DEPRECATED)
     sizes = QUICK if options.quick else ON_A_GPU if options.device == "cuda" else SIZES
     rows = []
     for (size, shape), coupling in itertools.product(sizes.items(), couplings(options.device)):

@@ -1,17 +1,22 @@
-r"""What the inverse of an LU-parameterized 1x1 convolution loses: one product with W^-1 = U^-1 L^-1, or two triangular solves.
+r"""Measures the error of inverting a 1x1 convolution with LU weights: one product, or two triangular solves.
 
     python -m benchmarks.models.inverse_precision
 
-W = P L (U + diag s) of C channels, parameters in float32; its condition number is that of the float64 product of these parameters. The
-kinds of W, each at several settings:
-    rotation   as the layer starts;
-    trained    the layers of a Glow L=3 K=8 hidden 32 after that many steps on photographs;
-    log_s      strict triangles normal with standard deviation 0.5 / sqrt(C), log s uniform in [-a, a];
-    lower      strict triangle of L normal with t / sqrt(C), U as in log_s with a = 0; upper the other way round;
-    unpivoted  a rotation with P = 1 and first pivot a 10^-k of its column: L and U are ill-conditioned, W is not.
-Errors are relative, ||x' - x|| / ||x|| in the maximum norm and in the 2-norm, medians over the matrices. Round trip: x' = W^-1 (W x) for
-normal x, W x by conv1x1. Inverse: y normal and exact, x from the triangles in float64. Appends rows to results/inverse_precision.csv and
-the times of both ways to results/inverse_time.csv, rewrites the tables of docs/precision.md and its picture.
+W = P L (U + diag s) of C channels has float32 parameters; its condition number is computed from them in
+float64. The kinds of W, each at several settings:
+
+- rotation: as the layer starts;
+- trained: the layers of a Glow L=3 K=8 hidden 32 after that many steps on photographs;
+- log_s: strict triangles normal with standard deviation 0.5 / sqrt(C), log s uniform in [-a, a];
+- lower: strict triangle of L normal with t / sqrt(C), U as in log_s with a = 0; upper: with L and U
+  exchanged;
+- unpivoted: a rotation with P = 1 whose first pivot is 10^-k of its column: L and U are ill-conditioned, W
+  is not.
+
+Errors are relative, ||x' - x|| / ||x|| in the maximum norm and in the 2-norm; medians over the matrices.
+Round trip: x' = W^-1 (W x) for normal x, W x by conv1x1. Inverse: y is normal and exact, x comes from
+float64 solves. Rows go to results/inverse_precision.csv, and the times of both ways to
+results/inverse_time.csv. The tables of docs/precision.md and its picture are rewritten.
 """
 
 import argparse
@@ -42,11 +47,11 @@ SETTINGS = {
     "unpivoted": (0, 1, 2, 3),
 }
 NAMES = ("perm", "lower", "upper", "log_s", "sign_s")
-HALVES = ("rotation", "log_s")  # the kinds that are measured in other dtypes than float32 too
+HALVES = ("rotation", "log_s")  # kinds that are measured in other dtypes as well
 EXPLICIT, SOLVES = "explicit inverse", "two solves"
 LINALG = "linalg.solve_triangular"
 
-# matrices ----------------------------------------------------------------------------------------------------------------------
+# matrices -----------------------------------------------------------------------------
 
 
 def _of_layers(layers: list[InvertibleConv1x1]) -> tuple[Tensor, ...]:
@@ -59,7 +64,7 @@ def _glow(steps: int) -> Glow:
 
 
 def _unpivoted(c: int, k: float) -> tuple[Tensor, ...]:
-    """A rotation turned in its first two rows so that the first entry is 10^-k of what it could be, decomposed without pivoting."""
+    """A rotation whose first entry is 10^-k of its largest possible value, decomposed without pivoting."""
     Q = torch.linalg.qr(torch.randn(c, c, dtype=torch.float64)).Q
     turn = math.acos(10**-k) - math.atan2(Q[1, 0], Q[0, 0])
     first, second = Q[0].clone(), Q[1].clone()
@@ -76,7 +81,7 @@ def _unpivoted(c: int, k: float) -> tuple[Tensor, ...]:
 
 
 def parameters(kind: str, setting: float, c: int, draws: int) -> tuple[Tensor, ...] | None:
-    """perm, lower, upper, log_s, sign_s of a stack of matrices, float32; None where a kind has no matrix of this size."""
+    """perm, lower, upper, log_s, sign_s of a stack of matrices, float32; None if the kind lacks this size."""
     if kind == "rotation":
         return _of_layers([InvertibleConv1x1(c) for _ in range(draws)])
     if kind == "trained":
@@ -106,11 +111,11 @@ def triangles(
     return L, upper.triu(1) + torch.diag_embed(sign_s * log_s.exp())
 
 
-# ways to invert ----------------------------------------------------------------------------------------------------------------
+# ways to invert -----------------------------------------------------------------------
 
 
 def _conv1x1(x: Tensor, weight: Tensor) -> Tensor:
-    """Each ``x[k]`` by its own ``weight[k]``."""
+    """Convolves each ``x[k]`` with its own ``weight[k]``."""
     return torch.cat([ops.conv1x1(one, w) for one, w in zip(x.split(1), weight, strict=True)])
 
 
@@ -120,7 +125,7 @@ def _unpermuted(y: Tensor, perm: Tensor) -> Tensor:
 
 
 def ways(perm: Tensor, *rest: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """x of y, both ``[K, C, positions]``, by each way."""
+    """Functions that compute x from y, both ``[K, C, positions]``, by way."""
     L, U = triangles(perm, *rest)
     weight, inverse, _ = ops.lu_weight(perm, *rest)
 
@@ -142,7 +147,7 @@ def ways(perm: Tensor, *rest: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-# measuring ---------------------------------------------------------------------------------------------------------------------
+# measuring ----------------------------------------------------------------------------
 
 
 def errors(found: Tensor, truth: Tensor) -> tuple[str, str]:
@@ -159,7 +164,10 @@ def conditions(perm: Tensor, *rest: Tensor) -> dict[str, str]:
 
 
 def measured(given: tuple[Tensor, ...], dtype: torch.dtype, positions: int) -> list[dict]:
-    """A row for each way; in half precision, which triangles have not, for the explicit inverse alone."""
+    """One row per way; in dtypes other than float32 for the explicit inverse only.
+
+    Triangular solves have no half precision.
+    """
     perm, *rest = given
     exact = [v.double() for v in rest]
     computed = [v.to(ops.acc_dtype(dtype)) for v in rest]
@@ -208,7 +216,7 @@ def precision(quick: bool) -> list[dict]:
 
 
 def time_cases(quick: bool) -> list[harness.Case]:
-    """Both ways on images: with the weights at hand, as within a Glow level, and from the parameters, as in a layer alone."""
+    """Both ways on images: with given weights, as in a Glow level, and from parameters, as in a layer."""
 
     def solve(y, L, U, perm):
         y, shape = y[:, perm.argsort()].flatten(2), y.shape
@@ -248,7 +256,7 @@ def time_cases(quick: bool) -> list[harness.Case]:
     return cases
 
 
-# the page ----------------------------------------------------------------------------------------------------------------------
+# the page -----------------------------------------------------------------------------
 
 
 def _settings(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
@@ -260,7 +268,7 @@ def _settings(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
 
 
 def _shown(rows: list[dict]) -> int:
-    """The C of the page's tables and of the picture."""
+    """C in the page's tables and in the picture."""
     channels = {row["channels"] for row in rows}
     return 48 if 48 in channels else max(channels)
 
@@ -273,7 +281,7 @@ def _span(values: list[float]) -> str:
 
 
 def tables(rows: list[dict], times: list[dict]) -> dict[str, str]:
-    """What stands between each pair of markers on the page."""
+    """The text between each pair of markers on the page."""
     single = _settings([row for row in rows if row["dtype"] == "float32"])
     names = list(next(iter(single.values())))
     shown = _shown(rows)
@@ -304,13 +312,13 @@ def tables(rows: list[dict], times: list[dict]) -> dict[str, str]:
     groups = {}
     for (c, kind, _), by_way in single.items():
         groups.setdefault((f"C = {c}", kind), []).append(by_way)
-    groups["all whose round trip loses less than 1e-2", ""] = [
+    groups["all with a round-trip error below 1e-2", ""] = [
         w for w in single.values() if float(w[EXPLICIT]["round_trip_2"]) < 1e-2
     ]
     head = [
         f"{error}, explicit / {other}"
         for other in (SOLVES, LINALG)
-        for error in ("round trip", "inverse alone")
+        for error in ("round trip", "inverse only")
     ]
     lines = [[*group, str(len(settings)), *ratios(settings)] for group, settings in groups.items()]
     result["ratios"] = page.table(["", "W", "settings", *head], lines)
@@ -341,7 +349,7 @@ def tables(rows: list[dict], times: list[dict]) -> dict[str, str]:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Errors of each kind against what grows: the condition number of W, of L where W is a rotation throughout."""
+    """Draws errors of each kind against the condition number of W; of L if W is always a rotation."""
     from matplotlib.figure import Figure
 
     single = [row for row in rows if row["dtype"] == "float32" and row["kind"] not in ("rotation", "trained")]
@@ -350,21 +358,19 @@ def plot(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(3.6 * len(kinds), 7), layout="constrained")
     axes = figure.subplots(2, len(kinds), sharex="col", sharey=True, squeeze=False)
     styles = ("o-", "s-", "^--", "v--", "x:")
-    colours = ("#d62728", "#1f77b4", "#17becf", "#ff7f0e", "#555555")
+    colors = ("#d62728", "#1f77b4", "#17becf", "#ff7f0e", "#555555")
     for error, title, line in (
         ("round_trip_2", "round trip", axes[0]),
-        ("inverse_2", "inverse alone", axes[1]),
+        ("inverse_2", "inverse only", axes[1]),
     ):
         for kind, ax in zip(kinds, line, strict=True):
             across = "condition_lower" if kind == "unpivoted" else "condition"
             of_kind = [row for row in single if row["kind"] == kind and row["channels"] == shown]
-            for way, style, colour in zip(
-                dict.fromkeys(row["way"] for row in single), styles, colours, strict=True
+            for way, style, color in zip(
+                dict.fromkeys(row["way"] for row in single), styles, colors, strict=True
             ):
                 points = [(float(row[across]), float(row[error])) for row in of_kind if row["way"] == way]
-                ax.loglog(
-                    *zip(*points, strict=True), style, color=colour, mfc="none", lw=1.2, ms=6, label=way
-                )
+                ax.loglog(*zip(*points, strict=True), style, color=color, mfc="none", lw=1.2, ms=6, label=way)
             if kind != "unpivoted":
                 ends = [1, max(float(row[across]) for row in of_kind)]
                 ax.loglog(ends, [2**-24 * k for k in ends], ":", color="#aaaaaa", label="2^-24 κ(W)")

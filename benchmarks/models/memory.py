@@ -1,21 +1,28 @@
-"""Memory and time of a training step of Glow, by how activations come back in backward.
+"""Measures memory and time of a training step of Glow, with activations stored or recomputed in several ways.
 
-    pip install --no-deps memcnn    # to compare with; left out where it is not installed
+    pip install --no-deps memcnn    # optional, to compare with it
     python -m benchmarks.models.memory
 
-Forward and backward of a Glow L=3, ways side by side: ``stored`` keeps every activation, ``checkpoint`` is torch.utils.checkpoint around
-each step, ``memcnn`` its InvertibleModuleWrapper around each step (it knows no log-det, so its loss has none of the steps'),
-``reversible`` is this library's. Gradients are compared with those of ``stored``, without the log-dets where the way has none, before
-anything is measured.
+Forward and backward of a Glow L=3 in these ways:
 
-Memory: against depth K, resolution and batch, the peak less weights and gradients; what a step more, one at each level, and an image more
-add. On a CPU it is the resident memory of a process of its own; a GPU's allocator tells what is alive, so there it is one process. Rows go
-to results/memory.csv. Time: of the ways in turn, in one process; rows go to results/memory_time.csv.
+- ``stored`` keeps every activation;
+- ``checkpoint`` wraps each step in torch.utils.checkpoint;
+- ``memcnn`` wraps each step in its InvertibleModuleWrapper, which has no log-dets, so its loss has none of
+  the steps';
+- ``reversible`` is FastFlow's.
 
-The largest batch that fits in ``--limit-mib``, each try in a process of its own: what the model (weights, gradients, everything) and two
-steps of it take, over what the process took before the model was built and after a step of a tiny one, which loads what PyTorch loads at
-first use. On a GPU the allocator gets no more than the limit, by default all of the device's memory, and what fits is what does not run
-out of it. Rows go to results/memory_batch.csv. The tables of docs/memory.md and its picture are written anew.
+Gradients are compared with those of ``stored`` before anything is measured, without log-dets for memcnn.
+
+Memory: the peak without weights and gradients, against depth K, resolution and batch; the slopes are the
+memory of one more step per level and of one more image. On a CPU it is the resident memory of a process per
+measurement, on a GPU the allocator's count of live bytes in one process. Rows go to results/memory.csv.
+Time: the ways take turns in one process. Rows go to results/memory_time.csv.
+
+The largest batch that fits in ``--limit-mib``: each batch is tried in its own process. Its memory is what
+the model (weights, gradients, everything) and two steps take, without what the process took after a step of
+a tiny model, when PyTorch has loaded its libraries. On a GPU the allocator is given the limit, by default
+all memory of the device, and a batch fits if it does not run out of memory. Rows go to
+results/memory_batch.csv. The tables of docs/memory.md and its picture are rewritten.
 """
 
 import argparse
@@ -57,8 +64,8 @@ class Checkpointed(nn.Module):
         return checkpoint(self.step, x, use_reentrant=False)
 
 
-class OutputAlone(nn.Module):
-    """A step as memcnn takes it: a tensor in, a tensor out."""
+class OutputOnly(nn.Module):
+    """A step as memcnn requires it: one tensor in, one tensor out."""
 
     def __init__(self, step: nn.Module) -> None:
         super().__init__()
@@ -76,15 +83,15 @@ class Memcnn(nn.Module):
         super().__init__()
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             from memcnn import InvertibleModuleWrapper
-        self.step = InvertibleModuleWrapper(OutputAlone(step))
+        self.step = InvertibleModuleWrapper(OutputOnly(step))
 
     def forward(self, x, context=None):
-        # the wrapper empties its input, which for the first step is an image that is needed again
+        # the wrapper frees its input; the first step's is an image that is used again
         return self.step(x.clone() if x.is_leaf else x), x.new_zeros(x.shape[0])
 
 
 class Steps(nn.Module):
-    """A level whose steps run one by one."""
+    """A level whose steps are wrapped and run one after the other."""
 
     def __init__(self, level: nn.Module, wrap: type[nn.Module]) -> None:
         super().__init__()
@@ -100,7 +107,7 @@ class Steps(nn.Module):
 
 
 class WithoutLogDet(nn.Module):
-    """What memcnn's gradients are compared with: a level stored, without the log-dets of its steps."""
+    """A level with stored activations and a log-det of zero, to compare memcnn's gradients with."""
 
     def __init__(self, level: nn.Module) -> None:
         super().__init__()
@@ -119,7 +126,7 @@ def images(options: argparse.Namespace) -> Tensor:
 
 
 def build(way: str, k: int, options: argparse.Namespace) -> Glow:
-    """A Glow initialised on the images, the same for each way; parameters are those of the plain model, in its order."""
+    """A Glow initialized on the images, the same for every way; parameters are in the plain model's order."""
     torch.manual_seed(0)
     shape = (3, options.side, options.side)
     model = Glow(shape, levels=3, steps=k, hidden=options.hidden, reversible=way == "reversible").to(
@@ -127,7 +134,7 @@ def build(way: str, k: int, options: argparse.Namespace) -> Glow:
     )
     model.initialize(images(options)[:4], seed=0)
     with torch.no_grad():
-        for p in model.parameters():  # a network that ends in zeros would hide what goes wrong before
+        for p in model.parameters():  # networks that end in zeros would hide errors before their end
             p.add_(0.01 * torch.randn_like(p))
     wrap = {"checkpoint": Checkpointed, "memcnn": Memcnn}.get(way)
     if wrap is not None:
@@ -145,7 +152,7 @@ def step(model: Glow, x: Tensor) -> None:
 
 
 def check(options: argparse.Namespace) -> dict[str, float]:
-    """The relative error of each way's gradient, at K = 2 and in float64. Raises ValueError where it is none of rounding's."""
+    """The relative error of each way's float64 gradient at K = 2. Raises ValueError if it exceeds 1e-9."""
     x, errors = images(options)[:2], {}
 
     def gradient(way: str) -> Tensor:
@@ -173,7 +180,10 @@ def ways() -> list[str]:
 
 
 def peak(way: str, k: int, options: argparse.Namespace) -> tuple[float, float]:
-    """In this process: MiB at the peak of two steps, less weights and gradients; and what the model and the steps took in all."""
+    """Runs two steps in this process.
+
+    Returns peak MiB without weights and gradients, and MiB of the model and its steps.
+    """
     tiny = argparse.Namespace(device=options.device, side=8, batch=2, hidden=4)
     step(build(way, 1, tiny), images(tiny))
     if options.device == "cuda":
@@ -189,20 +199,20 @@ def peak(way: str, k: int, options: argparse.Namespace) -> tuple[float, float]:
 
 
 def most_held(device: str) -> int:
-    """Bytes at the peak, of this process or of its tensors on a GPU."""
+    """Peak bytes of this process, or of its tensors on a GPU."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else most_resident()
 
 
 def most_resident() -> int:
-    """Bytes that this process has held at most."""
+    """Peak resident bytes of this process."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage tells the peak of the process that started this one where that was higher
+    if status.exists():  # getrusage returns the parent process's peak if that was higher
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_or_inf(way: str, k: int, options: argparse.Namespace) -> tuple[float, float]:
-    """``peak``; infinite where a GPU has no more memory. Every other error, a CPU's want of memory too, is one."""
+    """``peak``, or infinity if a GPU is out of memory. Raises other errors, also a CPU's lack of memory."""
 
     def refused() -> int:
         return torch.cuda.memory_stats().get("num_ooms", 0)
@@ -211,14 +221,17 @@ def peak_or_inf(way: str, k: int, options: argparse.Namespace) -> tuple[float, f
     try:
         return peak(way, k, options)
     except RuntimeError as error:
-        # the driver and Triton have errors of their own; cuDNN says that it finds no engine, but the allocator counts what it refused
+        # the driver and Triton have errors of their own; for cuDNN's, the allocator counts refusals
         if refused() > before or ("CUDA" in str(error) and "out of memory" in str(error)):
             return math.inf, math.inf
         raise
 
 
-def peak_of_its_own(way: str, k: int, options: argparse.Namespace) -> tuple[float, float]:
-    """In a process of its own; freed tensors go back to the system at once, so that the peak is that of what is alive."""
+def peak_in_a_process(way: str, k: int, options: argparse.Namespace) -> tuple[float, float]:
+    """``peak_or_inf`` in a new process.
+
+    It returns freed tensors to the system at once, so that the peak counts live tensors.
+    """
     size = [f"--{name}={getattr(options, name)}" for name in ("device", "side", "batch", "hidden")]
     command = [
         sys.executable,
@@ -238,10 +251,11 @@ def peak_of_its_own(way: str, k: int, options: argparse.Namespace) -> tuple[floa
 
 
 def largest(fits: Callable[[int], bool], guess: int = 1) -> int:
-    """The largest batch found to fit: exactly below 32, then to within 1/16; 0 where not even one does.
+    """The largest batch found to fit: exact below 32, then to within 1/16; 0 if a batch of 1 does not fit.
 
-    Away from the guess in steps that double, until one fits and one does not; what is between them is halved. From 1 the batch doubles;
-    with 1/17 of a good guess as the first step two tries are all.
+    Steps away from the guess, each twice as long as the last, until one batch fits and one does not; then
+    bisects. From a guess of 1 the batch doubles. The first step is 1/17 of the guess: a good guess takes two
+    tries.
     """
     fitting, failing, batch, stride = 0, None, guess, max(1, guess // 17)
     while failing is None or failing - fitting > max(1, fitting // 16):
@@ -261,12 +275,15 @@ def largest(fits: Callable[[int], bool], guess: int = 1) -> int:
 def largest_batch(
     way: str, k: int, swept: list[tuple[int, float]], options: argparse.Namespace
 ) -> tuple[int, float]:
-    """The largest batch within ``options.limit_mib``, and MiB that it took; guessed from ``swept``, what other batches took."""
+    """The largest batch within ``options.limit_mib``, and its MiB.
+
+    The guess comes from a line through ``swept``, the MiB of other batches.
+    """
     took = {0: math.nan}
 
     def fits(batch: int) -> bool:
         options.batch = batch
-        _, took[batch] = peak_of_its_own(way, k, options)
+        _, took[batch] = peak_in_a_process(way, k, options)
         return took[batch] <= options.limit_mib
 
     slope, rest = np.polyfit(*zip(*swept, strict=True), 1) if len(swept) > 1 else (0, 0)
@@ -275,7 +292,7 @@ def largest_batch(
 
 
 def times(k: int, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of forward and backward, p20, p50 and p80, the ways in turn."""
+    """Percentiles 20, 50 and 80 of the seconds of forward and backward; the ways take turns."""
     x, models = images(options), {way: build(way, k, options) for way in ways()}
     found = {way: [] for way in models}
     for i in range(1 + (1 if options.quick else ROUNDS)):
@@ -289,15 +306,18 @@ def times(k: int, options: argparse.Namespace) -> dict[str, list[float]]:
 
 
 def growth(points: list[tuple[int, float]]) -> float:
-    """MiB that a step more at each level, or an image more, adds: the slope of a line through the peaks."""
+    """MiB that one more step per level, or one more image, adds: the slope of a line through the peaks."""
     return float(np.polyfit(*zip(*points, strict=True), 1)[0])
 
 
-# the page ---------------------------------------------------------------------------------------------------------------------
+# the page -----------------------------------------------------------------------------
 
 
 def against(what: str, rows: list[dict]) -> dict[tuple, dict[str, list[tuple[int, float]]]]:
-    """``{size: {way: [(what, peak)]}}`` for ``what`` of K or batch, where there is more than one of it; size has the other numbers."""
+    """``{size: {way: [(value, peak)]}}`` for the values of ``what``, k or batch; ``size``: the other numbers.
+
+    Sizes with a single value are left out.
+    """
     found = {}
     for row in rows:
         size = tuple(int(row[name]) for name in SIZE if name != what)
@@ -319,7 +339,7 @@ def tables(rows: list[dict], timed: list[dict], batches: list[dict]) -> dict[str
                 [f"{side}x{side}, batch {batch}, hidden {hidden}", way, peaks, f"{growth(points):.2f}"]
             )
     about = "{device}, torch {torch}, commit {commit}".format(**rows[0])
-    peaks = f"{page.table(['images', 'way', 'peak, MiB', 'MiB for a step more'], lines)}\n\n({about})"
+    peaks = f"{page.table(['images', 'way', 'peak, MiB', 'MiB per step'], lines)}\n\n({about})"
     lines = [
         [
             f"{r['side']}x{r['side']}, batch {r['batch']}, hidden {r['hidden']}, K = {r['k']}",
@@ -329,7 +349,8 @@ def tables(rows: list[dict], timed: list[dict], batches: list[dict]) -> dict[str
         ]
         for r in timed
     ]
-    times = f"{page.table(['images', 'way', 'forward + backward', 'over stored'], lines)}\n\n(p50 in seconds on {about})"
+    times = page.table(["images", "way", "forward + backward", "over stored"], lines)
+    times += f"\n\n(p50 in seconds on {about})"
     lines = [
         [
             f"{r['side']}x{r['side']}, hidden {r['hidden']}, K = {r['k']}",
@@ -344,7 +365,7 @@ def tables(rows: list[dict], timed: list[dict], batches: list[dict]) -> dict[str
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """A panel against K for each size, and one against the batch."""
+    """Draws a panel against K for each size, and one against the batch."""
     from matplotlib.figure import Figure
 
     panels = []
@@ -352,13 +373,13 @@ def plot(rows: list[dict], path: Path) -> None:
         panels.append(
             (
                 f"{side}x{side}, batch {batch}, hidden {hidden}",
-                "K, steps at each of three levels",
-                "a step",
+                "K, steps per level (three levels)",
+                "per step",
                 found,
             )
         )
     for (side, hidden, k), found in against("batch", rows).items():
-        panels.append((f"{side}x{side}, hidden {hidden}, K = {k}", "batch", "an image", found))
+        panels.append((f"{side}x{side}, hidden {hidden}, K = {k}", "batch", "per image", found))
     figure = Figure(figsize=(4.2 * len(panels), 3.8), layout="constrained")
     styles = dict(
         zip(WAYS, (("o-", "#555555"), ("^--", "#1f77b4"), ("s:", "#ff7f0e"), ("o-", "#d62728")), strict=True)
@@ -367,11 +388,11 @@ def plot(rows: list[dict], path: Path) -> None:
         panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True
     ):
         for way, points in found.items():
-            style, colour = styles[way]
+            style, color = styles[way]
             ax.plot(
                 *zip(*sorted(points), strict=True),
                 style,
-                color=colour,
+                color=color,
                 mfc="none",
                 label=f"{way}: {growth(points):.2f} MiB {one}",
             )
@@ -392,9 +413,12 @@ def case(k: int, way: str, options: argparse.Namespace) -> dict:
 def measure_peaks(
     sizes: list[tuple], errors: dict[str, float], options: argparse.Namespace
 ) -> tuple[list[dict], dict[tuple, list]]:
-    """Rows, and ``{(side, hidden, K, way): [(batch, MiB in all)]}``."""
+    """Measures and writes the peaks.
+
+    Returns the rows and ``{(side, hidden, K, way): [(batch, total MiB)]}``.
+    """
     about, rows, in_all = harness.metadata(options.device), [], {}
-    measured = peak_or_inf if options.device == "cuda" else peak_of_its_own
+    measured = peak_or_inf if options.device == "cuda" else peak_in_a_process
     for options.side, options.batch, options.hidden, k, way in (
         bar := tqdm([(*size, way) for size in sizes for way in ways()])
     ):
@@ -433,12 +457,11 @@ def measure_batches(
 ) -> list[dict]:
     about, rows = harness.metadata(options.device), []
     options.side, options.hidden, k = size
-    if options.device == "cuda":  # what this process has is not the others'
+    if options.device == "cuda":  # leaves the memory to the processes of the tries
         gc.collect()
         torch.cuda.empty_cache()
-    ordered = sorted(
-        ways(), key=lambda way: way not in ("stored", "reversible")
-    )  # what it is about first: a run may be cut
+    # the most important first: a run may be cut
+    ordered = sorted(ways(), key=lambda way: way not in ("stored", "reversible"))
     for way in (bar := tqdm(ordered[: 2 if options.quick else None], desc="largest batch")):
         bar.set_postfix_str(way)
         batch, took = largest_batch(way, k, in_all.get((*size, way), []), options)
@@ -463,7 +486,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(
             "--limit-mib",
             type=int,
-            help="for the largest batch: 256, and on a GPU all of its memory, unless given",
+            help="for the largest batch; default: 256, on a GPU all of its memory",
         )
         for name, value in (("side", 32), ("batch", 32), ("hidden", 512)):
             parser.add_argument(f"--{name}", type=int, default=value, help=argparse.SUPPRESS)
@@ -490,7 +513,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes += [(side, batch, hidden, k) for batch in batches]
     options.side, options.batch, options.hidden = 8, 2, 16
     errors = check(options)
-    # the largest batches come last, since they take longest
+    # the largest batches last: they take longest
     rows, in_all = measure_peaks(list(dict.fromkeys(sizes)), errors, options)
     timed = measure_times(timed_sizes, errors, options)
     write(rows, timed, measure_batches((side, hidden, k), in_all, errors, options), options.docs)

@@ -1,12 +1,13 @@
-"""Layers one by one, forward and inverse, against plain PyTorch, nflows and normflows.
+"""Times single layers, forward and inverse, and compares them with plain PyTorch, nflows and normflows.
 
-    pip install --no-deps nflows normflows    # to compare with; one that is not installed is left out
+    pip install --no-deps nflows normflows    # optional, to compare with them
     python -m benchmarks.models.modules
 
-Rows go to results/modules.csv, shape N x C x H x W of x, couplings with Glow's network. The gradients are those of x and of all parameters,
-which FastFlow, plain PyTorch and torch.compile of that share; the libraries have copies, in their own forms. Inverses are compared without
-their log-dets, which a sampler does not want, though FastFlow's and the libraries' compute them. Dequantization, which draws noise, is
-among the ops; networks and priors that are plain PyTorch in FastFlow too have nothing to be compared with.
+Rows go to results/modules.csv; the shape is N x C x H x W of x, and couplings have Glow's network.
+Gradients are by x and by all parameters. FastFlow, plain PyTorch and torch.compile share the parameters;
+the libraries have copies in their own forms. Inverses are compared without log-dets, which sampling does
+not need, although FastFlow and the libraries compute them. Dequantization draws noise and is timed as an
+op. Networks and priors are plain PyTorch in FastFlow as well, so they are not timed.
 """
 
 import argparse
@@ -17,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import plain_glow, published
+from benchmarks.models import libraries, plain_glow
 from benchmarks.tools import harness
 from fastflow import nn as flows
 
 
 class Forward(nn.Module):
-    """y and the log-det ``[N]`` of a layer, or y alone."""
+    """y and the log-det ``[N]`` of a layer, or only y."""
 
     def __init__(self, layer: nn.Module, log_det: bool) -> None:
         super().__init__()
@@ -84,11 +85,11 @@ class AdditiveCoupling(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """With the statistics of the batch."""
+    """Batch normalization with the statistics of the batch."""
 
     def __init__(self, like):
         super().__init__()
-        self.like, self.eps = like, like.eps  # whose buffers move
+        self.like, self.eps = like, like.eps  # its buffers change
 
     def forward(self, x):
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
@@ -101,19 +102,19 @@ class BatchNorm(nn.Module):
 
 
 def glow_step(c: int, side: int, hidden: int, coupling: str) -> flows.GlowStep:
-    """One that has seen a batch, with weights that the libraries can have."""
+    """An initialized step with weights that the libraries can represent."""
     step = flows.GlowStep(c, hidden, coupling="additive" if coupling == "additive" else "affine")
-    published.settle(step, coupling)
-    step(torch.randn(8, c, side, side))  # its ActNorms take their statistics
+    libraries.settle(step, coupling)
+    step(torch.randn(8, c, side, side))  # initializes ActNorm
     with torch.no_grad():
-        step.conv1x1.log_s.add_(0.5)  # a log-det near zero would be all rounding
+        step.conv1x1.log_s.add_(0.5)  # a log-det near zero would consist of rounding errors
     perturbed(step.coupling.net)
     return step
 
 
 @torch.no_grad()
 def perturbed(module: nn.Module) -> nn.Module:
-    """One that ends in zeros would hide the rest."""
+    """Adds noise to the parameters: a network that ends in zeros would hide errors before its end."""
     for p in module.parameters():
         p.add_(torch.randn_like(p), alpha=0.02)
     return module
@@ -121,7 +122,7 @@ def perturbed(module: nn.Module) -> nn.Module:
 
 @dataclass
 class Layer:
-    """A layer of FastFlow, and what it is compared with; of a library what makes one of its layers of FastFlow's."""
+    """A layer of FastFlow, plain PyTorch's, and functions that make the libraries' layers from it."""
 
     name: str
     ours: nn.Module
@@ -136,17 +137,17 @@ class Layer:
         found = {"eager": self.plain, "fastflow": self.ours}
         like = torch.empty(0, dtype=torch.float64)
         for library, make, wrap in (
-            ("nflows", self.nflows, published.Nflows),
-            ("normflows", self.normflows, published.Normflows),
+            ("nflows", self.nflows, libraries.Nflows),
+            ("normflows", self.normflows, libraries.Normflows),
         ):
-            if make is not None and published.installed(library):
+            if make is not None and libraries.installed(library):
                 found[library] = wrap(make(), like)
         return found
 
 
 def layers(c: int, side: int, hidden: int) -> list[Layer]:
     step = glow_step(c, side, hidden, "soft_clamp").double()
-    shift_first = glow_step(c, side, hidden, published.SHIFT_FIRST).double()
+    shift_first = glow_step(c, side, hidden, libraries.SHIFT_FIRST).double()
     additive = glow_step(c, side, hidden, "additive").coupling.double()
     actnorm, conv1x1, affine = step.actnorm, step.conv1x1, step.coupling
     permute, split, norm = (
@@ -159,52 +160,52 @@ def layers(c: int, side: int, hidden: int) -> list[Layer]:
             "ActNorm",
             actnorm,
             plain_glow.ActNorm(actnorm),
-            lambda: published.nflows_actnorm(actnorm),
-            lambda: published.normflows_actnorm(actnorm),
+            lambda: libraries.nflows_actnorm(actnorm),
+            lambda: libraries.normflows_actnorm(actnorm),
         ),
         Layer(
             "InvertibleConv1x1",
             conv1x1,
             plain_glow.Conv1x1(conv1x1),
-            lambda: published.nflows_conv1x1(conv1x1),
-            lambda: published.normflows_conv1x1(conv1x1),
+            lambda: libraries.nflows_conv1x1(conv1x1),
+            lambda: libraries.normflows_conv1x1(conv1x1),
         ),
         Layer(
             "AffineCoupling, soft_clamp",
             affine,
             plain_glow.Coupling(affine),
-            nflows=lambda: published.nflows_coupling(affine, c),
+            nflows=lambda: libraries.nflows_coupling(affine, c),
         ),
         Layer(
-            f"AffineCoupling, {published.SHIFT_FIRST}",
+            f"AffineCoupling, {libraries.SHIFT_FIRST}",
             shift_first.coupling,
             plain_glow.ShiftFirstCoupling(shift_first.coupling),
-            normflows=lambda: published.normflows_coupling(shift_first.coupling),
+            normflows=lambda: libraries.normflows_coupling(shift_first.coupling),
         ),
         Layer(
             "AdditiveCoupling",
             additive,
             AdditiveCoupling(additive),
-            lambda: published.nflows_coupling(additive, c),
-            lambda: published.normflows_coupling(additive),
+            lambda: libraries.nflows_coupling(additive, c),
+            lambda: libraries.normflows_coupling(additive),
             log_det=False,
         ),
         Layer(
-            "GlowStep, soft_clamp", step, plain_glow.Step(step), nflows=lambda: published.nflows_step(step)
+            "GlowStep, soft_clamp", step, plain_glow.Step(step), nflows=lambda: libraries.nflows_step(step)
         ),
         Layer(
-            f"GlowStep, {published.SHIFT_FIRST}",
+            f"GlowStep, {libraries.SHIFT_FIRST}",
             shift_first,
             plain_glow.Step(shift_first),
-            normflows=lambda: published.normflows_step(shift_first),
+            normflows=lambda: libraries.normflows_step(shift_first),
         ),
         Layer("BatchNorm", norm, BatchNorm(norm)),
         Layer(
             "Squeeze",
             flows.Squeeze(),
             Squeeze(),
-            published.nflows_squeeze,
-            published.normflows_squeeze,
+            libraries.nflows_squeeze,
+            libraries.normflows_squeeze,
             log_det=False,
             squeezes=True,
         ),
@@ -212,8 +213,8 @@ def layers(c: int, side: int, hidden: int) -> list[Layer]:
             "Permute",
             permute,
             Permute(permute),
-            lambda: published.nflows_permute(permute),
-            lambda: published.normflows_permute(permute),
+            lambda: libraries.nflows_permute(permute),
+            lambda: libraries.normflows_permute(permute),
             log_det=False,
         ),
         Layer("Split", split, plain_glow.Split(split), inverse=False),
@@ -246,7 +247,7 @@ def of_size(n: int, c: int, side: int, hidden: int) -> list[harness.Case]:
 
 
 def cases(options: argparse.Namespace) -> list[harness.Case]:
-    warnings.filterwarnings("ignore", message=published.DEPRECATED)
+    warnings.filterwarnings("ignore", message=libraries.DEPRECATED)
     n, hidden = (16, 64) if options.device == "cpu" else (512, 512)
     sizes = [(2, 8, 4, 16)] if options.quick else [(n, 12, 16, hidden), (n, 48, 4, hidden)]
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
-"""The first run that a newcomer sees, `make train`: bits/dim beside PNG's and WebP's, its time, the loss curve and samples.
+"""Measures `make train`, a newcomer's first run: bits/dim, PNG's and WebP's, time, loss curve, samples.
 
     python -m benchmarks.models.photos
 
-Rows go to results/photos.csv; README's text and its two pictures are replaced by those of this run.
+Rows go to results/photos.csv. README's text and its two pictures are replaced by those of this run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PICTURES = {"curve.png": "photos_curve.png", "samples.png": "photos_samples.png"
 
 
 def train(out: Path, more: list[str]) -> tuple[dict, float]:
-    """result.json of `fastflow train` with its defaults, and the seconds that it took."""
+    """Runs `fastflow train` with its defaults; returns its result.json and the seconds that it took."""
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "fastflow", "train", "--out", str(out), *more], check=True, cwd=harness.ROOT
@@ -30,7 +30,7 @@ def train(out: Path, more: list[str]) -> tuple[dict, float]:
 
 
 def text(row: dict) -> str:
-    """README's account of a row."""
+    """README's text for a row."""
     codecs = {
         name: float(row[f"{name.lower()}_bits_per_dim"])
         for name in ("PNG", "WebP")
@@ -41,7 +41,7 @@ def text(row: dict) -> str:
     printed = report({"model": row["model"], "codecs_bits_per_dim": codecs} | numbers | counts)
     about = f"{row['device']}, torch {row['torch']}, commit {row['commit']}"
     took = f"{row['step']} steps and {float(row['seconds']) / 60:.1f} minutes"
-    return f"What `make train` printed after {took} ({about}):\n\n```\n{printed}\n```"
+    return f"Output of `make train` after {took} ({about}):\n\n```\n{printed}\n```"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -1,10 +1,10 @@
-"""How many values of an image change on the way through a trained model's latents and back, in float32.
+"""Counts pixel values that change in ``decode(encode(x))`` of trained models in float32.
 
     python -m benchmarks.models.pixel_exactness --data cifar10
 
-Trains a Glow L=3 K=8 for each scale function, a RealNVP of two scales with 2 blocks and a NICE, and counts the values of
-``decode(encode(x))`` that differ from x: for test images, for uniform noise and for noise of 0 and 255 alone. Appends a row each to
-results/pixel_exactness.csv.
+Trains a Glow L=3 K=8 per scale function, a RealNVP of two scales with 2 blocks, and a NICE. Counts the
+values that differ for test images, for uniform noise, and for noise of the values 0 and 255 only. Appends a
+row for each to results/pixel_exactness.csv.
 """
 
 import argparse

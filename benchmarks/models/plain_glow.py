@@ -1,7 +1,7 @@
-"""Glow as one writes it in plain PyTorch, with the weights of a FastFlow Glow: what FastFlow and torch.compile are compared with.
+"""Glow in plain PyTorch with the weights of a FastFlow Glow, as the baseline for FastFlow and torch.compile.
 
-Nothing is folded or fused and no step shares work with another, but nothing is computed twice either: a straightforward port. The
-parameters are the very tensors of the FastFlow model, so that outputs and gradients can be compared one by one.
+A direct port: nothing is folded or fused, steps share no work, and nothing is computed twice. The
+parameters are the tensors of the FastFlow model, so outputs and gradients can be compared one by one.
 """
 
 import math
@@ -91,16 +91,15 @@ class Coupling(nn.Module):
 
 
 class ShiftFirstCoupling(nn.Module):
-    """y_b = sigmoid(h + 2) (x_b + t), t and h by turns in the network's output: as in OpenAI's Glow."""
+    """y_b = sigmoid(h + 2) (x_b + t), t and h interleaved in the network's output, as in OpenAI's Glow."""
 
     def __init__(self, like):
         super().__init__()
         self.network = Network(like.net)
 
     def shift_and_scale(self, x_a):
-        shift, scale = (
-            self.network(x_a).unflatten(1, (-1, 2)).unbind(2)
-        )  # faster to differentiate than slices of every second channel
+        # faster to differentiate than slices of every second channel
+        shift, scale = self.network(x_a).unflatten(1, (-1, 2)).unbind(2)
         return shift, torch.sigmoid(scale + 2)
 
     def forward(self, x):
@@ -159,8 +158,13 @@ def gaussian(z, mean, log_std):
 
 
 class PlainGlow(nn.Module):
-    """``model``: an unconditional Glow with affine couplings, of soft_clamp scales or those of OpenAI's, and LU convolutions, without
-    logit; ``step`` makes of one of its steps another of the same function."""
+    """A Glow in plain PyTorch.
+
+    Args:
+        model: an unconditional Glow without logit, with LU convolutions and affine couplings (soft_clamp or
+            OpenAI's).
+        step: makes each step from one of ``model``'s.
+    """
 
     def __init__(self, model: Glow, step=Step):
         super().__init__()
@@ -186,7 +190,7 @@ class PlainGlow(nn.Module):
 
     @torch.no_grad()
     def sample(self, noise):
-        """uint8 images from standard normal noise, fine to coarse as ``latent_shapes`` are."""
+        """uint8 images from standard normal noise, fine to coarse as in ``latent_shapes``."""
         *noise, y = noise
         for i in reversed(range(len(self.levels))):
             if i < len(self.splits):

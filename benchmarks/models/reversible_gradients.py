@@ -1,13 +1,18 @@
-"""The gradient of a trained Glow by reversible backprop, and by stored activations, against the float64 gradient with stored ones.
+"""Compares gradients by reversible backprop and by stored activations with the float64 gradient.
 
     python -m benchmarks.models.reversible_gradients --data cifar10
 
-Trains a Glow L=3 on images and takes the gradients of batches of test images, and of uniform noise, after some steps: in float64, in
-float32, and with the networks in bfloat16 (autocast, state in float32). Rows go to results/reversible_gradients.csv, one for each batch:
-``error`` is the 2-norm of the difference over that of the float64 gradient, of all parameters together; ``over_stored`` that over the
-error with stored activations; ``drift`` the largest difference of a level's input from the one walked back to, over the largest value of
-that input. ``plain inverse`` is reversible with the inverse weights as lu_weight gives them, which are not those of the folded weights as
-they were rounded. The table of docs/memory.md is written anew.
+Trains a Glow L=3 on images. After some steps it takes the gradients for batches of test images and of
+uniform noise: in float64, in float32, and with bfloat16 networks (autocast, float32 state). Rows go to
+results/reversible_gradients.csv, one per batch:
+
+- ``error``: 2-norm of the difference from the float64 gradient over its 2-norm, all parameters together;
+- ``over_stored``: that error over the error with stored activations;
+- ``drift``: largest difference between a level's input and its reconstruction, over the largest value of
+  the input.
+
+``plain inverse`` is reversible with the inverse weights that lu_weight returns, which are not the inverse
+of the folded weights as they were rounded. The table of docs/memory.md is rewritten.
 """
 
 import argparse
@@ -28,13 +33,13 @@ from fastflow.models import Glow
 from fastflow.nn import glow_level
 from fastflow.trainer import data
 
-# dtype of the state and of the networks, and how much larger than with stored activations the reversible error may be
+# dtypes of the state and of the networks
 KINDS = {
     "float64": (torch.float64, None),
     "float32": (torch.float32, None),
     "bfloat16 networks": (torch.float32, torch.bfloat16),
 }
-MAY_BE = {"float32": 1.5, "bfloat16 networks": 2.0}
+MAY_BE = {"float32": 1.5, "bfloat16 networks": 2.0}  # bound of the reversible error over the stored one
 FLOAT64_ERROR = 1e-12
 WAYS = {
     "stored": (False, None),
@@ -108,14 +113,15 @@ def groups(rows: Iterable[dict]) -> dict[tuple, dict[str, list[dict]]]:
 
 
 def failures(rows: Iterable[dict]) -> list[str]:
-    """What is less exact than it should be: of several batches the median."""
+    """Groups of rows whose median error exceeds its bound."""
     wrong = []
     for (after, images, numbers), ways in groups(rows).items():
         error = {way: median(float(row["error"]) for row in found) for way, found in ways.items()}
         bound = FLOAT64_ERROR if numbers == "float64" else MAY_BE[numbers] * error["stored"]
         if not error["reversible"] <= bound:
             wrong.append(
-                f"after {after} steps, {images}, {numbers}: error {error['reversible']:.1e}, expected at most {bound:.1e}"
+                f"after {after} steps, {images}, {numbers}: error {error['reversible']:.1e}, "
+                f"expected at most {bound:.1e}"
             )
     return wrong
 

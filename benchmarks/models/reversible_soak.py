@@ -1,12 +1,17 @@
-"""A training run by reversible backprop beside the same one by stored activations: losses, drift and memory on the way.
+"""Trains with reversible backprop and with stored activations; compares losses, drift and memory.
 
     python -m benchmarks.models.reversible_soak --data cifar10
 
-Trains a Glow L=3 from the same weights on the same batches and noise, each way in a process of its own: reversible, stored, and stored
-with one thread, whose sums come in another order, so that its difference from stored is what rounding alone does to a run. Rows go to
-results/reversible_soak.csv, one for each 5 steps: ``bits_per_dim`` is the mean of their losses; ``drift`` the largest difference of a
-level's input from the one walked back to, over the largest value of that input, of test images in float32; ``resident_mib`` what the
-process holds. Writes docs/pictures/reversible_soak.png and prints a summary.
+Trains a Glow L=3 from the same weights on the same batches and noise, each way in its own process:
+reversible, stored, and stored with one thread. One thread sums in another order, so its difference from
+stored is the effect of rounding on a run. Rows go to results/reversible_soak.csv, one per 5 steps:
+
+- ``bits_per_dim``: mean of their losses;
+- ``drift``: largest difference between a level's input and its reconstruction, over the largest value of
+  the input, for test images in float32;
+- ``resident_mib``: resident memory of the process.
+
+Writes docs/pictures/reversible_soak.png and prints a summary.
 """
 
 import argparse
@@ -25,11 +30,11 @@ from fastflow.models import Glow
 from fastflow.trainer import data
 
 WAYS = {"stored": (False, None), "reversible": (True, None), "stored, one thread": (False, 1)}
-EVERY = 5  # steps a row
+EVERY = 5  # steps per row
 
 
 def resident() -> float:
-    """MiB that this process holds, where the system says so."""
+    """Resident MiB of this process; NaN on systems without /proc."""
     statm = Path("/proc/self/statm")
     return (
         int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
@@ -67,7 +72,7 @@ def run(way: str, options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def run_of_its_own(way: str, options: argparse.Namespace) -> list[dict]:
+def run_in_a_process(way: str, options: argparse.Namespace) -> list[dict]:
     given = [
         f"--{name.replace('_', '-')}={getattr(options, name)}"
         for name in ("data", "data_dir", "steps", "steps_per_level", "hidden")
@@ -83,7 +88,7 @@ def column(rows: list[dict], way: str, name: str) -> tuple[list[int], list[float
 
 
 def differences(rows: list[dict], way: str) -> list[float]:
-    """Of the losses from those of stored."""
+    """Differences of the losses from those of stored."""
     return [
         a - b
         for a, b in zip(
@@ -99,8 +104,9 @@ def summary(rows: list[dict]) -> str:
         off = max(map(abs, differences(rows, way)))
         middle = memory[len(memory) // 4]
         lines.append(
-            f"{way:<20} {bits[0]:.3f} to {bits[-1]:.3f} bits/dim, from stored at most {off:.4f}; drift up to "
-            f"{max(column(rows, way, 'drift')[1]):.1e}; {middle:,.0f} MiB after a quarter of the run, {memory[-1]:,.0f} at its end"
+            f"{way:<20} {bits[0]:.3f} to {bits[-1]:.3f} bits/dim, at most {off:.4f} from stored; drift up to "
+            f"{max(column(rows, way, 'drift')[1]):.1e}; {middle:,.0f} MiB after a quarter of the run, "
+            f"{memory[-1]:,.0f} MiB at its end"
         )
     return "\n".join(lines)
 
@@ -115,8 +121,8 @@ def plot(rows: list[dict], path: Path) -> None:
         "reversible": ("--", "#d62728"),
         "stored, one thread": (":", "#1f77b4"),
     }
-    for way, (line, colour) in styles.items():
-        style = {"color": colour, "linestyle": line, "label": way}
+    for way, (line, color) in styles.items():
+        style = {"color": color, "linestyle": line, "label": way}
         losses.plot(*column(rows, way, "bits_per_dim"), **style)
         memory.plot(*column(rows, way, "resident_mib"), **style)
         drifts.semilogy(*column(rows, way, "drift"), **style)
@@ -124,7 +130,7 @@ def plot(rows: list[dict], path: Path) -> None:
             apart.plot(column(rows, way, "step")[0], differences(rows, way), **style)
     losses.set_title("training bits/dim, means of 5 steps")
     apart.set_title("difference from stored, bits/dim")
-    drifts.set_title("drift: what is walked back to, from what was there")
+    drifts.set_title("drift: reconstructed inputs, relative difference")
     memory.set_title("resident memory, MiB")
     memory.set_ylim(0, 1.2 * memory.get_ylim()[1])
     for axes in (losses, apart, drifts, memory):
@@ -156,7 +162,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = [
         size | {"way": way} | {"drift": ""} | row | about
         for way in WAYS
-        for row in run_of_its_own(way, options)
+        for row in run_in_a_process(way, options)
     ]
     harness.append(options.results / "reversible_soak.csv", rows)
     plot(rows, options.docs / "pictures" / "reversible_soak.png")

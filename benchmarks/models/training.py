@@ -1,4 +1,4 @@
-"""A short training run, for what is measured on trained models."""
+"""A short training run, for measurements on trained models."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,10 @@ from fastflow.trainer import data
 
 
 def train(model: Glow, source, steps: int, batch_size: int = 16, desc: str = "") -> Iterator[float]:
-    """Initialises ``model`` and trains it by Adam with a rate of 1e-3 after 20 steps of warm-up; yields the bits/dim of each step."""
+    """Initializes ``model`` and trains it with Adam; yields the bits/dim of each step.
+
+    The learning rate is 1e-3 after 20 steps of warm-up.
+    """
     batches = data.Batches(source, batch_size, seed=0)
     model.initialize(batches[0][0], seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -1,21 +1,24 @@
-"""Images a second of the trainer's whole step, what makes it fast turned on in turn, and against batch; and of the loader that feeds it.
+"""Measures images/s of the trainer's step, options turned on in turn and against batch, and of the loader.
 
     python -m benchmarks.models.training_speed
 
-The step is that of ``fastflow train``: batch in, forward, backward, clipping, Adam. ``plain`` is benchmarks/models/plain_glow.py,
-ActNorm and
-all else unfolded, with torch's optimizer and clipping, eager and compiled; then FastFlow's with stored activations, which folds ActNorm
-into the convolutions and makes a level's LU weights at once, and then, each on top of the last: channels_last, bfloat16 networks (each also
-without, where it is not faster), compiled networks, the step captured in a CUDA graph, reversible backprop. Plain PyTorch, eager and
-compiled, and the trainer's default are measured at other batches too. A way whose losses of the first steps are not plain PyTorch's has no
-row; nor has one that is out of memory, and where that is plain PyTorch, none has. What is worth most comes first, since a run may be cut.
-The loader's rows are batches as the trainer draws them, on the step's device.
+The step is the one of ``fastflow train``: batch in, forward, backward, clipping, Adam. ``plain`` is plain
+PyTorch (benchmarks/models/plain_glow.py) with torch's optimizer and clipping, eager and compiled. FastFlow
+starts with stored activations; it folds ActNorm into the convolutions and makes the LU weights of a level
+at once. Then options are turned on, each in addition to the previous ones: channels_last, bfloat16
+networks, compiled networks, the step captured in a CUDA graph, reversible backprop. Plain PyTorch and the
+trainer's default are measured at other batches too.
 
-``model_gflop_image`` is the work of plain PyTorch's forward and backward, a multiply-add as two; what a way saves of it or computes again
-does not count. ``tflop_s`` is that times the median images/s, ``matmul_tflop_s`` what a large matrix product of the way's precision reaches
-in the same run (bfloat16 with bfloat16 networks, else float32, with TF32 where convolutions have it), ``share_of_matmul`` their ratio.
+A way whose losses in the first steps differ from plain PyTorch's has no row, nor has one that is out of
+memory. Without plain PyTorch no way of that shape has a row. The most important ways come first, because a
+run may be cut. The loader's rows are batches as the trainer draws them, on the step's device.
 
-Rows go to results/training_speed.csv, and the tables of docs/training.md are written anew.
+``model_gflop_image`` counts plain PyTorch's forward and backward, a multiply-add as two; work that a way
+saves or repeats does not change it. ``tflop_s`` is that times the median images/s. ``matmul_tflop_s`` is
+the rate of a large matrix product of the way's precision in the same run (bfloat16 with bfloat16 networks,
+else float32, with TF32 if convolutions use it). ``share_of_matmul`` is their ratio.
+
+Rows go to results/training_speed.csv and results/loader.csv. The tables of docs/training.md are rewritten.
 """
 
 import argparse
@@ -38,7 +41,7 @@ from fastflow.trainer import data
 from fastflow.trainer.ranks import Ranks
 from fastflow.trainer.step import Step
 
-# (side, levels, steps, hidden); the batches of a curve; those at which options are turned on in turn
+# (side, levels, steps, hidden); batches of the curve; batches at which options are turned on
 SIZES = (32, 3, 8, 128), (16, 4, 64), (16,)
 ON_A_GPU = (32, 3, 32, 512), (512, 128, 32), (512, 64)
 QUICK = (8, 2, 2, 8), (4, 2, 8), (4,)
@@ -83,7 +86,7 @@ def batches(shape: tuple, count: int, device: str) -> list[torch.Tensor]:
 
 
 def plain(shape: tuple, device: str, compiled: bool):
-    """``step(x, seed)`` of plain PyTorch, which gives bits/dim."""
+    """``step(x, seed)`` of plain PyTorch; returns bits/dim."""
     model = plain_glow.PlainGlow(build(shape, device)).train()
     forward = torch.compile(model, dynamic=False) if compiled else model
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
@@ -115,7 +118,7 @@ def ours(shape: tuple, device: str, on: set[str]):
 
 
 def ways(device: str, compiled: bool) -> dict[str, set[str] | None]:
-    """``{name: what is on}``; None: plain PyTorch."""
+    """Options that are on, by name of the way; None: plain PyTorch."""
     default = DEFAULT[device]
     found: dict[str, set[str] | None] = {"plain": None, f"{', '.join(default)}: {IS_DEFAULT}": set(default)}
     found["fastflow, stored activations"] = on = set()
@@ -128,7 +131,7 @@ def ways(device: str, compiled: bool) -> dict[str, set[str] | None]:
 
 
 def plan(options: argparse.Namespace) -> list[tuple[tuple, str, set[str] | None]]:
-    """Shape, way and what is on, in order of worth; torch.compile of plain last, since a deep one may outlast the time that there is."""
+    """Shapes, ways and options, the most important first; torch.compile of plain PyTorch last, as slow."""
     model, curve, in_turn = sizes(options)
     every = ways(options.device, options.compiled)
     plain, default, *more = [name for name in every if name != COMPILED]
@@ -140,7 +143,7 @@ def plan(options: argparse.Namespace) -> list[tuple[tuple, str, set[str] | None]
 
 @functools.cache
 def model_flops(shape: tuple) -> int:
-    """FLOPs of plain PyTorch's forward and backward on a batch, a multiply-add as two; of shapes alone, nothing is computed."""
+    """FLOPs of plain PyTorch's forward and backward on a batch, a multiply-add as two. Uses shapes only."""
     side, levels, steps, hidden, batch = shape
     model = plain_glow.PlainGlow(Glow((3, side, side), levels=levels, steps=steps, hidden=hidden)).to("meta")
     x = torch.empty(batch, 3, side, side, device="meta")
@@ -150,14 +153,14 @@ def model_flops(shape: tuple) -> int:
 
 
 def matmul_tflop_s(dtype: torch.dtype, options: argparse.Namespace) -> float:
-    """TFLOP/s, at the median time, of a large matrix product; in TF32 where float32 convolutions are, of which most of the work is."""
+    """TFLOP/s of a large matrix product at its median time; in TF32 if float32 convolutions use it."""
     n = 128 if options.quick else 8192 if options.device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=options.device).to(dtype) for _ in range(2))
     before, torch.backends.cuda.matmul.allow_tf32 = (
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.allow_tf32,
     )
-    a @ b  # the first takes longer
+    a @ b  # the first call takes longer
     taken = harness.turn(lambda: a @ b, min(options.seconds, 1.0), options.device)
     torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * n**3 / np.median(taken) / 1e6
@@ -166,7 +169,7 @@ def matmul_tflop_s(dtype: torch.dtype, options: argparse.Namespace) -> float:
 def images_per_second(
     step, shape: tuple, options: argparse.Namespace
 ) -> tuple[list[float], float, list[float]]:
-    """Images/s at p20, p50 and p80 of the times, MiB at the peak where a GPU tells it, and the losses of the first steps."""
+    """Images/s at p20, p50 and p80 of the times, peak MiB on a GPU (else NaN), losses of the first steps."""
     drawn = batches(shape, 4, options.device)
     losses = [step(drawn[i % 4], i) for i in range(6)]  # compiles, and captures after three
     if options.device == "cuda":
@@ -174,18 +177,16 @@ def images_per_second(
     taken, end = [], time.perf_counter() + options.seconds
     while time.perf_counter() < end or len(taken) < 3:
         before = time.perf_counter()
-        step(
-            drawn[len(taken) % 4], len(taken)
-        )  # ends with a look at the loss, so that all of it is in the time
+        step(drawn[len(taken) % 4], len(taken))  # reads the loss at its end, so all of it is in the time
         taken.append(time.perf_counter() - before)
     peak = torch.cuda.max_memory_allocated() / 2**20 if options.device == "cuda" else float("nan")
     return [shape[-1] / t for t in np.quantile(taken, harness.QUANTILES)], peak, losses
 
 
 def attempt(shape: tuple, name: str, on: set[str] | None, options: argparse.Namespace) -> tuple | None:
-    """What ``images_per_second`` tells of a way; None where it is out of memory."""
+    """``images_per_second`` of a way; None if it is out of memory."""
     torch.compiler.reset()
-    gc.collect()  # what the last way held is to be had
+    gc.collect()  # frees the memory of the previous way
     torch.cuda.empty_cache()
     try:
         step = (
@@ -197,14 +198,14 @@ def attempt(shape: tuple, name: str, on: set[str] | None, options: argparse.Name
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
-    """Rows, written as they are measured. Raises ValueError in the end where a way computes something else."""
+    """Measures all ways and writes each row at once. Raises ValueError at the end if a way is not equal."""
     about, rows, wrong, plains = harness.metadata(options.device), [], [], {}
     reached = {dtype: matmul_tflop_s(dtype, options) for dtype in (torch.float32, torch.bfloat16)}
     for shape, name, on in (bar := tqdm(plan(options))):
         where = f"{title(shape)}, {name}"
         bar.set_postfix_str(where)
         if name != "plain" and shape not in plains:
-            tqdm.write(f"{where}: without plain PyTorch's losses to compare with; no row is written")
+            tqdm.write(f"{where}: no losses of plain PyTorch to compare with; no row is written")
             continue
         found = attempt(shape, name, on, options)
         if found is None:
@@ -212,7 +213,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
             continue
         (p20, p50, p80), peak, losses = found
         plain_p50, expected = plains.setdefault(shape, (p50, losses))
-        # six steps of training apart by rounding; bfloat16 networks round to 8 bits
+        # six training steps differ by rounding; bfloat16 networks round to 8 bits
         dtype, tolerance = (torch.bfloat16, 1e-2) if on and "bf16" in on else (torch.float32, 1e-4)
         error = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
         if not error <= tolerance:
@@ -242,11 +243,11 @@ def measure(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# the loader -------------------------------------------------------------------------------------------------------------------
+# the loader ---------------------------------------------------------------------------
 
 
 def sources(options: argparse.Namespace) -> dict[str, tuple[data.Batches, int]]:
-    """``{name: (batches, workers)}``: of images in memory, crops of photographs, and a folder of JPEGs of 256x256."""
+    """Batches and workers by name: images in memory, crops of photographs, a folder of 256x256 JPEGs."""
     from PIL import Image
 
     count, batch = (64, 8) if options.quick else (50_000, 128)
@@ -274,7 +275,7 @@ def measure_loader(options: argparse.Namespace) -> list[dict]:
     about, rows = harness.metadata(options.device), []
     for name, (drawn, workers) in tqdm(sources(options).items(), desc="loader"):
         stream, taken = drawn.stream(0, 10**6, workers), []
-        for _ in range(4):  # workers start, and have drawn ahead
+        for _ in range(4):  # workers start and draw ahead
             next(stream)
         end = time.perf_counter() + options.seconds
         while time.perf_counter() < end or len(taken) < 3:
@@ -284,7 +285,7 @@ def measure_loader(options: argparse.Namespace) -> list[dict]:
             if options.device == "cuda":
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - before)
-        # the mean: workers hand over what they drew ahead in no time, and then make one wait
+        # the mean: workers deliver batches that they drew ahead at once, and the next one after a wait
         speed = drawn.size * len(taken) / sum(taken)
         rows.append(
             {"source": name, "workers": workers, "batch": drawn.size, "images_s": f"{speed:.0f}"} | about
@@ -293,7 +294,7 @@ def measure_loader(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-# the page ---------------------------------------------------------------------------------------------------------------------
+# the page -----------------------------------------------------------------------------
 
 
 def tables(rows: list[dict], loaded: list[dict]) -> dict[str, str]:
@@ -305,7 +306,8 @@ def tables(rows: list[dict], loaded: list[dict]) -> dict[str, str]:
     speed = page.table(
         ["Glow", "step", "images/s", "over plain", "TFLOP/s", "share of a matrix product's"], lines
     )
-    speed += f"\n\n(p50; FLOPs are plain PyTorch's, and the matrix product is a large one of the same precision in the same run; {about})"
+    speed += "\n\n(p50; FLOPs are plain PyTorch's; the matrix product is large, of the same precision and in"
+    speed += f" the same run; {about})"
     lines = [[r["source"], f"{int(r['images_s']):,}"] for r in loaded]
     return {"speed": speed, "loader": f"{page.table(['source', 'images/s'], lines)}\n\n({about})"}
 

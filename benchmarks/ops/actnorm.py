@@ -1,9 +1,10 @@
-"""ActNorm, its inverse, its inverse + backward and its statistics against the formula in plain PyTorch.
+"""Times ActNorm, its inverse, its inverse + backward and its statistics, and the formulas in plain PyTorch.
 
     python -m benchmarks.ops.actnorm
 
-Rows go to results/actnorm.csv, shape N x C x H x W of x. The gradients are those of x, of the log scale and of the bias. Glow's levels on
-32x32 images (C = 12, 24, 48 at 16, 8, 4 pixels a side), and larger images.
+Rows go to results/actnorm.csv; the shape is N x C x H x W of x. Gradients are by x, the log scale and the
+bias. Sizes: Glow's levels on 32x32 images (C = 12, 24, 48 with 16, 8, 4 pixels per side), and larger
+images.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""The affine coupling and its inverse + backward against the formula in plain PyTorch.
+"""Times the affine coupling and its inverse + backward, and the formula in plain PyTorch.
 
     python -m benchmarks.ops.affine_coupling
 
-Rows go to results/affine_coupling.csv, shape N x C x H x W of x; halves, the scale function is the case. The gradients are those of x,
-of the network's output and of the factor. Glow's levels on 32x32 images (C = 12, 24, 48 at 16, 8, 4 pixels a side), and larger images.
+Rows go to results/affine_coupling.csv; the shape is N x C x H x W of x, the case is the scale function, the
+mask is halves. Gradients are by x, the network's output and the factor. Sizes: Glow's levels on 32x32
+images (C = 12, 24, 48 with 16, 8, 4 pixels per side), and larger images.
 """
 
 import argparse
@@ -20,7 +21,7 @@ SCALES = ("soft_clamp", "sigmoid", "exp")
 
 
 def coupling(x, h, factor=None, *, scale):
-    """A coupling as one writes it, scale first."""
+    """An affine coupling in plain PyTorch, scale first."""
     x_a, x_b = x.chunk(2, dim=1)
     shift, raw = h.chunk(2, dim=1)
     if scale == "soft_clamp":
@@ -80,14 +81,14 @@ def of_size(n: int, c: int, side: int, layout: str, scale: str) -> list[harness.
 
 def cases(options: argparse.Namespace) -> list[harness.Case]:
     levels = [(n, c, side) for n in (16, 64) for c, side in ((12, 16), (24, 8), (48, 4))]
-    # on a GPU 200 MB a tensor, so that the launch no longer counts
+    # 200 MB per tensor on a GPU, so that the launch is negligible
     larger = [(64 if options.device == "cpu" else 49152 // c, c, 32) for c in (12, 24, 48)]
     sizes = [(2, 4, 3)] if options.quick else [*levels, *larger]
     return [
         case
+        for scale in SCALES  # the default first: a run may be cut
         for size in sizes
         for layout in LAYOUTS
-        for scale in SCALES
         for case in of_size(*size, layout, scale)
     ]
 

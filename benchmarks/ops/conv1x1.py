@@ -1,9 +1,9 @@
-"""The invertible 1x1 convolution, and its inverse + backward, against F.conv2d.
+"""Times the invertible 1x1 convolution and its inverse + backward, and F.conv2d.
 
     python -m benchmarks.ops.conv1x1
 
-Rows go to results/conv1x1.csv, shape N x C x H x W. The gradients are those of x, weight and bias. Glow's levels on 32x32 images
-(C = 12, 24, 48 at 16, 8, 4 pixels a side), and larger images.
+Rows go to results/conv1x1.csv; the shape is N x C x H x W. Gradients are by x, weight and bias. Sizes:
+Glow's levels on 32x32 images (C = 12, 24, 48 with 16, 8, 4 pixels per side), and larger images.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
 
 def cases(options: argparse.Namespace) -> list[harness.Case]:
     levels = [(n, c, side) for n in (16, 64) for c, side in ((12, 16), (24, 8), (48, 4))]
-    # on a GPU 200 MB a tensor, so that the launch no longer counts
+    # 200 MB per tensor on a GPU, so that the launch is negligible
     larger = [(64 if options.device == "cpu" else 49152 // c, c, 32) for c in (12, 24, 48)]
     sizes = [(2, 4, 3)] if options.quick else [*levels, *larger]
     return [case for size in sizes for layout in LAYOUTS for case in of_size(*size, layout)]

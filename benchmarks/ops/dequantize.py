@@ -1,9 +1,10 @@
-"""Dequantization with its log-det, and its inverse, against plain PyTorch.
+"""Times dequantization with its log-det and its inverse, and plain PyTorch.
 
     python -m benchmarks.ops.dequantize
 
-Rows go to results/dequantize.csv, shape N x C x H x W of x, uint8. The noise is given, so that all compute the same: the kernel that draws
-it itself reads less. ``glow`` maps to [-1/2, 1/2), ``logit`` is RealNVP's with alpha 0.05; the gradient is that of the noise.
+Rows go to results/dequantize.csv; the shape is N x C x H x W of x, uint8. The noise is an argument, so that
+all providers compute the same; the kernel reads less when it draws the noise itself. ``glow`` maps to
+[-1/2, 1/2), ``logit`` is RealNVP's map with alpha 0.05. The gradient is by the noise.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def dequantize(x, noise, *, scale, shift, logit=False):
     log_det = torch.full((len(x),), x[0].numel() * math.log(scale / 256), dtype=p.dtype, device=p.device)
     if not logit:
         return p, log_det
-    # 1 - p from what is left of the last bin: its digits are gone once p has been rounded
+    # 1 - p from the distance to the last bin's end: 1 - p of the rounded p has lost digits
     q = (256 - x.to(p.dtype) - noise) * (scale / 256) + (1 - scale - shift)
     log_p, log_q = p.log(), q.log()
     return log_p - log_q, log_det - (log_p + log_q).flatten(1).sum(1)

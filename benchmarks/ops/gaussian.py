@@ -1,9 +1,10 @@
-"""The log-density of a Gaussian prior against plain PyTorch, reduced to a value for each sample.
+"""Times the log-density of a Gaussian prior, one value per sample, and plain PyTorch.
 
     python -m benchmarks.ops.gaussian
 
-Rows go to results/gaussian.csv, shape N x C x H x W of the latent: the standard Gaussian, and one whose mean and log scale a network gave.
-Samples draw from generators that differ, so they are not compared, and not timed.
+Rows go to results/gaussian.csv; the shape is N x C x H x W of the latent. Cases: the standard Gaussian, and
+one with mean and log scale from a network. Samples are not timed: providers draw them from different
+generators, so they cannot be compared.
 """
 
 import argparse

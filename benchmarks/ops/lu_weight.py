@@ -1,11 +1,16 @@
-"""Assembling and inverting the LU weights of a stack of 1x1 convolutions, against a loop over the steps.
+"""Times assembling and inverting the LU weights of a stack of 1x1 convolutions.
 
     python -m benchmarks.ops.lu_weight
 
-Rows go to results/lu_weight.csv, shape K x C x C. The providers: ``eager`` assembles and inverts each step's matrix in turn and stacks
-them, ``eager_batched`` is plain PyTorch on the stack, ``compile`` is torch.compile of the loop (K = 8 only: for K = 32 compiling takes
-minutes), ``compile_batched`` of plain PyTorch on the stack. The case ``stack`` is given the parameters as stacks; ``steps`` as K tensors
-each, as layers hold them, so that what works on stacks has to make them first.
+Rows go to results/lu_weight.csv; the shape is K x C x C. Providers:
+
+- ``eager``: assembles and inverts each step's matrix in turn, then stacks them;
+- ``eager_batched``: plain PyTorch on the stack;
+- ``compile``: torch.compile of the loop, for K = 8 only, as K = 32 takes minutes to compile;
+- ``compile_batched``: torch.compile of plain PyTorch on the stack.
+
+In the case ``stack`` the parameters are stacks. In ``steps`` they are K tensors each, as layers hold them,
+so that providers on stacks have to make the stacks first.
 """
 
 import argparse
@@ -18,7 +23,7 @@ from fastflow import ops, reference
 
 
 def loop(P, perm, lower, upper, log_s, sign_s):
-    """Each step's W, inverse and log-det as an eager Glow computes them; it holds the matrix P in place of ``perm``."""
+    """Each step's W, inverse and log-det as an eager Glow computes them, with the matrix P, not ``perm``."""
     unit = torch.eye(lower[0].shape[-1], dtype=lower[0].dtype, device=lower[0].device)
     steps = []
     for p, l, u, s, sign in zip(P, lower, upper, log_s, sign_s, strict=True):  # noqa: E741
@@ -39,7 +44,7 @@ def unbound(P, *stacks):
 
 
 def of_steps(f: Callable, k: int) -> Callable:
-    """``f`` on stacks made of K tensors each; P is not used, so not stacked."""
+    """``f`` on stacks of K tensors each. P is not used and not stacked."""
     return lambda *tensors: f(*(torch.stack(tensors[i * k : (i + 1) * k]) for i in range(1, 6)))
 
 
@@ -86,7 +91,7 @@ def of_size(k: int, c: int, compiled: bool) -> list[harness.Case]:
             "fastflow": of_steps(ops.lu_weight, k),
         },
         gradients_of=tuple(range(2 * k, 5 * k)),
-        compiled=False,  # hundreds of tensors: minutes
+        compiled=False,  # takes minutes with hundreds of tensors
         **about,
     )
     return [of_stack, steps]

@@ -1,8 +1,9 @@
-"""Noise that depends on (seed, sample, element) alone: its generator in plain PyTorch, and FastFlow's.
+"""Times noise that is a function of (seed, sample, element): the generator in plain PyTorch, and FastFlow's.
 
     python -m benchmarks.ops.noise
 
-Rows go to results/noise.csv, shape N x C x H x W. torch.rand and torch.randn draw other numbers, so they are not among the providers.
+Rows go to results/noise.csv; the shape is N x C x H x W. torch.rand and torch.randn draw other numbers and
+are not compared.
 """
 
 import argparse

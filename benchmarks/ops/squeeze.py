@@ -1,9 +1,9 @@
-"""Squeeze and its inverse against plain PyTorch.
+"""Times squeeze and its inverse, and plain PyTorch.
 
     python -m benchmarks.ops.squeeze
 
-Rows go to results/squeeze.csv, shape N x C x H x W of x, for each order of the new channels; ``eager`` is torch's pixel_unshuffle for
-``channel``, and views with a permutation for the others.
+Rows go to results/squeeze.csv; the shape is N x C x H x W of x, the case is the order of the new channels.
+``eager`` is torch's pixel_unshuffle for ``channel``, and views with a permutation for the other orders.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Batched triangular solves against torch.linalg.solve_triangular.
+"""Times batched triangular solves, and torch.linalg.solve_triangular.
 
     python -m benchmarks.ops.triangular_solve
 
-A X = B with A [K, n, n] upper triangular and B [K, n, m]. Rows go to results/triangular_solve.csv, shape K x n x m.
-Beyond 524,280 right-hand sides cuBLAS gives up: on CUDA eager solves those in parts.
+A X = B with A [K, n, n] upper triangular and B [K, n, m]. Rows go to results/triangular_solve.csv; the
+shape is K x n x m. cuBLAS fails beyond 524,280 right-hand sides, so on CUDA ``eager`` solves them in parts.
 """
 
 import argparse
@@ -18,7 +18,7 @@ LARGEST = 1 << 25  # elements of B; K = 32 with n = 512 and m = 16384 would be a
 
 
 def eager(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    if B.is_cuda and B.shape[2] > 524280:  # where cuBLAS gives up
+    if B.is_cuda and B.shape[2] > 524280:  # cuBLAS fails
         return torch.cat(
             [torch.linalg.solve_triangular(A, part, upper=True) for part in B.split(1 << 18, dim=2)], dim=2
         )

@@ -1,13 +1,18 @@
-"""Times the providers of a case side by side and appends rows to results/NAME.csv; none is timed before it is found equal.
+"""Compares the providers of a case, times them in turn, and appends rows to results/NAME.csv.
 
-Every provider's outputs and gradients are compared with those of the first provider, the reference, on the same inputs in float64. Where
-one is off, no row of that case is written, the others are measured, and the run ends with a ValueError. In float32 it may be off by 1e-5
-of the largest value, or by twice as much as the reference is, which sums over many positions take beyond that; modules are compared in
-float64 alone, because a ReLU near zero may fall on either side in float32. Nor is there a row where
-a published library is faster than the reference: what FastFlow is compared with has to be the best of plain PyTorch. A ratio is the time
-over the reference's: above 1 is slower.
+Outputs and gradients of every provider are compared with those of the first one, the reference, in float64
+on the same inputs. If one differs, the case has no row, the other cases are measured, and the run ends with
+a ValueError. The tolerance in float32 is 1e-5 of the largest value, or twice the reference's own error if
+that is larger, as it is for sums over many positions. Modules are compared in float64 only, because in
+float32 a ReLU near zero may fall on either side.
 
-``bytes_moved`` over the time is a case's GB/s, to be seen beside those of a copy in the same run; inputs that fit in a cache may exceed it.
+A case has no row either if a published library is faster than the reference: FastFlow is compared with the
+best of plain PyTorch. A ratio is the time over the reference's; above 1 is slower.
+
+GB/s are ``bytes_moved`` over the time. Two copies in the same run show what the memory reaches: one of a
+gigabyte, which no cache holds, and one that moves ``bytes_moved`` bytes, which takes as long to start as
+the case does. Inputs that fit in a cache may exceed the former. On a GPU each call is timed twice: from
+Python, and captured in a CUDA graph, without the host's gaps.
 """
 
 import argparse
@@ -36,25 +41,33 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import fastflow
+from benchmarks.tools import capture
 from benchmarks.tools.traffic import Traffic
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 QUANTILES = (0.2, 0.5, 0.8)
-LIBRARIES = ("nflows", "normflows")  # published, none of them faster than the reference
+LIBRARIES = ("nflows", "normflows")  # published; no row if one is faster than the reference
 COPIED = {"cuda": 1 << 30, "cpu": 1 << 28}  # bytes, beyond any cache
-CACHE = 64 << 20  # bytes; a case has so many sets of inputs that they exceed it, where they are not tiny
-ROUNDS = 5  # on the CPU the providers take turns so often, and a busy neighbour is everyone's
+CACHE = 64 << 20  # bytes; the sets of inputs of a case exceed it together, unless they are tiny
+ROUNDS = 5  # turns of each provider on a CPU, so that a busy neighbour slows all of them
+SAME_SIZE_COPY = "copy of the same size"  # a call next to the providers
+CAPTURED = {"cuda": capture.captured}  # times of captured calls, by device
 
 
 @dataclass(eq=False)
 class Case:
-    """What is timed: ``providers`` by name, the reference first, each called with what ``inputs`` draws.
+    """A computation with several implementations.
 
-    ``gradients_of`` are the places of the arguments that forward+backward differentiates by; without, there is forward alone. A provider
-    that is a module, in float64 until it is timed, is differentiated by its parameters too; those that it shares with the reference are
-    compared. ``bytes_moved`` in forward: each tensor once. ``compiled``: what torch.compile makes of the reference is another provider.
+    Args:
+        inputs: draws the arguments.
+        providers: implementations by name, the reference first. A module is in float64 until it is timed; it
+            is differentiated by its parameters as well, and the gradients of those that it shares with the
+            reference are compared.
+        gradients_of: places of the arguments that forward+backward differentiates by; empty: forward only.
+        bytes_moved: bytes that forward has to read and write, every tensor once.
+        compiled: torch.compile of the reference is a further provider.
     """
 
     name: str
@@ -73,24 +86,24 @@ class Case:
 
 
 def add_arguments(add_argument: Callable) -> None:
-    """The options that all benchmarks share, and pytest has too."""
+    """Adds the options that all benchmarks and ``pytest benchmarks`` share."""
     add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add_argument("--seconds", type=float, default=0.4, help="time for a case and mode, without compiling")
+    add_argument("--seconds", type=float, default=0.4, help="time per case and mode, without compiling")
     add_argument(
         "--quick",
         action="store_true",
-        help="tiny sizes, hardly any repetitions, no torch.compile: to see that it runs",
+        help="tiny sizes, few repetitions, no torch.compile: a test that it runs",
     )
     add_argument(
         "--compiled",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="with what torch.compile makes",
+        help="with torch.compile of the reference",
     )
 
 
 def settle(options: argparse.Namespace) -> None:
-    """What --quick says of other options."""
+    """Applies --quick to the other options."""
     options.seconds = 0.01 if options.quick else options.seconds
     options.compiled = options.compiled and not options.quick
 
@@ -100,7 +113,7 @@ def arguments(
     argv: list[str] | None,
     add: Callable[[argparse.ArgumentParser], object] = lambda _: None,
 ):
-    """A benchmark's options: those that all share, where rows go, and those that ``add`` adds."""
+    """Parses a benchmark's options: the shared ones, the folder of the rows, and those that ``add`` adds."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     add_arguments(parser.add_argument)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
@@ -111,14 +124,16 @@ def arguments(
 
 
 def _git(*args: str) -> str:
+    """Output of git in the checkout of the FastFlow that was imported, empty without one."""
+    checkout = Path(fastflow.__file__).parents[1]
     try:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", *args], cwd=checkout, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:
         return ""
 
 
 def metadata(device: str) -> dict[str, str]:
-    """The columns that every row ends with: where, with which versions, of which commit and when it was measured."""
+    """The last columns of every row: device, versions, commit and date of the measurement."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -140,7 +155,7 @@ def metadata(device: str) -> dict[str, str]:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    """Adds ``rows`` to a CSV file; a column that is new is empty in the older rows, one that is gone in the newer."""
+    """Adds ``rows`` to a CSV file. A column that older or newer rows lack is empty in them."""
     old = []
     if path.exists():
         with path.open(newline="") as file:
@@ -154,7 +169,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def relative_error(found: Tensor, truth: Tensor) -> Tensor:
-    """The largest error over the largest value; infinite where the shapes differ."""
+    """The largest error over the largest value; infinite if the shapes differ."""
     if found.shape != truth.shape:
         return torch.tensor(torch.inf, dtype=torch.float64, device=truth.device)
     return (found.double() - truth).abs().max() / truth.abs().max()
@@ -172,14 +187,13 @@ def parameters(provider: Callable) -> list[nn.Parameter]:
 def _compute(
     provider: Callable, args: tuple, leaves: list[Tensor], upstream: list[Tensor]
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """The outputs and, where there are ``leaves``, the gradients by those; apart from them the gradients by the provider's parameters."""
+    """Returns the outputs with gradients by ``leaves``, and gradients by the provider's parameters."""
     if not leaves:
         with torch.no_grad():
             return _outputs(provider, args), ()
     out = _outputs(provider, args)
-    varying = [
-        (v, g) for v, g in zip(out, upstream, strict=True) if v.requires_grad
-    ]  # not the log-det of a map that has a constant one
+    # the log-det of some maps is constant
+    varying = [(v, g) for v, g in zip(out, upstream, strict=True) if v.requires_grad]
     own = parameters(provider)
     gradients = torch.autograd.grad(
         [v for v, _ in varying], [*leaves, *own], [g for _, g in varying], materialize_grads=bool(own)
@@ -188,7 +202,7 @@ def _compute(
 
 
 def _input_set(case: Case, mode: str, device: str) -> tuple:
-    """What ``_compute`` takes after the provider."""
+    """The arguments of ``_compute`` after the provider."""
     args = tuple(v.to(device, case.dtype if v.is_floating_point() else None) for v in case.inputs())
     leaves = [args[i].requires_grad_() for i in case.gradients_of] if mode == "forward+backward" else []
     with torch.no_grad():
@@ -197,7 +211,7 @@ def _input_set(case: Case, mode: str, device: str) -> tuple:
 
 
 def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], float]:
-    """The largest relative error of each provider, and the tolerance. Raises ValueError for an error above it."""
+    """Returns each provider's relative error and the tolerance. Raises ValueError for a larger error."""
     args, leaves, upstream = inputs
     exact = [v.detach().double() if v.is_floating_point() else v for v in args]
     exact_leaves = [exact[i].requires_grad_() for i in case.gradients_of] if leaves else []
@@ -215,9 +229,11 @@ def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], flo
         each = torch.stack([relative_error(*pair) for pair in pairs])
         errors[name] = error = each.max().item()
         if not error <= tolerance:  # nor is NaN
-            where = f"{case.name} {case.shape} {str(case.dtype)[6:]} {case.layout} {mode}, output {each.argmax().item()}"
+            where = f"{case.name} {case.shape} {str(case.dtype)[6:]} {case.layout} {mode}"
+            where = f"{where}, output {each.argmax().item()}"
             raise ValueError(
-                f"{where}: {name} is off by {error:.1e} of the largest value, expected {tolerance:.1e}; no row is written"
+                f"{where}: {name} is off by {error:.1e} of the largest value, expected {tolerance:.1e}; "
+                "no row is written"
             )
         if provider is case.reference:
             tolerance = max(TOLERANCE[case.dtype], 2 * error)
@@ -226,7 +242,7 @@ def _errors(case: Case, mode: str, inputs: tuple) -> tuple[dict[str, float], flo
 
 @dataclass
 class Prepared:
-    """A case in one mode, its providers found equal: ``calls`` by provider, each through the sets of inputs in turn."""
+    """A case in one mode, its providers compared. ``calls``, by provider, take the sets of inputs in turn."""
 
     calls: dict[str, Callable]
     errors: dict[str, float]
@@ -243,9 +259,9 @@ def with_compiled(case: Case, options: argparse.Namespace) -> Case:
 
 
 def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
-    """Raises ValueError where a provider is off."""
+    """Compares the providers of a case and makes their calls. Raises ValueError if a provider differs."""
     torch.manual_seed(0)
-    torch.compiler.reset()  # or shapes would use up its limit of recompilations
+    torch.compiler.reset()  # otherwise the shapes exceed its limit of recompilations
     modules = isinstance(case.reference, nn.Module)
     if modules:
         exact = dataclasses.replace(
@@ -270,8 +286,10 @@ def prepare(case: Case, mode: str, options: argparse.Namespace) -> Prepared:
 
 
 def launches(call: Callable, provider: str, device: str) -> int | str:
-    """On a GPU how many kernels, copies and fills a call starts; on the CPU how many operators it runs that are more than a view or an
-    allocation, which torch.compile's code does not tell."""
+    """Counts what a call runs: on a GPU kernels, copies, fills; on a CPU operators but views and allocations.
+
+    Operators are not visible in code from torch.compile: the count is empty.
+    """
     if device == "cuda":
         call()  # compiles
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -286,7 +304,7 @@ def launches(call: Callable, provider: str, device: str) -> int | str:
 
 
 def turn(call: Callable, seconds: float, device: str) -> list[float]:
-    """Microseconds of each call within some seconds, of one at least."""
+    """Microseconds of every call within ``seconds``, at least one."""
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -303,7 +321,7 @@ def turn(call: Callable, seconds: float, device: str) -> list[float]:
 
 
 def microseconds(calls: dict[str, Callable], seconds: float, device: str) -> dict[str, list[float]]:
-    """p20, p50, p80 of each call."""
+    """Percentiles 20, 50 and 80 of each call, in microseconds."""
     rounds = 1 if device == "cuda" else ROUNDS
     times = {name: [] for name in calls}
     for _, (name, call) in itertools.product(range(rounds), calls.items()):
@@ -312,11 +330,24 @@ def microseconds(calls: dict[str, Callable], seconds: float, device: str) -> dic
 
 
 def copy_bandwidth(device: str, seconds: float) -> float:
-    """GB/s, read and written, of a copy that no cache holds."""
+    """GB/s, read and written, of a copy that exceeds any cache."""
     x = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
     y = torch.ones_like(x)
     p50 = microseconds({"copy": lambda: y.copy_(x)}, seconds, device)["copy"][1]
     return 2 * x.nbytes / p50 / 1e3
+
+
+def same_size_copy(moved: int, device: str) -> Callable:
+    """A copy that reads and writes ``moved`` bytes in total; takes buffers in turn, as a case its inputs."""
+    x = torch.ones(moved // 2, dtype=torch.uint8, device=device)
+    pairs = [(x.clone(), torch.ones_like(x)) for _ in range(1 + min(8, CACHE // moved))]
+    turns = itertools.cycle(pairs)
+
+    def call() -> None:
+        source, target = next(turns)
+        target.copy_(source)
+
+    return call
 
 
 def modes(case: Case) -> tuple[str, ...]:
@@ -326,7 +357,7 @@ def modes(case: Case) -> tuple[str, ...]:
 def row_of(
     case: Case, mode: str, provider: str, prepared: Prepared, p50_us: float, copy_gb_s: float
 ) -> dict[str, str | int]:
-    """What a row says beside the time itself."""
+    """The columns of a row other than its times."""
     row = {
         "case": case.name,
         "shape": case.shape,
@@ -344,44 +375,53 @@ def row_of(
     return row | {"gb_s": f"{moved / p50_us / 1e3:.1f}" if moved else "", "copy_gb_s": f"{copy_gb_s:.1f}"}
 
 
+def two_digits(us: float | None) -> str:
+    return "" if us is None else f"{us:.2f}"
+
+
+def refuse_straw_man(times: dict[str, list[float]], where: str, quick: bool) -> None:
+    """Raises ValueError if a published library is faster than the reference, the first of ``times``."""
+    reference = next(iter(times.values()))[1]
+    for library in times.keys() & set(LIBRARIES) if not quick else ():
+        if times[library][1] < reference:
+            found = f"the reference takes {reference:.1f} us, {library} {times[library][1]:.1f}: a straw man"
+            raise ValueError(f"{where}: {found}; no row is written")
+
+
 def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]:
-    """Checks and times every case in each mode, appends the rows to ``options.results/NAME.csv`` and prints them."""
+    """Compares and times every case in each mode, appends rows to ``options.results/NAME.csv``."""
     device = options.device
-    torch.backends.cudnn.allow_tf32 = False  # its 10 bits are no match for float32
-    if device == "cpu" and os.getloadavg()[0] > 0.3:
-        print(
-            f"other programs are running here, {os.getloadavg()[0]:.1f} at a time over the last minute: the times are not worth keeping"
-        )
+    torch.backends.cudnn.allow_tf32 = False  # its 10 bits differ from float32
+    if device == "cpu" and (load := os.getloadavg()[0]) > 0.3:
+        print(f"other programs are running ({load:.1f} on average over the last minute): discard these times")
     about, copy_gb_s, rows, wrong = metadata(device), copy_bandwidth(device, options.seconds), [], []
     for case, mode in (bar := tqdm([(each, mode) for each in cases for mode in modes(each)], desc=name)):
         bar.set_postfix_str(f"{case.name} {case.shape} {mode}")
         try:
             prepared = prepare(case, mode, options)
-            times = microseconds(prepared.calls, options.seconds, device)
-            reference, *_ = (p50 for _, p50, _ in times.values())
-            for library in times.keys() & set(LIBRARIES) if not options.quick else ():
-                if times[library][1] < reference:
-                    found = f"the reference takes {reference:.1f} us, {library} {times[library][1]:.1f}: a straw man"
-                    raise ValueError(
-                        f"{case.name} {case.shape} {case.layout} {mode}: {found}; no row is written"
-                    )
+            calls = dict(prepared.calls)
+            if mode == "forward" and case.bytes_moved:
+                calls[SAME_SIZE_COPY] = same_size_copy(case.bytes_moved, device)
+            times = microseconds(calls, options.seconds, device)
+            copy_us = times.pop(SAME_SIZE_COPY, None)
+            refuse_straw_man(times, f"{case.name} {case.shape} {case.layout} {mode}", options.quick)
         except ValueError as error:
             wrong.append(str(error))
             tqdm.write(wrong[-1])
             continue
+        graphs, notes = CAPTURED[device](calls, options.seconds) if device in CAPTURED else ({}, {})
+        reference = next(iter(times.values()))[1]
         found = []
         for provider, (p20, p50, p80) in times.items():
             row = {"name": name} | row_of(case, mode, provider, prepared, p50, copy_gb_s)
-            row |= {
-                "p20_us": f"{p20:.2f}",
-                "p50_us": f"{p50:.2f}",
-                "p80_us": f"{p80:.2f}",
-                "ratio": f"{p50 / reference:.3f}",
-            }
+            row |= {"p20_us": p20, "p50_us": p50, "p80_us": p80}
+            row["same_size_copy_us"] = copy_us[1] if copy_us else None
+            row["captured_us"] = graphs.get(provider)
+            row["same_size_copy_captured_us"] = graphs.get(SAME_SIZE_COPY)
+            row |= {column: two_digits(value) for column, value in row.items() if column.endswith("_us")}
+            row |= {"ratio": f"{p50 / reference:.3f}", "captured_note": notes.get(provider, "")}
             found.append(row | about)
-        append(
-            options.results / f"{name}.csv", found
-        )  # at once: a run that is cut keeps what it has measured
+        append(options.results / f"{name}.csv", found)  # at once: a run that is cut keeps its rows
         rows += found
     if rows:
         report(rows)
@@ -391,7 +431,7 @@ def run(name: str, cases: list[Case], options: argparse.Namespace) -> list[dict]
 
 
 def with_cases() -> dict[str, ModuleType]:
-    """The benchmarks of ops and layers that have cases, by name."""
+    """The modules of benchmarks that have cases, by name."""
     modules = {
         found.name: importlib.import_module(f"benchmarks.{folder}.{found.name}")
         for folder in ("ops", "models")
@@ -407,13 +447,13 @@ def main(
     argv: list[str] | None,
     seconds: float = 0.4,
 ) -> list[dict]:
-    """A benchmark's command line."""
+    """Runs a benchmark from the command line."""
     options = arguments(description, argv, lambda parser: parser.set_defaults(seconds=seconds))
     return run(name, cases(options), options)
 
 
 def report(rows: list[dict]) -> None:
-    """Prints p50 in microseconds, a line a case and mode; in parentheses the time over the reference's."""
+    """Prints p50 in microseconds and, in parentheses, over the reference's; one line per case and mode."""
     table = {}
     for row in rows:
         key = " ".join(row[k] for k in ("case", "shape", "dtype", "layout", "mode"))
@@ -423,9 +463,7 @@ def report(rows: list[dict]) -> None:
     ours = [float(row["ratio"]) for row in rows if row["provider"] == "fastflow"]
     if ours:
         slower = sum(ratio > 1 for ratio in ours)
-        print(
-            f"fastflow: slower than the reference in {slower} of {len(ours)}, time over its {min(ours):.2f} to {max(ours):.2f}"
-        )
-    print(
-        f"microseconds, p50, on {rows[0]['device']}; in parentheses the time over that of the first provider: above 1 is slower"
-    )
+        print(f"fastflow: slower than the reference in {slower} of {len(ours)} cases;", end=" ")
+        print(f"time over the reference's {min(ours):.2f} to {max(ours):.2f}")
+    print(f"microseconds, p50, on {rows[0]['device']};", end=" ")
+    print("in parentheses the time over the first provider's: above 1 is slower")

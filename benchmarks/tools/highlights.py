@@ -1,11 +1,14 @@
-"""README's numbers, from the newest rows of each device; benchmarks/tools/report.py writes them."""
+"""README's numbers, from the newest rows of each device. benchmarks/tools/report.py writes them."""
 
 from benchmarks.models import memory
 from benchmarks.tools import page
 
 
 def glow(rows: list[dict]) -> str:
-    """Time over plain PyTorch's, a line a provider: of the last size and the default coupling, and normflows with the other."""
+    """Time over plain PyTorch's, one line per provider, of the newest size.
+
+    All providers have the default coupling, except for normflows, which has the other one.
+    """
     rows = [row for row in rows if row["size"] == rows[-1]["size"]]
     lines: dict[str, dict[str, str]] = {}
     for row in rows:
@@ -17,32 +20,38 @@ def glow(rows: list[dict]) -> str:
 
 
 def grown(rows: list[dict]) -> str:
-    """What a step more at each level adds to the peak, with the widest networks."""
+    """The peak memory that one more flow step per level adds, with the widest networks."""
     (side, batch, hidden), ways = max(memory.against("k", rows).items(), key=lambda found: found[0][2])
     mib = {way: memory.growth(points) for way, points in ways.items()}
     others = ", ".join(f"{way} {mib[way]:.2f}" for way in mib if way != "reversible")
-    size, ours = f"hidden {hidden}, batch {batch}, {side}x{side}", mib["reversible"]
-    return f"Reversible backprop: a step of flow more at each of three levels ({size}) adds {ours:.2f} MiB to the peak ({others})"
+    return (
+        "With reversible backprop, one more flow step per level (three levels, "
+        f"hidden {hidden}, batch {batch}, {side}x{side})\n"
+        f"adds {mib['reversible']:.2f} MiB to the peak memory ({others})."
+    )
 
 
 def took(rows: list[dict]) -> str:
-    """The time of the ways whose memory that is."""
+    """The time of the ways that :func:`grown` compares."""
     widest = max((row["hidden"] for row in rows), key=int)
     ratio = {row["way"]: float(row["ratio"]) for row in rows if row["hidden"] == widest}
     others = ", ".join(f"{way} {ratio[way]:.2f}" for way in ratio if way not in ("stored", "reversible"))
-    return f"and forward and backward take {ratio['reversible']:.2f} times as long as with stored activations ({others})"
+    ours = ratio["reversible"]
+    return f"Forward and backward take {ours:.2f} times as long as with stored activations ({others})."
 
 
 def text(device: str, files: dict[str, list[dict]]) -> str:
     parts = [
-        f"On {device}. 1 is plain PyTorch, which is no slower than nflows and normflows in the same run; above 1 is slower."
+        f"Measured on {device}. Plain PyTorch is 1; above 1 is slower. Plain PyTorch is no slower than\n"
+        "nflows and normflows in the same run."
     ]
     if "glow" in files:
         parts.append(
-            f"{glow(files['glow'])}\n\n(`python -m benchmarks.models.glow`; normflows beside plain PyTorch with the coupling that it has)"
+            f"{glow(files['glow'])}\n\n"
+            "(`python -m benchmarks.models.glow`; normflows is compared with plain PyTorch with its coupling)"
         )
     if {"memory", "memory_time"} <= files.keys():
         parts.append(
-            f"{grown(files['memory'])}, {took(files['memory_time'])}: `python -m benchmarks.models.memory`."
+            f"{grown(files['memory'])}\n{took(files['memory_time'])}\n(`python -m benchmarks.models.memory`)"
         )
     return "\n\n".join(parts)

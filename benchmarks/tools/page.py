@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the pages that hold them between markers."""
+"""Tables in Markdown, and pages that hold them between markers."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,11 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def write(page: Path, found: dict[str, str]) -> None:
-    """Puts each text between its pair of markers: ``<!-- NAME: written by benchmarks/... -->`` and ``<!-- end of NAME -->``."""
+    """Replaces the text between each pair of markers.
+
+    They are ``<!-- NAME: written by benchmarks/... -->`` and ``<!-- end of NAME -->``. Raises ValueError if a
+    page does not have exactly one pair.
+    """
     text = page.read_text()
     for name, new in found.items():
         begin, end = rf"(<!-- {re.escape(name)}: written by \S+ -->)", f"<!-- end of {name} -->"

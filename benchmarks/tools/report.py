@@ -1,8 +1,9 @@
-"""docs/benchmarks.md, its plots and README's numbers from the rows in results/, by device; of rows of one case the newest counts.
+"""Writes docs/benchmarks.md, its plots and README's numbers from the rows in results/. Measures nothing.
 
     python -m benchmarks.tools.report
 
-A ratio is the time over plain PyTorch's of the same case and run: above 1 is slower. Nothing is measured here.
+The newest row of a case on a device counts. A ratio is the time over plain PyTorch's of the same case and
+run: above 1 is slower.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 from benchmarks.models.training_speed import COMPILED, IS_DEFAULT, batch_of, model_of
 from benchmarks.tools import harness, highlights, page
 
-# a row's case, by file: what of its columns says what was measured
+# columns that identify the case of a row, by file
 OPS = ("case", "shape", "dtype", "layout", "mode", "provider")
 KEYS = {
     "glow": ("size", "coupling", "mode", "provider"),
@@ -24,7 +25,7 @@ KEYS = {
     "memory_time": ("side", "batch", "hidden", "k", "way"),
     "memory_batch": ("side", "hidden", "k", "way", "limit_mib"),
     "modules": OPS,
-    "profile": ("size", "by", "name"),
+    "step_profile": ("size", "by", "name"),
 }
 GLOW_MODES = {
     "forward+backward": "forward + backward, ms",
@@ -35,7 +36,7 @@ FOOTNOTE = "torch {torch}, commit {commit}, {date}"
 
 
 def read(results: Path) -> dict[str, dict[str, list[dict]]]:
-    """The newest rows, by device and then by file."""
+    """The newest row of each case, by device and then by file."""
     found: dict[str, dict[str, dict]] = {}
     for path in sorted(results.glob("*.csv")):
         with path.open(newline="") as file:
@@ -65,7 +66,7 @@ def ratios(rows: list[dict], provider: str) -> list[float]:
 
 
 def compiled(rows: list[dict]) -> list[float]:
-    """Of each case the faster of what torch.compile made."""
+    """The smallest ratio of the providers from torch.compile, for each case."""
     best: dict[tuple, float] = {}
     for row in rows:
         if row["provider"].startswith("compile"):
@@ -79,10 +80,32 @@ def spread(values: list[float]) -> str:
 
 
 def share_of_copy(rows: list[dict]) -> str:
+    """The best share of the bandwidth of a copy of a gigabyte."""
     shares = [
         float(r["gb_s"]) / float(r["copy_gb_s"]) for r in rows if r["provider"] == "fastflow" and r["gb_s"]
     ]
     return f"{max(shares):.0%}" if shares else ""
+
+
+def share_of_same_size_copy(rows: list[dict], copy: str, column: str) -> str:
+    """The time of a copy of the same size over FastFlow's: median over the cases, least and most."""
+    shares = [
+        float(r[copy]) / float(r[column])
+        for r in rows
+        if r["provider"] == "fastflow" and r.get(copy) and r.get(column)
+    ]
+    return f"{statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})" if shares else ""
+
+
+def captured(rows: list[dict]) -> str:
+    """FastFlow's time over plain PyTorch's, both captured in CUDA graphs."""
+    found: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        if row.get("captured_us"):
+            case = tuple(row[column] for column in OPS[:-1])
+            found.setdefault(case, {})[row["provider"]] = float(row["captured_us"])
+    both = [us for us in found.values() if {"fastflow", "eager"} <= us.keys()]
+    return spread([us["fastflow"] / us["eager"] for us in both])
 
 
 def about(rows: list[dict]) -> str:
@@ -90,7 +113,7 @@ def about(rows: list[dict]) -> str:
 
 
 def launches(rows: list[dict]) -> str:
-    """Of FastFlow and of plain PyTorch, the median over the cases."""
+    """Launches of FastFlow and of plain PyTorch, the median over the cases."""
     of = {
         provider: [int(r["launches"]) for r in rows if r["provider"] == provider and r.get("launches")]
         for provider in ("fastflow", "eager")
@@ -98,37 +121,40 @@ def launches(rows: list[dict]) -> str:
     return " / ".join(f"{statistics.median(counts):g}" for counts in of.values()) if all(of.values()) else ""
 
 
+OP_COLUMNS = {
+    "cases": lambda rows: str(len(ratios(rows, "fastflow"))),
+    "FastFlow": lambda rows: spread(ratios(rows, "fastflow")),
+    "slower in": lambda rows: (
+        f"{sum(ratio > 1 for ratio in ratios(rows, 'fastflow'))} of {len(ratios(rows, 'fastflow'))}"
+    ),
+    "torch.compile": lambda rows: spread(compiled(rows)),
+    "FastFlow, captured": captured,
+    "launches, FastFlow / plain": launches,
+    "best share of the copy": share_of_copy,
+    "share of a copy of the same size": lambda rows: share_of_same_size_copy(
+        rows, "same_size_copy_us", "p50_us"
+    ),
+    "that share, captured": lambda rows: share_of_same_size_copy(
+        rows, "same_size_copy_captured_us", "captured_us"
+    ),
+    "measured": about,
+}
+# columns that only newer rows have, or only those of a GPU
+OPTIONAL = ("FastFlow, captured", "share of a copy of the same size", "that share, captured")
+
+
 def ops_table(files: dict[str, list[dict]]) -> str:
-    lines = []
-    for (name, mode), rows in ops_of(files).items():
-        ours = ratios(rows, "fastflow")
-        slower = sum(ratio > 1 for ratio in ours)
-        if ours:
-            cells = [
-                str(len(ours)),
-                spread(ours),
-                f"{slower} of {len(ours)}",
-                spread(compiled(rows)),
-                launches(rows),
-            ]
-            cells += [share_of_copy(rows), about(rows)]
-            lines.append([name, mode, *cells])
-    head = [
-        "op",
-        "mode",
-        "cases",
-        "FastFlow",
-        "slower in",
-        "torch.compile",
-        "launches, FastFlow / plain",
-        "best share of the copy",
-        "measured",
-    ]
-    return page.table(head, lines) if lines else ""
+    groups = {key: rows for key, rows in ops_of(files).items() if ratios(rows, "fastflow")}
+    if not groups:
+        return ""
+    columns = {head: [cell(rows) for rows in groups.values()] for head, cell in OP_COLUMNS.items()}
+    columns = {head: cells for head, cells in columns.items() if head not in OPTIONAL or any(cells)}
+    lines = zip(*zip(*groups, strict=True), *columns.values(), strict=True)
+    return page.table(["op", "mode", *columns], [list(line) for line in lines])
 
 
 def losses(files: dict[str, list[dict]]) -> str:
-    """Every case of an op in which FastFlow takes longer than plain PyTorch."""
+    """The cases in which an op of FastFlow takes longer than plain PyTorch."""
     lines = []
     for (name, mode), rows in ops_of(files).items():
         eager = {
@@ -158,13 +184,13 @@ def training_table(rows: list[dict]) -> str:
     columns = {"Glow": [r["size"] for r in rows], "step": [r["way"] for r in rows]}
     columns["images/s"] = [f"{float(r['images_s_p50']):.0f}" for r in rows]
     columns["over plain's"] = [f"{float(r['over_plain']):.2f}" for r in rows]
-    shares = [r.get("share_of_matmul") for r in rows]  # which older rows do not have
+    shares = [r.get("share_of_matmul") for r in rows]  # older rows have none
     if any(shares):
         columns["share of a matrix product's FLOP/s"] = [
             f"{float(share):.0%}" if share else "" for share in shares
         ]
     peaks = [r["peak_mib"] for r in rows]
-    if {*peaks} != {"nan"}:  # of a GPU's allocator
+    if {*peaks} != {"nan"}:  # measured by a GPU's allocator
         columns["peak, MiB"] = peaks
     return page.table([*columns], [list(line) for line in zip(*columns.values(), strict=True)])
 
@@ -211,7 +237,7 @@ def loader_table(rows: list[dict]) -> str:
 
 
 def modules_table(rows: list[dict]) -> str:
-    """A line a layer and direction, the time over plain PyTorch's of each provider."""
+    """One line per layer and direction, with each provider's time over plain PyTorch's."""
     others = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "eager"]
     lines: dict[tuple, dict[str, dict]] = {}
     for row in rows:
@@ -228,7 +254,7 @@ def modules_table(rows: list[dict]) -> str:
 
 
 def profile_table(rows: list[dict]) -> str:
-    """Of the newest run, the ten first by time and by bytes."""
+    """The first ten rows by time and by bytes of the newest run."""
     newest = [
         r
         for r in rows
@@ -236,20 +262,20 @@ def profile_table(rows: list[dict]) -> str:
     ]
     timed, moved = ([r for r in newest if r["by"] == by][:10] for by in ("time", "bytes"))
     lines = [[f"`{r['name'][:60]}`", r["calls"], r["us"], f"{float(r['share']):.0%}"] for r in timed]
-    by_time = page.table([f"of a step, {rows[-1]['size']}, by time", "calls", "us", "share"], lines)
+    by_time = page.table([f"one step, {rows[-1]['size']}, by time", "calls", "us", "share"], lines)
     lines = [[f"`{r['name']}`", r["calls"], r["mib"], f"{float(r['share']):.0%}", r["gb_s"]] for r in moved]
     return by_time + "\n\n" + page.table(["by bytes", "calls", "MiB", "share", "GB/s"], lines)
 
 
 TABLES = {
-    "glow": ("Glow beside what one would use instead", glow_table),
+    "glow": ("Glow compared with plain PyTorch and published libraries", glow_table),
     "training_speed": ("The trainer's step", training_table),
-    "memory": ("Peak memory of forward and backward, weights and gradients aside", memory_table),
+    "memory": ("Peak memory of forward and backward, without weights and gradients", memory_table),
     "memory_batch": ("The largest batch that fits", memory_batch_table),
-    "memory_time": ("Time of forward and backward, by how activations come back", memory_time_table),
+    "memory_time": ("Time of forward and backward, stored and recomputed activations", memory_time_table),
     "loader": ("The loader", loader_table),
-    "profile": ("Where the time of a training step goes, and its bytes", profile_table),
-    "modules": ("Layers one by one, time over plain PyTorch's", modules_table),
+    "step_profile": ("Time and bytes of a training step, by operator", profile_table),
+    "modules": ("Single layers, time over plain PyTorch's", modules_table),
 }
 
 
@@ -260,9 +286,8 @@ def slug(device: str) -> str:
 def section(device: str, files: dict[str, list[dict]], pictures: dict[str, str]) -> str:
     parts = [f"## {device}"]
     if "benchmarks" in pictures:
-        parts.append(
-            f"![FastFlow's time over plain PyTorch's, op by op and for a whole Glow]({pictures['benchmarks']})"
-        )
+        title = "FastFlow's time over plain PyTorch's, for each op and for a whole Glow"
+        parts.append(f"![{title}]({pictures['benchmarks']})")
     for name, (title, table) in TABLES.items():
         if name in files:
             parts += [
@@ -273,16 +298,17 @@ def section(device: str, files: dict[str, list[dict]], pictures: dict[str, str])
         if name in pictures:
             parts.append(f"![Images/s of a training step against batch]({pictures[name]})")
     if table := ops_table(files):
-        parts += ["### Ops", "Time over plain PyTorch's: median over the cases, least and most.", table]
+        parts += ["### Ops", "Time over plain PyTorch's: median over the cases (minimum to maximum).", table]
     if table := losses(files):
         parts += [
-            f"<details><summary>Every case in which an op takes longer than plain PyTorch</summary>\n\n{table}\n\n</details>"
+            "<details><summary>All cases in which an op takes longer than plain PyTorch</summary>\n\n"
+            f"{table}\n\n</details>"
         ]
     return "\n\n".join(parts)
 
 
 def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
-    """A dot a case for FastFlow and for torch.compile, and bars for Glow; False where there is nothing to show."""
+    """Draws a mark per case for FastFlow and torch.compile, and bars for Glow. False if there are no rows."""
     from matplotlib.figure import Figure
 
     groups = {key: rows for key, rows in ops_of(files).items() if ratios(rows, "fastflow")}
@@ -308,7 +334,7 @@ def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
     left.set_xscale("log")
     left.xaxis.set_major_formatter("{x:g}")
     left.margins(y=0.08)
-    left.set_title("ops, a mark a case", fontsize=10)
+    left.set_title("ops, one mark per case", fontsize=10)
     left.legend(fontsize=8, frameon=False)
     for i, coupling in enumerate(couplings):
         rows, thick = [r for r in glow if r["coupling"] == coupling], 0.8 / len(couplings)
@@ -334,7 +360,7 @@ def plot(device: str, files: dict[str, list[dict]], path: Path) -> bool:
 
 
 def plot_batches(device: str, files: dict[str, list[dict]], path: Path) -> bool:
-    """Images/s of the training step of the newest model, a line a way; False where none was measured at two batches."""
+    """Draws images/s of the newest model's training step against batch. False if no way has two batches."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -346,13 +372,13 @@ def plot_batches(device: str, files: dict[str, list[dict]], path: Path) -> bool:
     lines = {way: points for way, points in lines.items() if len(points) > 1}
     if not lines:
         return False
-    colours = {"plain": "0.5", COMPILED: "C0"} | {way: "C3" for way in lines if way.endswith(IS_DEFAULT)}
-    others = [way for way in lines if way not in colours]
-    colours |= {way: matplotlib.colormaps["viridis"](i / len(others)) for i, way in enumerate(others)}
+    colors = {"plain": "0.5", COMPILED: "C0"} | {way: "C3" for way in lines if way.endswith(IS_DEFAULT)}
+    others = [way for way in lines if way not in colors]
+    colors |= {way: matplotlib.colormaps["viridis"](i / len(others)) for i, way in enumerate(others)}
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     axes = figure.subplots()
     for way, points in lines.items():
-        axes.plot(*zip(*points, strict=True), "o-", color=colours[way], markersize=4, label=way)
+        axes.plot(*zip(*points, strict=True), "o-", color=colors[way], markersize=4, label=way)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0)

@@ -1,9 +1,10 @@
-"""Every op and model once at small, odd sizes, forward and backward: what compute-sanitizer is to look at.
+"""Runs every op, layer and model at small, odd sizes, forward and backward, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m benchmarks.tools.small_cases
     compute-sanitizer --tool racecheck python -m benchmarks.tools.small_cases
 
-Prints what ran. Sizes are such that tiles are ragged, in channels, positions and samples; layouts are contiguous and channels_last.
+Prints each case. With these sizes the last tiles are partial in channels, positions and samples; layouts
+are contiguous and channels_last.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Which operators run below autograd, FastFlow's own among them, and how many bytes they move."""
+"""Counts the operators that run below autograd, FastFlow's included, and the bytes that they move."""
 
 import math
 from collections import Counter
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-OVERWRITE = ("aten::copy_", "aten::fill_", "aten::zero_")  # what they change they do not read
+OVERWRITE = ("aten::copy_", "aten::fill_", "aten::zero_")  # they do not read what they change
 
 
 def tensors(of) -> list[Tensor]:
@@ -15,7 +15,7 @@ def tensors(of) -> list[Tensor]:
 
 
 def size(moved: list[Tensor]) -> int:
-    """Bytes of the tensors, of one that comes twice once; an expanded one has those that it was expanded from."""
+    """Bytes of the tensors. One that occurs twice counts once; an expanded one counts as before expansion."""
     parts = {
         (v.data_ptr(), v.dtype, *((n, step) for n, step in zip(v.shape, v.stride(), strict=True) if step))
         for v in moved
@@ -24,12 +24,15 @@ def size(moved: list[Tensor]) -> int:
 
 
 def without_underscore(name: str) -> str:
-    """An in-place operator's other name: autograd adds up gradients in place, but not under a dispatch mode."""
+    """The name without an in-place operator's underscore.
+
+    Autograd adds gradients in place, but not under a dispatch mode.
+    """
     return name.removesuffix("_")
 
 
 class Traffic(TorchDispatchMode):
-    """Counts calls and bytes of the operators that run, by name."""
+    """Counts calls and bytes of operators, by name."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from benchmarks.models import glow, published
+from benchmarks.models import glow, libraries
 from benchmarks.tools import report
 from tests.support.rows import DEVICES, assert_tables, rows_of
 
@@ -33,7 +33,7 @@ def test_glow_beside_plain_pytorch(device, training_page, tmp_path, capsys):
     assert "(1.00)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("coupling", published.COUPLINGS)
+@pytest.mark.parametrize("coupling", libraries.COUPLINGS)
 @pytest.mark.parametrize("wrong", ["a gradient", "bits/dim without gradients", "a pixel", "a weight"])
 def test_a_glow_that_computes_something_else_is_refused(wrong, coupling, monkeypatch):
     model = glow.build(coupling, 8, 2, 1, 4, 2).double()
@@ -42,7 +42,7 @@ def test_a_glow_that_computes_something_else_is_refused(wrong, coupling, monkeyp
     assert max(glow.check(found, given, glow.TOLERANCE).values()) <= glow.TOLERANCE
     refused = "fastflow"
     if wrong == "a weight":
-        refused = published.COUPLINGS[coupling]
+        refused = libraries.COUPLINGS[coupling]
         if refused not in found:
             pytest.skip(f"{refused} is not installed")
         shared = {id(p) for p in found["plain"].parameters}
@@ -66,10 +66,10 @@ def test_a_glow_that_computes_something_else_is_refused(wrong, coupling, monkeyp
         glow.check(found, given, glow.TOLERANCE)
 
 
-@pytest.mark.parametrize("coupling", published.COUPLINGS)
+@pytest.mark.parametrize("coupling", libraries.COUPLINGS)
 @pytest.mark.parametrize("mode", report.GLOW_MODES)
 def test_no_row_where_a_published_library_is_faster_than_plain_pytorch(mode, coupling, monkeypatch):
-    library = published.COUPLINGS[coupling]
+    library = libraries.COUPLINGS[coupling]
     taken = {m: {name: [1.0, 2.0, 3.0] for name in ("plain", library, "fastflow")} for m in report.GLOW_MODES}
     monkeypatch.setattr(glow, "times", lambda *_: taken)
     given = "tiny", coupling, (8, 2, 1, 4, 2), argparse.Namespace(device="cpu", quick=False, compiled=False)

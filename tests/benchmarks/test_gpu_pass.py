@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from benchmarks.tools import harness
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the pass runs by itself")
 
-# Runs Python, except for the stages: it writes their command lines to $STARTED, and $FAILING fails.
+SCRIPT = harness.ROOT / "benchmarks" / "gpu_pass.sh"
+# Runs Python, except for the stages: it writes their command lines to $STARTED, and $FAILING fails. With $GPU
+# it reports a device, and pytest ends when small_cases has started.
 STUB = """#!/usr/bin/env bash
+if [ -n "$GPU" ] && [ "$1" = -c ] && [[ "$2" = *is_available* ]]; then echo 1; exit; fi
 [ "$1" = -m ] || exec {python} "$@"
+[ "$2" != pytest ] || until grep -q small_cases "$STARTED"; do sleep 0.1; done
 printf '%q ' "$@" >>"$STARTED"
 echo >>"$STARTED"
 [ "$2" != "$FAILING" ]
@@ -24,16 +29,16 @@ echo >>"$STARTED"
 
 
 def run(
-    tmp_path, folder: str | None, minutes: str = "6", failing: str = ""
+    tmp_path, folder: str | None, minutes: str = "6", failing: str = "", script: Path = SCRIPT, **more: str
 ) -> tuple[subprocess.CompletedProcess, list]:
     """The finished pass, and the command line of each stage that it started."""
     stub, started = tmp_path / "python", tmp_path / "started"
     stub.write_text(STUB.format(python=shlex.quote(sys.executable)))
     stub.chmod(0o755)
     started.write_text("")
-    given = {"PYTHON": str(stub), "MINUTES": minutes, "STARTED": str(started), "FAILING": failing}
-    script = ["bash", str(harness.ROOT / "benchmarks" / "gpu_pass.sh"), *([] if folder is None else [folder])]
-    done = subprocess.run(script, env=os.environ | given, capture_output=True, text=True)
+    given = {"PYTHON": str(stub), "MINUTES": minutes, "STARTED": str(started), "FAILING": failing, "GPU": ""}
+    command = ["bash", str(script), *([] if folder is None else [folder])]
+    done = subprocess.run(command, env=os.environ | given | more, capture_output=True, text=True)
     return done, [shlex.split(line)[1:] for line in started.read_text().splitlines()]
 
 
@@ -42,7 +47,8 @@ STAGES = {
     "training_speed",
     "glow",
     "memory",
-    "profile",
+    "step_profile",
+    "overhead",
     "inverse_precision",
     *harness.with_cases(),
 }
@@ -78,3 +84,32 @@ def test_stages_without_time_are_left_out_and_named(tmp_path):
     done, started = run(tmp_path, str(tmp_path / "out"), minutes="0.1")
     assert done.returncode == 1 and not started
     assert "left out: no time" in done.stdout and 'STAGES="' in done.stdout
+
+
+def test_on_a_gpu_the_tests_run_next_to_the_checks_and_before_what_is_timed(tmp_path):
+    about = {"GPU": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    done, started = run(tmp_path, str(tmp_path / "out"), **about)
+    assert done.returncode == 0, done.stdout + done.stderr
+    order = [module.rsplit(".")[-1] for module, *_ in started]
+    assert order[:4] == ["pip", "small_cases", "pytest", "training_speed"]
+    assert {*order[3:]} == STAGES - {"small_cases"}
+    tests = started[2]
+    assert " -m gpu " in " ".join(tests) and " --dist loadgroup " in " ".join(tests)
+    for stage in ("install", "tests"):
+        assert re.search(rf"^{stage} +\d+ s  passed$", done.stdout, re.M), done.stdout
+    for stage in ("memcheck", "racecheck"):
+        assert re.search(rf"^{stage} +\d+ s  skipped: ", done.stdout, re.M), done.stdout
+    done, _ = run(tmp_path, str(tmp_path / "out"), failing="pytest", **about)
+    assert done.returncode == 1 and re.search(r"^tests +\d+ s  failed \(1\)", done.stdout, re.M), done.stdout
+
+
+def test_stages_that_are_cut_are_named(tmp_path):
+    """The stub's pytest does not end without small_cases."""
+    about = {"GPU": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "STAGES": "tests memory"}
+    text = SCRIPT.read_text().replace("stage tests 300", "stage tests 1")
+    shorter = tmp_path / "gpu_pass.sh"
+    shorter.write_text(text.replace('cd "$(dirname "$0")/.."', f"cd {shlex.quote(str(harness.ROOT))}"))
+    done, started = run(tmp_path, str(tmp_path / "out"), script=shorter, **about)
+    assert done.returncode == 1
+    assert re.search(r"^tests +\d+ s  cut after 1 s$", done.stdout, re.M), done.stdout
+    assert 'STAGES="tests" INSTALL=0 bash benchmarks/gpu_pass.sh' in done.stdout and len(started) == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.tools import harness
+from benchmarks.tools.traffic import Traffic
 from tests.support.rows import DEVICES, rows_of
 
 ALWAYS = (
@@ -102,6 +103,24 @@ def test_pytest_benchmark_takes_the_cases(tmp_path):
             and float(about["copy_gb_s"]) > 0
         )
         assert bool(about["gb_s"]) == (about["mode"] == "forward") and each["stats"]["median"] > 0
+
+
+def test_a_copy_of_the_same_size_is_timed_with_each_case(options):
+    """In forward only, since ``bytes_moved`` counts forward."""
+    moving = case(double, gradients_of=(0,), bytes_moved=120)
+    rows = harness.run("doubling", [moving, case(double)], options)
+    shares = [bool(row["same_size_copy_us"]) for row in rows]
+    assert shares == [True, True, False, False, False, False]
+    assert rows[0]["same_size_copy_us"] == rows[1]["same_size_copy_us"]
+    assert float(rows[0]["same_size_copy_us"]) > 0
+    assert {row["provider"] for row in rows} == {"eager", "fastflow"}
+    assert {row["captured_us"] for row in rows} == {""}  # on a GPU only
+
+
+def test_the_copy_moves_as_many_bytes_as_the_case():
+    with Traffic() as traffic:
+        harness.same_size_copy(120, "cpu")()
+    assert traffic.bytes["aten::copy"] == 120
 
 
 def wrong_gradient(x):

@@ -1,4 +1,4 @@
-"""Peak memory and the largest batch that fits: rows, tables, the search and which errors it takes for a lack of memory."""
+"""Peak memory and the largest batch: rows, tables, the search, and errors that mean a lack of memory."""
 
 import argparse
 
@@ -40,10 +40,10 @@ def memory_options(**more):
 
 
 def test_peak_memory_grows_with_stored_activations_alone():
-    """Of a small Glow, in MiB for a step more: its activations with hidden 64 are some 5, what reversible backprop adds is Python's."""
+    """MiB per step of a small Glow: some 5 are activations with hidden 64; reversible adds Python's objects."""
     options = memory_options(side=32, batch=32, hidden=64)
     growth = {
-        way: memory.growth([(k, memory.peak_of_its_own(way, k, options)[0]) for k in (2, 10)])
+        way: memory.growth([(k, memory.peak_in_a_process(way, k, options)[0]) for k in (2, 10)])
         for way in ("stored", "reversible")
     }
     assert growth["reversible"] <= 0.6 and growth["stored"] >= 3, growth
@@ -85,7 +85,7 @@ def test_the_largest_batch_is_within_the_limit_and_guessed_from_others(monkeypat
         tried.append(options.batch)
         return None, 3 + 2.0 * options.batch
 
-    monkeypatch.setattr(memory, "peak_of_its_own", took)
+    monkeypatch.setattr(memory, "peak_in_a_process", took)
     options = memory_options(limit_mib=43)
     assert memory.largest_batch("stored", 2, [(4, 11.0), (32, 67.0)], options) == (20, 43.0) and tried == [
         20,
@@ -107,7 +107,8 @@ class Refusing:
         return {"num_ooms": self.num_ooms}
 
 
-NO_ENGINE = "GET was unable to find an engine to execute this computation"  # cuDNN's words when the allocator refuses its workspace
+# cuDNN's error if the allocator refuses its workspace
+NO_ENGINE = "GET was unable to find an engine to execute this computation"
 
 
 @pytest.mark.parametrize(
@@ -149,4 +150,4 @@ def test_a_gpu_s_batch_fits_until_it_is_out_of_memory():
     found, mib = memory.largest_batch("stored", 2, [], options)
     assert found >= 1 and mib <= 256
     options.batch = 2 * found
-    assert memory.peak_of_its_own("stored", 2, options) == (float("inf"), float("inf"))
+    assert memory.peak_in_a_process("stored", 2, options) == (float("inf"), float("inf"))

@@ -1,4 +1,4 @@
-"""The report of all rows, in docs/benchmarks.md and in README.md, where every measured number comes from a row."""
+"""The report in docs/benchmarks.md and README.md: every measured number comes from a row."""
 
 import re
 import shutil
@@ -66,6 +66,36 @@ def test_the_report_shows_the_newest_row_of_each_case_wins_and_losses_alike(tmp_
         r"\| doubling \| forward \| b 5x3 float32 contiguous \| 99.00 \| 10.00 \| 1.250 \|", text
     )
     assert (tmp_path / "docs" / "pictures" / "benchmarks_a_gpu.png").stat().st_size > 5000
+
+
+def ops_table_of(text: str) -> list[str]:
+    head, _, *lines = re.search(r"^\| op \|.*\n(?:\|.*\n)*", text, re.M)[0].splitlines()
+    return [head, *lines]
+
+
+def test_shares_of_a_copy_of_the_same_size_and_captured_ratios(tmp_path, reported):
+    about = {"device": "A GPU", "torch": "2.11", "commit": "abc", "date": "2026-01-01", "copy_gb_s": "3000"}
+    case = {"shape": "5x3", "dtype": "float32", "layout": "contiguous", "mode": "forward", "gb_s": "300"}
+    case |= {"case": "a", "p50_us": "8.00", "ratio": "1.000"}
+    older = [case | about | {"provider": provider} for provider in ("eager", "fastflow")]
+    harness.append(tmp_path / "doubling.csv", older)
+    head, *_ = ops_table_of(reported()[0])
+    assert "share of a copy of the same size" not in head and "captured" not in head
+    copies = {"same_size_copy_us": "4.00", "same_size_copy_captured_us": "1.50"}
+    captured = {("b", "eager"): "6.00", ("b", "fastflow"): "3.00"}
+    captured |= {("c", "eager"): "", ("c", "fastflow"): "2.00"}
+    newer = [
+        row | copies | {"case": case, "captured_us": captured[case, row["provider"]]}
+        for case in "bc"
+        for row in older
+    ]
+    harness.append(tmp_path / "doubling.csv", newer)
+    head, line = ops_table_of(reported()[0])
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert cells["FastFlow, captured"] == "0.50 (0.50 to 0.50)"
+    assert cells["best share of the copy"] == "10%"
+    assert cells["share of a copy of the same size"] == "50% (50% to 50%)"
+    assert cells["that share, captured"] == "62% (50% to 75%)"
 
 
 def test_the_report_has_the_largest_batch_for_each_limit_and_the_times_of_the_ways():

@@ -5,7 +5,7 @@ from tests.support.rows import assert_tables, rows_of
 
 
 def test_reversible_gradients_after_20_steps(memory_page, tmp_path, capsys):
-    """Float64 to 1e-12; float32 and bfloat16 networks hardly less exact than with stored activations: Glow L=3 K=32 hidden 64.
+    """Float64 to 1e-12; float32 and bfloat16 networks within a bound of stored activations (Glow L=3 K=32).
 
     Ten batches: float32's errors, stored or not, differ by 50 times from one batch to another.
     """

@@ -44,7 +44,7 @@ def test_training_speed_turns_on_one_after_the_other_and_sweeps_batches(device, 
 
 
 def test_what_is_worth_most_is_measured_first():
-    """A run may be cut: the curves against batch, then options turned on in turn, then what takes minutes to compile; nothing twice."""
+    """The curves against batch, then options turned on in turn, then slow compilations; nothing twice."""
     planned = training_speed.plan(argparse.Namespace(quick=False, device="cuda", compiled=True))
     measured = [(shape[-1], way) for shape, way, _ in planned]
     plain, default, *_, compiled = training_speed.ways("cuda", compiled=True)
@@ -87,7 +87,10 @@ def test_a_way_that_trains_otherwise_has_no_row(training_page, tmp_path, monkeyp
 
 
 def test_model_flops_are_those_of_a_hand_count():
-    """Glow L=2 K=2 hidden 8 of 8x8 images, by arXiv:1807.03039, figure 2: backward has a product by the input and one by the weight."""
+    """Glow L=2 K=2 hidden 8 on 8x8 images, by arXiv:1807.03039, figure 2.
+
+    Backward has one product for the gradient by the input and one for the gradient by the weight.
+    """
     batch, hidden, k = 3, 8, 2
 
     def convolution(inputs, outputs, kernel, side):

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(script: str, cache: Path) -> str:
-    """What the script prints, with benchmarks.tools.kernels imported; into an empty cache, so that all is compiled."""
+    """What the script prints, with benchmarks.tools.triton_code imported; into an empty cache, so that all is compiled."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTFLOW_BACKEND")}
     environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    script = f"from benchmarks.tools import kernels\n{script}"
+    script = f"from benchmarks.tools import triton_code\n{script}"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -30,13 +30,13 @@ def run(script: str, cache: Path) -> str:
     [pytest.param((90,), id="sm_90"), pytest.param((80, 100), id="sm_80, sm_100", marks=pytest.mark.gpu)],
 )
 def test_no_kernel_spills_or_moves_less_than_16_bytes_at_a_time(tmp_path, capabilities):
-    """The other generations' run with the gpu tests; `python -m benchmarks.tools.kernels` compiles for all three."""
+    """The other generations' run with the gpu tests; `python -m benchmarks.tools.triton_code` compiles for all three."""
     found = run(
         f"CAPABILITIES = {capabilities}"
         + """
-for spec in kernels.recorded():
+for spec in triton_code.recorded():
     for capability in CAPABILITIES:
-        for fault in kernels.defects(spec, kernels.compiled(spec, capability)):
+        for fault in triton_code.defects(spec, triton_code.compiled(spec, capability)):
             print(f"sm_{capability}", *spec.row(), fault, sep=", ")
 """,
         tmp_path,
@@ -51,34 +51,34 @@ import importlib, pkgutil
 import fastflow.triton_kernels
 from triton.runtime.jit import JITFunction
 
-specs = kernels.recorded()
+specs = triton_code.recorded()
 modules = [importlib.import_module(f"fastflow.triton_kernels.{m.name}") for m in pkgutil.iter_modules(fastflow.triton_kernels.__path__)]
 written = {name for m in modules for name, v in vars(m).items() if isinstance(v, JITFunction) and name.endswith("_kernel")}
 print("never launched:", written - {spec.kernel for spec in specs})
 print("given no images:", *sorted({spec.kernel for spec in specs if not spec.images}))
-recorded = {kernel: (shared, set(rows)) for kernel, (shared, rows) in kernels.described(specs).items()}
-listed = kernels.listed(kernels.PAGE.read_text())
+recorded = {kernel: (shared, set(rows)) for kernel, (shared, rows) in triton_code.described(specs).items()}
+listed = triton_code.listed(triton_code.PAGE.read_text())
 print("not as on the page:", [kernel for kernel in recorded.keys() | listed.keys() if recorded.get(kernel) != listed.get(kernel)])
 """,
         tmp_path,
     )
     # the width of loads is checked of images: only what sums over programs may be given none
     expected = "never launched: set()\ngiven no images: merge_statistics_kernel sum_slots_kernel\nnot as on the page: []\n"
-    assert found == expected, "python -m benchmarks.tools.kernels writes the page"
+    assert found == expected, "python -m benchmarks.tools.triton_code writes the page"
 
 
 def test_the_check_sees_a_misaligned_pointer_a_scalar_load_and_a_spill(tmp_path):
     found = run(
         """
 from dataclasses import replace
-spec = next(s for s in kernels.recorded() if s.kernel == "affine_coupling_backward_kernel" and s.layout == "contiguous")
+spec = next(s for s in triton_code.recorded() if s.kernel == "affine_coupling_backward_kernel" and s.layout == "contiguous")
 for changed in (
     spec,
     replace(spec, attrs=()),
     replace(spec, attrs=spec.attrs[1:]),  # the first pointer alone
     replace(spec, options=(*spec.options, ("maxnreg", 24))),
 ):
-    print(len(kernels.defects(changed, kernels.compiled(changed, 90))))
+    print(len(triton_code.defects(changed, triton_code.compiled(changed, 90))))
 """,
         tmp_path,
     )

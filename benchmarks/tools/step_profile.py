@@ -1,14 +1,19 @@
-"""Where the time of a training step goes, and its memory traffic: kernels by time under torch's profiler, operators by bytes.
+"""Profiles a training step: kernels by time, with torch's profiler, and operators by bytes moved.
 
-    python -m benchmarks.tools.profile
+    python -m benchmarks.tools.step_profile
 
-The step is the trainer's, of a Glow, neither compiled nor captured; on a GPU in bfloat16. Two tables are printed. The first: kernels
-(operators on the CPU), the longest first, their calls and time a step and their share. The second: the operators below autograd, FastFlow's
-own among them, by the bytes that they move. Of a call every tensor that it is given is read once, and every one that it makes or changes is
-written once; views and allocations move nothing, and an operator's in-place form is counted with it. That is a lower bound of what kernels
-ask for, some of which read a tensor again or have scratch memory; caches answer a part of it, so that GB/s, those bytes over the time of
-the operator and all that it calls, may exceed the memory's. The rows of both go to results/profile.csv. ``--trace FILE`` also writes what
-chrome://tracing and Perfetto show.
+The step is the trainer's, of a Glow, neither compiled nor captured; on a GPU it runs in bfloat16. Two
+tables are printed:
+
+- Kernels (on a CPU operators), the longest first: calls and time per step, and share of the total.
+- The operators below autograd, FastFlow's included, by bytes. Each call reads every tensor argument once
+  and writes every tensor that it creates or changes once. Views and allocations move nothing; an in-place
+  form is counted with its operator. This is a lower bound: some kernels read a tensor again or use scratch
+  memory. GB/s are these bytes over the time of the operator and all that it calls. Caches serve a part of
+  them, so GB/s can exceed the memory's bandwidth.
+
+The rows of both go to results/step_profile.csv. ``--trace FILE`` also writes a trace for chrome://tracing
+and Perfetto.
 """
 
 import argparse
@@ -30,7 +35,7 @@ STEPS = 3
 
 
 def trainers_step(shape: tuple, device: str, reversible: bool) -> Callable[[int], object]:
-    """``step(i)``, warmed up."""
+    """``step(i)`` of the trainer, after three steps of warm-up."""
     model = build(shape, device, reversible).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, fused=True)
     step = Step(model, optimizer, Ranks(), batch_size=shape[-1], bf16=device == "cuda")
@@ -49,16 +54,15 @@ def run(step: Callable[[int], object], device: str) -> profile:
 
 
 def by_time(profiled: profile, device: str) -> list[dict]:
-    """Name, calls and microseconds a step, and share of the time of all."""
+    """Name, calls and microseconds per step, and share of the total time."""
     if device == "cuda":
         kernels = [
             e
             for e in profiled.key_averages()
             if e.device_type == DeviceType.CUDA and not e.is_user_annotation
         ]
-        events = [
-            (e.key, e.count, e.self_device_time_total) for e in kernels
-        ]  # operators have the time of their kernels once more
+        # kernels only: operators contain the time of their kernels again
+        events = [(e.key, e.count, e.self_device_time_total) for e in kernels]
     else:
         events = [(e.key, e.count, e.self_cpu_time_total) for e in profiled.key_averages()]
     total = sum(us for *_, us in events)
@@ -70,7 +74,7 @@ def by_time(profiled: profile, device: str) -> list[dict]:
 
 
 def by_bytes(traffic: Traffic, profiled: profile, device: str) -> list[dict]:
-    """Name, calls and MiB a step, share of the bytes of all, and GB/s; None where the profiler has not seen the same calls."""
+    """Name, calls and MiB per step, share of all bytes, GB/s; None if the profiler recorded other calls."""
 
     def called_by_another(event) -> bool:
         while (event := event.cpu_parent) is not None:
@@ -100,7 +104,7 @@ def by_bytes(traffic: Traffic, profiled: profile, device: str) -> list[dict]:
 
 
 def row_of(size: str, row: dict) -> dict[str, str]:
-    """As it is kept: of a table by time the microseconds, of one by bytes the MiB and GB/s."""
+    """Columns of a row: microseconds in the table by time, MiB and GB/s in the table by bytes."""
     kept = {
         "size": size,
         "by": "time" if "us" in row else "bytes",
@@ -116,9 +120,9 @@ def row_of(size: str, row: dict) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--top", type=int, default=20, help="rows of a table")
+        parser.add_argument("--top", type=int, default=20, help="rows per table")
         parser.add_argument("--reversible", action=argparse.BooleanOptionalAction, default=True)
-        parser.add_argument("--trace", type=Path, help="a file for the trace")
+        parser.add_argument("--trace", type=Path, help="file for the trace")
 
     options = harness.arguments(__doc__, argv, add)
     model, (batch, *_), _ = sizes(options)
@@ -131,10 +135,10 @@ def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
     timed, moved = by_time(profiled, options.device), by_bytes(traffic, profiled, options.device)
     about, size = harness.metadata(options.device), title((*model, batch))
     harness.append(
-        options.results / "profile.csv",
+        options.results / "step_profile.csv",
         [row_of(size, row) | about for row in timed[: options.top] + moved[: options.top]],
     )
-    head = f"of a step, {size}"
+    head = f"one step, {size}"
     lines = [
         [r["name"][:90], f"{r['calls']:.0f}", f"{r['us']:.0f}", f"{r['share']:.1%}"]
         for r in timed[: options.top]
@@ -153,7 +157,8 @@ def main(argv: list[str] | None = None) -> tuple[list[dict], list[dict]]:
     print(page.table([head, "calls", "MiB", "share", "GB/s"], lines))
     ms, mib = (sum(r[column] for r in rows) for rows, column in ((timed, "us"), (moved, "mib")))
     print(
-        f"\n{ms / 1e3:.1f} ms and {mib:.1f} MiB a step in all; {about['device']}, torch {about['torch']}, commit {about['commit']}"
+        f"\n{ms / 1e3:.1f} ms and {mib:.1f} MiB per step in total; "
+        "{device}, torch {torch}, commit {commit}".format(**about)
     )
     return timed, moved
 

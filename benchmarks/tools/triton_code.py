@@ -1,9 +1,9 @@
-"""What the compiler makes of each Triton kernel: registers, spills, shared memory, the width of loads and stores; no GPU.
+"""Compiles each Triton kernel; reports registers, spills, shared memory, widths of accesses. Needs no GPU.
 
-    python -m benchmarks.tools.kernels
+    python -m benchmarks.tools.triton_code
 
-Records the launches of a CIFAR-10-shaped Glow (training, encoding, decoding, sampling) and of the ops that it does not call, compiles
-each distinct one for sm_80, sm_90 and sm_100, and writes docs/kernels.md.
+Records the launches of a Glow for CIFAR-10 (training, encoding, decoding, sampling) and of ops that it does
+not call, compiles each distinct one for sm_80, sm_90 and sm_100, and writes docs/triton_code.md.
 """
 
 import argparse
@@ -32,18 +32,18 @@ from fastflow import ops
 from fastflow.models import Glow
 from fastflow.nn import AffineCoupling
 
-PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[2] / "docs" / "triton_code.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
-BATCH = 64  # nothing is computed, so a batch as in training: what the compiler is told of divisibility depends on it
+BATCH = 64  # as in training, since Triton specializes kernels for divisible sizes; nothing is computed
 IMAGE = (3, 32, 32)
 
-# recording ---------------------------------------------------------------------------------------------------------------------
+# recording ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a kernel is compiled from, as Triton's own launcher sees the arguments, and how it is called in the table."""
+    """The inputs of a kernel's compilation, as Triton's launcher derives them, and its row in the table."""
 
     module: str
     kernel: str
@@ -51,13 +51,13 @@ class Spec:
     constexprs: tuple
     attrs: tuple
     options: tuple
-    images: bool  # whether it is given images, or only what is left of them
+    images: bool  # whether an argument is a batch of images
     dtype: str
     layout: str
     shape: str
 
     def variant(self) -> tuple[str, ...]:
-        """The constants that are neither the tile nor seen from dtype and layout, nor a number that only ends up in an instruction."""
+        """Constants to show: not tile sizes, vector lengths, dtypes or floats."""
         shown = []
         for name, value in self._constants().items():
             if (
@@ -85,7 +85,7 @@ class Spec:
         return getattr(importlib.import_module(self.module), self.kernel)
 
     def _constants(self) -> dict:
-        # an int that is 1 is compiled in, too, but no constant by name
+        # an int of value 1 is compiled in as well, but is not declared constexpr
         declared = self.function().params
         return {declared[i].name: value for (i, *_), value in self.constexprs if declared[i].is_constexpr}
 
@@ -103,7 +103,7 @@ def _dtype(t: Tensor) -> str:
 
 
 def spec_of(kernel: JITFunction, args: tuple, kwargs: dict) -> Spec:
-    """What Triton would compile for these arguments: its own binder says what is specialized."""
+    """The spec that Triton would compile for these arguments, from Triton's own binder."""
     backend = make_backend(GPUTarget("cuda", CAPABILITIES[0], 32))
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
         *args, **kwargs
@@ -136,12 +136,12 @@ def spec_of(kernel: JITFunction, args: tuple, kwargs: dict) -> Spec:
 
 @contextmanager
 def recording() -> Iterator[dict[Spec, None]]:
-    """Collects the specs of a block's launches. Nothing runs, so what the kernels would have written is whatever memory held."""
+    """Collects the specs of a block's launches. No kernel runs; outputs hold uninitialized memory."""
     from fastflow.triton_kernels import tiles
 
     if tiles.INTERPRETED:
         raise RuntimeError(
-            "TRITON_INTERPRET=1: kernels are interpreted in this process, and Triton then compiles none; unset it"
+            "TRITON_INTERPRET=1: Triton interprets kernels in this process and compiles none; unset it"
         )
     specs: dict[Spec, None] = {}
     run = JITFunction.run
@@ -149,7 +149,7 @@ def recording() -> Iterator[dict[Spec, None]]:
     def record(kernel, *args, grid, warmup, **kwargs):
         specs[spec_of(kernel, args, kwargs)] = None
 
-    JITFunction.run, tiles.INTERPRETED = record, True  # or CPU tensors would be refused
+    JITFunction.run, tiles.INTERPRETED = record, True  # otherwise CPU tensors are refused
     try:
         with fastflow.backend("triton"):
             yield specs
@@ -158,7 +158,7 @@ def recording() -> Iterator[dict[Spec, None]]:
 
 
 def _train(model: Glow, images: Tensor) -> list[tuple[AffineCoupling, Tensor]]:
-    """A training step; returns each coupling with what it was given."""
+    """Runs a training step; returns each coupling with its input."""
     given = []
 
     def keep(coupling, args, output):
@@ -173,7 +173,7 @@ def _train(model: Glow, images: Tensor) -> list[tuple[AffineCoupling, Tensor]]:
 
 @torch.no_grad()
 def _from_output(coupling: AffineCoupling, y: Tensor) -> None:
-    """What backprop without stored activations launches."""
+    """Launches the kernels of backprop without stored activations."""
     h = coupling.net(coupling.network_input(y))
     variant = {name: getattr(coupling, name) for name in ("mask", "flip", "scale", "order", "h_order")}
     dlog_det = y.new_empty(y.shape[0])
@@ -182,8 +182,8 @@ def _from_output(coupling: AffineCoupling, y: Tensor) -> None:
     ops.actnorm_inverse_backward(y, channel, channel, torch.empty_like(y), dlog_det)
 
 
-def _alone(x: Tensor) -> None:
-    """ActNorm as a layer of its own, and its initialization; Glow folds it into the convolution."""
+def _actnorm(x: Tensor) -> None:
+    """Launches ActNorm as a separate layer, and its initialization; Glow folds it into the convolution."""
     x = x.clone().requires_grad_()
     ops.actnorm_statistics(x)
     channel = x.new_empty(x.shape[1]).requires_grad_()
@@ -194,7 +194,7 @@ def _alone(x: Tensor) -> None:
 
 
 def _variational(images: Tensor) -> None:
-    """Dequantization with noise from a model, which has a gradient (arXiv:1902.00275)."""
+    """Launches dequantization with noise from a model, which has a gradient (arXiv:1902.00275)."""
     noise = (
         ops.uniform_noise(tuple(images.shape), seed=0)
         .contiguous(memory_format=_format(images))
@@ -215,7 +215,7 @@ def _pixels(shape: str) -> int:
 
 
 def recorded() -> list[Spec]:
-    """The distinct launches of a Glow L=3 K=1 and of single ops at its shapes, contiguous, channels_last, with networks in bfloat16."""
+    """The distinct launches of a Glow L=3 K=1 and of single ops: both layouts, bfloat16 networks."""
     specs: dict[Spec, None] = {}
     for memory_format, network in (
         (torch.contiguous_format, torch.float32),
@@ -233,11 +233,9 @@ def recorded() -> list[Spec]:
             for coupling, x in _train(model, images):
                 _from_output(coupling, x)
                 if network == torch.float32:
-                    _alone(x)
+                    _actnorm(x)
             latents = model.encode(images)
-            model.decode(
-                tuple(z.nan_to_num_() for z in latents)
-            )  # it refuses the NaN that memory may have held
+            model.decode(tuple(z.nan_to_num_() for z in latents))  # uninitialized memory may hold NaN
             model.sample(BATCH)
             if network == torch.float32:
                 _variational(images)
@@ -256,9 +254,9 @@ def recorded() -> list[Spec]:
     )
 
 
-# compiling ---------------------------------------------------------------------------------------------------------------------
+# compiling ----------------------------------------------------------------------------
 
-# nvdisasm would take as long as compiling does; ptxas keeps the widths of PTX, and what it spills lies in the stack
+# from PTX: nvdisasm takes as long as compiling; ptxas keeps the widths of PTX, and spills are on the stack
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b")
 TTIR_ACCESS = re.compile(r"tt\.(load|store) .*: tensor<((?:\d+x)+)!tt\.ptr<[fi]32")
 
@@ -268,11 +266,9 @@ class Resources:
     registers: int
     stack: int
     shared: int
-    loads: Counter  # how many instructions of how many bytes a thread
+    loads: Counter  # number of instructions by bytes per thread
     stores: Counter
-    loaded: (
-        int  # bytes a thread of the blocks of 4-byte elements that a program reads, where that is 16 or more
-    )
+    loaded: int  # bytes per thread of the blocks of 4-byte elements that a program reads, if 16 or more
     stored: int
 
 
@@ -299,7 +295,7 @@ def compiled(spec: Spec, capability: int) -> Resources:
     return Resources(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        shared=kernel.metadata.shared,  # without the 1 KiB that the system keeps from sm_90 on
+        shared=kernel.metadata.shared,  # without the 1 KiB that the system reserves from sm_90 on
         loads=widths["ld"],
         stores=widths["st"],
         loaded=blocks["load"],
@@ -308,7 +304,7 @@ def compiled(spec: Spec, capability: int) -> Resources:
 
 
 def defects(spec: Spec, found: Resources) -> list[str]:
-    """What a kernel must not do: spill, or move 4-byte elements of contiguous images less than 16 bytes a thread at a time."""
+    """Spills, and accesses of less than 16 bytes per thread to contiguous images of 4-byte elements."""
     faults = []
     if found.stack:
         faults.append(f"spills registers into {found.stack} bytes of stack")
@@ -319,11 +315,11 @@ def defects(spec: Spec, found: Resources) -> list[str]:
         ):
             wide = sum(width * n for width, n in accesses.items() if width >= 16)
             if wide < expected:
-                faults.append(f"{verb} {wide} of {expected} bytes a thread 16 or more at a time")
+                faults.append(f"{verb} {wide} of {expected} bytes per thread 16 or more at a time")
     return faults
 
 
-# the page ----------------------------------------------------------------------------------------------------------------------
+# the page -----------------------------------------------------------------------------
 
 COLUMNS = (
     "variant",
@@ -338,23 +334,34 @@ COLUMNS = (
     "load",
     "store",
 )
-RECORDED = 6  # of these columns, what is known before anything is compiled
-INTRODUCTION = f"""# What the compiler makes of the kernels
+RECORDED = 6  # columns that are known before compilation
+INTRODUCTION = f"""# Machine code of the Triton kernels
 
-Each kernel of `triton_kernels/`, as a Glow for CIFAR-10 launches it (L=3, batch {BATCH}: training, encoding, decoding, sampling; gradients
-from stored activations and from the output) and single ops at the shapes of its levels do, compiled for sm_80, sm_90 and sm_100 by
-Triton {{triton}}: `python -m benchmarks.tools.kernels`, which takes no GPU. This says what the compiler did, not how fast the result is:
-nothing here has been timed.
+This page lists every kernel of `triton_kernels/` as Triton {{triton}} compiles it for sm_80, sm_90 and
+sm_100. The launches are recorded from a Glow for CIFAR-10 (L=3, batch {BATCH}: training, encoding, decoding,
+sampling; gradients from stored activations and from the output) and from single ops at the shapes of its
+levels.
+`python -m benchmarks.tools.triton_code` writes the page and needs no GPU. It describes compiled code; nothing
+here has been timed.
 
-Registers are those of a thread on sm_80, sm_90 and sm_100; a multiprocessor has 65,536. Spills are bytes of stack a thread, for registers
-that did not fit; shared memory is in bytes a program; load and store are the widest of a thread in bytes. Three values are those of the
-three architectures, one that of all. The shape is a sample's, of the kernel's first image; "h bfloat16" is what a coupling network
-under autocast gives; a mixed layout has tensors of both. What nothing is said of holds for every row.
+| column | meaning |
+| --- | --- |
+| variant | constants that the rows of a kernel do not share; the shared ones are listed above its table |
+| dtype | dtype of the first image; other dtypes follow ("h bfloat16": coupling network under autocast) |
+| layout | memory layout; "mixed" if the tensors have both |
+| shape | shape of one sample of the first image |
+| registers | registers per thread; a multiprocessor has 65,536 |
+| spills | bytes of stack per thread, for registers that did not fit |
+| shared | bytes of shared memory per program |
+| load, store | bytes of the widest load and store of a thread |
+
+Three values are for sm_80 / sm_90 / sm_100; a single value applies to all three. Settings that are not listed
+are the same in every row.
 """
 
 
 def described(specs: list[Spec]) -> dict[str, tuple[str, list[tuple[str, ...]]]]:
-    """For each kernel the constants that all its rows share, and the columns of each spec that are known from recording."""
+    """For each kernel the constants that all its rows share, and the columns known before compilation."""
     kernels = {}
     for kernel in sorted({spec.kernel for spec in specs}):
         those = [spec for spec in specs if spec.kernel == kernel]
@@ -389,7 +396,7 @@ def _measured(found: list[Resources]) -> tuple[str, ...]:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    """Rows that differ in their shapes alone become one."""
+    """A table in which rows that differ only in their shapes are merged."""
     at = COLUMNS.index("shape")
     merged: dict[tuple, list[str]] = {}
     for row in rows:
@@ -411,7 +418,7 @@ def page(specs: list[Spec], found: dict[Spec, list[Resources]]) -> str:
 
 
 def listed(text: str) -> dict[str, tuple[str, set[tuple[str, ...]]]]:
-    """What a page says of each kernel that is known from recording alone, as :func:`described` has it."""
+    """The part of a page that is known before compilation, in the form of :func:`described`."""
     at, kernels = COLUMNS.index("shape"), {}
     for section in text.split("\n## ")[1:]:
         kernel, _, body = section.partition("\n")

@@ -1,8 +1,8 @@
-"""What nvcc makes of each CUDA kernel of csrc/: registers, spills, the width of loads and stores; no GPU.
+"""Machine code of each CUDA kernel of csrc/: registers, spills, widths of loads and stores. Needs no GPU.
 
-    python -m benchmarks.tools.cuda_kernels
+    python -m benchmarks.tools.cuda_code
 
-Reads the library that `make setup` built for sm_80, sm_90 and sm_100 and writes docs/cuda_kernels.md.
+Reads the library that `make setup` built for sm_80, sm_90 and sm_100 and writes docs/cuda_code.md.
 """
 
 import argparse
@@ -13,24 +13,24 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.tools.kernels import CAPABILITIES, TOOLS
+from benchmarks.tools.triton_code import CAPABILITIES, TOOLS
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "cuda_kernels.md"
+PAGE = ROOT / "docs" / "cuda_code.md"
 ARCHITECTURES = tuple(f"sm_{capability}" for capability in CAPABILITIES)
 
 
 @dataclass(frozen=True)
 class Resources:
     registers: int
-    stack: int  # bytes a thread: registers that did not fit, and arrays that were not kept in registers
+    stack: int  # bytes per thread: spilled registers, and arrays that are not in registers
 
 
 def library() -> Path:
     found = sorted((ROOT / "fastflow").glob("_cuda.*"))
     if not found:
         raise FileNotFoundError(
-            "the CUDA extension was not built: `make setup`, where nvcc and a CUDA build of torch are"
+            "the CUDA extension was not built; `make setup` builds it with nvcc and a CUDA build of torch"
         )
     return found[0]
 
@@ -42,7 +42,7 @@ def cuobjdump(option: str, path: Path) -> str:
 
 
 def _readable(symbols: Iterable[str]) -> dict[str, str]:
-    """``_ZN8fastflow3runI...`` as ``Conv1x1Kernel<float, 24>``."""
+    """Names of kernels: ``_ZN8fastflow3runI...`` becomes ``Conv1x1Kernel<float, 24>``."""
     symbols = list(symbols)
     names = subprocess.run(
         ["c++filt", *symbols], check=True, capture_output=True, text=True
@@ -55,14 +55,14 @@ def _readable(symbols: Iterable[str]) -> dict[str, str]:
 
 
 def _sections(text: str) -> Iterator[tuple[str, str]]:
-    """(architecture, text) of each cubin that cuobjdump describes; it does not say a lone cubin's."""
+    """(architecture, text) of each cubin that cuobjdump describes; "cubin" if there is only one."""
     for section in text.split("Fatbin elf code:")[1:] or [text]:
         arch = re.search(r"arch = (sm_\w+)", section)
         yield arch[1] if arch else "cubin", section
 
 
 def resources(path: Path) -> dict[str, dict[str, Resources]]:
-    """By kernel and architecture, of a library or a cubin."""
+    """Resources by kernel and architecture, of a library or a cubin."""
     found = defaultdict(dict)
     for arch, section in _sections(cuobjdump("--dump-resource-usage", path)):
         rows = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", section)
@@ -82,7 +82,7 @@ def spills(found: dict[str, dict[str, Resources]]) -> list[str]:
 
 
 def widest(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """By kernel and architecture the bytes of the widest load and store of a thread."""
+    """Bytes of the widest load and store of a thread, by kernel and architecture."""
     found = defaultdict(dict)
     for arch, section in _sections(cuobjdump("--dump-sass", path)):
         functions = re.split(r"Function : (\S+)", section)[1:]
@@ -107,15 +107,20 @@ def _order(kernel: str) -> tuple:
 def page(
     found: dict[str, dict[str, Resources]], widths: dict[str, dict[str, tuple[int, int]]], nvcc: str
 ) -> str:
-    text = f"""# What nvcc makes of the CUDA kernels
+    text = f"""# Machine code of the CUDA kernels
 
-Each kernel of `csrc/`, compiled for sm_80, sm_90 and sm_100 by nvcc {nvcc}: `python -m benchmarks.tools.cuda_kernels`, which takes no GPU.
-This says what the compiler did, not how fast the result is: nothing here has been timed.
+This page lists every kernel of `csrc/` as nvcc {nvcc} compiles it for sm_80, sm_90 and sm_100.
+`python -m benchmarks.tools.cuda_code` writes it and needs no GPU. It describes compiled code; nothing here
+has been timed.
 
-Registers are those of a thread on sm_80, sm_90 and sm_100, of which a multiprocessor has 65,536. Spills are bytes of stack a thread,
-for what did not fit them. Load and store are the widest of a thread in bytes; kernels have narrower ones too, for images whose strides
-or sizes ask for them. The number in a kernel's name is the most channels that it takes; `true` is backward from the output, with the
-inverse in the same pass.
+| column | meaning |
+| --- | --- |
+| kernel | the number is the largest number of channels; `true`: inverse and backward in one pass |
+| registers | registers per thread; a multiprocessor has 65,536 |
+| spills | bytes of stack per thread, for values that did not fit in registers |
+| load, store | bytes of the widest load and store of a thread; some strides and sizes take narrower ones |
+
+Three values are for sm_80 / sm_90 / sm_100; a single value applies to all three.
 
 | kernel | registers | spills | load | store |
 | --- | --- | --- | --- | --- |
@@ -142,7 +147,7 @@ def cells(found: dict[str, dict[str, Resources]]) -> dict[str, tuple[str, str]]:
 
 
 def listed(text: str) -> dict[str, tuple[str, str]]:
-    """What a page has in these cells."""
+    """The cells of :func:`cells` in a page."""
     return {
         kernel: (registers, stack)
         for kernel, registers, stack in re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \|", text, re.MULTILINE)

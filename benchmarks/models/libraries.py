@@ -1,9 +1,9 @@
-"""Layers of nflows and normflows that compute what FastFlow's do, with their weights.
+"""Layers of nflows and normflows that compute the same as FastFlow's layers, with their weights.
 
     pip install --no-deps nflows normflows
 
-Networks are shared where the forms agree, all else is copied into a library's own form. ``forward`` of each is from data to latents, with
-the log-det, ``inverse`` back, without.
+Networks are shared if their forms agree; everything else is copied into the library's own form. ``forward``
+maps data to latents and returns the log-det; ``inverse`` maps back without it.
 """
 
 import importlib.util
@@ -16,11 +16,9 @@ from benchmarks.models import plain_glow
 from fastflow.nn import AffineCoupling, GlowStep
 
 SHIFT_FIRST = "sigmoid, shift first"  # the coupling of OpenAI's Glow
-COUPLINGS = {
-    "soft_clamp": "nflows",
-    SHIFT_FIRST: "normflows",
-}  # each is what one of the libraries has, and the other not
-DEPRECATED = r"torch\.(triangular_solve|lu) is deprecated"  # what they call
+# each coupling exists in one of the libraries only
+COUPLINGS = {"soft_clamp": "nflows", SHIFT_FIRST: "normflows"}
+DEPRECATED = r"torch\.(triangular_solve|lu) is deprecated"  # functions that they call
 
 
 def installed(library: str) -> bool:
@@ -29,7 +27,7 @@ def installed(library: str) -> bool:
 
 @torch.no_grad()
 def settle(step: GlowStep, coupling: str) -> None:
-    """Gives a step one of the couplings, and weights that nflows can have too: no permutation, and positive diagonals."""
+    """Gives a step a coupling, and weights that nflows can represent: no permutation, positive diagonals."""
     if coupling == SHIFT_FIRST:
         step.coupling = AffineCoupling(
             step.coupling.net, scale="sigmoid", order="shift_first", h_order="interleaved"
@@ -37,15 +35,11 @@ def settle(step: GlowStep, coupling: str) -> None:
     conv = step.conv1x1
     conv.perm.copy_(torch.arange(conv.num_features))
     conv.sign_s.fill_(1)
-    for p in (
-        conv.lower,
-        conv.upper,
-        conv.log_s,
-    ):  # near the identity: without its pivots a rotation's L U has a poor inverse
-        p.mul_(0.1)
+    for p in (conv.lower, conv.upper, conv.log_s):
+        p.mul_(0.1)  # near the identity: without pivots the L U of a rotation has a poor inverse
 
 
-# nflows -----------------------------------------------------------------------------------------------------------------------
+# nflows -------------------------------------------------------------------------------
 
 
 class Nflows(nn.Module):
@@ -67,7 +61,7 @@ class NflowsNetwork(plain_glow.Network):
 
 @torch.no_grad()
 def nflows_actnorm(like):
-    """It shifts after it scales."""
+    """nflows' ActNorm, which shifts after it scales."""
     from nflows import transforms
 
     made = transforms.ActNorm(like.num_features).to(like.bias)
@@ -90,7 +84,7 @@ def nflows_conv1x1(like):
 
 
 def nflows_coupling(like, c: int):
-    """Its affine coupling with the scale function soft_clamp, or its additive one."""
+    """nflows' affine coupling with the scale function soft_clamp, or its additive coupling."""
     from nflows import transforms
 
     class SoftClamp(transforms.AffineCouplingTransform):
@@ -127,11 +121,11 @@ def nflows_permute(like):
     return transforms.Permutation(like.perm)
 
 
-# normflows --------------------------------------------------------------------------------------------------------------------
+# normflows ----------------------------------------------------------------------------
 
 
 class Normflows(nn.Module):
-    """Its flows map latents to data."""
+    """A flow of normflows, which maps latents to data."""
 
     def __init__(self, flow: nn.Module, like: Tensor) -> None:
         super().__init__()
@@ -169,12 +163,16 @@ def normflows_conv1x1(like):
 
 @torch.no_grad()
 def normflows_coupling(like):
-    """Its affine coupling, by turns scale and shift, or its additive one; both subtract the shift, so the network's has the other sign."""
+    """normflows' affine coupling (scale and shift interleaved) or its additive coupling.
+
+    Both subtract the shift, so the network's output for it is negated.
+    """
     from normflows.flows import AffineCouplingBlock
 
     network = plain_glow.Network(like.net)
     sign = torch.ones_like(network.bias)
-    sign[0 :: 1 if like.scale == "none" else 2] = -1  # once and for all: no pass over memory in what is timed
+    # in the weights, so that the timed part has no further pass
+    sign[0 :: 1 if like.scale == "none" else 2] = -1
     network.weights[2] = nn.Parameter(network.weights[2] * sign.view(-1, 1, 1, 1))
     network.bias = nn.Parameter(network.bias * sign)
     return AffineCouplingBlock(network, scale=like.scale != "none", scale_map="sigmoid")
@@ -199,14 +197,14 @@ def normflows_squeeze():
 def normflows_permute(like):
     from normflows.flows import Permute
 
-    made = Permute(like.num_features, mode="shuffle")  # which it applies from latents to data
+    made = Permute(like.num_features, mode="shuffle")  # applied from latents to data
     made.perm.copy_(like.perm.argsort())
     made.inv_perm.copy_(like.perm)
     return made
 
 
 def step(library: str) -> Callable[[GlowStep], nn.Module]:
-    """What makes the library's Glow step of FastFlow's."""
+    """Function that makes the library's Glow step from FastFlow's."""
     if library == "nflows":
         return lambda like: Nflows(nflows_step(like), like.actnorm.bias)
     return lambda like: Normflows(normflows_step(like), like.actnorm.bias)

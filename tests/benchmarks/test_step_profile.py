@@ -2,17 +2,17 @@
 
 import pytest
 
-from benchmarks.tools import profile
+from benchmarks.tools import step_profile
 from tests.support.rows import DEVICES, rows_of
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_profile_tells_where_a_step_s_time_goes_and_its_bytes(device, tmp_path, capsys):
-    timed, moved = profile.main(
+    timed, moved = step_profile.main(
         ["--quick", "--device", device, "--results", str(tmp_path), "--trace", str(tmp_path / "trace.json")]
     )
     assert (tmp_path / "trace.json").stat().st_size > 1000
-    kept = rows_of(tmp_path / "profile.csv")
+    kept = rows_of(tmp_path / "step_profile.csv")
     assert {row["by"] for row in kept} == {"time", "bytes"} and all(
         bool(row["us"]) == (row["by"] == "time") for row in kept
     )
@@ -31,4 +31,4 @@ def test_profile_tells_where_a_step_s_time_goes_and_its_bytes(device, tmp_path, 
     # the profiler has seen the same calls
     assert found["aten::convolution"]["gb_s"] > 0 and found["fastflow::affine_coupling"]["gb_s"] > 0
     said = capsys.readouterr().out
-    assert "MiB a step in all" in said and "| us | share |" in said and "| MiB | share | GB/s |" in said
+    assert "MiB per step in total" in said and "| us | share |" in said and "| MiB | share | GB/s |" in said

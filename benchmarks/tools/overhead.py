@@ -1,0 +1,110 @@
+"""Measures host time per call of each op on tiny tensors: Python, dispatcher, checks, allocation, autograd.
+
+    python -m benchmarks.tools.overhead
+
+Rows go to results/overhead.csv: the least CPU time of the process per call, in microseconds, over many
+repeats. The time of the kernels is not in it on a GPU, and hardly is on a CPU. To compare versions, run the
+file itself with the interpreter of each; it measures the FastFlow that is installed there:
+
+    OTHER/.venv/bin/python benchmarks/tools/overhead.py --results FOLDER
+"""
+
+import sys
+import time
+import timeit
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastflow import ops
+
+if not __package__:  # run as a file; after fastflow was imported, so that this checkout's does not come first
+    sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.tools import harness, page  # noqa: E402
+
+REPEATS, CALLS = 200, 100
+
+
+def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[int, ...]]]:
+    """For each op a function, its tensors, and the places of those that backward differentiates by."""
+    n, c, side = 2, 4, 2
+    x, h, dy = (torch.randn(n, c, side, side, device=device) for _ in range(3))
+    channel, dlog_det = torch.ones(c, device=device), torch.ones(n, device=device)
+    eye, signs = torch.eye(c, device=device), torch.ones(1, c, device=device)
+    pixels = torch.zeros(n, c, side, side, dtype=torch.uint8, device=device)
+    seed = torch.tensor(0, device=device)
+    perm = torch.arange(c, device=device)[None]
+    return {
+        "actnorm": (ops.actnorm, (x, channel, channel), (0, 1, 2)),
+        "actnorm_inverse_backward": (ops.actnorm_inverse_backward, (x, channel, channel, dy, dlog_det), ()),
+        "actnorm_statistics": (ops.actnorm_statistics, (x,), ()),
+        "affine_coupling": (ops.affine_coupling, (x, h), (0, 1)),
+        "affine_coupling_inverse_backward": (
+            lambda y, h, dy, dlog_det: ops.affine_coupling_inverse_backward(y, h, None, dy, dlog_det),
+            (x, h, dy, dlog_det),
+            (),
+        ),
+        "conv1x1": (ops.conv1x1, (x, eye, channel), (0, 1, 2)),
+        "conv1x1_inverse_backward": (ops.conv1x1_inverse_backward, (x, eye, eye, channel, dy), ()),
+        "dequantize": (lambda pixels, seed: ops.dequantize(pixels, seed=seed), (pixels, seed), ()),
+        "dequantize_inverse": (ops.dequantize_inverse, (x,), ()),
+        "gaussian_log_prob": (ops.gaussian_log_prob, (x,), (0,)),
+        "gaussian_sample": (lambda seed: ops.gaussian_sample(x.shape, seed=seed), (seed,), ()),
+        "lu_weight": (ops.lu_weight, (perm, eye[None], eye[None], signs, signs), (1, 2, 3)),
+        "squeeze": (ops.squeeze, (x,), (0,)),
+        "triangular_solve": (
+            lambda A, B: ops.triangular_solve(A, B, upper=True),
+            (eye[None], x[0].flatten(1)[None]),
+            (0, 1),
+        ),
+        "uniform_noise": (lambda seed: ops.uniform_noise(x.shape, seed=seed), (seed,), ()),
+        "unsqueeze": (ops.unsqueeze, (x,), (0,)),
+    }
+
+
+def with_backward(function: Callable, args: tuple[Tensor, ...], places: tuple[int, ...]) -> Callable:
+    """The call and the gradients of its outputs by the arguments at ``places``."""
+    args = [v.detach().clone().requires_grad_(i in places) for i, v in enumerate(args)]
+    leaves = [args[i] for i in places]
+    out = function(*args)
+    upstream = [torch.ones_like(v) for v in (out if isinstance(out, tuple) else (out,))]
+
+    def call() -> None:
+        out = function(*args)
+        torch.autograd.grad(out, leaves, upstream)
+
+    return call
+
+
+def microseconds(call: Callable, device: str, repeats: int) -> float:
+    """The least CPU time of one call; a GPU's queue is emptied before each repeat."""
+    call()
+    empty_queue = torch.cuda.synchronize if device == "cuda" else "pass"
+    found = timeit.repeat(call, empty_queue, timer=time.process_time, repeat=repeats, number=CALLS)
+    return 1e6 * min(found) / CALLS
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    options = harness.arguments(__doc__, argv)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    about, rows = harness.metadata(options.device), []
+    for op, (function, args, places) in calls(options.device).items():
+        timed = {"forward": lambda f=function, a=args: f(*a)}
+        if places:
+            timed["forward+backward"] = with_backward(function, args, places)
+        for mode, call in timed.items():
+            with torch.set_grad_enabled(mode != "forward"):
+                us = microseconds(call, options.device, 2 if options.quick else REPEATS)
+            rows.append({"name": "overhead", "op": op, "mode": mode, "us": f"{us:.2f}"} | about)
+    harness.append(options.results / "overhead.csv", rows)
+    print(page.table(["op", "mode", "us per call"], [[r["op"], r["mode"], r["us"]] for r in rows]))
+    print("\n{device}, torch {torch}, FastFlow {fastflow}, commit {commit}".format(**about))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
