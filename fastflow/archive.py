@@ -1,5 +1,6 @@
-"""Reading what ``torch.save`` wrote, without running anything in it."""
+"""Reading files of ``torch.save`` without running code in them."""
 
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,10 +12,11 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line with the path and the reason."""
 
 
-def read(path, device="cpu"):
-    """The contents of a file of ``torch.save``, tensors on ``device``.
+def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> object:
+    """Read a file of ``torch.save``, tensors to ``device``.
 
-    Raises CheckpointError when the file is missing, damaged, something else, or holds more than tensors and plain values.
+    Raises CheckpointError if the file is missing, damaged, of another kind, or holds more than tensors and
+    plain values.
     """
     path = Path(path)
     if not path.exists():
@@ -26,7 +28,7 @@ def read(path, device="cpu"):
             if file.read(4) != b"PK\x03\x04":
                 raise CheckpointError(f"{path}: not a checkpoint: not a file that torch.save wrote")
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch reads past wrong checksums
+            damaged = archive.testzip()  # torch ignores wrong checksums
         if damaged is not None:
             raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
         return torch.load(path, map_location=device, weights_only=True)
@@ -44,6 +46,6 @@ def read(path, device="cpu"):
         raise CheckpointError(f"{path}: cannot be loaded to {device} ({first_line(error)})") from error
 
 
-def first_line(error):
-    """What an exception says, in one line."""
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

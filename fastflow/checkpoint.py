@@ -1,41 +1,44 @@
-"""Checkpoints: one file, written beside its place and renamed, read without running anything in it.
+"""Checkpoints: one file, replaced as a whole and read without running code in it.
 
-A checkpoint is the zip of ``torch.save`` holding a plain dict::
+A checkpoint is a file of ``torch.save`` that holds a plain dict::
 
     {"format": 1, "fastflow": version, "model": class name, "config": constructor arguments,
-     "state_dict": ..., "training": None or what the trainer needs to go on}
+     "state_dict": ..., "training": None or the trainer's state}
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from fastflow import archive
 from fastflow.archive import CheckpointError
+from fastflow.models.model import Model
 
 FORMAT = 1
 _KEYS = ("format", "fastflow", "model", "config", "state_dict", "training")
 
 
 @contextmanager
-def replacing(path):
-    """A binary file that takes the place of ``path`` whole when the block ends, or not at all.
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file that replaces ``path`` when the block ends; if the block fails, ``path`` stays as it was.
 
-    It is written beside (``path.tmp``), flushed to the disk and renamed, and the rename is flushed too: whenever the
-    process or the machine stops, ``path`` holds the old bytes or the new ones.
+    It is written as ``path.tmp``, flushed to the disk and renamed, and the rename is flushed too. Whenever
+    the process or the machine stops, ``path`` holds either the old bytes or the new ones.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -44,11 +47,13 @@ def replacing(path):
         os.close(folder)
 
 
-def save(path, model, training=None):
-    """Write ``model``, one of ``fastflow.models``, to ``path``; an interrupted write leaves the former file as it was.
+def save(path: str | os.PathLike, model: Model, training: dict | None = None) -> None:
+    """Write ``model``, one of ``fastflow.models``, to ``path``. An interrupted write keeps the previous file.
 
-    ``training`` is a plain dict of tensors, numbers, strings, lists and dicts that :func:`read` gives back.
-    Raises CheckpointError for a model that :func:`load` could not rebuild, OSError where the disk refuses.
+    ``training``: a plain dict of tensors, numbers, strings, lists and dicts, which :func:`read` returns.
+
+    Raises CheckpointError for a model that :func:`load` cannot rebuild, OSError if the file cannot be
+    written.
     """
     import fastflow
     import fastflow.models
@@ -56,7 +61,7 @@ def save(path, model, training=None):
     path, name = Path(path), type(model).__name__
     if name not in fastflow.models.__all__:
         raise CheckpointError(
-            f"{path}: model is a {name}, expected one of {', '.join(fastflow.models.__all__)}"
+            f"{path}: model: got {name}, expected one of {', '.join(fastflow.models.__all__)}"
         )
     contents = {
         "format": FORMAT,
@@ -69,10 +74,7 @@ def save(path, model, training=None):
     try:
         with replacing(path) as file:
             torch.save(contents, file)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # where a write fails torch's own error may come last, and hide the disk's
+    except (OSError, RuntimeError) as error:  # torch may raise an error of its own, which hides the disk's
         disk = error
         while disk is not None and not isinstance(disk, OSError):
             disk = disk.__context__
@@ -83,18 +85,18 @@ def save(path, model, training=None):
         ) from error
 
 
-def read(path, device="cpu"):
-    """The dict that :func:`save` wrote, tensors on ``device``.
+def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict:
+    """Read the dict that :func:`save` wrote, tensors to ``device``.
 
-    Raises CheckpointError when the file is missing, damaged, something else, or written by a newer version.
+    Raises CheckpointError if the file is missing, damaged, of another kind, or written by a newer version.
     """
     path = Path(path)
     return _checked(archive.read(path, device), path)
 
 
-def _checked(contents, path):
+def _checked(contents: object, path: Path) -> dict:
     if not isinstance(contents, dict) or "format" not in contents or "fastflow" not in contents:
-        raise CheckpointError(f"{path}: not a FastFlow checkpoint, though a file that torch.save wrote")
+        raise CheckpointError(f"{path}: not a checkpoint of FastFlow, although a file of torch.save")
     if contents["format"] != FORMAT:
         import fastflow
 
@@ -108,8 +110,8 @@ def _checked(contents, path):
     return contents
 
 
-def build(contents, path):
-    """The model of a dict that :func:`read` gave, in eval mode; ``path`` is for the messages."""
+def build(contents: dict, path: str | os.PathLike) -> Model:
+    """Build the model of a dict that :func:`read` returned, in eval mode; ``path`` is for error messages."""
     import fastflow.models
 
     name, config, state = contents["model"], contents["config"], contents["state_dict"]
@@ -119,7 +121,7 @@ def build(contents, path):
             f"{path}: holds the model {name!r}; fastflow {fastflow.__version__} knows {known}"
         )
     try:
-        with torch.random.fork_rng([]):  # the first weights are not kept, and draw from nobody's generator
+        with torch.random.fork_rng([]):  # the initial weights are replaced: the generator need not advance
             model = getattr(fastflow.models, name)(**config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
@@ -133,31 +135,29 @@ def build(contents, path):
         raise CheckpointError(f"{path}: weights do not fit {name}: {counts}")
     for key, value in expected.items():
         if value.shape != state[key].shape:
-            raise CheckpointError(
-                f"{path}: weights do not fit {name}: {key} is {tuple(state[key].shape)}, expected {tuple(value.shape)}"
-            )
+            got = f"{key}: got {tuple(state[key].shape)}"
+            raise CheckpointError(f"{path}: weights do not fit {name}: {got}, expected {tuple(value.shape)}")
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(dtypes) == 1:
-        model.to(*dtypes)  # buffers outside the state too
-    model.load_state_dict(
-        state, assign=True
-    )  # assign keeps the file's dtypes, so that a float64 model stays one
+        model.to(*dtypes)  # also the buffers that are not in the state dict
+    model.load_state_dict(state, assign=True)  # assign keeps the file's dtypes, such as float64
     return model.eval()
 
 
-def load(path, device="cpu"):
-    """The trained model that ``path`` holds, on ``device``, in eval mode: a checkpoint, or a run folder, of which its last.pt.
+def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Model:
+    """Load a trained model to ``device``, in eval mode.
 
-    Weights that others published, as PyTorch Lightning saved them, are those that :func:`fastflow.models.load_published` knows.
+    ``path``: a checkpoint, a run folder (its last.pt is loaded), or a checkpoint of PyTorch Lightning that
+    :func:`fastflow.models.load_published` supports.
 
-    Raises CheckpointError, a ValueError of one line, when it cannot be had: see :func:`read`; also for an unknown
-    model and for weights that do not fit it.
+    Raises CheckpointError, a ValueError of one line, if the file cannot be read (see :func:`read`), for an
+    unknown model and for weights that do not fit it.
     """
     return opened(path, device)[0]
 
 
-def opened(path, device="cpu"):
-    """The model that :func:`load` gives, and what was saved beside it for training, or None."""
+def opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[Model, dict | None]:
+    """The model that :func:`load` returns and the ``training`` dict that was saved with it, or None."""
     path = Path(path)
     path = path / "last.pt" if (path / "last.pt").is_file() else path
     contents = archive.read(path, device)

@@ -17,8 +17,8 @@ Options = TypeVar("Options", bound="ModelConfig")
 class ModelConfig:
     """Base class of the options of a model.
 
-    A field annotated with a ``Literal`` takes one of its values, a field annotated ``int`` a positive integer.
-    Sequences become tuples, so that equal options compare equal. Raises ValueError for another value.
+    A field annotated with a ``Literal`` takes one of its values, a field annotated ``int`` a positive
+    integer; other values raise ValueError. Sequences become tuples, so that equal options compare equal.
     """
 
     def __post_init__(self) -> None:

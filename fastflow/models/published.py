@@ -1,5 +1,7 @@
 """Weights that others published, under their names, as models of ours."""
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from fastflow.models.mnist_flow import VARIANTS, MNISTFlow, mnist_flow
 from fastflow.nn import AffineCoupling
 
 
-def load_published(path, device: torch.device | str = "cpu") -> MNISTFlow:
+def load_published(path: str | os.PathLike, device: torch.device | str = "cpu") -> MNISTFlow:
     """The model of a published checkpoint, with its weights, in eval mode.
 
     Known are the MNIST flows of P. Lippe's tutorial (phlippe/saved_models, ``tutorial11/MNISTFlow_*.ckpt``), as PyTorch Lightning saved

@@ -1,1 +1,1 @@
-"""The program ``fastflow train | evaluate | sample | interpolate``: command line, data, training loop, ranks, pictures."""
+"""The program ``fastflow train | evaluate | sample | interpolate``."""

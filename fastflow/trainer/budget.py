@@ -5,8 +5,9 @@ import time
 
 from fastflow.trainer.config import Config
 
-# Estimates fluctuate. In the first half of a run, fewer steps are planned only if the estimate is 5% below the plan;
-# in the second half the plan has to hold, so any lower estimate counts. More steps are planned above 5%.
+# Estimates fluctuate. In the first half of a run, fewer steps are planned only if the estimate is 5% below
+# the plan; in the second half the plan has to hold, so any lower estimate counts. More steps are planned
+# above 5%.
 TOLERANCE = 0.05
 # Default time limit for the photographs, in minutes: the example run ends within three minutes.
 PHOTOS_MINUTES = 2.9
@@ -46,7 +47,7 @@ class TimeBudget:
         self._step_began = time.monotonic()
 
     def end_step(self, step: int, target_steps: int) -> bool:
-        """Record the time of a step; estimate from time to time. True if the estimate changed ``self.target_steps``."""
+        """Record the time of a step; True if a new estimate changed ``self.target_steps``."""
         timed = step - self._first_step - 1  # the first step is not timed: it may have compiled code
         if not timed:
             return False

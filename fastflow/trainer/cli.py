@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastflow train | evaluate | sample | interpolate``, also installed as ``fastflow``."""
+"""The command line: ``fastflow``, or ``python -m fastflow``."""
 
 import ctypes
 import os
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def keep_memory() -> None:
     """Make glibc keep the memory that tensors free, for later tensors.
 
-    By default glibc returns large blocks to the system at once. The system then zeroes pages again, thousands of times
-    per training step: 15 to 24% of the step's time on 2 cores of an AMD EPYC (docs/training.md). Other C libraries are
-    left as they are.
+    By default glibc returns large blocks to the system at once. The system then zeroes pages again, thousands
+    of times per training step: 15 to 24% of the step's time on 2 cores of an AMD EPYC (docs/training.md).
+    Other C libraries are left as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

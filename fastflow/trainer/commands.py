@@ -201,7 +201,7 @@ def _interpolate(options: Interpolate) -> None:
 
 
 def _source(options: Evaluate | Interpolate, model: Model, training: dict | None, path: Path) -> data.Source:
-    """The data of ``--data``, otherwise of the training run. Raises ConfigError if they do not fit the model."""
+    """The data of ``--data``, or of the training run. Raises ConfigError if the model cannot take them."""
     trained = (training or {}).get("config", {})
     name = options.data or trained.get("data")
     _check_images(model, path)

@@ -24,11 +24,11 @@ class DataOptions:
     data_dir: str = "data"
     """Folder of torchvision's cifar10 and mnist, which are downloaded to it if absent."""
     image_size: int | None = None
-    """Image side. Folders: default 32. MNIST: 32 (zero-padded) or 28; default 28 for mnist- models, otherwise 32."""
+    """Image side. Folders: default 32. MNIST: 32 (zero-padded) or 28, the default of mnist- models."""
     n_bits: int = 8
     """Bits per pixel and channel; values below 8 drop the lowest bits."""
     horizontal_flip: bool | None = None
-    """Flip training images horizontally at random. Default: yes for photos, cifar10 and folders. Old name: --flip."""
+    """Flip training images at random. Default: yes for photos, cifar10, folders. Deprecated name: --flip."""
     class_conditional: bool = False
     """Condition the model on the labels."""
     model: Literal[tuple(MODELS)] = "glow"
@@ -42,8 +42,8 @@ class Config(ModelOptions, DataOptions):
     steps: int = 800
     """Number of optimizer steps."""
     minutes: float | None = None
-    """Time limit, final evaluation and pictures included. If the steps do not fit, their number and the learning-rate
-    schedule are shortened. Default: 2.9 for photos, no limit (inf) for other data."""
+    """Time limit, final evaluation and pictures included. If the steps do not fit, their number and the
+    learning-rate schedule are shortened. Default: 2.9 for photos, no limit (inf) for other data."""
     batch_size: int = 32
     """Images per step, over all ranks."""
     accumulate: int = 1
@@ -57,13 +57,13 @@ class Config(ModelOptions, DataOptions):
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: cosine decay to zero at the last step, or constant."""
     scale_l2: float = 0.0
-    """Coefficient of the squared scales of weight-normalized convolutions in the loss (realnvp; 5e-5 in the paper)."""
+    """Weight in the loss of squared scales of weight-normalized convolutions (realnvp; paper: 5e-5)."""
     clip: float = 100.0
     """Largest norm of the gradient; larger gradients are scaled down to it."""
     ema: float = 0.0
-    """EMA decay per step, e.g. 0.999; the averaged weights are evaluated, sampled and saved in best.pt. 0 disables it."""
+    """EMA decay per step, e.g. 0.999; the average is evaluated, sampled and saved. 0 disables EMA."""
     bf16: bool | None = None
-    """Run the networks in bfloat16 (autocast); the flow's state stays float32. Default: yes on a GPU, no elsewhere."""
+    """Run the networks in bfloat16; the flow's state stays float32. Default: yes on a GPU, otherwise no."""
     float64: bool = False
     """Compute in float64 (slow), to compare runs."""
     compile: bool = False
@@ -75,7 +75,7 @@ class Config(ModelOptions, DataOptions):
     seed: int = 0
     """Random seed for weights, batches, noise and samples."""
     device: str = "auto"
-    """auto (cuda if available, otherwise cpu) or a torch device. Under torchrun each rank uses its own GPU."""
+    """auto (cuda if available, otherwise cpu) or a torch device. Under torchrun each rank has its own GPU."""
     timeout: float = 60.0
     """Seconds that a rank waits for the other ranks within a step before it fails."""
     workers: int | None = None
@@ -148,7 +148,7 @@ def stored_config(training: dict) -> dict[str, object]:
 
 
 def check_changes(training: dict, config: Config) -> None:
-    """Raise ConfigError for a change that a run cannot be resumed with; ``training`` is its checkpoint's state."""
+    """Raise ConfigError if ``config`` changes what a resumed run cannot change."""
     kept, given = stored_config(training), asdict(config)
     for name in given:
         if name not in _MAY_CHANGE and kept.get(name, given[name]) != given[name]:

@@ -32,9 +32,10 @@ def evaluate(
     each: bool = False,
     ranks: Ranks | None = None,
 ) -> Tensor:
-    r"""Bits/dim of each image, :math:`-\log_2 \frac{1}{K} \sum_k p_k(x) / D`, over K draws of the dequantization noise.
+    r"""Bits/dim of each image, :math:`-\log_2 \frac{1}{K} \sum_k p_k(x) / D`.
 
-    More samples tighten the bound (arXiv:1509.00519, equation 8). The noise depends only on (seed, k, image).
+    The sum is over K draws of the dequantization noise. More samples tighten the bound (arXiv:1509.00519,
+    equation 8). The noise depends only on (seed, k, image).
 
     Args:
         model: a model of images.
@@ -77,7 +78,7 @@ def evaluate(
 def sample(
     model: Model, n: int, temperature: float = 1.0, seed: int = 0, labels: Tensor | None = None
 ) -> Tensor:
-    """``n`` images, uint8 ``[n, C, H, W]`` on the CPU. A class-conditional model without ``labels``: all classes in turn."""
+    """``n`` images, uint8 ``[n, C, H, W]`` on the CPU; without ``labels`` of all classes in turn."""
     device = next(model.parameters()).device
     if labels is None and model.classes is not None:
         labels = torch.arange(n) % model.classes
@@ -99,7 +100,7 @@ def save_pictures(
     step: int,
     codecs: dict[str, float] | None = None,
 ) -> None:
-    """Write samples.png, and curve.png from metrics.csv, into the run's folder; the samples also to TensorBoard."""
+    """Write samples.png, and curve.png from metrics.csv; also write the samples to TensorBoard."""
     images = sample(model, config.samples, config.temperature, derive(config.seed, Stream.SAMPLES))
     picture.save_grid(folder / "samples.png", images, config.n_bits)
     if board:

@@ -1,7 +1,7 @@
 """The models that ``--model`` names, and their options as options of the trainer.
 
-The options are the fields of each model's config class, their help is the model's docstring: an option of a model
-is written once, there.
+The options are the fields of each model's config class, their help is the model's docstring: an option of a
+model is written once, there.
 """
 
 import inspect
@@ -29,8 +29,8 @@ _NAMES = {"checkpoint_every": "activation_checkpoint_every"}
 class TrainerModel:
     """A model that ``--model`` names.
 
-    ``defaults``: the trainer's own defaults, for runs of minutes. ``names``: fields that the trainer names differently.
-    ``fixed``: fields that follow from the model's name.
+    ``defaults``: the trainer's own defaults, for runs of minutes. ``names``: fields that the trainer names
+    differently. ``fixed``: fields that follow from the model's name.
     """
 
     model: type[Model]
@@ -99,7 +99,7 @@ def _dataclass_of_options() -> type:
 
 
 def _help(option: str, models: dict[str, TrainerModel], each_default: bool) -> str:
-    """The help of an option: one sentence for each meaning that it has, after the names of the models that take it."""
+    """The help of an option: one sentence per meaning, after the names of the models that take it."""
     meanings: dict[str, list[str]] = {}
     for name, known in models.items():
         text = argument_docs(known.model.__doc__)[known.options()[option].name]

@@ -10,7 +10,7 @@ from fastflow.models.model import Model
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is not finite, or a weight is singular; the message names the step and the layer or matrix."""
+    """A loss or gradient is not finite, or a weight is singular; the message names the step and the place."""
 
 
 def diagnose(model: Model, x: Tensor, labels: Tensor | None, seed: int, offset: int = 0) -> str:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def grid(images: ArrayLike, n_bits: int = 8, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Images in rows: uint8 ``[N, C, H, W]`` with values in ``[0, 2^n_bits)`` to uint8 ``[H', W', 3]``.
 
-    Values are scaled back to 8 bits. One channel becomes gray; more than three channels are cut to the first three.
+    Values are scaled back to 8 bits. One channel becomes gray; more than three channels are cut to the first
+    three.
     """
     images = np.asarray(images) << (8 - n_bits)
     n, c, h, w = images.shape
@@ -50,7 +51,8 @@ def save_curve(
 ) -> None:
     """Write the loss curve as a PNG.
 
-    ``rows``: (step, train bits/dim, test bits/dim or None) in order. ``baselines``: {name: bits/dim}, drawn as lines.
+    ``rows``: (step, train bits/dim, test bits/dim or None) in order. ``baselines``: {name: bits/dim}, drawn
+    as lines.
     """
     from matplotlib.figure import Figure
 
@@ -108,7 +110,7 @@ def save_histograms(
     bins: int = 100,
     log: bool = False,
 ) -> None:
-    """Write histograms as a PNG, one panel per row. ``panels``: {title: {name: values}}, drawn as densities."""
+    """Write histograms (densities) as a PNG, one panel per row. ``panels``: {title: {name: values}}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 2.4 * len(panels)), layout="constrained")
@@ -139,7 +141,8 @@ def save_histograms(
 def save_scores(path: Path | str, panels: Mapping[str, Mapping[str, ArrayLike]]) -> None:
     """Write panels of scores side by side as a PNG: a row of points for each group, on a logarithmic axis.
 
-    ``panels``: {title: {name: positive scores}} with equal names. A line shows the 0.95 quantile of the first group.
+    ``panels``: {title: {name: positive scores}} with equal names. A line shows the 0.95 quantile of the first
+    group.
     """
     from matplotlib.figure import Figure
 
@@ -171,8 +174,8 @@ def save_densities(
 ) -> None:
     """Write a row for each two-dimensional model as a PNG: data, map of the density, samples.
 
-    ``data``: ``[N, 2]``; ``densities``: {name: (density from :func:`fastflow.explore.density`, samples ``[M, 2]``)};
-    ``limits``: those of the density.
+    ``data``: ``[N, 2]``; ``densities``: {name: (density from :func:`fastflow.explore.density`,
+    samples ``[M, 2]``)}; ``limits``: those of the density.
     """
     from matplotlib.figure import Figure
 
@@ -207,8 +210,8 @@ def _write(path: Path | str, figure: "Figure", **options: object) -> None:
 def codec_bits_per_dim(images: ArrayLike) -> dict[str, float]:
     """Bits/dim of PNG (``optimize=True``) and lossless WebP (quality 100, method 6), one file per image.
 
-    ``images``: uint8 ``[N, C, H, W]``. Gives {name: bits/dim}, headers included. It is empty unless C is 1 or 3 and N > 0,
-    and lacks WebP if Pillow was built without it.
+    ``images``: uint8 ``[N, C, H, W]``. Gives {name: bits/dim}, headers included. It is empty unless C is 1 or
+    3 and N > 0, and lacks WebP if Pillow was built without it.
     """
     from PIL import Image, features
 

@@ -19,7 +19,7 @@ _COLUMNS = "step,epoch,lr,train_bits_per_dim,grad_norm,test_bits_per_dim"
 
 
 class Metrics:
-    """metrics.csv, one row per step. Opened at ``step``, later rows are cut: the resumed run writes them again."""
+    """metrics.csv, one row per step. Rows after ``step`` are cut: the resumed run writes them again."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -70,7 +70,7 @@ def open_tensorboard(folder: Path, step: int) -> "SummaryWriter | None":
 
 
 class Progress:
-    """A progress bar on a terminal, otherwise a line every ten seconds; keeps running means of bits/dim and speed."""
+    """A progress bar on a terminal, otherwise a line every ten seconds, with running means."""
 
     def __init__(self, target_steps: int, step: int, batch_size: int) -> None:
         self.bits: float | None = None

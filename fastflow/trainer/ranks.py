@@ -1,4 +1,4 @@
-"""Training on several devices: one process ("rank") per device, as torchrun starts them, on torch.distributed.
+"""Training on several devices with torch.distributed: torchrun starts one process ("rank") per device.
 
 All ranks share a batch of B samples: rank r of W processes samples ``r B // W`` to ``(r + 1) B // W - 1``.
 """
@@ -30,13 +30,13 @@ class LostRankError(RuntimeError):
 
 
 def shard_bounds(n: int, rank: int, world_size: int) -> tuple[int, int]:
-    """First index and end of the part of ``n`` items that belongs to ``rank``; sizes of parts differ by at most 1."""
+    """First index and end of the items of ``rank`` among ``n``; numbers of items differ by at most 1."""
     return n * rank // world_size, n * (rank + 1) // world_size
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process (``rank``, ``local_rank`` on its machine) and the number of processes that train together."""
+    """This process, and the number of processes that train together."""
 
     rank: int = 0
     world_size: int = 1
@@ -64,7 +64,7 @@ class Ranks:
                 dist.barrier(group=self.long_timeout_group)
 
     def local_main_first(self, load: Callable[[], T]) -> T:
-        """Call ``load`` on the first rank of each machine, then on the others, so that data are downloaded once."""
+        """Call ``load`` on the first rank of each machine, then on the others: data are downloaded once."""
         if self.local_rank == 0:
             loaded = load()
             self.barrier()
@@ -113,8 +113,8 @@ def _is_collective_error(error: RuntimeError) -> bool:
 def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[tuple[Ranks, torch.device]]:
     """The ranks that torchrun started and the device of this rank; a single rank without torchrun.
 
-    ``device``: cpu, or cuda, which becomes the GPU with the number of the local rank. ``timeout``: seconds after which a
-    waiting collective fails. An existing process group is used and not destroyed.
+    ``device``: cpu, or cuda, which becomes the GPU with the number of the local rank. ``timeout``: seconds
+    after which a waiting collective fails. An existing process group is used and not destroyed.
 
     Raises DeviceError for an unknown device and if a machine has fewer GPUs than ranks.
     """
@@ -133,8 +133,8 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, long_timeout_group)
-        # Without this barrier a rank that fails early could be gone before the others are connected; they would then
-        # report a lost rank instead of their own error.
+        # Without this barrier a rank that fails early could be gone before the others are connected; they
+        # would then report a lost rank instead of their own error.
         ranks.barrier()
     yield ranks, chosen
     if (

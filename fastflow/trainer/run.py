@@ -30,7 +30,7 @@ from fastflow.trainer.step import Step, autocast
 
 @dataclass
 class RunState:
-    """The numbers of a run that change: steps done and planned, best test bits/dim, seconds of earlier processes."""
+    """Steps done and planned, best test bits/dim, and seconds used by earlier processes."""
 
     step: int
     target_steps: int
@@ -45,7 +45,7 @@ class RunState:
 
 
 class StepReport(NamedTuple):
-    """Bits/dim and gradient norm of a batch, whether a rank received a signal, and the planned number of steps."""
+    """Bits/dim, gradient norm, whether a rank received a signal, and the planned number of steps."""
 
     bits: float
     grad_norm: float
@@ -56,8 +56,9 @@ class StepReport(NamedTuple):
 class Run:
     """A run on this rank, new or from its last checkpoint, ready for its next step.
 
-    ``model`` is trained; ``eval_model`` is evaluated, sampled and saved: with ``ema`` its averaged copy, otherwise the
-    same object. Files are written by the main rank only; on other ranks these methods do nothing.
+    ``model`` is trained; ``eval_model`` is evaluated, sampled and saved: with ``ema`` its averaged copy,
+    otherwise the same object. Files are written by the main rank only; on other ranks these methods do
+    nothing.
     """
 
     def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
@@ -293,7 +294,7 @@ class Run:
             self.progress.close()
 
     def finish(self) -> None:
-        """Evaluate on the whole test set; write result.json and the pictures. A finished run that is resumed repeats it."""
+        """Evaluate on the whole test set; write result.json and the pictures."""
         config = self.config
         bounds = self.test_bits_per_dim(config.final_samples)
         if self.ranks.is_main:
@@ -318,7 +319,7 @@ class Run:
 
 
 def read_run(folder: Path | str) -> dict:
-    """The contents of the last checkpoint of a run folder. Raises CheckpointError if there is nothing to continue."""
+    """Read the last checkpoint of a run folder. Raises CheckpointError if the run cannot continue."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such run folder")
@@ -336,11 +337,12 @@ def resumed_config(folder: str) -> Config:
 
 
 def parameter_groups(model: Model, scale_l2: float) -> list[dict]:
-    """The parameters as optimizer groups; penalized scales of weight normalization are a group with weight decay."""
+    """The parameters as optimizer groups; penalized scales are a group with weight decay."""
     scales = model.weight_scales() if scale_l2 else []
     chosen = {id(p) for p in scales}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    # Adam's weight decay adds its multiple of the weight to the gradient; the gradient of a square has a factor of 2
+    # Adam's weight decay adds its multiple of the weight to the gradient; the gradient of a square has a
+    # factor of 2
     return [{"params": rest}, *([{"params": scales, "weight_decay": 2 * scale_l2}] if scales else [])]
 
 

@@ -1,4 +1,4 @@
-"""One training step over static buffers: the same code runs uncaptured on any device and captured in a CUDA graph."""
+"""One training step over static buffers, which a CUDA graph can capture."""
 
 from contextlib import nullcontext
 from inspect import signature
@@ -31,12 +31,13 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
 class Step:
     """Forward, backward, clipping and update: ``step(x, labels, seed, lr)``.
 
-    The batch is copied into a static buffer. Nothing waits for the device before the report is read. If the loss or the
-    norm of the gradient is not finite, the device skips the update. Therefore the whole step can be captured once and
-    replayed.
+    The batch is copied into a static buffer. Nothing waits for the device before the report is read. If the
+    loss or the norm of the gradient is not finite, the device skips the update. Therefore the whole step can
+    be captured once and replayed.
 
     Args:
-        model: one of fastflow.models, in training mode; its weights and the optimizer's state keep their addresses.
+        model: one of fastflow.models, in training mode; its weights and the optimizer's state keep their
+            addresses.
         optimizer: a fused optimizer of the model's parameters; its learning rate becomes a tensor.
         ranks: the processes that share a batch.
         batch_size: images over all ranks; this rank processes its part of them.
@@ -80,7 +81,7 @@ class Step:
                 )
 
     def _allocate_buffers(self, samples: int) -> None:
-        """Allocate the inputs of a step that are not the model's, and the votes, which are part of its report."""
+        """Allocate the inputs of a step that are not the model's, and the votes."""
         x = torch.empty((samples, *self.model.shape), dtype=torch.uint8, device=self.device)
         self.x = x.contiguous(memory_format=torch.channels_last)
         self.labels = None
@@ -102,9 +103,10 @@ class Step:
         lr: float,
         votes: tuple[float, float] = (0.0, 0.0),
     ) -> tuple[float, float, float, float]:
-        """Take one step; give bits/dim and gradient norm of the whole batch, and the sums of the ranks' ``votes``.
+        """Take one step; give bits/dim and gradient norm of the batch, and the sums of the ranks' ``votes``.
 
-        x, labels: this rank's part of the batch, on any device. If a value is not finite, nothing was updated.
+        x, labels: this rank's part of the batch, on any device. If a value is not finite, nothing was
+        updated.
         """
         self.x.copy_(x, non_blocking=True)
         if self.labels is not None:
@@ -119,7 +121,7 @@ class Step:
         return bits, norm, *(summed if self.ranks.world_size > 1 else votes)
 
     def compile_forward_backward(self) -> None:
-        """Run forward and backward without the other ranks, on an empty batch, so that torch.compile compiles now."""
+        """Compile now: run forward and backward on an empty batch, without the other ranks."""
         kept = [b.clone() for b in self.model.buffers()]
         self.x.zero_()
         for first, end in self.bounds:
@@ -182,7 +184,7 @@ class Step:
         return summed
 
     def _average_statistics(self) -> None:
-        """Replace the running statistics, which each rank updated from its own samples, by their mean over the ranks."""
+        """Replace the running statistics, which each rank updated from its own samples, by their mean."""
         flat = torch.cat([b.flatten() for b in self.statistics])
         mean = self.ranks.all_reduce_sum(flat) / self.ranks.world_size
         parts = mean.split([b.numel() for b in self.statistics])

@@ -1,9 +1,10 @@
 """Training of an image flow, one loop to be read from top to bottom: see :func:`train`.
 
-A run folder holds ``last.pt`` (all that is needed to continue), ``best.pt`` (the model with the best test bits/dim so
-far), ``metrics.csv`` (one row per step), ``samples.png``, ``curve.png``, ``result.json`` at the end, and TensorBoard
-events if tensorboard is installed. Batches, noise and samples are pure functions of (seed, step). Therefore a run that
-is killed at any moment and resumed ends with the same weights and the same metrics.csv, byte for byte.
+A run folder holds ``last.pt`` (all that is needed to continue), ``best.pt`` (the model with the best test
+bits/dim so far), ``metrics.csv`` (one row per step), ``samples.png``, ``curve.png``, ``result.json`` at the
+end, and TensorBoard events if tensorboard is installed. Batches, noise and samples are pure functions of
+(seed, step). Therefore a run that is killed at any moment and resumed ends with the same weights and the same
+metrics.csv, byte for byte.
 
 Started by torchrun, each rank processes its part of every batch; the main rank writes and prints.
 """
@@ -24,7 +25,7 @@ from fastflow.trainer.run import Run
 
 
 class Interrupted(Exception):
-    """A signal (``signum``) stopped the run, which was saved; the message gives the command that continues it."""
+    """A signal stopped the run, which was saved; the message gives the command that continues it."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -34,9 +35,9 @@ class Interrupted(Exception):
 def train(config: Config) -> tuple[Path, Model]:
     """Train as ``config`` specifies; give the run folder and the evaluated model.
 
-    Raises ConfigError, DataError, DeviceError or CheckpointError (each a ValueError of one line) if the run cannot be
-    started, NonFiniteError if the loss diverges, LostRankError if another rank died, Interrupted after SIGINT or SIGTERM
-    (in the main thread).
+    Raises ConfigError, DataError, DeviceError or CheckpointError (each a ValueError of one line) if the run
+    cannot be started, NonFiniteError if the loss diverges, LostRankError if another rank died, Interrupted
+    after SIGINT or SIGTERM (in the main thread).
     """
     validate_config(config)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -51,7 +52,7 @@ def train(config: Config) -> tuple[Path, Model]:
 
 
 def train_steps(run: Run) -> None:
-    """The training loop. A step is done when its optimizer step is done and its row of metrics.csv is written."""
+    """The training loop. A step counts when its optimizer step is done and its row is written."""
     config, state, ranks = run.config, run.state, run.ranks
     batches = run.batches.stream(state.step, config.steps, config.workers)
     stop = False
@@ -62,10 +63,10 @@ def train_steps(run: Run) -> None:
             x, labels = run.to_device(next(batches))
             lr = learning_rate(config, state.step, state.target_steps)
             seed = derive(config.seed, Stream.TRAINING_NOISE, state.step)
-            # the all-reduce of a step also sums the votes, so that all ranks stop, and plan to stop, at the same step
+            # a step also sums the votes over the ranks, so that all of them stop after the same step
             votes = (len(signals), run.budget.target_steps if ranks.is_main else 0)
             bits, grad_norm, stop, target_steps = run.take_step(x, labels, seed, lr, votes)
-            state.step, state.target_steps = state.step + 1, int(target_steps)
+            state.step, state.target_steps = state.step + 1, target_steps
             run.average_weights()
             run.update_progress(bits)
 
@@ -95,7 +96,7 @@ def train_steps(run: Run) -> None:
 
 
 def learning_rate(config: Config, step: int, target_steps: int) -> float:
-    """Rate of 0-based ``step``: linear to ``lr`` over the warm-up, then constant or a cosine to 0 at ``target_steps``."""
+    """Rate of 0-based ``step``: a linear warm-up, then constant or a cosine to 0 at ``target_steps``."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -106,7 +107,7 @@ def learning_rate(config: Config, step: int, target_steps: int) -> float:
 
 @contextmanager
 def cudnn_deterministic(enabled: bool) -> Iterator[None]:
-    """Restrict cuDNN to deterministic algorithms within the block, without which a GPU run is not reproducible."""
+    """Restrict cuDNN to deterministic algorithms within the block, as a reproducible GPU run requires."""
     before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = enabled or before
     try:
@@ -117,7 +118,7 @@ def cudnn_deterministic(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are appended; a second signal acts as it would have outside the block."""
+    """A list to which SIGINT and SIGTERM are appended; a second signal acts as outside the block."""
     received, former = [], {}
 
     def handler(signum: int, frame: object) -> None:

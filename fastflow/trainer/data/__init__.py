@@ -1,7 +1,8 @@
 """Images to train on: two photographs, CIFAR-10, MNIST, a folder, a .npz file.
 
-A :class:`Source` holds the images, :class:`Batches` draws batches from it. A batch is a pure function of (seed, step), so
-a resumed run needs no loader state, no global generator is used, and ranks draw the same images as one process.
+A :class:`Source` holds the images, :class:`Batches` draws batches from it. A batch is a pure function of
+(seed, step), so a resumed run needs no loader state, no global generator is used, and ranks draw the same
+images as one process.
 """
 
 from pathlib import Path
@@ -20,8 +21,8 @@ __all__ = ["Batches", "DataError", "Folder", "Images", "Photos", "Source", "load
 def load(name: str, data_dir: str = "data", image_size: int | None = None) -> Source:
     """Load ``photos``, ``cifar10``, ``mnist``, a folder of images or a .npz file.
 
-    ``data_dir``: folder of torchvision's data sets. ``image_size``: image side in pixels; None: the usual one. Raises
-    DataError, a ValueError of one line.
+    ``data_dir``: folder of torchvision's data sets. ``image_size``: image side in pixels; None: the usual
+    one. Raises DataError, a ValueError of one line.
     """
     if name == "photos":
         return Photos(_size(name, image_size, 32))

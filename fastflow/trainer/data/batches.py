@@ -67,8 +67,8 @@ class Batches(Dataset):
     def stream(self, start: int, stop: int, workers: int | None = None) -> Iterator:
         """Iterate over the batches of steps ``start`` to ``stop - 1``.
 
-        ``workers``: number of processes that draw batches ahead into pinned memory. None: up to four for a folder, no
-        process for images in memory.
+        ``workers``: number of processes that draw batches ahead into pinned memory. None: up to four for a
+        folder, no process for images in memory.
         """
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if isinstance(self.source, Folder) else 0

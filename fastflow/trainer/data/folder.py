@@ -13,11 +13,13 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 class Folder:
-    """A folder of images, decoded when drawn; the shorter side is resized to ``size`` and the center is cropped.
+    """A folder of images: the shorter side is resized to ``size`` and the center is cropped.
 
-    Subfolders that contain images are classes, in alphabetical order; a flat folder has no classes. Subfolders
-    ``train`` and ``test`` (or ``val``, ``valid``) are the split. Without them a tenth of the files is the test set. It is
-    chosen by a hash of each file's name, so that adding files moves no file from one set to the other.
+    Files are decoded when they are drawn.
+    Subfolders that contain images are classes, in alphabetical order; a flat folder has no classes.
+    Subfolders ``train`` and ``test`` (or ``val``, ``valid``) are the split. Without them a tenth of the files
+    is the test set. It is chosen by a hash of each file's name, so that adding files moves no file from one
+    set to the other.
     """
 
     horizontal_flip = True

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Images:
-    """Images in the memory of the machine or of a GPU: uint8 arrays ``[N, C, H, W]``, with or without labels ``[N]``."""
+    """Images in memory, of the machine or of a GPU: uint8 ``[N, C, H, W]``, and optionally labels ``[N]``."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from fastflow.trainer.data.source import DataError
 
 
 def load_npz(path: Path, image_size: int | None) -> Images:
-    """Images of a .npz file: ``x`` and optionally ``y``, ``x_test``, ``y_test``. Raises DataError for other contents."""
+    """Load ``x`` and optionally ``y``, ``x_test``, ``y_test``. Raises DataError for other contents."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}

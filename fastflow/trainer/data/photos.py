@@ -11,10 +11,10 @@ from fastflow.trainer.data.source import DataError
 
 
 class Photos:
-    """32x32 color crops of the two photographs in scikit-learn, china.jpg and flower.jpg, 427x640 pixels each.
+    """32x32 color crops of scikit-learn's two photographs, china.jpg and flower.jpg, of 427x640 pixels.
 
-    Training crops are taken at random positions in columns 0 to 511. The test set is the 104 tiles of the 32x32 grid
-    over columns 512 to 639 (rows 0 to 415), the tiles of the first photograph first.
+    Training crops are taken at random positions in columns 0 to 511. The test set is the 104 tiles of the
+    32x32 grid over columns 512 to 639 (rows 0 to 415), the tiles of the first photograph first.
     """
 
     name, classes, test_labels, horizontal_flip = "photos", None, None, True

@@ -32,5 +32,5 @@ class Source(Protocol):
     test_labels: Tensor | None
 
     def draw(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Training images and labels of ``indices`` ``[N]``; any randomness comes from ``uniform`` ``[N, 3]`` in [0, 1)."""
+        """Images and labels of ``indices`` ``[N]``; ``uniform`` ``[N, 3]`` is the only randomness."""
         ...
