@@ -82,6 +82,17 @@ def test_all_latents_are_interpolated(multiscale):
     assert torch.equal(explore.interpolate(multiscale, x[:1], x[1:], 3)[:, 1], multiscale.decode(halves))
 
 
+def test_each_end_has_its_own_noise(multiscale, monkeypatch):
+    latents, encode = [], multiscale.encode
+    monkeypatch.setattr(
+        multiscale, "encode", lambda *args, **kw: latents.append(encode(*args, **kw)) or latents[-1]
+    )
+    x = images(2)
+    explore.interpolate(multiscale, x, x, 2, seed=0)
+    first, last = latents
+    assert all((z0 != z1).any() for z0, z1 in zip(first, last, strict=True))
+
+
 def test_an_arc_keeps_the_distance_from_0():
     z0, z1 = torch.randn(2, 5, 400)
     z0, z1 = (20 * z / z.norm(dim=1, keepdim=True) for z in (z0, z1))

@@ -3,7 +3,7 @@
     python -m tests.faults --only squeeze                        # the faults whose area, file or name holds a word
     python -m tests.faults --out OUT --table docs/testing.md     # all of them; rewrites the table of that page
 
-Results are kept in ``OUT/results.csv``: a fault that has one is not run again.  The copy is in ``OUT/tree``.
+Results are kept in ``OUT/results.csv``: a fault that was caught is not run again.  The copy is in ``OUT/tree``.
 """
 
 import argparse
@@ -24,13 +24,10 @@ COLUMNS = ["area", *Fault._fields, "verdict", "caught_by", "seconds"]
 
 def verdict(copy: Copy, fault: Fault, seconds: float) -> tuple[str, str]:
     """Returns the verdict and the test that failed, or the reason."""
-    copy.plant(fault)
-    try:
+    with copy.planted(fault):
         if error := copy.build():
             return "does not build", error
         found = run_pytest(copy.folder, ["-x", *shlex.split(fault.tests)], seconds)
-    finally:
-        copy.restore(fault)
     if found.failed and "::" in found.failed[0]:
         return CAUGHT, found.failed[0]
     if found.code == 0:
@@ -44,7 +41,8 @@ def run_all(chosen: list[tuple[str, Fault]], out: Path, seconds: float) -> list[
     copy, path = Copy(out / "tree"), out / "results.csv"
     copy.check()
     rows = read(path) if path.exists() else []
-    todo = [(area, fault) for area, fault in chosen if not any(same(row, fault) for row in rows)]
+    done = [row for row in rows if row["verdict"] == CAUGHT]
+    todo = [(area, fault) for area, fault in chosen if not any(same(row, fault) for row in done)]
     for number, (area, fault) in enumerate(todo, 1):
         start = time.monotonic()
         found, by = verdict(copy, fault, seconds)
@@ -53,23 +51,23 @@ def run_all(chosen: list[tuple[str, Fault]], out: Path, seconds: float) -> list[
         rows = [r for r in rows if r["name"] != fault.name] + [row]
         write(path, rows)
         print(f"{number}/{len(todo)} {area}: {fault.name}: {found} {by} ({taken} s)", flush=True)
-    refuse_tests_that_always_fail(copy, rows, todo)
+    refuse_tests_that_always_fail(copy, rows, chosen)
     write(path, rows)
     return rows
 
 
-def refuse_tests_that_always_fail(copy: Copy, rows: list[dict], run: list[tuple[str, Fault]]) -> None:
+def refuse_tests_that_always_fail(copy: Copy, rows: list[dict], chosen: list[tuple[str, Fault]]) -> None:
     """Takes back the verdict of a fault that a test caught which fails without it."""
-    new = [r for r in rows if r["verdict"] == CAUGHT and any(same(r, fault) for _, fault in run)]
-    if not new:
+    caught = [r for r in rows if r["verdict"] == CAUGHT and any(same(r, fault) for _, fault in chosen)]
+    if not caught:
         return
     if error := copy.build():
         raise SystemExit(f"the tree does not build: {error}")
     print("running the tests that failed, without a fault", flush=True)
-    found = run_pytest(copy.folder, sorted({row["caught_by"] for row in new}), 3600)
+    found = run_pytest(copy.folder, sorted({row["caught_by"] for row in caught}), 3600)
     if found.code not in (0, 1):
         raise SystemExit(found.output)
-    for row in new:
+    for row in caught:
         if row["caught_by"] in found.failed:
             row["verdict"] = "fails without the fault"
 

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.faults.faults import Fault
@@ -62,14 +64,17 @@ class Copy:
         if is_compiled(name):
             self.built.unlink(missing_ok=True)
 
-    def plant(self, fault: Fault) -> None:
-        source = (ROOT / fault.file).read_text()
-        if source.count(fault.old) != 1:
+    @contextmanager
+    def planted(self, fault: Fault) -> Iterator[None]:
+        """A block in which the copy has the fault."""
+        source = (self.folder / fault.file).read_bytes()
+        if source.count(fault.old.encode()) != 1:
             raise ValueError(f"{fault.name}: {fault.old!r} is not once in {fault.file}")
-        self._write(fault.file, source.replace(fault.old, fault.new).encode())
-
-    def restore(self, fault: Fault) -> None:
-        self._write(fault.file, (ROOT / fault.file).read_bytes())
+        self._write(fault.file, source.replace(fault.old.encode(), fault.new.encode()))
+        try:
+            yield
+        finally:
+            self._write(fault.file, source)
 
     def build(self) -> str | None:
         """Builds the extension if its sources changed; returns the first error.

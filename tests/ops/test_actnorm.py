@@ -49,6 +49,12 @@ def test_formula_and_inverse(shape):
     torch.testing.assert_close(log_det_back, -log_det, rtol=0, atol=0)
 
 
+def test_log_det_of_several_blocks_of_vectors():
+    x, s, b = inputs((700, 7))
+    _, log_det = ops.actnorm(x, s, b)
+    torch.testing.assert_close(log_det, s.sum().expand(700), rtol=1e-13, atol=1e-13)
+
+
 @both_directions
 @any_shape
 def test_gradients(shape, inverse, each_backend):
