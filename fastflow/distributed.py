@@ -1,4 +1,4 @@
-"""Statistics of tensors that are spread over the ranks of torch.distributed."""
+"""Statistics over the ranks of torch.distributed."""
 
 import torch
 import torch.distributed as dist
@@ -8,9 +8,16 @@ from torch import Tensor
 def merge_statistics(
     count: int, mean: Tensor, var: Tensor, group: "dist.ProcessGroup | None" = None
 ) -> tuple[int, Tensor, Tensor]:
-    """``(count, mean, biased var)`` of the values of all ranks of ``group`` (None: of all), from those of each; the same bits on each.
+    r"""Count, mean and biased variance over all ranks, from those of each rank; bit-identical on every rank.
 
-    Where torch.distributed is not initialised they come back as they are.
+    With :math:`n = \sum_r n_r`, the mean is :math:`\mu = \sum_r n_r \mu_r / n` and the variance
+    :math:`\sum_r n_r (v_r + (\mu_r - \mu)^2) / n`. If torch.distributed is not initialized, returns the
+    arguments.
+
+    Args:
+        count: number of values per channel on this rank, may be 0.
+        mean, var: their mean and biased variance, ``[C]`` each.
+        group: ranks to merge; None: all ranks.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return count, mean, var

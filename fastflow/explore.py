@@ -1,30 +1,20 @@
-"""What a trained model shows: paths between samples, fine latents drawn anew, what dequantization does, densities, scores of anomaly."""
+"""Analysis of trained models: interpolation, resampling, dequantization, densities, outlier scores."""
 
 import math
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from fastflow import check
+from fastflow.models.model import Model, in_mode
 from fastflow.seeds import Stream, derive
 
 METHODS = ("linear", "spherical")
 
 
-@contextmanager
-def _evaluating(model):
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
+@torch.no_grad()
 def interpolate(
-    model,
+    model: Model,
     x0: Tensor,
     x1: Tensor,
     steps: int = 8,
@@ -32,26 +22,34 @@ def interpolate(
     method: str = "linear",
     seed: int | None = None,
 ) -> Tensor:
-    r"""Samples on the way from x0 to x1, whose latents, those of every level, are :math:`(1 - t) z_0 + t z_1` for t from 0 to 1.
+    r"""Samples on the path from x0 to x1, whose latents are :math:`(1 - t) z_0 + t z_1`, t from 0 to 1.
 
-    ``"spherical"`` (arXiv:1609.04468) takes :math:`[\sin((1 - t) \Omega) z_0 + \sin(t \Omega) z_1] / \sin \Omega` instead,
-    :math:`\Omega` the angle between :math:`z_0` and :math:`z_1` of a level. Halfway between two draws of a Gaussian a straight line comes
-    nearer to 0 than draws do, by a factor of :math:`\sqrt 2`; the arc does not.
+    ``method="spherical"`` uses :math:`[\sin((1 - t) \Omega) z_0 + \sin(t \Omega) z_1] / \sin \Omega` instead
+    (arXiv:1609.04468), where :math:`\Omega` is the angle between :math:`z_0` and :math:`z_1` of a level.
+    Halfway between two draws of a Gaussian, the straight line is nearer to 0 than the draws by a factor of
+    :math:`\sqrt 2`; the arc is not.
 
-    Without a ``seed`` uint8 samples are dequantized at the bin centre, and both ends come back exactly; with one by noise, which gives
-    latents such as the prior draws, and what lies between them looks more like the data; an end may then be off by 1 in single values.
+    Args:
+        model: model of the samples.
+        x0, x1: first and last sample of each path.
+        steps: number of samples per path, including x0 and x1.
+        context: classes of the samples for a class-conditional model.
+        method: ``"linear"`` or ``"spherical"``.
+        seed: seed of the dequantization noise of uint8 samples. With noise, latents are distributed as in
+            training and intermediate samples look more like the data, but single values of x0 and x1 may come
+            back off by 1. None: dequantize at bin centers; x0 and x1 come back exactly.
 
-    Shape: x0, x1 ``[N, *shape]``, samples as the model takes them; gives ``[N, steps, *shape]``, the first x0 and the last x1.
-    ``context`` is that of both. Raises ValueError for another method, less than 2 steps and what
-    :meth:`~fastflow.models.model.Model.encode` refuses.
+    Shape: x0, x1 ``[N, *shape]``; returns ``[N, steps, *shape]``.
+    Raises ValueError for another method, for fewer than 2 steps, and for samples that
+    :meth:`~fastflow.models.model.Model.encode` rejects.
     """
     check.one_of("method", method, METHODS)
     if steps < 2:
-        raise check.error("steps", steps, "2 or more, both ends included")
+        raise check.error("steps", steps, "2 or more, including both ends")
     if len(x0) != len(x1):
-        raise check.error("x1", f"{len(x1)} samples", f"{len(x0)}, as x0")
+        raise check.error("x1", f"{len(x1)} samples", f"{len(x0)}, like x0")
     mix = _arc if method == "spherical" else _line
-    with _evaluating(model):
+    with in_mode(model, training=False):
         seeds = (
             (None, None)
             if seed is None
@@ -79,7 +77,7 @@ def _arc(z0: Tensor, z1: Tensor, t: float) -> Tensor:
     a, b = z0.flatten(1).double(), z1.flatten(1).double()
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     angle = cosine.nan_to_num(1.0).clamp(-1, 1).acos()
-    straight = angle.sin() < 1e-6  # there the arc is the line, or not defined
+    straight = angle.sin() < 1e-6  # the arc is a line, or undefined
     sine = torch.where(straight, 1.0, angle.sin())
     first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
     second = torch.where(straight, t, (t * angle).sin() / sine)
@@ -87,8 +85,9 @@ def _arc(z0: Tensor, z1: Tensor, t: float) -> Tensor:
     return first * z0 + second * z1
 
 
+@torch.no_grad()
 def resample(
-    model,
+    model: Model,
     latents: tuple[Tensor, ...],
     n: int,
     levels: int | None = None,
@@ -96,56 +95,81 @@ def resample(
     context: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """``n`` samples for each one, whose finest ``levels`` latents are drawn anew, given the coarser ones, which stay.
+    """Draw the finest latents of each sample again, given its coarser latents.
 
-    All but the last are drawn unless ``levels`` says otherwise. What differs between the samples is what the fine latents hold.
+    Args:
+        model: a multi-scale model.
+        latents: latents of N samples from ``model.encode``, preferably with a ``seed``, which gives latents
+            distributed as in training.
+        n: number of new samples per sample.
+        levels: number of latents to draw, from the finest; None: all except the last latent.
+        temperature: factor of the noise of the drawn latents.
+        context: classes ``[N]`` of the samples for a class-conditional model.
+        seed: seed of the noise.
 
-    Shape: latents as ``model.encode`` gives them of N samples, best with a ``seed``, so that they are such as the prior draws; gives
-    ``[N, n, *shape]``. Raises ValueError for a model of one latent, for ``levels`` that leave none, and for what
-    :meth:`~fastflow.models.model.Model.sample` refuses.
+    Shape: returns ``[N, n, *shape]``.
+    Raises ValueError for a model with one latent, for ``levels`` that keep no latent, and for latents that
+    :meth:`~fastflow.models.model.Model.sample` rejects.
     """
     coarse = len(model.latent_shapes()) - 1
     if not coarse:
-        raise check.error("model", "one latent", "a multi-scale model, some of whose latents can stay")
+        raise check.error("model", "one latent", "a multi-scale model, so that coarse latents are kept")
     levels = coarse if levels is None else levels
     if not 1 <= levels <= coarse:
-        raise check.error("levels", levels, f"1 to {coarse}, so that the last latent stays")
+        raise check.error("levels", levels, f"1 to {coarse}, so that the last latent is kept")
     check.count("n", n)
     kept = [None if i < levels else z.repeat_interleave(n, 0) for i, z in enumerate(latents)]
     context = None if context is None else context.repeat_interleave(n, 0)
     generator = torch.Generator(latents[-1].device).manual_seed(seed)
-    with _evaluating(model):
+    with in_mode(model, training=False):
         x = model.sample(n * len(latents[-1]), temperature, context, generator, latents=tuple(kept))
     return x.unflatten(0, (-1, n))
 
 
-def dequantized(model, x: Tensor, seed: int = 0, draws: int = 8) -> Tensor:
-    """What the flow sees of x: the values after the model's dequantization, for several draws of its noise.
+@torch.no_grad()
+def dequantized(model: Model, x: Tensor, seed: int = 0, draws: int = 8) -> Tensor:
+    """Dequantized x, the input of the model's first flow, for several draws of the noise.
 
-    Shape: x uint8 ``[N, *shape]``; gives ``[draws, N, *shape]`` in the model's dtype, after the logit where the model has one.
+    Args:
+        model: a model of uint8 samples.
+        x: samples.
+        seed: seed of the noise.
+        draws: number of draws.
+
+    Shape: x uint8 ``[N, *shape]``; returns ``[draws, N, *shape]`` in the model's dtype, after the logit if
+    the model has one.
     Raises ValueError for a model of continuous samples.
     """
     if model.n_bits is None:
         raise check.error("model", "continuous samples", "a model of uint8 samples, which it dequantizes")
     check.count("draws", draws)
-    with _evaluating(model):
+    with in_mode(model, training=False):
         return torch.stack(
             [model.dequantize(x, seed=derive(seed, Stream.EXPLORE, k))[0] for k in range(draws)]
         )
 
 
+@torch.no_grad()
 def density(
-    model, limits: tuple[tuple[float, float], tuple[float, float]], size: int = 400, batch_size: int = 2**16
-):
-    """A model's density over the plane, and its integral over the limits by the midpoint rule, which is near 1 where both are wide enough.
+    model: Model,
+    limits: tuple[tuple[float, float], tuple[float, float]],
+    size: int = 400,
+    batch_size: int = 2**16,
+) -> tuple[Tensor, float]:
+    """Density of a two-dimensional model on a grid, and its integral over the grid by the midpoint rule.
+
+    The integral is near 1 if the limits contain nearly all of the density, and if cells are smaller than the
+    scale on which the density varies.
 
     Args:
-        model: of vectors in two dimensions.
-        limits: of the first and of the second dimension.
-        size: cells along each; a cell has to be smaller than what the density changes over.
+        model: a model of continuous vectors with two dimensions.
+        limits: ``(low, high)`` of the first and of the second dimension.
+        size: number of cells per dimension.
+        batch_size: number of points per call of the model.
 
-    Gives float64 ``[size, size]`` on the CPU, at the centres of the cells, a row for each value of the second dimension from its lower
-    limit up, and a float. Raises ValueError for models of other samples.
+    Shape: returns float64 ``[size, size]`` on the CPU, densities at the centers of the cells, where row i is
+    the i-th value of the second dimension; and the integral.
+    Raises ValueError for a model of other samples.
     """
     if model.shape != (2,) or model.n_bits is not None:
         raise check.error("model", f"samples of shape {list(model.shape)}", "continuous vectors [N, 2]")
@@ -156,25 +180,33 @@ def density(
         math.prod((high - low) / size for low, high in limits),
     )
     points = torch.cartesian_prod(y, x).flip(1).to(like)
-    with _evaluating(model):
+    with in_mode(model, training=False):
         values = torch.cat([model.log_prob(part).double().exp().cpu() for part in points.split(batch_size)])
     return values.view(size, size), values.sum().item() * cell
 
 
 def typicality(scores: Tensor, train_scores: Tensor) -> Tensor:
-    r"""How far each sample is from typical: :math:`|s(x) - \bar s|`, of bits/dim and their mean over training samples.
+    r"""Distance from the typical set, :math:`|s(x) - \bar s|`: bits/dim, and their mean in training.
 
-    The test of Nalisnick et al. (arXiv:1906.02994) for single samples: a sample is an outlier where its typicality exceeds a
-    quantile of that of held-out data. A high bits/dim alone misses what is simpler than the data, such as constant images, which a flow
-    gives *more* density than the data (arXiv:1810.09136).
+    Source: the test of Nalisnick et al. (arXiv:1906.02994) for single samples. A sample is an outlier if its
+    typicality exceeds a quantile of the typicality of held-out data. A threshold on bits/dim only misses
+    samples that are simpler than the data, such as constant images, to which a flow assigns *higher* density
+    (arXiv:1810.09136).
 
-    Shape: scores ``[N]``, train_scores ``[M]``, bits/dim as :func:`fastflow.trainer.evaluate.evaluate` gives; gives ``[N]``, bits/dim.
+    Args:
+        scores: bits/dim of the samples, see :func:`fastflow.trainer.evaluate.evaluate`.
+        train_scores: bits/dim of training samples.
+
+    Shape: scores ``[N]``; train_scores ``[M]``; returns ``[N]``, bits/dim.
     """
     return (scores - train_scores.mean()).abs()
 
 
 def auroc(scores: Tensor, outlier_scores: Tensor) -> float:
-    """The area under the ROC curve: how often an outlier's score ``[M]`` is above a sample's ``[N]``, ties counting half."""
+    """Area under the ROC curve: probability that an outlier's score exceeds a sample's; ties count half.
+
+    Shape: scores ``[N]``; outlier_scores ``[M]``.
+    """
     ordered = scores.sort().values
     below = torch.searchsorted(ordered, outlier_scores.contiguous())
     not_above = torch.searchsorted(ordered, outlier_scores.contiguous(), right=True)

@@ -191,7 +191,7 @@ def test_scores_of_anomaly():
             "method: got 'cubic', expected one of 'linear'",
         ),
         (lambda m: explore.interpolate(m, images(2), images(2), 1), "steps: got 1, expected 2 or more"),
-        (lambda m: explore.interpolate(m, images(2), images(3)), "x1: got 3 samples, expected 2, as x0"),
+        (lambda m: explore.interpolate(m, images(2), images(3)), "x1: got 3 samples, expected 2, like x0"),
         (lambda m: explore.resample(m, m.encode(images(1)), 2, levels=2), "levels: got 2, expected 1 to 1"),
         (lambda m: explore.resample(m, m.encode(images(1)), 0), "n: got 0, expected a positive integer"),
         (

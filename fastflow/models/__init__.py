@@ -1,4 +1,4 @@
-"""Whole models, built from :mod:`fastflow.nn`."""
+"""Models of images and vectors, built from :mod:`fastflow.nn`."""
 
 from fastflow.models.glow import Glow
 from fastflow.models.mnist_flow import MNISTFlow, mnist_flow

@@ -1,4 +1,4 @@
-"""Glow."""
+"""The Glow model."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
@@ -46,23 +46,26 @@ class Glow(Model):
         steps: number of flow steps per level K.
         hidden: number of channels inside the coupling networks.
         coupling: type of coupling, ``"affine"`` or ``"additive"``.
-        conv1x1: channel mixing of a step: a learned 1x1 convolution (``"lu"``: LU-factored, ``"plain"``) or a fixed
-            permutation (``"reverse"``, ``"shuffle"``).
+        conv1x1: channel mixing of a step: a learned 1x1 convolution (``"lu"``: LU-factored, ``"plain"``) or a
+            fixed permutation (``"reverse"``, ``"shuffle"``).
         n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``.
-        classes: number of classes; the prior of the last latent then has a learned mean and scale for each class.
+        classes: number of classes; the prior of the last latent then has a learned mean and scale for each
+            class.
         learned_prior: learn the mean and scale of the last latent's prior for each channel (`learntop` in the
             paper's code); otherwise they are 0 and 1. Class-conditional models always learn them.
         logit: dequantize through RealNVP's logit (alpha 0.05) instead of to [-1/2, 1/2).
-        scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`. ``"sigmoid"`` is
-            that of the paper's code. ``"soft_clamp"`` and ``"tanh"`` bound the scale, so that images unlike the
-            training data are also recovered from their latents.
+        scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`. The paper's
+            code uses ``"sigmoid"``. ``"soft_clamp"`` and ``"tanh"`` bound the scale, so that images unlike
+            the training data are also recovered from their latents.
         reversible: recompute activations in backward instead of storing them. Memory then does not grow with
-            ``steps``, and a training step takes up to a third longer (docs/memory.md). Set it to False to compile
-            the whole model with torch.compile.
-        checkpoint_every: store the activation after every this many steps of a reversible chain. Rounding errors then
-            add up over no more steps than these.
+            ``steps``, and a training step takes up to a third longer (docs/memory.md). Set it to False to
+            compile the whole model with torch.compile.
+        checkpoint_every: store the activation after every this many steps of a reversible chain. Rounding
+            errors then accumulate over no more steps than these.
 
-    Raises ValueError for an argument outside these, naming the levels that fit an image.
+    Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
+    Raises ValueError for any other argument; for too many levels, the message names the largest number that
+    fits.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The three flows of the UvA tutorial on image flows."""
+"""The three MNIST flows of the UvA tutorial on image flows."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
@@ -40,6 +40,9 @@ class MNISTFlow(Model):
     Args:
         variant: ``"simple"``, ``"vardeq"`` or ``"multiscale"``, see :func:`mnist_flow`.
         reversible: recompute activations in backward instead of storing them.
+
+    Shape: x uint8 ``[N, 1, 28, 28]``.
+    Raises ValueError for another variant.
     """
 
     @takes_fields_of(MNISTFlowConfig)
@@ -65,16 +68,21 @@ class MNISTFlow(Model):
 
 
 def mnist_flow(variant: Variant = "multiscale", reversible: bool = True) -> MNISTFlow:
-    r"""A flow for MNIST, uint8 ``[N, 1, 28, 28]``, of P. Lippe's tutorial (UvA Deep Learning, tutorial 11, 2021).
+    r"""Build a flow for MNIST from P. Lippe's tutorial (UvA Deep Learning, tutorial 11, 2021).
+
+    Couplings are :math:`(x + t) e^{f \tanh(h / f)}` with learned f. :func:`fastflow.models.load_published`
+    loads published weights. Published results: 1.107, 1.066 and 1.026 bits/dim with 335,128, 379,556 and
+    1,062,090 parameters.
 
     Args:
-        variant: ``"simple"``: logit dequantization (alpha 1e-5) and eight checkerboard couplings; ``"vardeq"``: the same with variational
-            dequantization by four more; ``"multiscale"``: that with two checkerboard couplings at 28x28, two channel couplings at 14x14,
-            of which half leave, and four at 7x7. Published: 1.107, 1.066 and 1.026 bits/dim of 335,128, 379,556 and 1,062,090 parameters.
-        reversible: recompute activations in backward instead of keeping them.
+        variant: ``"simple"``: logit dequantization (alpha 1e-5) and eight checkerboard couplings.
+            ``"vardeq"``: variational dequantization with four checkerboard couplings, then the same eight
+            couplings. ``"multiscale"``: the same dequantization, two checkerboard couplings at 28x28, two
+            channel couplings at 14x14, a split of half the channels, and four channel couplings at 7x7.
+        reversible: recompute activations in backward instead of storing them.
 
-    Couplings are :math:`(x + t) e^{f \tanh(h / f)}`, with f learned. Raises ValueError for another variant. Published weights:
-    :func:`fastflow.models.load_published`.
+    Shape: x uint8 ``[N, 1, 28, 28]``.
+    Raises ValueError for another variant.
 
     Example:
         >>> import torch
@@ -95,7 +103,7 @@ def _checkerboard(hidden: int, flip: bool, seen: int = 1) -> AffineCoupling:
 
 
 class _ChannelCoupling(AffineCoupling):
-    """A coupling of halves with the tutorial's parameters, those of a mask over all channels: half of its factors do nothing."""
+    """Coupling of halves with the tutorial's parameters, which cover all channels."""
 
     def __init__(self, channels: int, hidden: int, flip: bool) -> None:
         super().__init__(
@@ -106,11 +114,12 @@ class _ChannelCoupling(AffineCoupling):
         )
 
     def factor(self, x: Tensor) -> Tensor:
+        """Factors of the transformed half."""
         return self.log_factor.exp().chunk(2)[0 if self.flip else 1]
 
 
 class _Masked(nn.Module):
-    """A network of all channels for the half that passes through: zeros in the other's place, and of the result the other's part."""
+    """Apply a network over all channels to one half: pad its input with zeros, select its outputs."""
 
     def __init__(self, net: nn.Module, channels: int, flip: bool) -> None:
         super().__init__()

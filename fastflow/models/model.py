@@ -1,6 +1,9 @@
-"""What every model can do."""
+"""Base class of models of images and vectors."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +13,35 @@ from fastflow.nn import AffineCoupling, BatchNorm, Continuous, Dequantize, Flow,
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 
 
+@contextmanager
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put ``module`` in training or eval mode within the block, and restore its mode after it."""
+    before = module.training
+    module.train(training)
+    try:
+        yield
+    finally:
+        module.train(before)
+
+
 class Model(nn.Module):
-    """A flow with its priors: dequantize, then flow and split level by level, then a prior over what is left.
+    """Base class of models: dequantization, then flow and split per level, then a prior over the last latent.
+
+    The log-density is the sum of the log-dets of all layers, of the log-densities of the splits' latents and
+    of the last latent's. Shapes and dtypes of arguments are always checked. Values (bit depth, class, NaN)
+    are checked only in eager mode on the CPU, where the check neither synchronizes nor breaks a graph.
 
     Args:
-        shape: of one sample, ``(C, H, W)`` of an image or ``(D,)`` of a vector.
-        dequantize: uint8 samples to continuous ones; :class:`~fastflow.nn.Continuous` where they are continuous.
-        flows: one for each level.
-        splits: between the levels, so one fewer.
-        prior: of the last latent.
-        classes: number of classes that the context names, None for an unconditional model.
-        config: the arguments that build this model again, kept in checkpoints.
+        shape: shape of one sample, ``(C, H, W)`` for an image or ``(D,)`` for a vector.
+        dequantize: dequantization of uint8 samples; :class:`~fastflow.nn.Continuous` for continuous samples.
+        flows: one flow per level.
+        splits: the splits between the levels, one fewer than ``flows``.
+        prior: prior of the last latent.
+        classes: number of classes of a class-conditional model, None for an unconditional one.
+        config: constructor arguments of the subclass, stored in checkpoints to rebuild the model.
 
-    Values of uint8 samples lie in ``[0, 2 ** n_bits)``. The context of a class-conditional model is int64 ``[N]``. Shapes and dtypes are
-    checked always; values (bit depth, class, NaN) in eager mode on the CPU only, so that nothing waits for a device or breaks a graph.
+    Shape: x uint8 ``[N, *shape]`` with values in ``[0, 2 ** n_bits)``, or floating point if the samples are
+    continuous; context int64 ``[N]`` with values in ``[0, classes)``, or None.
     """
 
     def __init__(
@@ -44,9 +62,10 @@ class Model(nn.Module):
     def log_prob(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
     ) -> Tensor:
-        """Log-probability of the samples, ``[N]`` nats; of discrete ones a lower bound of it, by one draw of the dequantization noise.
+        """Log-density of continuous samples, ``[N]``, nats; a lower bound of log p(x) for discrete samples.
 
-        The noise comes from torch's generator, or is a function of ``(seed, offset + sample, element)``.
+        The bound is estimated with one draw of the dequantization noise. The noise is drawn from torch's
+        generator, or computed from ``(seed, offset + sample, element)``.
         """
         self._check_samples(x)
         self._check_context(context, x.shape[0])
@@ -62,44 +81,42 @@ class Model(nn.Module):
     def bits_per_dim(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
     ) -> Tensor:
-        """Negative log-probability in bits for each of a sample's values, ``[N]``."""
+        """Negative :meth:`log_prob` in bits per dimension, ``[N]``; may be negative if x is continuous."""
         return self.log_prob(x, context, seed=seed, offset=offset) / (-math.log(2) * math.prod(self.shape))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
     ) -> Tensor:
-        """:meth:`bits_per_dim`, so that DDP and torch.compile wrap training."""
+        """:meth:`bits_per_dim`, so that DistributedDataParallel and torch.compile wrap training."""
         return self.bits_per_dim(x, context, seed=seed, offset=offset)
 
     def initialize(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
     ) -> None:
-        """Initialises every ActNorm that has not been, from a batch, as the first forward pass in training mode does.
+        """Initialize every uninitialized ActNorm from a batch, like the first forward pass in training mode.
 
-        Where torch.distributed is initialised every rank has to, each with its own share of a batch: see :class:`fastflow.nn.ActNorm`.
+        If torch.distributed is initialized, every rank must call it with its own part of the batch, see
+        :class:`fastflow.nn.ActNorm`.
         """
-        training = self.training
-        self.train()
-        with torch.no_grad():
+        with in_mode(self, training=True), torch.no_grad():
             self.log_prob(x, context, seed=seed, offset=offset)
-        self.train(training)
 
     def running_statistics(self) -> list[Tensor]:
-        """The buffers that a pass in training mode moves: means, variances and counts of batch normalizations."""
+        """Buffers that forward updates in training mode: means, variances and counts of batch norms."""
         layers = (m for m in self.modules() if isinstance(m, (BatchNorm, nn.modules.batchnorm._BatchNorm)))
         return [b for m in layers for b in m.buffers()]
 
     def weight_scales(self) -> list[nn.Parameter]:
-        """The scales g of weight-normalised convolutions, which RealNVP penalises."""
+        """Scales g of the weight-normalized convolutions, which the RealNVP paper penalizes."""
         return [m.g for m in self.modules() if isinstance(m, WeightNormConv2d)]
 
-    def compile_networks(self, **options) -> None:
-        """Compiles every coupling network where it is (``torch.compile`` with ``options``), which the reversible chains around them allow.
+    def compile_networks(self, **options: Any) -> None:
+        """Compile every coupling network in place; ``options`` are those of torch.compile.
 
-        Networks of one level are compiled once for all of them, anew for each batch size and for training, evaluation and sampling, when
-        these first come.
+        All networks of a level share one compiled program. It is compiled again for every new batch size, and
+        for training, evaluation and sampling.
         """
-        # torch would give up after 8 of these kinds
+        # torch would otherwise stop compiling after 8 of these variants
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(self.flows))
         for module in self.modules():
             if isinstance(module, AffineCoupling):
@@ -109,11 +126,12 @@ class Model(nn.Module):
     def encode(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Latents, fine to coarse, of x, if discrete dequantized at the bin centre: ``decode(encode(x))`` is x.
+        """Latents of x, from the finest level to the coarsest; ``decode(encode(x))`` is x.
 
-        With a ``seed`` it is dequantized by noise, a function of ``(seed, sample, element)``, as in training: what comes back may differ
-        by 1 where noise falls within rounding of a bin's edge, but latents are such as the prior draws, which those of the centre need
-        not be.
+        Discrete samples are dequantized at the bin center. With a ``seed``, they are dequantized with noise
+        computed from ``(seed, sample, element)``, as in training. The latents are then distributed as in
+        training, which those of bin centers need not be. Decoded values may differ by 1 if the noise is
+        within rounding error of a bin edge.
         """
         self._check_samples(x)
         self._check_context(context, x.shape[0])
@@ -126,7 +144,10 @@ class Model(nn.Module):
         return *latents, y
 
     def decode(self, latents: tuple[Tensor, ...], context: Tensor | None = None) -> Tensor:
-        """Samples, uint8 where the model's are, from latents as :meth:`encode` gives. Raises ValueError for other shapes, and for NaN."""
+        """Samples from latents like those of :meth:`encode`; uint8 if the model's samples are.
+
+        Raises ValueError for latents of other shapes or dtypes, and for NaN.
+        """
         self._check_latents(latents)
         self._check_context(context, latents[-1].shape[0])
         with torch.inference_mode():
@@ -136,7 +157,7 @@ class Model(nn.Module):
                     y = self.splits[i].inverse(y, latents[i])
                 y, _ = self.flows[i].inverse(y)
             x = self.dequantize.inverse(y)[0]
-        return x.clone()  # a tensor like others
+        return x.clone()  # not an inference tensor
 
     def sample(
         self,
@@ -146,10 +167,19 @@ class Model(nn.Module):
         generator: torch.Generator | None = None,
         latents: tuple[Tensor | None, ...] | None = None,
     ) -> Tensor:
-        """``n`` samples ``[n, *shape]``, uint8 where the model's are; every latent's noise is scaled by ``temperature``.
+        """Draw ``n`` samples; an uninitialized ActNorm is the identity.
 
-        ``latents``, as :meth:`encode` gives them for ``n`` samples, are kept; those that are None are drawn, each given the coarser ones.
-        Noise is seeded from ``generator`` or torch's own. An ActNorm that was never initialised is the identity here.
+        Args:
+            n: number of samples.
+            temperature: factor of the noise of every latent.
+            context: classes of the samples, int64 ``[n]``, for a class-conditional model.
+            generator: generator that seeds the noise; None: torch's default generator.
+            latents: latents to use, in the order of :meth:`encode`. None in place of a latent draws it, given
+                the coarser latents.
+
+        Shape: ``[n, *shape]``, uint8 if the model's samples are.
+        Raises ValueError for a negative ``n`` or temperature, and for a context or latents of other shapes or
+        dtypes.
         """
         if n < 0:
             raise check.error("n", n, "0 or more")
@@ -159,9 +189,8 @@ class Model(nn.Module):
         if latents is None:
             latents = (None,) * len(self.flows)
         self._check_latents(latents, n)
-        with (
-            torch.inference_mode()
-        ):  # past autograd's part of each op, which costs the CPU a tenth of a sample's time
+        # skips the autograd part of each op, a tenth of the sampling time on the CPU
+        with torch.inference_mode():
             y = latents[-1]
             if y is None:
                 y = self.prior.sample(n, self.dequantize.like, temperature, context, generator)
@@ -174,9 +203,9 @@ class Model(nn.Module):
         return x.clone()
 
     def latent_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of a sample's latents, fine to coarse."""
+        """Shapes of one sample's latents, from the finest level to the coarsest."""
         shapes, shape = [], self.shape
-        for _ in self.splits:  # after a squeeze half the channels leave
+        for _ in self.splits:  # a split follows a squeeze and keeps half the channels
             shape = (2 * shape[0], shape[1] // 2, shape[2] // 2)
             shapes.append(shape)
         return [*shapes, self.prior.shape]
@@ -230,7 +259,7 @@ class Model(nn.Module):
             raise check.error("latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them")
         like = self.dequantize.like
         for i, (z, shape) in enumerate(zip(latents, shapes, strict=True)):
-            if z is None and n is not None:  # it will be drawn
+            if z is None and n is not None:  # sample draws it
                 continue
             if z is None:
                 raise check.error(f"latents[{i}]", "None", "a tensor")
@@ -241,7 +270,7 @@ class Model(nn.Module):
                 )
             self._check_device(f"latents[{i}]", z)
             if z.dtype != like.dtype:
-                raise check.error(f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's")
+                raise check.error(f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's dtype")
             if _values_are_free(z) and z.isnan().any():
                 raise check.error(f"latents[{i}]", "NaN", "numbers")
 
@@ -253,4 +282,5 @@ class Model(nn.Module):
 
 
 def _values_are_free(t: Tensor) -> bool:
+    """Whether reading values of t neither synchronizes with a device nor breaks a graph."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""NICE."""
+"""The NICE model."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -46,21 +46,24 @@ class NICEConfig(ModelConfig):
 
 
 class NICE(Model):
-    """NICE (Dinh, Krueger and Bengio, arXiv:1410.8516, section 5.1): additive couplings, then a scale for each dimension.
+    """NICE (Dinh, Krueger and Bengio, arXiv:1410.8516, section 5.1): additive couplings, then a scale.
 
-    The defaults are the paper's for MNIST: four couplings, whose networks have five hidden layers of 1000, on the even and the odd
-    dimensions in turn. Pixels are dequantized to [-1/2, 1/2), where the paper has [0, 1]: the first biases take up the difference.
+    The defaults are the paper's for MNIST: four couplings, which transform the even and the odd dimensions in
+    turn, with networks of five hidden layers of 1000 units. Pixels are dequantized to [-1/2, 1/2) instead of
+    the paper's [0, 1]; the first biases can absorb the difference.
 
     Args:
-        features: D, an even number, or the shape of an image ``(C, H, W)``, whose values are taken row by row.
+        features: number of dimensions D, even; or the shape of an image ``(C, H, W)``, which is flattened row
+            by row.
         couplings: number of couplings.
         hidden: number of units of each hidden layer.
         layers: number of hidden layers per network.
         prior: prior of each dimension, ``"logistic"`` or ``"gaussian"``.
-        n_bits: bits per value; samples are uint8 ``[N, *features]`` with values below ``2 ** n_bits``.
+        n_bits: bits per value; samples are uint8 with values below ``2 ** n_bits``.
         reversible: recompute activations in backward instead of storing them.
 
-    Raises ValueError for an argument outside these.
+    Shape: x uint8 ``[N, D]`` or ``[N, C, H, W]``.
+    Raises ValueError for any other argument.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The options of a model as one frozen dataclass: its fields are the arguments of the constructor."""
+"""Options of a model as one frozen dataclass; its fields are the arguments of the constructor."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""Weights that others published, under their names, as models of ours."""
+"""Published weights, converted to models of this package."""
 
 import os
 
@@ -11,20 +11,26 @@ from fastflow.models.mnist_flow import VARIANTS, MNISTFlow, mnist_flow
 from fastflow.nn import AffineCoupling
 
 
-def load_published(path: str | os.PathLike, device: torch.device | str = "cpu") -> MNISTFlow:
-    """The model of a published checkpoint, with its weights, in eval mode.
+def load_published(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> MNISTFlow:
+    """Load a published checkpoint as a model in eval mode, without running code from the file.
 
-    Known are the MNIST flows of P. Lippe's tutorial (phlippe/saved_models, ``tutorial11/MNISTFlow_*.ckpt``), as PyTorch Lightning saved
-    them or as a plain state dict; which of the three it is, the names of the weights say. Nothing in the file is run.
+    Supported are the three MNIST flows of P. Lippe's tutorial (phlippe/saved_models,
+    ``tutorial11/MNISTFlow_*.ckpt``), as PyTorch Lightning checkpoints or as plain state dicts. The names of
+    the weights decide which of the three it is.
 
-    Raises CheckpointError, a ValueError of one line, when the file is missing or damaged, when its names are not those of a model that is
-    known, when a weight has another shape, and when it masks other pixels than the tutorial's model does.
+    Args:
+        path: the file.
+        device: device of the model.
+
+    Raises CheckpointError, a ValueError with a one-line message, if the file is missing or damaged, if its
+    names are not those of a supported model, if a weight has another shape, or if its masks differ from the
+    tutorial's.
     """
     contents = archive.read(path, device)
     state = contents.get("state_dict", contents) if isinstance(contents, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: holds no state_dict of tensors")
-    with torch.random.fork_rng([]):  # their first weights are not kept, and draw from nobody's generator
+    with torch.random.fork_rng([]):  # unused initial weights must not advance the default generator
         models = {variant: mnist_flow(variant).to(device) for variant in VARIANTS}
     names = {variant: _names(model) for variant, model in models.items()}
     variant = min(VARIANTS, key=lambda v: len(state.keys() ^ names[v].keys()))
@@ -33,7 +39,7 @@ def load_published(path: str | os.PathLike, device: torch.device | str = "cpu") 
         such_as = ", such as " + min(missing or unexpected)
         counts = f"{len(missing)} names are missing and {len(unexpected)} unexpected{such_as}"
         raise CheckpointError(
-            f"{path}: not a published model that is known; beside the nearest, MNISTFlow_{variant}, {counts}"
+            f"{path}: not a supported published model; in the nearest, MNISTFlow_{variant}, {counts}"
         )
     model, expected = models[variant], models[variant].state_dict()
     for theirs, ours in names[variant].items():
@@ -43,7 +49,7 @@ def load_published(path: str | os.PathLike, device: torch.device | str = "cpu") 
                 f"{path}: {theirs} is {tuple(state[theirs].shape)}, expected {tuple(wanted.shape)}"
             )
         if isinstance(ours, Tensor) and not torch.equal(state[theirs], ours):
-            raise CheckpointError(f"{path}: {theirs} is another mask than that of MNISTFlow_{variant}")
+            raise CheckpointError(f"{path}: {theirs} differs from the mask of MNISTFlow_{variant}")
     model.load_state_dict(
         {ours: state[theirs] for theirs, ours in names[variant].items() if isinstance(ours, str)}
     )
@@ -51,11 +57,10 @@ def load_published(path: str | os.PathLike, device: torch.device | str = "cpu") 
 
 
 def _names(model: MNISTFlow) -> dict[str, str | Tensor]:
-    """Of each name in the published file the name here; of a mask what it has to be."""
+    """Map names in the published file to names here, and names of masks to their expected values."""
     names: dict[str, str | Tensor] = {}
-    flows = [m for flow in model.flows for m in (*flow, None)][
-        :-1
-    ]  # a split between the levels has a place in their list
+    # the published list of flows has an entry for the split between levels
+    flows = [m for flow in model.flows for m in (*flow, None)][:-1]
     places = [(f"flows.{1 + i}", m) for i, m in enumerate(flows)]
     if hasattr(model.dequantize, "flow"):
         places += [(f"flows.0.flows.{i}", m) for i, m in enumerate(model.dequantize.flow)]
@@ -83,7 +88,7 @@ def _names(model: MNISTFlow) -> dict[str, str | Tensor]:
 
 
 def _mask(coupling: nn.Module) -> Tensor:
-    """The tutorial's: 1 where a value passes through."""
+    """The tutorial's mask: 1 for values that pass through."""
     factor = coupling.log_factor
     if coupling.mask == "checkerboard":
         return coupling.network_input(torch.ones(1, 1, 28, 28, dtype=factor.dtype, device=factor.device))

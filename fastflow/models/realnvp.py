@@ -1,4 +1,4 @@
-"""RealNVP."""
+"""The RealNVP model."""
 
 from dataclasses import asdict, dataclass
 
@@ -45,10 +45,12 @@ class RealNVPConfig(ModelConfig):
 class RealNVP(Model):
     """RealNVP (Dinh, Sohl-Dickstein and Bengio, arXiv:1605.08803, sections 3.6 and 4.1).
 
-    Each scale but the last has three checkerboard couplings, a squeeze, three channel couplings, and hands out half the dimensions under a
-    standard Gaussian; the last has four checkerboard couplings. Networks are twice as wide after each squeeze, and every coupling is
-    followed by a batch normalization. Pixels are dequantized through the logit (alpha 0.05). CIFAR-10 was modelled with the defaults;
-    ImageNet 32x32 with ``scales=4, hidden=32, blocks=4``, and 64x64 images with ``scales=5, hidden=32, blocks=2``.
+    Each scale except the last has three checkerboard couplings, a squeeze, three channel couplings, and a
+    split of half the dimensions with a standard Gaussian prior. The last scale has four checkerboard
+    couplings. Networks are twice as wide after each squeeze, and a batch normalization follows every
+    coupling. Pixels are dequantized through the logit (alpha 0.05). The paper models CIFAR-10 with the
+    defaults, ImageNet 32x32 with ``scales=4, hidden=32, blocks=4``, and 64x64 images with
+    ``scales=5, hidden=32, blocks=2``.
 
     Args:
         image_shape: ``(C, H, W)``; ``2 ** (scales - 1)`` must divide H and W.
@@ -56,14 +58,19 @@ class RealNVP(Model):
         hidden: number of channels inside the networks of the first scale's checkerboard couplings.
         blocks: number of residual blocks per network.
         n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``.
-        classes: number of classes; the prior of the last latent then has a learned mean and scale for each class.
+        classes: number of classes; the prior of the last latent then has a learned mean and scale for each
+            class.
         momentum: momentum of the batch normalizations between couplings, see :class:`fastflow.nn.BatchNorm`.
         reversible: recompute activations in backward instead of storing them. In training mode, call backward
-            before the next forward pass, because a forward pass updates the statistics of the batch normalizations.
+            before the next forward pass, because a forward pass updates the statistics of the batch
+            normalizations.
         checkpoint_every: store the activation after every this many layers of a reversible chain.
 
-    In training mode the images of a batch meet in its statistics, in ``encode``, ``decode`` and ``sample`` too: call ``eval()`` before
-    these. Raises ValueError for an argument outside these.
+    In training mode, an image's result depends on the other images of its batch, also in ``encode``,
+    ``decode`` and ``sample``; call ``eval()`` before these.
+
+    Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
+    Raises ValueError for any other argument.
 
     Example:
         >>> import torch
@@ -93,7 +100,8 @@ class RealNVP(Model):
                 m for i in range(4 if last else 3) for m in coupling(c, hidden, "checkerboard", i % 2 == 1)
             ]
             if not last:
-                layers.append(Squeeze("space"))  # halves are the rows of a block, which the checkerboards mix
+                # halves are the rows of 2x2 blocks, which the checkerboards mix
+                layers.append(Squeeze("space"))
                 c, h, w, hidden = 4 * c, h // 2, w // 2, 2 * hidden
                 layers += [m for i in range(3) for m in coupling(c, hidden, "halves", i % 2 == 1)]
                 layers.append(Permute(c, _diagonals_first(c)))
@@ -106,6 +114,6 @@ class RealNVP(Model):
 
 
 def _diagonals_first(channels: int) -> list[int]:
-    """From the squeeze order "space" to "realnvp": of each block the pixels 00 and 11, which stay, before 01 and 10."""
+    """Permutation from squeeze order "space" to "realnvp": pixels 00, 11 of each block before 01, 10."""
     size = channels // 4
     return [i for pixel in (0, 3, 1, 2) for i in range(pixel * size, (pixel + 1) * size)]

@@ -1,4 +1,4 @@
-"""Glow's steps on vectors."""
+"""A model of vectors with the steps of Glow."""
 
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -39,21 +39,23 @@ class VectorGlowConfig(ModelConfig):
 
 
 class VectorGlow(Model):
-    """Glow's steps (arXiv:1807.03039) on vectors: ActNorm, a mixing matrix, an affine coupling whose network is an MLP.
+    """Glow steps (arXiv:1807.03039) on vectors: ActNorm, a mixing matrix, and an affine coupling with an MLP.
 
-    The defaults are the two-moons flow of exercises on Glow: ten steps in two dimensions.
+    The defaults are the two-moons flow of exercises on Glow: ten steps in two dimensions. ``log_prob`` is the
+    exact log-density.
 
     Args:
-        features: D, an even number; samples are floating-point vectors ``[N, D]`` in the model's dtype.
+        features: number of dimensions D, even.
         steps: number of flow steps.
         hidden: number of units of each hidden layer.
         layers: number of hidden layers per coupling network.
-        prior: ``"gaussian"``, or ``"mixture"``: a learned mixture of Gaussians. The means start in random directions
-            (torch's generator) around 0, at a root mean square distance of 2.
+        prior: ``"gaussian"``, or ``"mixture"``: a learned mixture of Gaussians. The means start in random
+            directions (torch's generator) around 0, at a root mean square distance of 2.
         components: number of Gaussians in the mixture.
         reversible: recompute activations in backward instead of storing them.
 
-    ``log_prob`` is the density's, exact. Raises ValueError for an argument outside these.
+    Shape: x ``[N, D]``, floating point in the model's dtype.
+    Raises ValueError for any other argument.
 
     Example:
         >>> import torch
@@ -81,7 +83,7 @@ class VectorGlow(Model):
 
 
 def _means(components: int, features: int) -> torch.Tensor:
-    """Around 0, where ActNorm puts the data: with means that lie on one side of it training ends in a poor optimum."""
+    """Initial means around 0, where ActNorm centers the data; means on one side lead to a poor optimum."""
     means = torch.randn(components, features)
     means = means - means.mean(0)
     return 2 * means / means.norm(dim=1).square().mean().sqrt().clamp_min(torch.finfo(means.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Drop-in flow layers, priors and coupling networks."""
+"""Flow layers, priors over latents, and coupling networks."""
 
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling

@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 class ActNorm(Flow):
     r"""Activation normalization, :math:`y = e^{s} (x + b)` per channel (Glow, arXiv:1807.03039, section 3.1).
 
-    Initialised so that y has zero mean and unit variance per channel: by :meth:`initialize`, or by the first forward pass in
-    training mode. Until then it is the identity, in eval mode and in the inverse too. The flag is a buffer: a loaded checkpoint
-    is never initialised again. A channel that is constant keeps scale 1. An empty batch initialises nothing.
+    The first forward pass in training mode, or :meth:`initialize`, sets s and b so that y has zero mean and
+    unit variance per channel. Before that, the layer is the identity, in eval mode and in the inverse
+    direction as well. A buffer holds the initialization flag, so a loaded checkpoint is not initialized
+    again. Constant channels keep scale 1. An empty batch does not initialize the layer.
 
-    Where torch.distributed is initialised, the statistics are those of the batches of all ranks, and every rank has to take part, even with
-    an empty batch: all then have the same scale and bias, bit for bit.
+    If torch.distributed is initialized, the statistics are computed over the batches of all ranks, and every
+    rank must take part, even with an empty batch. Scale and bias are then bit-identical on all ranks.
 
     Args:
-        num_features: C.
-        process_group: whose ranks share statistics; None: all.
+        num_features: number of channels C.
+        process_group: ranks that share statistics; None: all ranks.
 
-    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the positions of a sample (H W of an image).
-    Raises ValueError when C differs from ``num_features``.
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the number of positions of
+    a sample (H W for an image, 1 for a vector).
+    Raises ValueError if C differs from ``num_features``.
     """
 
     initialized: Tensor
@@ -41,18 +43,18 @@ class ActNorm(Flow):
         self.log_scale = nn.Parameter(torch.zeros(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("initialized", torch.tensor(False))
-        self._read = False  # the flag in Python, so that no forward waits for the device to read it
+        self._read = False  # a Python copy of the flag, so that forward does not synchronize to read it
 
     @property
     def _initialized(self) -> bool:
-        # read until it is true: DistributedDataParallel broadcasts it, and who loads weights by hand may set it
+        # read until it is true: DistributedDataParallel broadcasts the buffer, and users may set it directly
         if not self._read and not torch.compiler.is_compiling() and not self.initialized.is_meta:
             self._read = bool(self.initialized)
         return self._read
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Sets scale and bias from the statistics of ``x``, whether or not it was done before."""
+        """Set scale and bias from the statistics of ``x``, also if they were set before."""
         check_channels(x, self.num_features)
         mean, var = (
             ops.actnorm_statistics(x)
@@ -63,7 +65,7 @@ class ActNorm(Flow):
         if not count:
             return
         std = var.sqrt()
-        # below this, what varies is rounding: scaling it up would give noise or infinities
+        # a smaller deviation is rounding noise, and scaling it up would give noise or infinities
         constant = std <= 1e-6 * mean.abs() + torch.finfo(std.dtype).tiny
         self.log_scale.copy_(
             torch.where(constant, torch.zeros_like(std), -torch.log(torch.where(constant, 1.0, std)))
@@ -73,7 +75,7 @@ class ActNorm(Flow):
         self._read = True
 
     def initialize_once(self, x: Tensor) -> None:
-        """What the first forward pass in training mode does."""
+        """Initialize from ``x`` in training mode, unless the layer is initialized already."""
         if self.training and not self._initialized:
             self.initialize(x)
 
@@ -94,7 +96,7 @@ class ActNorm(Flow):
         x, dx, *gradients = ops.actnorm_inverse_backward(z, *(p.detach() for p in parameters), dz, dlog_det)
         return x, dx, vjp(parameters, gradients, wanted)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._read = bool(self.initialized)
 

@@ -13,18 +13,24 @@ from fastflow.reversible import Gradients, vjp
 
 
 class AffineCoupling(Flow):
-    r"""Affine coupling, :math:`y_a = x_a,\; y_b = s(h) x_b + t(h),\; h = \mathrm{net}(x_a)` (RealNVP, arXiv:1605.08803, eq. 7-8).
+    r"""Affine coupling, :math:`y_a = x_a,\; y_b = s(h) x_b + t(h),\; h = \mathrm{net}(x_a)`.
+
+    Source: RealNVP, arXiv:1605.08803, eq. 7-8.
 
     Args:
-        net: any module; called with x_a, and with the context where one is given. For ``mask="halves"`` it maps ``[N, C/2, ...]`` to
-            ``[N, C, ...]``; for ``"checkerboard"``, ``[N, C, ...]`` (zeros at the transformed positions) to ``[N, 2C, ...]``.
-        mask, flip, scale, order, h_order: see :func:`fastflow.ops.affine_coupling`. ``scale="exp"`` and ``"sigmoid"`` are not bounded
-            below: on data unlike the training data a scale near zero loses digits that the inverse cannot give back;
-            ``"soft_clamp"`` and ``"tanh"`` are bounded by their factor.
-        num_features: number of transformed channels, to learn a factor for each (``"soft_clamp"``, ``"tanh"``); None: one for all.
+        net: coupling network, any module. It is called as ``net(x_a)``, or ``net(x_a, context)`` if a context
+            is given. With ``mask="halves"`` it maps ``[N, C/2, ...]`` to ``[N, C, ...]``. With
+            ``"checkerboard"`` it maps ``[N, C, ...]``, zero at the transformed positions, to
+            ``[N, 2C, ...]``.
+        mask, flip, order, h_order: see :func:`fastflow.ops.affine_coupling`.
+        scale: scale function s, see :func:`fastflow.ops.affine_coupling`. ``"soft_clamp"`` and ``"tanh"``
+            bound s by their factor. ``"exp"`` and ``"sigmoid"`` have no lower bound: on data unlike the
+            training data, s can be so near zero that the inverse loses digits.
+        num_features: number of transformed channels; ``"soft_clamp"`` and ``"tanh"`` then learn one factor
+            per channel. None: they learn one factor for all channels.
 
-    Shape: x, y ``[N, C, ...]``, even C for halves; log_det ``[N]``, nats.
-    Raises ValueError for other shapes, and when the network's output does not fit.
+    Shape: x, y ``[N, C, ...]``, C even for ``mask="halves"``; log_det ``[N]``, nats.
+    Raises ValueError for other shapes, and if the shape of the network's output does not match.
     """
 
     def __init__(
@@ -45,11 +51,11 @@ class AffineCoupling(Flow):
         check.one_of("h_order", h_order, H_ORDERS)
         self.net = net
         self.mask, self.flip, self.scale, self.order, self.h_order = mask, flip, scale, order, h_order
-        # the factor is kept as its logarithm, which keeps it positive
+        # the logarithm is the parameter, so that the factor is positive
         self.log_factor = nn.Parameter(torch.zeros(num_features or 1)) if scale in WITH_FACTOR else None
 
     def network_input(self, x: Tensor) -> Tensor:
-        """What the network sees of x (or of y, which has the same)."""
+        """Input of the network: the part of x that passes through, which y has as well."""
         check.floating("x", x)
         if self.mask == "checkerboard":
             return x.masked_fill(checkerboard_transformed(x, self.flip), 0)
@@ -58,6 +64,7 @@ class AffineCoupling(Flow):
         return x.chunk(2, dim=1)[1 if self.flip else 0]
 
     def factor(self, x: Tensor) -> Tensor | None:
+        """Factor of the scale function per transformed channel of x; None if the function has none."""
         if self.log_factor is None:
             return None
         transformed = x.shape[1] if self.mask == "checkerboard" else x.shape[1] // 2
@@ -89,10 +96,8 @@ class AffineCoupling(Flow):
     ) -> tuple[Tensor, Tensor, Gradients]:
         with torch.enable_grad():
             x_a = self.network_input(z).detach().requires_grad_()
-            h, factor = (
-                self._network(x_a.view_as(x_a), context),
-                self.factor(z),
-            )  # a view, since hooks on what comes in want no leaf
+            # a view, because hooks on a module's input do not accept a leaf
+            h, factor = self._network(x_a.view_as(x_a), context), self.factor(z)
         x, dx, dh, dfactor = ops.affine_coupling_inverse_backward(
             z, h.detach(), None if factor is None else factor.detach(), dz, dlog_det, **self._variant()
         )
@@ -110,11 +115,14 @@ class AffineCoupling(Flow):
 
 
 class AdditiveCoupling(AffineCoupling):
-    r"""Additive coupling, :math:`y_a = x_a,\; y_b = x_b + \mathrm{net}(x_a)` (NICE, arXiv:1410.8516, eq. 4); its log-det is 0.
+    r"""Additive coupling, :math:`y_a = x_a,\; y_b = x_b + \mathrm{net}(x_a)` (NICE, arXiv:1410.8516, eq. 4).
 
     Args:
-        net: as :class:`AffineCoupling`'s, with half as many outputs.
+        net: coupling network as for :class:`AffineCoupling`, with half as many output channels.
         mask, flip: see :func:`fastflow.ops.affine_coupling`.
+
+    Shape: x, y ``[N, C, ...]``, C even for ``mask="halves"``; log_det ``[N]``, zeros.
+    Raises ValueError for other shapes, and if the shape of the network's output does not match.
     """
 
     def __init__(self, net: nn.Module, *, mask: str = "halves", flip: bool = False) -> None:

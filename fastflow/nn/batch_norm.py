@@ -1,4 +1,4 @@
-"""Batch normalization as a flow."""
+"""Batch normalization as a flow layer."""
 
 from collections.abc import Sequence
 
@@ -8,25 +8,32 @@ from torch import Tensor
 from fastflow import check, ops
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.ops import positions
+from fastflow.ops.layout import all_but_channels, channel_view
 from fastflow.reversible import Gradients
 
 
 class BatchNorm(Flow):
-    r"""Batch normalization, :math:`y = (x - \mu) / \sqrt{v + \epsilon}` per channel (RealNVP, arXiv:1605.08803, section 3.7, appendix E).
+    r"""Batch normalization with running statistics, :math:`y = (x - \mu) / \sqrt{v + \epsilon}` per channel.
 
-    In training mode :math:`\mu` and v move towards the batch's mean and variance first, by :math:`(1 - \rho) / (1 - \rho^t)` in the t-th
-    batch, so that the first one sets them; the gradient is that of the batch's part. With :math:`\rho = 0` they are the batch's own. In
-    eval mode, and in the inverse of both modes, they stay: the inverse takes back the last forward pass.
+    Source: RealNVP, arXiv:1605.08803, section 3.7 and appendix E.
+
+    In training mode the running mean :math:`\mu` and variance v are updated first, with weight
+    :math:`(1 - \rho) / (1 - \rho^t)` for batch t (bias-corrected, so that the first batch sets them). The
+    updated values normalize the batch; gradients flow only through the current batch's contribution. With
+    :math:`\rho = 0`, :math:`\mu` and v are the statistics of the batch. Eval mode and the inverse do not
+    update them, so the inverse undoes the last forward pass. In a distributed run, each rank has the
+    statistics of its own batches.
 
     Args:
-        num_features: C.
-        momentum: :math:`\rho`, from 0 to below 1.
-        eps: :math:`\epsilon`.
+        num_features: number of channels C.
+        momentum: weight :math:`\rho` of the former statistics, in ``[0, 1)``.
+        eps: :math:`\epsilon`, added to the variance.
 
-    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`-\tfrac12 P \sum_c \log(v_c + \epsilon)` with P the positions of a sample:
-    the statistics count as constants in it. Raises ValueError when C differs from ``num_features``, for another momentum, and in training
-    mode for an empty batch. In a reversible chain backward has to come before the next forward pass, which would move the statistics:
-    the chain says so. Each rank of a distributed run has the statistics of its own batches.
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`-\tfrac12 P \sum_c \log(v_c + \epsilon)` with P
+    the number of positions of a sample; it treats the statistics as constants.
+    Raises ValueError if C differs from ``num_features``, for a momentum outside ``[0, 1)``, and for an empty
+    batch in training mode. In a reversible chain, call backward before the next forward pass, which updates
+    the statistics; otherwise backward raises RuntimeError.
     """
 
     def __init__(self, num_features: int, momentum: float = 0.9, eps: float = 1e-5) -> None:
@@ -46,7 +53,7 @@ class BatchNorm(Flow):
         check.beside("mean", self.mean, "x", x)
         if not x.numel():
             raise check.error("x", check.shape_of(x), "a batch that is not empty, in training mode")
-        batch_var, batch_mean = torch.var_mean(x.to(self.mean.dtype), _all_but_channels(x), correction=0)
+        batch_var, batch_mean = torch.var_mean(x.to(self.mean.dtype), all_but_channels(x), correction=0)
         with torch.no_grad():
             self.batches.add_(1)
             share = self._share()
@@ -55,7 +62,7 @@ class BatchNorm(Flow):
             new_mean, new_var, share = (
                 self._kept(share) if torch.compiler.is_compiling() else (self.mean, self.var, share)
             )
-        # the values are the buffers', the gradient is that of the batch's part of them
+        # the values equal the buffers; the gradient flows through the batch's contribution only
         mean = new_mean + share * (batch_mean - batch_mean.detach())
         var = new_var + share * (batch_var - batch_var.detach())
         return ops.actnorm(x, *self._terms(mean, var))
@@ -72,20 +79,21 @@ class BatchNorm(Flow):
         )
         if self.training:
             each = self._share() / (x.shape[0] * positions(x))
-            slope = (
-                -each * dlog_scale / (self.var + self.eps)
-            )  # of v in x: 2 (x - mean) / count, and v counts half in the log scale
-            columns = [-1, *[1] * (x.ndim - 2)]
-            centred = x - x.mean(_all_but_channels(x), keepdim=True)
-            dx = (dx - (each * dbias).view(columns) + slope.view(columns) * centred).to(dx.dtype)
+            # dv/dx = 2 (x - mean) / count, and the log scale is -log(v + eps) / 2
+            slope = -each * dlog_scale / (self.var + self.eps)
+            centered = x - x.mean(all_but_channels(x), keepdim=True)
+            dx = (dx - channel_view(each * dbias, x) + channel_view(slope, x) * centered).to(dx.dtype)
         return x, dx, {}
 
     def _share(self) -> Tensor:
         return ((1 - self.momentum) / (1 - self.momentum ** self.batches.double())).to(self.mean.dtype)
 
     def _kept(self, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The new statistics and the share by way of an op, here the identity, whose output torch.compile keeps for backward: what it
-        computes there again starts from buffers that have moved by then, and gave the share of the next batch (torch 2.14)."""
+        """Pass the new statistics and the share through an op that is the identity here.
+
+        torch.compile stores the op's output for backward. Without it, torch.compile recomputes the statistics
+        in backward from buffers that have already been updated (torch 2.14).
+        """
         values = torch.cat([self.mean, self.var, share.view(1)])
         zeros = torch.zeros_like(values)
         return (
@@ -99,7 +107,3 @@ class BatchNorm(Flow):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, momentum={self.momentum}"
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [d for d in range(x.ndim) if d != 1]

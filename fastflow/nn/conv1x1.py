@@ -14,16 +14,19 @@ from fastflow.reversible import Gradients, vjp
 class InvertibleConv1x1(Flow):
     r"""Invertible 1x1 convolution :math:`y = W x` at every position (Glow, arXiv:1807.03039, section 3.2).
 
-    W starts as a random rotation. With ``lu``, :math:`W = P L (U + \operatorname{diag}(s))` (eq. 10) with P and the signs of s fixed, so
-    that the log-det is a sum and the inverse matrix comes from triangles; without, W is a free matrix, and a determinant and an inverse
-    are computed in each pass. The inverse direction multiplies by :math:`W^{-1}`: docs/precision.md measures it against two solves.
+    W is initialized to a random rotation. With ``lu=True``, :math:`W = P L (U + \operatorname{diag}(s))` (eq.
+    10), where P and the signs of s are fixed: :math:`\log|\det W|` is then a sum, and :math:`W^{-1}` follows
+    from triangular solves. With ``lu=False``, W is an unconstrained matrix, and each pass computes its
+    determinant and its inverse. The inverse direction multiplies by :math:`W^{-1}`; docs/precision.md
+    compares its accuracy with two triangular solves.
 
     Args:
-        num_features: C.
-        lu: parameterize by the LU decomposition.
+        num_features: number of channels C.
+        lu: parameterize W by its LU decomposition.
 
-    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \log|\det W|` with P the positions of a sample.
-    Raises ValueError when C differs from ``num_features``.
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \log|\det W|` with P the number of positions
+    of a sample.
+    Raises ValueError if C differs from ``num_features``.
     """
 
     def __init__(self, num_features: int, lu: bool = True) -> None:
@@ -42,7 +45,7 @@ class InvertibleConv1x1(Flow):
             self.weight = nn.Parameter(rotation.float())
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W and its inverse ``[C, C]``, and log|det W|, a scalar in nats."""
+        """W and its inverse, ``[C, C]`` each, and the scalar log|det W| in nats."""
         if self.lu:
             return tuple(v[0] for v in stacked_weights([self]))
         return self.weight, torch.linalg.inv(self.weight), torch.linalg.slogdet(self.weight).logabsdet
@@ -65,11 +68,8 @@ class InvertibleConv1x1(Flow):
         x, dx, dweight, _ = ops.conv1x1_inverse_backward(
             z, weight.detach(), weight_inverse.detach(), None, dz
         )
-        return (
-            x,
-            dx,
-            vjp((weight, log_det), (dweight, (positions(z) * dlog_det.sum()).to(log_det.dtype)), wanted),
-        )
+        dlog_det = (positions(z) * dlog_det.sum()).to(log_det.dtype)
+        return x, dx, vjp((weight, log_det), (dweight, dlog_det), wanted)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, lu={self.lu}"
@@ -80,9 +80,9 @@ def _per_sample(log_det: Tensor, x: Tensor) -> Tensor:
 
 
 def stacked_weights(layers: Sequence[Flow]) -> tuple[Tensor, Tensor, Tensor]:
-    """W and its inverse ``[K, C, C]`` and log|det W| ``[K]`` of several layers at once, by one op where all are LU.
+    """W and its inverse, ``[K, C, C]`` each, and log|det W| ``[K]`` of several layers; one op if all use LU.
 
-    ``layers`` are of one kind: :class:`InvertibleConv1x1` or :class:`~fastflow.nn.Permute`.
+    ``layers`` have one class: :class:`InvertibleConv1x1` or :class:`~fastflow.nn.Permute`.
     """
     if all(isinstance(layer, InvertibleConv1x1) and layer.lu for layer in layers):
         names = ("perm", "lower", "upper", "log_s", "sign_s")

@@ -1,24 +1,29 @@
-"""From uint8 samples to continuous ones."""
+"""Dequantization of uint8 samples."""
 
 import torch
 from torch import Tensor
 
 from fastflow import check, ops
 from fastflow.nn.flow import Flow
-from fastflow.ops import acc_dtype
 from fastflow.ops.noise import random_seed
+from fastflow.reversible import zero_log_det
 
 
 class Dequantize(Flow):
-    r"""Uniform dequantization to :math:`[-\tfrac12, \tfrac12)`: :math:`y = (x + u) / 2^n - \tfrac12` (arXiv:1511.01844, section 3.1).
+    r"""Uniform dequantization to :math:`[-\tfrac12, \tfrac12)`: :math:`y = (x + u) / 2^n - \tfrac12`.
+
+    Source: arXiv:1511.01844, section 3.1.
+
+    ``forward`` draws the noise u from torch's generator, computes it from
+    ``(seed, offset + sample, element)``, or takes it as ``noise``. The inverse takes the floor:
+    ``inverse(forward(x)[0])[0] == x``. y is float32, or float64 after ``.double()``.
 
     Args:
-        n_bits: n; values of x lie in ``[0, 2 ** n_bits)``.
+        n_bits: bits per value n; values of x are in ``[0, 2 ** n_bits)``.
 
-    The noise u is drawn from torch's generator, or is a function of ``(seed, offset + sample, element)``, or is given. The inverse
-    takes the floor: ``inverse(forward(x)[0])[0] == x``. y is float32, float64 after ``.double()``.
-
-    Shape: x uint8 ``[N, ...]``, y like x; log_det ``[N]``, nats, :math:`-D \log 2^n`. Raises ValueError when x is not uint8.
+    Shape: x uint8 ``[N, ...]``; y like x; log_det ``[N]``, nats, :math:`-D \log 2^n` with D the number of
+    values of a sample.
+    Raises ValueError if x is not uint8.
     """
 
     scale, shift, logit = 1.0, -0.5, False
@@ -28,9 +33,8 @@ class Dequantize(Flow):
         if not 1 <= n_bits <= 8:
             raise check.error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
         self.n_bits = n_bits
-        self.register_buffer(
-            "like", torch.empty(0), persistent=False
-        )  # carries the dtype and device of the outputs
+        # carries the dtype and device of the outputs
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(
         self,
@@ -46,7 +50,7 @@ class Dequantize(Flow):
         return ops.dequantize(x, noise=noise, seed=seed, offset=offset, dtype=self.like.dtype, **self._map())
 
     def centre(self, x: Tensor) -> Tensor:
-        """y at the centre of each bin, from where rounding cannot reach another one."""
+        """y at the center of each bin, where rounding cannot reach a neighboring bin."""
         noise = torch.full((), 0.5, dtype=self.like.dtype, device=x.device).expand(x.shape)
         return self(x, noise=noise)[0]
 
@@ -61,16 +65,22 @@ class Dequantize(Flow):
 
 
 class LogitDequantize(Dequantize):
-    r"""Logit dequantization, :math:`y = \operatorname{logit}(\alpha_0 + \alpha_1 (x + u) / 2^n)` (arXiv:1605.08803, section 4.1).
+    r"""Logit dequantization, :math:`y = \operatorname{logit}(\alpha_0 + \alpha_1 (x + u) / 2^n)`.
+
+    Source: RealNVP, arXiv:1605.08803, section 4.1.
+
+    Noise and dtypes are those of :class:`Dequantize`. In float32 the inverse is exact at bin centers
+    (:meth:`centre`). With random noise, 3 to 4 pixels per million come back off by one: their noise is within
+    the logit's rounding error of a bin edge.
 
     Args:
-        n_bits: n; values of x lie in ``[0, 2 ** n_bits)``.
+        n_bits: bits per value n; values of x are in ``[0, 2 ** n_bits)``.
         alpha: :math:`\alpha`, which keeps the logit finite.
-        preset: ``"realnvp"``: :math:`\alpha_1 = 1 - \alpha, \alpha_0 = \alpha`; ``"tutorial"``: :math:`1 - \alpha, \alpha / 2`, symmetric.
+        preset: ``"realnvp"``: :math:`\alpha_1 = 1 - \alpha`, :math:`\alpha_0 = \alpha`; ``"tutorial"``:
+            :math:`\alpha_1 = 1 - \alpha`, :math:`\alpha_0 = \alpha / 2`, symmetric.
 
-    Noise, shapes and dtypes as :class:`Dequantize`. In float32 the inverse is exact at the bin's centre (:meth:`centre`); with random
-    noise 3 to 4 pixels in a million come back one off, those within the logit's rounding of a bin's edge.
-    Raises ValueError for an alpha outside (0, 1) and another preset.
+    Shape: x uint8 ``[N, ...]``; y like x; log_det ``[N]``, nats.
+    Raises ValueError for an alpha outside (0, 1), for another preset, and if x is not uint8.
     """
 
     logit = True
@@ -89,9 +99,9 @@ class LogitDequantize(Dequantize):
 
 
 class Continuous(Flow):
-    """In place of a dequantization where samples are continuous already: the identity, with log_det 0.
+    """Identity in place of a dequantization, for samples that are already continuous; its log-det is 0.
 
-    Shape: x, y ``[N, ...]``, floating point; log_det ``[N]``.
+    Shape: x, y ``[N, ...]``, floating point; log_det ``[N]``, zeros.
     """
 
     n_bits = None
@@ -103,10 +113,11 @@ class Continuous(Flow):
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
     ) -> tuple[Tensor, Tensor]:
-        return x, torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)
+        return x, zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self(z)
 
     def centre(self, x: Tensor) -> Tensor:
+        """x itself."""
         return x

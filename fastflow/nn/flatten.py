@@ -1,23 +1,22 @@
-"""Images as vectors."""
+"""Flattening of images to vectors."""
 
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastflow import check
 from fastflow.nn.flow import Flow
-from fastflow.ops import acc_dtype
-from fastflow.reversible import Gradients
+from fastflow.reversible import Gradients, zero_log_det
 
 
 class Flatten(Flow):
-    """A sample's values in a row, ``[N, *shape]`` to ``[N, D]``; its log-det is 0.
+    """Flatten samples to vectors; its log-det is 0.
 
     Args:
-        shape: of one sample.
+        shape: shape of one sample.
 
+    Shape: x ``[N, *shape]``; z ``[N, D]`` with D the product of ``shape``; log_det ``[N]``, zeros.
     Raises ValueError for x or z of another shape.
     """
 
@@ -27,11 +26,11 @@ class Flatten(Flow):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check.same_shape("x", x, (x.shape[0], *self.shape), "the layer's shape")
-        return x.flatten(1), _zeros(x)
+        return x.flatten(1), zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check.same_shape("z", z, (z.shape[0], math.prod(self.shape)), "the values of the layer's shape")
-        return z.reshape(z.shape[0], *self.shape), _zeros(z)
+        return z.reshape(z.shape[0], *self.shape), zero_log_det(z)
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
@@ -40,7 +39,3 @@ class Flatten(Flow):
 
     def extra_repr(self) -> str:
         return f"{self.shape}"
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)

@@ -1,4 +1,4 @@
-"""The contract of a flow, and the check of it."""
+"""Base class of flow layers, and its numerical check."""
 
 import copy
 from abc import abstractmethod
@@ -14,22 +14,23 @@ from fastflow.reversible import has_its_own_rule
 
 @dataclass(frozen=True)
 class FlowReport:
-    """What :meth:`Flow.check` measured, in float64; an error of None was not applicable."""
+    """Errors that :meth:`Flow.check` measured in float64; None if an error is not applicable."""
 
     inverse_error: float
-    """Largest difference between x and inverse(forward(x)), relative to 1 + max|x|."""
+    """Largest difference between inverse(forward(x)) and x, relative to 1 + max|x|."""
     log_det_sum: float
     """Largest |log_det + log_det of the inverse|, relative to 1 + |log_det|."""
     log_det_error: float | None
-    """Largest difference between log_det and autograd's Jacobian, relative to 1 + |log_det|."""
+    """Largest difference between log_det and that of autograd's Jacobian, relative to 1 + its magnitude."""
     gradient_errors: dict[str, float] = field(default_factory=dict)
-    """Of x, each parameter and the context: difference between autograd and a central difference along a random direction, relative;
-    and by the layer's own inverse_backward, where it has one, the largest difference to autograd, relative to 1 + the largest value, to
-    which that of the x it gives is added."""
+    """Relative error of the gradient of x, of each parameter and of the context, against a central difference
+    along a random direction. Keys that end in "by inverse_backward" compare that method with autograd,
+    relative to 1 + the largest value; the entry of x also includes the error of the reconstructed x."""
     tolerance: float = 1e-8
     gradient_tolerance: float = 1e-5
 
     def failures(self) -> list[str]:
+        """Names of the errors that exceed their tolerance."""
         errors = {
             "inverse": self.inverse_error,
             "log_det of the inverse": self.log_det_sum,
@@ -65,20 +66,28 @@ class FlowReport:
 
 
 class Flow(nn.Module):
-    """An invertible layer with a log-det: write :meth:`forward` and :meth:`inverse`, then run :meth:`check`.
+    r"""Base class of flow layers, :math:`z = f(x)` with its inverse and its log-determinant.
 
-    Both directions return ``(output, log_det)`` with log_det ``[N]`` in nats, of that direction, float32 (float64 for float64
-    input); ``context`` is a tensor that the layer conditions on, and is ignored by layers that do not. See docs/own_layer.md.
+    Subclasses implement :meth:`forward` and :meth:`inverse`; :meth:`check` tests them. See docs/own_layer.md.
 
-    ``inverse_backward(z, dz, dlog_det, wanted, context=None)``, where a layer has it, gives ``(x, dx, gradients)`` of its forward pass
-    from its output, with the gradients of those of ``wanted`` that it depends on in a dict: faster in a reversible chain than what works
-    for any layer (see :mod:`fastflow.reversible`). It does not count for a subclass that has a forward or an inverse of its own.
+    Both directions return ``(output, log_det)``, where ``log_det`` belongs to that direction. ``context`` is
+    a tensor that the layer conditions on; layers without conditioning ignore it.
+
+    Subclasses may also implement ``inverse_backward(z, dz, dlog_det, wanted, context=None)``, a faster
+    backward pass for reversible chains (:mod:`fastflow.reversible`). It returns ``(x, dx, gradients)`` of the
+    forward pass from its output z, where ``gradients`` is a dict with the gradient of each tensor of
+    ``wanted`` that the output depends on. It is ignored in subclasses that override ``forward`` or
+    ``inverse``.
+
+    Shape: x, z ``[N, ...]``; log_det ``[N]``, nats, float32 (float64 for float64 input).
     """
 
     inverse_backward: Callable | None = None
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        # an inherited inverse_backward belongs to the forward and inverse it was written for: it is disabled
+        # if the class, or a base nearer to it, overrides one of them
         first = {
             name: next(i for i, c in enumerate(cls.__mro__) if name in vars(c))
             for name in ("forward", "inverse", "inverse_backward")
@@ -102,14 +111,22 @@ class Flow(nn.Module):
         tolerance: float = 1e-8,
         gradient_tolerance: float = 1e-5,
     ) -> FlowReport:
-        """Measures the inverse, the log-det against autograd's Jacobian, and the gradients against central differences, those of its own
-        ``inverse_backward`` against autograd.
+        """Measure the errors of the inverse, the log-det and the gradients on the batch ``x``.
 
-        A float64 copy of the layer is checked, in eval mode, after one pass in the layer's own mode (so that ActNorm is initialised
-        in it); the layer itself does not change. The Jacobian costs a backward pass for each element of a sample: give a small x.
-        An integer x (dequantization) has no Jacobian; its inverse must be exact.
+        The log-det is compared with autograd's Jacobian, gradients with central differences, and
+        ``inverse_backward`` with autograd. The check runs on a float64 copy of the layer in eval mode, after
+        one pass in the layer's own mode (which initializes ActNorm); the layer itself does not change. The
+        Jacobian costs one backward pass per element of a sample, so pass a small x. An integer x
+        (dequantization) has no Jacobian.
 
-        Returns a report that prints as a table. Raises ValueError with that table when an error is over its tolerance.
+        Args:
+            x: batch ``[N, ...]``.
+            context: context of the layer, or None.
+            tolerance: largest accepted relative error of the inverse and of the log-dets.
+            gradient_tolerance: largest accepted relative error of gradients.
+
+        Returns a report that prints as a table. Raises ValueError with that table if an error exceeds its
+        tolerance.
         """
         flow = copy.deepcopy(self).double()
         x = x.double() if x.is_floating_point() else x
@@ -122,7 +139,7 @@ class Flow(nn.Module):
             z, log_det = flow(x, context)
             if log_det.shape != (x.shape[0],):
                 raise check.error(
-                    "log_det", check.shape_of(log_det), f"[{x.shape[0]}], one value for each sample"
+                    "log_det", check.shape_of(log_det), f"[{x.shape[0]}], one value per sample"
                 )
             back, log_det_back = flow.inverse(z, context)
         report = FlowReport(
@@ -136,7 +153,7 @@ class Flow(nn.Module):
             gradient_tolerance=gradient_tolerance,
         )
         if failures := report.failures():
-            raise ValueError(f"{type(self).__name__} is no exact flow: {', '.join(failures)}\n{report}")
+            raise ValueError(f"{type(self).__name__} is inaccurate: {', '.join(failures)}\n{report}")
         return report
 
 
@@ -149,7 +166,7 @@ def _jacobian_error(flow: Flow, x: Tensor, context: Tensor | None) -> float:
     z, log_det = flow(x, context)
     columns = z.flatten(1)
     if columns.shape[1] != x.flatten(1).shape[1]:
-        raise check.error("z", check.shape_of(z), f"as many elements a sample as x, {list(x.shape)}")
+        raise check.error("z", check.shape_of(z), f"as many elements per sample as x, {list(x.shape)}")
     rows = [
         torch.autograd.grad(
             columns[:, d].sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -204,5 +221,6 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
 
 
 def check_channels(x: Tensor, num_features: int) -> None:
+    """Raise ValueError unless x has the shape ``[N, num_features, ...]``."""
     if x.ndim < 2 or x.shape[1] != num_features:
         raise check.error("x", check.shape_of(x), f"[N, {num_features}, ...], the layer's number of channels")

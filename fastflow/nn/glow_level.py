@@ -1,4 +1,4 @@
-"""One level of Glow: its steps, and the weights of all of them at once."""
+"""Step and level of Glow. A level computes the weights of all its steps at once."""
 
 from collections.abc import Sequence
 
@@ -27,8 +27,19 @@ def _mixing(num_features: int, conv1x1: str) -> Flow:
 class GlowStep(Flow):
     r"""One step of Glow: ActNorm, 1x1 convolution, coupling (arXiv:1807.03039, figure 2a).
 
-    ActNorm is folded into the convolution, :math:`W e^{s} (x + b) = W' x + W' b` with :math:`W' = W \operatorname{diag}(e^{s})`, so that
-    both are one pass over x. Shape: ``[N, C, H, W]``, even C; log_det ``[N]``, nats.
+    ActNorm is folded into the convolution, :math:`W e^{s} (x + b) = W' x + W' b` with
+    :math:`W' = W \operatorname{diag}(e^{s})`, so that both take one pass over x.
+
+    Args:
+        num_features: number of channels C, even.
+        hidden: number of channels inside the coupling network.
+        coupling: ``"affine"`` or ``"additive"``.
+        conv1x1: channel mixing: ``"lu"`` or ``"plain"``, a learned 1x1 convolution with or without LU
+            decomposition; ``"reverse"`` or ``"shuffle"``, a fixed permutation.
+        scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`.
+
+    Shape: x, z ``[N, C, H, W]``; log_det ``[N]``, nats.
+    Raises ValueError for another shape or scale function.
     """
 
     def __init__(
@@ -51,7 +62,7 @@ class GlowStep(Flow):
             self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden))
 
     def forward(self, x: Tensor, context: Tensor | None = None, *linear: Tensor) -> tuple[Tensor, Tensor]:
-        """``linear`` are the step's own weights from :func:`folded`, where the level has them already."""
+        """``(z, log_det)``; ``linear`` is the step's entry of :func:`folded` if it is computed already."""
         self.actnorm.initialize_once(x)
         weight, bias, _, _, log_det = linear or folded([self])[0]
         x = ops.conv1x1(x, weight, bias)
@@ -84,7 +95,11 @@ class GlowStep(Flow):
 
 
 def folded(steps: list[GlowStep]) -> list[Linear]:
-    """(weight, bias, weight and bias of the inverse, log_det of a position) of each step's ActNorm and convolution together."""
+    """Fold ActNorm into the convolution of each step.
+
+    Returns for each step the weight and bias of forward, those of inverse, and the log-det per position,
+    nats.
+    """
     weight, inverse, log_det = stacked_weights([step.conv1x1 for step in steps])
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
     bias = torch.stack([step.actnorm.bias for step in steps])
@@ -92,35 +107,37 @@ def folded(steps: list[GlowStep]) -> list[Linear]:
     inverse = inverse.to(bias.dtype) * (-log_scale).exp().unsqueeze(2)
     inverse = inverse + _correction(weight, inverse)
     log_det = log_det.to(bias.dtype) + log_scale.sum(1)
-    # a sum of products and no product of matrices, which autocast would round: the inverse would not take back what was added
+    # not a matrix product, which autocast would round: the inverse would then subtract another bias
     parts = (weight, (weight * bias.unsqueeze(1)).sum(2), inverse, -bias, log_det)
     return list(zip(*(v.unbind() for v in parts), strict=True))
 
 
 @torch.no_grad()
 def _correction(weight: Tensor, inverse: Tensor) -> Tensor | float:
-    """What makes ``inverse`` that of float32 weights as they were rounded: a step of Newton's method in float64, V (1 - W V).
+    """Correction that turns ``inverse`` into the inverse of the *rounded* float32 weights.
 
-    Without it a walk back through 32 steps ends up about twice as far from where the forward pass was (docs/memory.md).
+    It is one step of Newton's method in float64, V (1 - W V). Without it, the input that backward
+    reconstructs through 32 steps is about twice as far from the true one (docs/memory.md).
     """
-    if weight.dtype != torch.float32 or weight.device.type not in (
-        "cpu",
-        "cuda",
-    ):  # others may have no float64
+    # other devices may not support float64
+    if weight.dtype != torch.float32 or weight.device.type not in ("cpu", "cuda"):
         return 0.0
     w, v = weight.double(), inverse.double()
     return (v - v @ (w @ v)).float()
 
 
 class GlowLevel(Flow):
-    """One level of Glow: squeeze, then K steps (arXiv:1807.03039, figure 2b); the weights of all its steps are computed at once.
+    """One level of Glow: squeeze, then K steps (arXiv:1807.03039, figure 2b).
+
+    The weights of all steps are computed at once.
 
     Args:
-        steps: the K steps.
-        reversible: recompute activations in backward instead of keeping them, see docs/memory.md.
-        checkpoint_every: keep them after every so many steps all the same.
+        steps: the K steps, applied in order.
+        reversible: recompute activations in backward instead of storing them, see docs/memory.md.
+        checkpoint_every: with ``reversible``, also store the activation after every this many steps.
 
-    Shape: ``[N, C, H, W]`` to ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
+    Shape: x ``[N, C, H, W]``; z ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
+    Raises ValueError for another shape, and if ``checkpoint_every`` is neither None nor a positive integer.
     """
 
     def __init__(
@@ -134,7 +151,7 @@ class GlowLevel(Flow):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.squeeze(x)
-        # a step that has yet to initialise its ActNorm can only compute its weights once x has reached it
+        # a step with an uninitialized ActNorm cannot compute its weights before x reaches it
         pending = self.training and not all(step.actnorm._initialized for step in self.steps)
         weights = None if pending else folded
         if self.reversible:

@@ -1,4 +1,4 @@
-"""Fixed permutations of the channels."""
+"""Fixed permutations of channels."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,20 @@ from torch import Tensor
 
 from fastflow import check
 from fastflow.nn.flow import Flow, check_channels
-from fastflow.ops import acc_dtype
-from fastflow.reversible import Gradients
+from fastflow.reversible import Gradients, zero_log_det
 
 
 class Permute(Flow):
     """A fixed permutation of the channels, ``y[:, i] = x[:, perm[i]]``; its log-det is 0.
 
     Args:
-        num_features: C.
-        order: ``"reverse"``; ``"random"``, drawn once from torch's generator; ``"interleaved"``, the even channels before the odd ones, so
-            that halves of y are those of NICE (arXiv:1410.8516, section 5.1); or the permutation itself. It is kept in a buffer.
+        num_features: number of channels C.
+        order: the permutation: ``"reverse"``; ``"random"``, drawn once from torch's generator;
+            ``"interleaved"``, the even channels before the odd ones, which gives the partition of NICE
+            (arXiv:1410.8516, section 5.1); or a sequence with each of 0 to C - 1 once. A buffer holds it.
 
-    Shape: x, y ``[N, C, ...]``; log_det ``[N]``. Raises ValueError when C differs from ``num_features``, or for another order.
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, zeros.
+    Raises ValueError if C differs from ``num_features``, and for another order.
     """
 
     def __init__(self, num_features: int, order: str | Sequence[int] = "reverse") -> None:
@@ -39,18 +40,18 @@ class Permute(Flow):
         self.register_buffer("perm", perm)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The permutation as a matrix, its inverse, and log|det| = 0, as :class:`InvertibleConv1x1` gives them."""
+        """Matrix of the permutation, its inverse, and log|det| = 0; see :meth:`InvertibleConv1x1.weights`."""
         dtype = torch.get_default_dtype()
         weight = torch.eye(self.num_features, dtype=dtype, device=self.perm.device)[self.perm]
         return weight, weight.mT, weight.new_zeros(())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(x, self.num_features)
-        return x.index_select(1, self.perm), _zeros(x)
+        return x.index_select(1, self.perm), zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(z, self.num_features)
-        return z.index_select(1, torch.argsort(self.perm)), _zeros(z)
+        return z.index_select(1, torch.argsort(self.perm)), zero_log_det(z)
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
@@ -59,7 +60,3 @@ class Permute(Flow):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, order={self.order!r}"
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)

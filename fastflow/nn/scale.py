@@ -1,4 +1,4 @@
-"""Diagonal scaling."""
+"""Learned scale of each channel."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,16 @@ from fastflow.reversible import Gradients, vjp
 
 
 class Scale(Flow):
-    r"""Diagonal scaling, :math:`y = e^{s} x` per channel (NICE, arXiv:1410.8516, section 3.3).
+    r"""Diagonal scaling, :math:`y = e^{s} x` with one s per channel (NICE, arXiv:1410.8516, section 3.3).
+
+    s is initialized to 0.
 
     Args:
-        num_features: C.
+        num_features: number of channels C.
 
-    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the positions of a sample. s starts at 0.
-    Raises ValueError when C differs from ``num_features``.
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the number of positions of
+    a sample.
+    Raises ValueError if C differs from ``num_features``.
     """
 
     def __init__(self, num_features: int) -> None:

@@ -1,28 +1,30 @@
-"""A chain of flows."""
+"""Chains of flow layers."""
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from fastflow import check
 from fastflow.nn.flow import Flow
-from fastflow.ops import acc_dtype
-from fastflow.reversible import has_hooks, reversible, stored
+from fastflow.reversible import has_hooks, reversible, stored, zero_log_det
 
 
 class Sequential(Flow):
-    r"""A chain of flows, :math:`z = f_K(\dots f_1(x))`; its log-det is the sum of theirs.
+    r"""A chain of flows, :math:`z = f_K(\dots f_1(x))`; its log-det is the sum of the flows' log-dets.
 
-    Every flow gets the same ``context``. Its backward pass recomputes activations from z instead of keeping them, which takes the flows'
-    inverses at their word: see docs/memory.md.
+    Every flow receives the same ``context``. Backward recomputes activations from z instead of storing them,
+    so it relies on exact inverses, see docs/memory.md.
 
     Args:
-        flows: of which one after the other runs; a Sequential among them counts as its own, unless it says otherwise below.
-        reversible: False keeps every activation, as a flow without an inverse wants it, and torch.compile of the whole chain.
-        checkpoint_every: keep the activation after every so many flows all the same; rounding then adds up over no more than these.
+        flows: flows, applied in order. Nested Sequentials are flattened if their options agree.
+        reversible: recompute activations in backward. Set it to False to store them, which flows without an
+            inverse and torch.compile of the whole chain require.
+        checkpoint_every: also store the activation after every this many flows; rounding errors then
+            accumulate over no more flows than these.
 
-    Raises TypeError for a module that is no :class:`Flow` (a ``Split`` has three outputs and belongs into a model).
+    Shape: x, z as the first flow takes and the last one returns them; log_det ``[N]``, nats.
+    Raises TypeError for a module that is not a :class:`Flow` (:class:`Split` has three outputs and belongs in
+    a model), and ValueError if ``checkpoint_every`` is neither None nor a positive integer.
 
     Example:
         >>> import torch
@@ -46,14 +48,14 @@ class Sequential(Flow):
         return stored(self.flows, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = torch.zeros(z.shape[0], dtype=acc_dtype(z.dtype), device=z.device)
+        log_det = zero_log_det(z)
         for flow in reversed(self.flows):
             z, step = flow.inverse(z, context)
             log_det = log_det + step
         return z, log_det
 
     def _flat(self) -> Iterator[Flow]:
-        """The flows, and in place of a Sequential among them its own, so that each is recomputed alone."""
+        """The flows with nested Sequentials flattened, so that backward recomputes one flow at a time."""
         for flow in self.flows:
             alike = (
                 type(flow) is Sequential

@@ -1,4 +1,4 @@
-"""Split: half the channels leave the flow, under a prior of their own."""
+"""Split of a multi-scale model: half the channels become a latent with its own prior."""
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +10,19 @@ from fastflow.ops.noise import random_seed
 
 
 class Split(nn.Module):
-    r"""Hands out half the channels, :math:`z = x_b`, with their log-density given the other half (RealNVP, arXiv:1605.08803, section 3.6).
+    r"""Split off half the channels, :math:`z = x_b`, with their log-density given the other half :math:`x_a`.
 
-    A layer of multi-scale models; not a :class:`Flow`, since it has three outputs.
+    Source: RealNVP, arXiv:1605.08803, section 3.6. A layer of multi-scale models. It is not a :class:`Flow`,
+    because ``forward`` has three outputs: ``(kept, z, log_prob)``.
 
     Args:
-        num_features: C, even.
-        prior: ``"standard"``: :math:`z \sim N(0, 1)`; ``"learned"``: :math:`z \sim N(\mu(x_a), e^{2 s(x_a)})` with a zero-initialised 3x3
-            convolution for :math:`[\mu, s]` (as in Glow's published code), images only.
+        num_features: number of channels C, even.
+        prior: ``"standard"``: :math:`z \sim N(0, 1)`; ``"learned"``:
+            :math:`z \sim N(\mu(x_a), e^{2 s(x_a)})`, where a zero-initialized 3x3 convolution computes
+            :math:`[\mu, s]` (as in openai/glow), for images only.
 
-    Shape: x ``[N, C, H, W]``; kept, z ``[N, C/2, H, W]``; log_prob ``[N]``, nats. Raises ValueError for another C or prior.
+    Shape: x ``[N, C, H, W]``; kept, z ``[N, C/2, H, W]``; log_prob ``[N]``, nats.
+    Raises ValueError for another C or prior.
     """
 
     def __init__(self, num_features: int, prior: str = "learned") -> None:
@@ -31,7 +34,7 @@ class Split(nn.Module):
         self.net = ZeroConv2d(num_features // 2, num_features) if prior == "learned" else None
 
     def terms(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Mean and log scale of z given the half that stays."""
+        """Mean and log scale of z given the kept half, or None for a standard Gaussian."""
         return (None, None) if self.net is None else self.net(kept).chunk(2, dim=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,14 +43,15 @@ class Split(nn.Module):
         return kept, z, ops.gaussian_log_prob(z, *self.terms(kept))
 
     def inverse(self, kept: Tensor, z: Tensor) -> Tensor:
+        """x from its two halves."""
         if z.shape != kept.shape:
-            raise check.error("z", check.shape_of(z), f"{list(kept.shape)}, like the half that stays")
+            raise check.error("z", check.shape_of(z), f"{list(kept.shape)}, like kept")
         return torch.cat([kept, z], dim=1)
 
     def sample(
         self, kept: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Draws z given the half that stays, and returns x."""
+        """Draw z given the kept half, with noise scaled by ``temperature``, and return x."""
         seed = random_seed(kept.device, generator)
         z = ops.gaussian_sample(
             tuple(kept.shape),

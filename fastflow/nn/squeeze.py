@@ -1,24 +1,24 @@
-"""Squeeze."""
+"""Squeeze of images: blocks of pixels become channels."""
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastflow import check, ops
 from fastflow.nn.flow import Flow
-from fastflow.ops import acc_dtype
 from fastflow.ops.squeeze import ORDERS
-from fastflow.reversible import Gradients
+from fastflow.reversible import Gradients, zero_log_det
 
 
 class Squeeze(Flow):
-    """Moves each 2x2 block of pixels into channels (RealNVP, arXiv:1605.08803, section 3.6); its log-det is 0.
+    """Squeeze, 2x2 blocks of pixels to channels (RealNVP, arXiv:1605.08803, section 3.6); its log-det is 0.
 
     Args:
-        order: of the new channels, ``"channel"``, ``"space"`` or ``"realnvp"``; see :func:`fastflow.ops.squeeze`.
+        order: order of the new channels, ``"channel"``, ``"space"`` or ``"realnvp"``; see
+            :func:`fastflow.ops.squeeze`.
 
-    Shape: x ``[N, C, H, W]`` with even H and W, z ``[N, 4C, H/2, W/2]``; log_det ``[N]``. Raises ValueError for other shapes and orders.
+    Shape: x ``[N, C, H, W]`` with even H and W; z ``[N, 4C, H/2, W/2]``; log_det ``[N]``, zeros.
+    Raises ValueError for other shapes and orders.
     """
 
     def __init__(self, order: str = "channel") -> None:
@@ -27,12 +27,10 @@ class Squeeze(Flow):
         self.order = order
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.squeeze(x, self.order), torch.zeros(x.shape[0], dtype=acc_dtype(x.dtype), device=x.device)
+        return ops.squeeze(x, self.order), zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.unsqueeze(z, self.order), torch.zeros(
-            z.shape[0], dtype=acc_dtype(z.dtype), device=z.device
-        )
+        return ops.unsqueeze(z, self.order), zero_log_det(z)
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None

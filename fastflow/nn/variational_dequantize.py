@@ -13,19 +13,25 @@ from fastflow.ops.noise import random_seed
 
 
 class VariationalDequantize(LogitDequantize):
-    r"""Dequantization by noise that a flow makes from the image (Flow++, arXiv:1902.00275, section 3.1; the UvA tutorial's form).
+    r"""Dequantization with noise from a flow conditioned on the image.
 
-    Uniform :math:`\epsilon` becomes :math:`u = \sigma(f(\operatorname{logit}(\alpha / 2 + (1 - \alpha) \epsilon); x))`, and
-    :math:`y = \operatorname{logit}(\alpha / 2 + (1 - \alpha) (x + u) / 2^n)`. The log-det holds :math:`-\log q(u | x)`, so that its
-    expectation bounds the log-probability of x.
+    Source: Flow++, arXiv:1902.00275, section 3.1, in the form of the UvA tutorial on image flows.
+
+    Uniform noise :math:`\epsilon` becomes
+    :math:`u = \sigma(f(\operatorname{logit}(\alpha / 2 + (1 - \alpha) \epsilon); x))`, and
+    :math:`y = \operatorname{logit}(\alpha / 2 + (1 - \alpha) (x + u) / 2^n)`. The log-det includes
+    :math:`-\log q(u | x)`, so that the model's expected log-density is a lower bound of :math:`\log p(x)`.
+    The ``noise`` argument of ``forward`` is :math:`\epsilon`.
+
+    The inverse takes the floor, like every dequantization. Its log-det belongs to the map from y to x + u,
+    without :math:`\log q`, so the log-dets of the two directions do not sum to 0.
 
     Args:
-        flow: f, whose context is the image, scaled to [-1, 1], ``[N, C, H, W]`` as x.
-        n_bits, alpha: as :class:`LogitDequantize`'s, of the preset ``"tutorial"``.
+        flow: the flow f. Its context is the image scaled to [-1, 1], ``[N, C, H, W]`` like x.
+        n_bits, alpha: as in :class:`LogitDequantize` with ``preset="tutorial"``.
 
-    Noise that is given is :math:`\epsilon`. The inverse is that of any dequantization, the floor, and its log_det that of y to x + u:
-    without :math:`\log q`, so that the two directions' do not add up to 0.
-    Shape: x uint8 ``[N, C, H, W]``, y like x; log_det ``[N]``, nats.
+    Shape: x uint8 ``[N, C, H, W]``; y like x; log_det ``[N]``, nats.
+    Raises ValueError as :class:`LogitDequantize`, and for noise of another shape or together with a seed.
     """
 
     def __init__(self, flow: Flow, n_bits: int = 8, alpha: float = 1e-5) -> None:
@@ -33,7 +39,7 @@ class VariationalDequantize(LogitDequantize):
         self.flow = flow
 
     def noise(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        r"""u from :math:`\epsilon`, and log|det du/dε| ``[N]``."""
+        r"""u from :math:`\epsilon`, and :math:`\log|\det \partial u / \partial \epsilon|` ``[N]`` in nats."""
         image = 2 * x.to(noise.dtype) / (2**self.n_bits - 1) - 1
         p = noise * self.scale + self.shift
         v = torch.logit(p)
@@ -63,6 +69,7 @@ class VariationalDequantize(LogitDequantize):
         return y, log_det + log_det_noise
 
     def centre(self, x: Tensor) -> Tensor:
+        """y at the center of each bin; the flow is not used."""
         noise = torch.full((), 0.5, dtype=self.like.dtype, device=x.device).expand(x.shape)
         return super().forward(x, noise=noise)[0]
 

@@ -29,9 +29,14 @@ def sample_view(v: Tensor, x: Tensor) -> Tensor:
     return v.view(-1, *[1] * (x.ndim - 1))
 
 
+def all_but_channels(x: Tensor) -> list[int]:
+    """Every dimension of ``x`` except 1, the channels."""
+    return [d for d in range(x.ndim) if d != 1]
+
+
 def channel_sum(v: Tensor) -> Tensor:
-    """Sum over everything but dimension 1."""
-    return v.sum([d for d in range(v.ndim) if d != 1])
+    """Sum over every dimension except 1, the channels."""
+    return v.sum(all_but_channels(v))
 
 
 def positions(x: Tensor) -> int:

@@ -1,17 +1,21 @@
-r"""Backprop through a chain of invertible steps from its output: what is kept for it does not grow with the chain's length.
+r"""Autograd of a chain of invertible steps. Memory for backward does not grow with the length of the chain.
 
-The forward pass keeps the chain's output. The backward pass walks from there to the input: each step gives
-:math:`(x, \partial x, \text{gradients})` from :math:`(z, \partial z, \partial \log\det)`, by inverting itself, running again and
-differentiating that, or by a rule of its own, its method ``inverse_backward`` (the idea: RevNet, arXiv:1707.04585, section 3.2).
+Forward stores the chain's output. Backward walks from there to the input: each step computes
+:math:`(x, \partial x, \text{gradients})` from :math:`(z, \partial z, \partial \log\det)`. The general rule
+inverts the step, runs it again and differentiates that; a step can have its own rule, the method
+``inverse_backward``. The idea is that of RevNet (arXiv:1707.04585, section 3.2).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.parameter import is_lazy
 
+from fastflow.reversible.log_det import zero_log_det
 from fastflow.reversible.rules import has_its_own_rule
 from fastflow.reversible.state import (
     ChangeDetector,
@@ -31,17 +35,16 @@ from fastflow.reversible.state import (
 from fastflow.reversible.vjp import Gradients, add, vjp
 
 Weights = Callable[[list[nn.Module]], list[tuple[Tensor, ...]]]
-NO_INVERSE = (
-    0.05  # of the largest value: an inverse that is farther off than this gives no gradient worth having
-)
+# error of forward(inverse(z)) relative to 1 + max|z|; beyond it, gradients are useless and backward raises
+NO_INVERSE = 0.05
 
 
 def stored(
     steps: Sequence[nn.Module], x: Tensor, context: Tensor | None = None, *, weights: Weights | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The chain as PyTorch runs it, every activation kept for backward. Arguments as :func:`reversible`."""
+    """Run the chain with stored activations, as plain PyTorch does. Same arguments as :func:`reversible`."""
     steps = list(steps)
-    log_det = _zeros(x)
+    log_det = zero_log_det(x)
     for step, given in zip(steps, _given(steps, weights), strict=True):
         x, step_log_det = step(x, context, *given)
         log_det = log_det + step_log_det
@@ -51,35 +54,30 @@ def stored(
 def run_chains(
     steps: list[nn.Module], x: Tensor, context: Tensor | None, weights: Weights | None, length: int
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`reversible` does where gradients are wanted: chains of ``length`` steps, each of which keeps its output."""
+    """Run :func:`reversible` with gradients: chains of ``length`` steps, each of which stores its output."""
     chains = [_Chain(steps[start : start + length], weights, start) for start in range(0, len(steps), length)]
     if context is not None and not isinstance(context, Tensor):
         raise TypeError(
-            f"context: got {type(context).__name__}, expected a tensor or None; reversible=False hands on whatever it is"
+            f"context: got {type(context).__name__}, expected a tensor or None; or pass reversible=False"
         )
     parameters = [p for chain in chains for p in chain.distinct]
     if not any(t is not None and t.requires_grad for t in (x, context, *parameters)) or any(
         map(is_lazy, parameters)
     ):
         return stored(steps, x, context, weights=weights)
-    if any("_is_replica" in vars(step) for step in steps):  # nn.DataParallel's, which have no parameters
+    if any("_is_replica" in vars(step) for step in steps):  # replicas of nn.DataParallel have no parameters
         return stored(steps, x, context, weights=weights)
     for i, step in enumerate(steps):
         if getattr(getattr(step, "inverse", None), "__isabstractmethod__", not hasattr(step, "inverse")):
             raise ValueError(
-                f"steps[{i}]: {type(step).__name__} has no inverse, expected a step with one; or pass reversible=False"
+                f"steps[{i}]: {type(step).__name__} has no inverse, "
+                "expected a step with one; or pass reversible=False"
             )
-    log_det = _zeros(x)
+    log_det = zero_log_det(x)
     for chain in chains:
         x, part = _Reversible.apply(chain, x, context, *chain.distinct)
         log_det = log_det + part
     return x, log_det
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(
-        x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
-    )
 
 
 def _given(steps: list[nn.Module], weights: Weights | None) -> list[tuple[Tensor, ...]]:
@@ -87,11 +85,11 @@ def _given(steps: list[nn.Module], weights: Weights | None) -> list[tuple[Tensor
 
 
 class _Reversible(torch.autograd.Function):
-    """Parameters are inputs of it, so that their hooks run, and gradients of all of them come back at once."""
+    """Autograd of one chain. Parameters are inputs, so that their hooks run."""
 
     @staticmethod
     def forward(
-        ctx, chain: "_Chain", x: Tensor, context: Tensor | None, *parameters: Tensor
+        ctx: FunctionCtx, chain: "_Chain", x: Tensor, context: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         z, log_det = chain.forward(x.detach(), None if context is None else context.detach())
         ctx.chain = chain
@@ -99,7 +97,7 @@ class _Reversible(torch.autograd.Function):
         return z, log_det
 
     @staticmethod
-    def backward(ctx, dz: Tensor, dlog_det: Tensor):
+    def backward(ctx: FunctionCtx, dz: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
         z, context = ctx.saved_tensors
         with torch.no_grad():
             dx, dcontext, gradients = ctx.chain.backward(z, context, dz, dlog_det, ctx.needs_input_grad[1])
@@ -110,21 +108,22 @@ class _Reversible(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that say so when they are to be differentiated."""
+    """Identity of gradients that raises if they are differentiated again."""
 
     @staticmethod
-    def forward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if g is None else g.view_as(g) for g in gradients)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: FunctionCtx, *_: Tensor) -> NoReturn:
         raise RuntimeError(
-            "the gradients of a reversible chain cannot be differentiated again: there are no second derivatives"
+            "the gradients of a reversible chain cannot be differentiated again: "
+            "there are no second derivatives"
         )
 
 
 class _Chain:
-    """One pass through some steps: what they have to find as it was when they run again."""
+    """One pass through consecutive steps, with the state that backward restores to run them again."""
 
     def __init__(self, steps: list[nn.Module], weights: Weights | None, start: int) -> None:
         self.steps, self.weights, self.start = steps, weights, start
@@ -132,7 +131,7 @@ class _Chain:
         self.rules = [
             has_its_own_rule(step, modules) for step, modules in zip(steps, self.modules, strict=True)
         ]
-        # not step.parameters(), which takes as long as a kernel does: {id: p} is each once, as that has them
+        # not step.parameters(), which takes as long as a kernel; this has each parameter once, too
         self.parameters = [
             tuple({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
             for modules in self.modules
@@ -147,7 +146,7 @@ class _Chain:
         self.autocast = autocast_settings(x.device)
         self.generators = generators_of(x.device, self.steps)
         self.replays: list[Replay] = []
-        log_det = _zeros(x)
+        log_det = zero_log_det(x)
         with same_autocast(self.autocast), no_parametrization_cache():
             states = [get() for get, _ in self.generators]
             for i, (step, given) in enumerate(zip(self.steps, _given(self.steps, self.weights), strict=True)):
@@ -160,12 +159,11 @@ class _Chain:
                         if isinstance(step_log_det, Tensor)
                         else type(step_log_det).__name__
                     )
-                    expected = f"{list(log_det.shape)}, one value for each sample"
-                    raise ValueError(
-                        f"log_det of steps[{self.start + i}] ({type(step).__name__}): got {got}, expected {expected}"
-                    )
+                    expected = f"{list(log_det.shape)}, one value per sample"
+                    where = f"steps[{self.start + i}] ({type(step).__name__})"
+                    raise ValueError(f"log_det of {where}: got {got}, expected {expected}")
                 if parameters is not None and parameters.changed() is not None:
-                    # the step has initialized itself, which is done once
+                    # the step has initialized itself, which happens once
                     buffers = copied_buffers(self.modules[i], self.rules[i])
                 before, states = states, [get() for get, _ in self.generators]
                 self.replays.append(Replay(before, states, buffers))
@@ -185,11 +183,14 @@ class _Chain:
         )
         if any(m._parameters.get(name) is not p for m, name, p in self.places):
             raise RuntimeError(
-                "parameters of a reversible chain were exchanged for others while it ran; reversible=False allows it"
+                "parameters of a reversible chain were exchanged for others while it ran; "
+                "pass reversible=False"
             )
         return x, log_det
 
-    def backward(self, z, context, dz, dlog_det, need_dx) -> tuple[Tensor | None, Tensor | None, Gradients]:
+    def backward(
+        self, z: Tensor, context: Tensor | None, dz: Tensor, dlog_det: Tensor, need_dx: bool
+    ) -> tuple[Tensor | None, Tensor | None, Gradients]:
         """``(dx, dcontext, gradients of parameters)``."""
         self._assert_unchanged()
         context = None if context is None else context.detach().requires_grad_(context.requires_grad)
@@ -224,7 +225,7 @@ class _Chain:
         return dz if need_dx else None, None if context is None else gradients.pop(context, None), gradients
 
     def _first(self, context: Tensor | None) -> int:
-        """The first step in which something wants a gradient."""
+        """Index of the first step that needs a gradient."""
         if self.weights is not None or (context is not None and context.requires_grad):
             return 0
         wanting = (
@@ -233,18 +234,19 @@ class _Chain:
         return next(wanting, len(self.steps))
 
     def _general_rule(self, i: int) -> Callable[..., tuple[Tensor, Tensor, Gradients]]:
-        """Its inverse, then its forward pass again, differentiated."""
+        """Rule for a step without ``inverse_backward``: invert it, run it again, differentiate that."""
         step = self.steps[i]
 
-        def rule(z, dz, dlog_det, wanted, *args):
+        def rule(
+            z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], *args: Tensor | None
+        ) -> tuple[Tensor, Tensor, Gradients]:
             self.replays[i].restore_flows()
             x = step.inverse(z, *args)[0].detach()
             x.requires_grad_(x.is_floating_point() or x.is_complex())
             self.replays[i].restore(self.generators)
             with torch.enable_grad():
-                z_again, log_det = step(
-                    x.view_as(x), *args
-                )  # a view, since hooks on what comes in want no leaf
+                # a view, because hooks on a module's input do not accept a leaf
+                z_again, log_det = step(x.view_as(x), *args)
             self._assert_inverse(i, z_again.detach(), z)
             found = vjp((z_again, log_det), (dz, dlog_det), [x, *wanted] if x.requires_grad else wanted)
             dx = found.pop(x, None)
@@ -257,9 +259,10 @@ class _Chain:
             return
         error, largest = (z_again - z).abs().max().item(), z.abs().max().item()
         if error > NO_INVERSE * (1 + largest):
+            step = type(self.steps[i]).__name__
             raise RuntimeError(
-                f"steps[{self.start + i}]: forward(inverse(z)) of {type(self.steps[i]).__name__} is off by {error:.1e}, where the largest "
-                f"|z| is {largest:.1e}: the inverse is wrong or loses all digits here; fix it or pass reversible=False"
+                f"steps[{self.start + i}]: forward(inverse(z)) of {step} is off by {error:.1e}, with max|z| "
+                f"{largest:.1e}: the inverse is inaccurate here; fix it or pass reversible=False"
             )
 
     def _assert_unchanged(self) -> None:
@@ -273,13 +276,14 @@ class _Chain:
         )
         name = next((f"steps[{self.start + i}].{n}" for i, n, p in named if p is changed), "a parameter")
         raise RuntimeError(
-            f"{name} of a reversible chain changed between forward and backward, which recomputes activations from it: "
-            "call backward before the optimizer's step, and before a module writes into it; or pass reversible=False"
+            f"{name} of a reversible chain changed between forward and backward, which recomputes "
+            "activations from it: call backward before the optimizer step, and before a module writes to it; "
+            "or pass reversible=False"
         )
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
-        """Steps run as they did in the forward pass, and leave nothing but gradients."""
+        """Restore the state of the forward pass within the block, so that steps run as in forward."""
         modules = [m for each in self.modules for m in each]
         draws = any(replay.states for replay in self.replays)
         with ExitStack() as stack:

@@ -16,26 +16,29 @@ def reversible(
     weights: Weights | None = None,
     checkpoint_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(z, log_det)`` of a chain of flows, differentiable in x, context and parameters; only z is kept for backward.
+    """``(z, log_det)`` of a chain of flows, differentiable in x, context and parameters; only z is stored.
 
-    If gradients are disabled, this is :func:`stored`. Backward restores autocast, training mode, RNG state and buffers to
-    their forward values; running statistics are not updated twice. A step that draws random numbers must draw the same
-    numbers in its inverse. Tensors that reach a step other than as x, context or a parameter receive no gradient.
+    If gradients are disabled, this is :func:`stored`. Backward restores autocast, training mode, RNG state
+    and buffers to their forward values; running statistics are not updated twice. A step that draws random
+    numbers must draw the same numbers in its inverse. Tensors that reach a step other than as x, context or a
+    parameter receive no gradient.
 
     Args:
         steps: flows, applied in order.
-        weights: returns the arguments of each step after the context, for work that the steps share. It is called with
-            the steps once in forward and once in backward, where it is differentiated.
-        checkpoint_every: also keep the activation after every so many steps, so that rounding adds up over fewer steps.
+        weights: function that returns the arguments of each step after the context, for work that the steps
+            share. It is called with the steps once in forward and once in backward, where it is
+            differentiated.
+        checkpoint_every: also store the activation after every this many steps, so that rounding errors
+            accumulate over fewer.
 
-    Raises ValueError for a step without an inverse or with a log_det that is not ``[N]``, TypeError for a context that is
-    not a tensor. Backward raises RuntimeError if a parameter or buffer changed since, for second derivatives, and if an
-    inverse is inaccurate (only for steps without their own rule and on the CPU, where the check does not synchronize).
+    Raises ValueError for a step without an inverse or with a log_det that is not ``[N]``, TypeError for a
+    context that is not a tensor. Backward raises RuntimeError if a parameter or buffer changed since, for
+    second derivatives, and if an inverse is inaccurate (only for steps without their own rule and on the CPU,
+    where the check does not synchronize).
     """
     steps = list(steps)
-    exporting = (
-        torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    )  # torch 2.11 says both of compiling
+    # torch 2.11 reports both while compiling
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if not torch.is_grad_enabled() or x.is_meta or exporting:
         return stored(steps, x, context, weights=weights)
     run = run_chains

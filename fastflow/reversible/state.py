@@ -1,4 +1,4 @@
-"""State that a chain restores, so that its steps run in backward as they ran in forward; a context manager for each kind."""
+"""State that a chain restores so that steps run in backward as in forward: one context manager per kind."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ Autocast = dict[str, tuple[bool, torch.dtype]]
 
 @contextmanager
 def training_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Iterator[None]:
-    """Each module in its mode of ``modes`` (True: training), then in the one it had."""
+    """Put each module in its mode of ``modes`` (True: training) within the block."""
     changed = [
         (m, m.training) for m, training in zip(modules, modes, strict=True) if m.training is not training
     ]
@@ -33,7 +33,7 @@ def training_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> Itera
 
 @contextmanager
 def parameters_in_place(places: Iterable[tuple[nn.Module, str, Tensor | None]]) -> Iterator[None]:
-    """The parameters of the forward pass in their modules. functional_call may have ended, or another be in its place."""
+    """Put the parameters of the forward pass in their modules within the block (cf. functional_call)."""
     exchanged = [
         (m, name, m._parameters.get(name), p) for m, name, p in places if m._parameters.get(name) is not p
     ]
@@ -48,7 +48,7 @@ def parameters_in_place(places: Iterable[tuple[nn.Module, str, Tensor | None]]) 
 
 @contextmanager
 def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """No hooks on gradients of ``tensors``: they are for the gradient that leaves the chain, and run then."""
+    """Remove gradient hooks of ``tensors`` within the block: they run on gradients that leave the chain."""
     hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
     try:
         for of_tensor, _ in hooks:
@@ -60,6 +60,7 @@ def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def autocast_settings(device: torch.device) -> Autocast:
+    """Whether autocast is enabled, and its dtype, for the CPU and for ``device``."""
     return {
         kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in {"cpu", device.type}
@@ -68,7 +69,7 @@ def autocast_settings(device: torch.device) -> Autocast:
 
 @contextmanager
 def same_autocast(settings: Autocast) -> Iterator[None]:
-    """Autocast as in ``settings``, without its cache, which would keep a copy of each weight."""
+    """Apply autocast ``settings`` within the block, without its cache, which would copy each weight."""
     with ExitStack() as stack:
         for device, (enabled, dtype) in settings.items():
             if enabled or torch.is_autocast_enabled(device):
@@ -78,7 +79,7 @@ def same_autocast(settings: Autocast) -> Iterator[None]:
 
 @contextmanager
 def no_parametrization_cache() -> Iterator[None]:
-    """No cache of parametrizations, which would return tensors computed without gradients."""
+    """Disable the cache of parametrizations, which would return tensors computed without gradients."""
     cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         yield
@@ -88,7 +89,7 @@ def no_parametrization_cache() -> Iterator[None]:
 
 @contextmanager
 def rng_restored(generators: Sequence[Generator]) -> Iterator[None]:
-    """The states of ``generators`` afterwards as before."""
+    """Restore the states of ``generators`` after the block."""
     states = [get() for get, _ in generators]
     try:
         yield
@@ -99,7 +100,7 @@ def rng_restored(generators: Sequence[Generator]) -> Iterator[None]:
 
 @contextmanager
 def buffers_restored(buffers: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
-    """The named buffers afterwards as before: the same tensors, unless the block writes into them."""
+    """Restore the named buffers after the block: the same tensors, with what the block wrote into them."""
     kept = {(m, name): m._buffers[name] for m, name in buffers}
     try:
         yield
@@ -109,7 +110,7 @@ def buffers_restored(buffers: Iterable[tuple[nn.Module, str]]) -> Iterator[None]
 
 
 class ChangeDetector:
-    """Detects tensors that were written into, or whose memory was replaced, by version counters and addresses."""
+    """Detects tensors that were written to or replaced, by version counters and data pointers."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = tuple(tensors)
@@ -127,14 +128,14 @@ class ChangeDetector:
 
 
 class Replay:
-    """State that one step changed in the forward pass, as it was before: generators and buffers."""
+    """Generator states and buffers that one step changed in the forward pass, with their values before it."""
 
     def __init__(self, states: list[Tensor], now: list[Tensor], buffers: list[Buffer]) -> None:
         self.states = [] if all(map(torch.equal, states, now)) else states
         moved = (
             (m, name, b, m._buffers[name]) for m, name, b in buffers if not _unmoved(b, m._buffers[name])
         )
-        # a flag that was set stays set: it marks an action that is done once
+        # a flag stays set: it marks an action that happens once, such as an initialization
         self.buffers = [
             (
                 m,
@@ -146,20 +147,21 @@ class Replay:
         ]
 
     def restore(self, generators: Sequence[Generator]) -> None:
+        """Set generators and buffers to their values before the step's forward pass."""
         for (_, put), state in zip(generators, self.states, strict=False):
             put(state)
         for m, name, before, _ in self.buffers:
             m._buffers[name] = None if before is None else before.clone()
 
     def restore_flows(self) -> None:
-        """Sets flows' buffers to their values after the forward pass, which their inverses need; networks keep the earlier ones."""
+        """Set the buffers of flows to their values after the forward pass, which their inverses need."""
         for m, name, _, after in self.buffers:
             if after is not None:
                 m._buffers[name] = after.clone()
 
 
 def _unmoved(before: Tensor | None, after: Tensor | None) -> bool:
-    """Compares values, because batch norm writes without a new version. False on devices, where it would synchronize."""
+    """Compares values, because batch norm bumps no versions. False on a GPU: it would synchronize."""
     if before is None or after is None:
         return before is after
     return before.device.type == "cpu" and torch.equal(before, after)
@@ -170,7 +172,10 @@ def _is_flag(buffer: Tensor | None) -> bool:
 
 
 def copied_buffers(modules: Sequence[nn.Module], by_rule: bool) -> list[Buffer]:
-    """Copies of the buffers that a forward pass may change. Buffers of flows with their own rule are excluded: it needs the new values."""
+    """Copies of the buffers that a forward pass may change.
+
+    Buffers of flows with ``inverse_backward`` are excluded, because that method needs the updated values.
+    """
     watched = [m for m in modules if m._buffers and not (by_rule and is_flow(m))]
     return [(m, name, None if b is None else b.clone()) for m in watched for name, b in m._buffers.items()]
 
@@ -188,8 +193,8 @@ def generators_of(device: torch.device, steps: Sequence[nn.Module]) -> list[Gene
         for step in steps:
             if step in drawing:
                 raise RuntimeError(
-                    f"{type(step).__name__} draws random numbers (dropout?), which a reversible chain cannot replay in a captured CUDA "
-                    "graph; pass reversible=False"
+                    f"{type(step).__name__} draws random numbers (dropout?), which a reversible chain cannot "
+                    "replay in a captured CUDA graph; pass reversible=False"
                 )
         return generators
     of_device = torch.get_device_module(device)
@@ -201,7 +206,7 @@ def generators_of(device: torch.device, steps: Sequence[nn.Module]) -> list[Gene
 
 
 def _bump_versions(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Fused optimizers write into parameters without giving them a new version; ChangeDetector depends on it."""
+    """Bump versions of parameters after a fused optimizer step, which ChangeDetector would miss."""
     if torch.compiler.is_compiling():
         return
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""The function that torch.compile does not trace. A file of its own: the decorator imports the compiler, which takes a second."""
+"""The function that torch.compile must not trace, in its own file: the decorator imports the compiler."""
 
 import torch
 
@@ -6,5 +6,5 @@ from fastflow.reversible import chain
 
 run_chains = torch.compiler.disable(
     chain.run_chains,
-    reason="the backward pass of a reversible chain is a program of its own; reversible=False can be traced",
+    reason="torch.compile cannot trace the backward pass of a reversible chain; pass reversible=False",
 )

@@ -11,7 +11,7 @@ Gradients = dict[Tensor, Tensor]
 def vjp(
     outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], wanted: Sequence[Tensor]
 ) -> Gradients:
-    """Gradients of the tensors of ``wanted`` that the outputs depend on."""
+    """Vector-Jacobian product: gradients of those tensors of ``wanted`` that the outputs depend on."""
     pairs = [(v, g) for v, g in zip(outputs, cotangents, strict=True) if v is not None and v.requires_grad]
     if not pairs or not wanted:
         return {}
@@ -20,6 +20,6 @@ def vjp(
 
 
 def add(gradients: Gradients, more: Gradients) -> None:
-    """Adds ``more`` to ``gradients``; a parameter that several steps share has a gradient from each."""
+    """Add ``more`` to ``gradients`` in place: steps that share a parameter each contribute a gradient."""
     for v, g in more.items():
         gradients[v] = gradients[v] + g if v in gradients else g

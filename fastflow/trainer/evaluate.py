@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastflow.models.model import Model
+from fastflow.models.model import Model, in_mode
 from fastflow.seeds import Stream, derive
 from fastflow.trainer import picture
 from fastflow.trainer.config import Config
@@ -51,23 +51,21 @@ def evaluate(
     Shape: float64 ``[N]`` on the CPU, with ``each`` ``[K, N]``; the same on every rank.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     ranks = ranks or Ranks()
     log_prob = torch.zeros(samples, len(images), dtype=torch.float64)
-    for k in range(samples):
-        for start in range(0, len(images), batch_size):
-            if start // batch_size % ranks.world_size != ranks.rank:
-                continue
-            part = slice(start, start + batch_size)
-            context = None if labels is None else labels[part].to(device)
-            with autocast(device, bf16):
-                noise = derive(seed, Stream.TEST_NOISE, k)
-                nats = model.log_prob(images[part].to(device), context, seed=noise, offset=start)
-            log_prob[k, part] = nats.double().cpu()
+    with in_mode(model, training=False):
+        for k in range(samples):
+            for start in range(0, len(images), batch_size):
+                if start // batch_size % ranks.world_size != ranks.rank:
+                    continue
+                part = slice(start, start + batch_size)
+                context = None if labels is None else labels[part].to(device)
+                with autocast(device, bf16):
+                    noise = derive(seed, Stream.TEST_NOISE, k)
+                    nats = model.log_prob(images[part].to(device), context, seed=noise, offset=start)
+                log_prob[k, part] = nats.double().cpu()
     with ranks.translate_collective_errors():
         ranks.all_reduce_sum(log_prob, long_timeout=True)  # exact: one summand of each entry is not zero
-    model.train(was_training)
     dimensions = images[0].numel() * math.log(2)
     counts = torch.arange(1, samples + 1, dtype=torch.float64)
     bounds = torch.logcumsumexp(log_prob, 0) - counts.log()[:, None]
@@ -82,13 +80,10 @@ def sample(
     device = next(model.parameters()).device
     if labels is None and model.classes is not None:
         labels = torch.arange(n) % model.classes
-    was_training = model.training
-    model.eval()
     generator = torch.Generator(device).manual_seed(seed)
     context = None if labels is None else labels.to(device)
-    images = model.sample(n, temperature=temperature, context=context, generator=generator).cpu()
-    model.train(was_training)
-    return images
+    with in_mode(model, training=False):
+        return model.sample(n, temperature=temperature, context=context, generator=generator).cpu()
 
 
 def save_pictures(

@@ -223,10 +223,10 @@ def integer_mask(state):
         (without, "1 names are missing and 0 unexpected, such as flows.3.network.nn.5.net.2.bias"),
         (with_more, "0 names are missing and 1 unexpected, such as flows.9.mask"),
         (reshaped, r"flows.2.network.nn.0.weight is \(32, 2, 3, 3\), expected \(32, 1, 3, 3\)"),
-        (masked, "flows.4.mask is another mask than that of MNISTFlow_simple"),
-        (integer_mask, "flows.5.mask is another mask than that of MNISTFlow_simple"),
+        (masked, "flows.4.mask differs from the mask of MNISTFlow_simple"),
+        (integer_mask, "flows.5.mask differs from the mask of MNISTFlow_simple"),
         (no_tensor, "holds no state_dict of tensors"),
-        (dict.clear, "not a published model that is known"),
+        (dict.clear, "not a supported published model"),
     ],
 )
 def test_other_weights_are_refused(tmp_path, change, said):

@@ -93,11 +93,11 @@ def test_a_right_layer_passes_and_stays_as_it_was():
 @pytest.mark.parametrize(
     "layer, said",
     [
-        (LogDetSign, "no exact flow: log_det\n"),
-        (InverseLogDet, "no exact flow: log_det of the inverse\n"),
-        (Inverse, "no exact flow: inverse\n"),
-        (NotANumber, "no exact flow: inverse\n"),
-        (Gradient, "no exact flow: gradient of s\n"),
+        (LogDetSign, "is inaccurate: log_det\n"),
+        (InverseLogDet, "is inaccurate: log_det of the inverse\n"),
+        (Inverse, "is inaccurate: inverse\n"),
+        (NotANumber, "is inaccurate: inverse\n"),
+        (Gradient, "is inaccurate: gradient of s\n"),
         (ScalarLogDet, r"log_det: got shape \[\], expected \[4\]"),
     ],
 )

@@ -772,7 +772,7 @@ def test_parameters_exchanged_by_the_forward_pass_are_refused():
     net.register_forward_pre_hook(
         lambda *_: setattr(net[0], "bias", nn.Parameter(net[0].bias.detach().clone()))
     )
-    with pytest.raises(RuntimeError, match="exchanged for others while it ran; reversible=False"):
+    with pytest.raises(RuntimeError, match="exchanged for others while it ran; pass reversible=False"):
         reversible([AffineCoupling(net).double()], batch((4,)))
 
 

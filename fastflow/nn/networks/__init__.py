@@ -1,4 +1,4 @@
-"""Networks that flows are conditioned by."""
+"""Coupling networks, and a wrapper with encoder and decoder."""
 
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import ChannelLayerNorm, GatedBlock, GatedNetwork

@@ -1,4 +1,4 @@
-"""Another naming of the two directions."""
+"""A flow with methods named encoder and decoder."""
 
 from torch import Tensor, nn
 
@@ -7,12 +7,15 @@ from fastflow.nn.flow import Flow, FlowReport
 
 
 class EncoderDecoder(nn.Module):
-    """A flow under the names of the encoder (data to latent) and the decoder (latent to data), as some exercises on flows have them.
+    """A flow as an encoder (data to latent) and a decoder (latent to data), as some exercises name them.
+
+    Both methods return ``(output, log_det)``, where ``log_det`` belongs to that direction.
 
     Args:
         flow: any :class:`Flow`.
 
-    Both directions return ``(output, log_det)``, log_det ``[N]`` in nats, of that direction. Raises ValueError for what is no Flow.
+    Shape: as the flow's; log_det ``[N]``, nats.
+    Raises ValueError if ``flow`` is not a Flow.
 
     Example:
         >>> import torch
@@ -28,11 +31,13 @@ class EncoderDecoder(nn.Module):
         self.flow = flow
 
     def encoder(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``flow(x, context)``."""
         return self.flow(x, context)
 
     def decoder(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``flow.inverse(z, context)``."""
         return self.flow.inverse(z, context)
 
     def check(self, x: Tensor, context: Tensor | None = None, **tolerances: float) -> FlowReport:
-        """:meth:`Flow.check`."""
+        """:meth:`Flow.check` of the flow."""
         return self.flow.check(x, context, **tolerances)

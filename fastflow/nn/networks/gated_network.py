@@ -1,4 +1,4 @@
-"""The gated convolutional coupling network of the UvA tutorial on image flows, after Flow++'s (arXiv:1902.00275, section 3.3)."""
+"""Gated convolutional coupling network of the UvA tutorial on image flows."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 
 def concat_elu(x: Tensor) -> Tensor:
-    r""":math:`[\operatorname{elu}(x), \operatorname{elu}(-x)]` along the channels (PixelCNN++, arXiv:1701.05517)."""
+    r"""Concatenated ELU, :math:`[\operatorname{elu}(x), \operatorname{elu}(-x)]` along the channels.
+
+    Source: PixelCNN++, arXiv:1701.05517. Shape: ``[N, C, ...]`` to ``[N, 2C, ...]``.
+    """
     return torch.cat([F.elu(x), F.elu(-x)], dim=1)
 
 
@@ -18,7 +21,10 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class GatedBlock(nn.Module):
-    r"""A residual block with a gate, :math:`x + v \sigma(g)` with :math:`[v, g]` from two convolutions; then layer normalization."""
+    r"""Gated residual block :math:`x + v \sigma(g)`, then layer normalization; two convolutions give [v, g].
+
+    Shape: ``[N, channels, H, W]`` to the same.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,15 +38,18 @@ class GatedBlock(nn.Module):
 
 
 class GatedNetwork(nn.Module):
-    """A 3x3 convolution, gated residual blocks, concat-ELU, and a zero-initialised 3x3 convolution.
+    """Coupling network of gated residual blocks, between a 3x3 convolution and a zero-initialized one.
+
+    Source: the UvA tutorial on image flows, after Flow++ (arXiv:1902.00275, section 3.3).
 
     Args:
-        in_channels: of x, and of the context where one is given, together.
-        out_channels: of the result.
-        hidden: channels inside.
+        in_channels: number of channels of x, plus those of the context if one is given.
+        out_channels: number of output channels.
+        hidden: number of channels inside.
         blocks: number of gated blocks.
 
-    Shape: x ``[N, C, H, W]``, context ``[N, in_channels - C, H, W]``, to ``[N, out_channels, H, W]``.
+    Shape: x ``[N, C, H, W]``; context ``[N, in_channels - C, H, W]`` or None; output
+    ``[N, out_channels, H, W]``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 32, blocks: int = 3) -> None:

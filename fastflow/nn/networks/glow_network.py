@@ -1,4 +1,4 @@
-"""Glow's coupling network."""
+"""Coupling network of Glow."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,13 @@ from fastflow.nn.actnorm import ActNorm
 
 
 class ActNormConv2d(nn.Module):
-    r"""A convolution followed by :class:`ActNorm`, computed as one: :math:`e^{s} (w * x + b) = (e^{s} w) * x + e^{s} b`."""
+    r"""Convolution followed by :class:`ActNorm`, computed as one convolution.
+
+    :math:`e^{s} (w * x + b) = (e^{s} w) * x + e^{s} b` (Glow, arXiv:1807.03039, section 3.1). The weight w is
+    initialized from :math:`N(0, 0.05^2)`.
+
+    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``; ``kernel_size`` is odd.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -25,7 +31,10 @@ class ActNormConv2d(nn.Module):
 
 
 class ZeroConv2d(nn.Module):
-    r"""A 3x3 convolution that starts at zero, times :math:`e^{3 l}` with l learned per channel (Glow's published code)."""
+    r"""Zero-initialized 3x3 convolution times :math:`e^{3 l}`, l learned per output channel (openai/glow).
+
+    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -42,13 +51,20 @@ class ZeroConv2d(nn.Module):
 
 
 class GlowNetwork(nn.Sequential):
-    """Glow's coupling network: 3x3, ActNorm, ReLU, 1x1, ActNorm, ReLU, zero-initialised 3x3 (as in openai/glow, `f` of model.py).
+    """Coupling network of Glow: 3x3, ActNorm, ReLU, 1x1, ActNorm, ReLU, zero-initialized 3x3 convolution.
+
+    Source: openai/glow, function `f` of model.py.
+
+    Args:
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        hidden: number of channels inside.
 
     Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 512) -> None:
-        relu = nn.ReLU(inplace=True)  # one for both: a module is some 3 KB, of each step
+        relu = nn.ReLU(inplace=True)  # shared: each module takes some 3 KB per step
         super().__init__(
             ActNormConv2d(in_channels, hidden, 3),
             relu,
@@ -58,8 +74,7 @@ class GlowNetwork(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for (
-            layer
-        ) in self:  # as nn.Sequential's, which torch 2.11 compiles in three parts since it is torch's own
+        # same as nn.Sequential's own forward, which torch 2.11 compiles in three parts
+        for layer in self:
             x = layer(x)
         return x

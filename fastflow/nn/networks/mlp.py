@@ -1,4 +1,4 @@
-"""The coupling network of vectors."""
+"""Coupling network for vectors."""
 
 from torch import Tensor, nn
 
@@ -6,14 +6,18 @@ from fastflow import check
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between, the last one zero-initialised, so that a coupling starts as the identity.
+    """Coupling network for vectors: linear layers with ReLU in between.
+
+    The last layer is zero-initialized, so a coupling starts as the identity.
 
     Args:
-        in_features, out_features: of vectors ``[N, in_features]``.
-        hidden: width of the hidden layers.
+        in_features: number of input features.
+        out_features: number of output features.
+        hidden: number of units per hidden layer.
         layers: number of hidden layers.
 
-    Raises ValueError for numbers below 1.
+    Shape: ``[N, in_features]`` to ``[N, out_features]``.
+    Raises ValueError unless all arguments are positive integers.
     """
 
     def __init__(self, in_features: int, out_features: int, hidden: int = 64, layers: int = 2) -> None:

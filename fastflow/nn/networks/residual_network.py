@@ -1,4 +1,4 @@
-"""RealNVP's coupling network."""
+"""Coupling network of RealNVP."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,12 @@ from torch import Tensor, nn
 
 
 class WeightNormConv2d(nn.Conv2d):
-    r"""A convolution with weight :math:`g\, v / \lVert v \rVert`, g for each output channel (arXiv:1602.07868, eq. 2); v is ``weight``.
+    r"""Weight-normalized convolution, :math:`w = g\, v / \lVert v \rVert` with one g per output channel.
 
-    torch's parametrization of a convolution is the same, but cannot be pickled.
+    Source: arXiv:1602.07868, eq. 2. v is the parameter ``weight``.
+    ``torch.nn.utils.parametrizations.weight_norm`` computes the same, but its modules cannot be pickled.
+
+    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``; ``kernel_size`` is odd.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, bias: bool = False) -> None:
@@ -23,7 +26,7 @@ class WeightNormConv2d(nn.Conv2d):
 
 
 class ResidualBlock(nn.Sequential):
-    """Batch norm, ReLU, 3x3 convolution, twice, beside the identity."""
+    """Residual block: twice batch norm, ReLU and 3x3 convolution, plus the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(
@@ -43,15 +46,19 @@ class ResidualBlock(nn.Sequential):
 
 
 class ResidualNetwork(nn.Module):
-    """Residual blocks with batch norm and weight norm (RealNVP, arXiv:1605.08803, sections 3.7 and 4.1), whose outputs are summed.
+    """Coupling network of RealNVP: residual blocks with batch norm and weight norm, and skip connections.
 
-    The input is normalised and seen with both signs, ``relu([x, -x])``, before a 3x3 convolution; a 1x1 convolution takes what each block
-    gives to a sum, and a last one, whose scale starts at zero, gives the result.
+    Source: RealNVP, arXiv:1605.08803, sections 3.7 and 4.1. A 3x3 convolution takes the normalized input with
+    both signs, ``relu([x, -x])``. Each block's output is added to a sum through a 1x1 convolution. A last 1x1
+    convolution, whose scale is initialized to zero, maps the sum to the output.
 
     Args:
-        in_channels, out_channels: of images ``[N, in_channels, H, W]`` and of the result.
-        hidden: channels inside.
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        hidden: number of channels inside.
         blocks: number of residual blocks.
+
+    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 64, blocks: int = 8) -> None:

@@ -1,4 +1,4 @@
-"""Densities of latents."""
+"""Priors over latents."""
 
 from fastflow.nn.priors.gaussian import GaussianPrior
 from fastflow.nn.priors.logistic import LogisticPrior

@@ -9,15 +9,21 @@ from fastflow.ops.noise import random_seed
 
 
 class GaussianPrior(Prior):
-    """A Gaussian over latents ``[N, C, ...]``: standard, or with a learned mean and log scale for each channel, of each class.
+    r"""Diagonal Gaussian, :math:`z_c \sim N(\mu_c, e^{2 s_c})` per channel: standard, learned or per class.
+
+    Source: the learned top prior of openai/glow. Learned means and log scales are initialized to 0, the
+    standard Gaussian.
 
     Args:
-        shape: of one latent, ``(C, ...)``.
-        classes: number of classes; the context is then int64 ``[N]``, and each class has a mean and log scale of its own.
-        learned: learn one mean and log scale (Glow's learned top prior, openai/glow); implied by classes.
+        shape: shape of one latent, ``(C, ...)``.
+        classes: number of classes K. Each class has its own mean and log scale, and the context is int64
+            ``[N]``.
+        learned: learn one mean and log scale per channel. With ``classes`` they are always learned.
 
-    What is learned starts as the standard Gaussian. Raises ValueError for a number of classes below 1, and for a context that is no
-    int64 ``[N]`` where there are classes.
+    Shape: z ``[N, C, ...]``; context int64 ``[N]`` with values in ``[0, K)``, or None; log_prob ``[N]``,
+    nats.
+    Raises ValueError if ``classes`` is neither None nor a positive integer, for a z of another shape, and
+    with ``classes`` for a context that is not int64 ``[N]``.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int | None = None, learned: bool = False) -> None:
@@ -30,7 +36,7 @@ class GaussianPrior(Prior):
             self.log_scale = nn.Parameter(torch.zeros(size))
 
     def terms(self, n: int, context: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Mean and log scale, as :func:`fastflow.ops.gaussian_log_prob` takes them."""
+        """Mean and log scale for :func:`fastflow.ops.gaussian_log_prob`; None for the standard Gaussian."""
         if not self.learned:
             return None, None
         if self.classes is None:

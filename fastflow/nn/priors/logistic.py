@@ -1,4 +1,4 @@
-"""The logistic prior."""
+"""Logistic prior."""
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,16 @@ from fastflow.ops.noise import random_seed
 
 
 class LogisticPrior(Prior):
-    r"""The standard logistic, :math:`\log p(z) = -\sum \log(1 + e^{z}) + \log(1 + e^{-z})` (NICE, arXiv:1410.8516, section 3.4).
+    r"""Standard logistic distribution, :math:`\log p(z) = -\sum_i \log(1 + e^{z_i}) + \log(1 + e^{-z_i})`.
+
+    Source: NICE, arXiv:1410.8516, section 3.4. Its standard deviation is :math:`\pi / \sqrt 3`;
+    ``temperature`` scales samples.
 
     Args:
-        shape: of one latent.
+        shape: shape of one latent.
 
-    Its standard deviation is :math:`\pi / \sqrt 3`; ``temperature`` scales the sample.
+    Shape: z ``[N, *shape]``; log_prob ``[N]``, nats.
+    Raises ValueError for a z of another shape.
     """
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -32,12 +36,12 @@ class LogisticPrior(Prior):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        exact = (
-            torch.float64 if like.device.type in ("cpu", "cuda") else torch.float32
-        )  # others may have no float64
+        # other devices may not support float64
+        exact = torch.float64 if like.device.type in ("cpu", "cuda") else torch.float32
         about = {"dtype": exact, "device": like.device}
         high, low = (
             ops.uniform_noise((n, *self.shape), random_seed(like.device, generator), **about) for _ in "ab"
         )
-        u = high + (low + 2**-17) * 2**-16  # 16 bits of each, so that tails reach as far as a float32's would
+        # 16 bits from each, so that the tails reach as far as those of a float32 uniform
+        u = high + (low + 2**-17) * 2**-16
         return (temperature * torch.logit(u)).to(like.dtype)

@@ -1,4 +1,4 @@
-"""A mixture of Gaussians as a prior."""
+"""Gaussian mixture prior."""
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,18 @@ from fastflow.ops.noise import random_seed
 
 
 class GaussianMixturePrior(Prior):
-    r"""A mixture of K Gaussians over latents ``[N, C, ...]``, :math:`p(z) = \sum_k w_k \prod_c N(z_c; \mu_{kc}, e^{2 s_{kc}})`.
+    r"""Mixture of K diagonal Gaussians, :math:`p(z) = \sum_k w_k \prod_c N(z_c; \mu_{kc}, e^{2 s_{kc}})`.
 
-    A component is chosen for a whole latent, and its mean and log scale hold for each channel at every position.
+    One component is chosen per latent. Its mean and log scale per channel apply at every position.
 
     Args:
-        shape: of one latent, ``(C, ...)``.
-        means: the first :math:`\mu`, ``[K, C]``, which tell the components apart; scales start at 1 and weights equal.
-        learned: learn means, log scales and weights; False keeps them as they are.
+        shape: shape of one latent, ``(C, ...)``.
+        means: initial means :math:`\mu`, ``[K, C]``, which distinguish the components. Scales are initialized
+            to 1, and all weights are initially equal.
+        learned: learn means, log scales and weights; False keeps the initial values.
 
-    Raises ValueError for means of another shape.
+    Shape: z ``[N, C, ...]``; log_prob ``[N]``, nats.
+    Raises ValueError for means or a z of another shape.
     """
 
     def __init__(self, shape: tuple[int, ...], means: Tensor, learned: bool = True) -> None:
@@ -26,7 +28,7 @@ class GaussianMixturePrior(Prior):
         means = torch.as_tensor(means, dtype=torch.get_default_dtype())
         if means.ndim != 2 or means.shape[1] != shape[0] or not means.shape[0]:
             raise check.error(
-                "means", check.shape_of(means), f"[K, {shape[0]}], a mean for each component and channel"
+                "means", check.shape_of(means), f"[K, {shape[0]}], one mean per component and channel"
             )
         self.learned = learned
         values = {
@@ -60,7 +62,7 @@ class GaussianMixturePrior(Prior):
         chosen = torch.rand(
             n, generator=generator, device=like.device if generator is None else generator.device
         ).to(self.logit)
-        # clamped, since the weights may sum to a little less than 1
+        # clamped, because the rounded weights may sum to less than 1
         k = torch.searchsorted(self.logit.softmax(0).cumsum(0), chosen).clamp(max=len(self.logit) - 1)
         columns = [1] * (len(self.shape) - 1)
         terms = (

@@ -1,4 +1,4 @@
-"""What a prior over a model's last latent can do."""
+"""Base class of priors."""
 
 from abc import abstractmethod
 
@@ -9,9 +9,15 @@ from fastflow import check
 
 
 class Prior(nn.Module):
-    """A density over latents ``[N, *shape]``; ``context`` is int64 classes ``[N]`` where it has classes.
+    """Base class of priors, the densities of a model's last latent.
 
-    Raises ValueError for a latent of another shape or dtype than a floating point one.
+    Subclasses implement :meth:`log_prob` and :meth:`sample`.
+
+    Args:
+        shape: shape of one latent.
+
+    Shape: z ``[N, *shape]``; context int64 classes ``[N]`` for a class-conditional prior, otherwise None.
+    Raises ValueError for a z of another shape, or one that is not floating point.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -20,7 +26,7 @@ class Prior(nn.Module):
 
     @abstractmethod
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log-density ``[N]``, nats."""
+        """Log-density of z, ``[N]``, nats."""
         raise NotImplementedError(f"{type(self).__name__} has no log_prob")
 
     @abstractmethod
@@ -32,11 +38,14 @@ class Prior(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """``[n, *shape]`` in the dtype and on the device of ``like``; noise is scaled by ``temperature``, seeded from ``generator`` or
-        torch's own."""
+        """Draw ``n`` latents ``[n, *shape]`` in the dtype and on the device of ``like``.
+
+        Noise is scaled by ``temperature`` and seeded from ``generator``, or from torch's default generator.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no sample")
 
     def check_latent(self, z: Tensor) -> None:
+        """Raise ValueError unless z is floating point with the shape ``[N, *shape]``."""
         check.floating("z", z)
         check.same_shape("z", z, (z.shape[0], *self.shape), "the prior's shape")
 

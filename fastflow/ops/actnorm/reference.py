@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow.ops.layout import acc_dtype, channel_sum, channel_view, dense_like, positions
+from fastflow.ops.layout import acc_dtype, all_but_channels, channel_sum, channel_view, dense_like, positions
 
 
 def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,5 @@ def actnorm_inverse_backward(
 
 def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel over the batch and the positions."""
-    dims = [d for d in range(x.ndim) if d != 1]
-    var, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), dims, correction=0)
+    var, mean = torch.var_mean(x.to(acc_dtype(x.dtype)), all_but_channels(x), correction=0)
     return mean, var
