@@ -1,4 +1,4 @@
-"""The checks of arguments: shapes, dtypes and devices; of values only that matrices on the CPU are not singular."""
+"""Checks of arguments: shapes, dtypes and devices. Of values, only matrices on the CPU: not singular."""
 
 import torch
 from torch import Tensor
@@ -7,57 +7,70 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SingularError(ValueError):
-    """A triangular matrix with 0, inf or NaN on its diagonal; the message names the op, the matrix of the stack and the place."""
+    """A triangular matrix has 0, inf or NaN on its diagonal; the message names op, matrix and place."""
 
 
-def error(argument: str, got: object, expected: str) -> ValueError:
+def argument_error(argument: str, got: object, expected: str) -> ValueError:
+    """The error for an argument, with the message ``argument: got ..., expected ...``."""
     return ValueError(f"{argument}: got {got}, expected {expected}")
 
 
 def shape_of(t: Tensor) -> str:
+    """The shape of t, for messages."""
     return f"shape {list(t.shape)}"
 
 
 def one_of(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise error(argument, repr(value), f"one of {', '.join(map(repr, choices))}")
+        raise argument_error(argument, repr(value), f"one of {', '.join(map(repr, choices))}")
 
 
-def count(argument: str, value: int | None, optional: bool = False) -> None:
+def positive_int(argument: str, value: int | None, optional: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a positive integer, or None if ``optional``."""
     if not (value is None and optional) and not (isinstance(value, int) and value >= 1):
-        raise error(argument, repr(value), f"a positive integer{' or None' if optional else ''}")
+        raise argument_error(argument, repr(value), f"a positive integer{' or None' if optional else ''}")
 
 
-def floating(argument: str, t: Tensor, min_dim: int = 2) -> None:
+def floating_point(argument: str, t: Tensor, min_dim: int = 2) -> None:
+    """Raise ValueError unless t is floating point with at least ``min_dim`` dimensions."""
     if t.dtype not in FLOATING:
-        raise error(
+        raise argument_error(
             argument, f"dtype {t.dtype}", "a floating point tensor (float64, float32, bfloat16, float16)"
         )
     if t.ndim < min_dim:
-        raise error(argument, shape_of(t), "a batch [N, C, ...]")
+        raise argument_error(argument, shape_of(t), "a batch [N, C, ...]")
 
 
 def same_shape(argument: str, t: Tensor, shape: tuple[int, ...], why: str) -> None:
+    """Raise ValueError unless t has the given shape; ``why`` explains it in the message."""
     if tuple(t.shape) != tuple(shape):
-        raise error(argument, shape_of(t), f"{list(shape)} ({why})")
+        raise argument_error(argument, shape_of(t), f"{list(shape)} ({why})")
 
 
-def beside(argument: str, t: Tensor, x_name: str, x: Tensor) -> None:
-    """``t`` on x's device, in x's dtype or in one that computes as well: half precision beside float32, float32 beside half precision."""
+def same_device_and_precision(argument: str, t: Tensor, x_name: str, x: Tensor) -> None:
+    """Raise ValueError unless t is on x's device, and both or neither of them are float64.
+
+    Half precision and float32 can be mixed: kernels compute both in float32.
+    """
     if t.device != x.device:
-        raise error(argument, f"device {t.device}", f"{x.device}, where {x_name} is")
+        raise argument_error(argument, f"device {t.device}", f"{x.device}, where {x_name} is")
     double = torch.float64
     if t.dtype not in FLOATING or (t.dtype == double) != (x.dtype == double):
-        raise error(argument, f"dtype {t.dtype}", f"{x.dtype}, the dtype of {x_name}")
+        raise argument_error(argument, f"dtype {t.dtype}", f"{x.dtype}, the dtype of {x_name}")
 
 
 def channels(argument: str, t: Tensor, count: int, why: str) -> None:
+    """Raise ValueError unless t has the shape ``[count]``; ``why`` explains it in the message."""
     if tuple(t.shape) != (count,):
-        raise error(argument, shape_of(t), f"[{count}], {why}")
+        raise argument_error(argument, shape_of(t), f"[{count}], {why}")
 
 
 def gradients(x_name: str, x: Tensor, dy: Tensor | None, dlog_det: Tensor | None = None) -> None:
-    """Gradients of an op's output, which has the shape of ``x``, and of its log-det; None if the op takes none."""
+    """Raise ValueError unless dy has the shape of x and dlog_det has the shape ``[N]``.
+
+    None stands for an output without a gradient.
+    """
     if dy is not None:
         same_shape("dy", dy, x.shape, f"like {x_name}")
     if dlog_det is not None:
@@ -65,7 +78,7 @@ def gradients(x_name: str, x: Tensor, dy: Tensor | None, dlog_det: Tensor | None
 
 
 def diagonal(op: str, d: Tensor) -> None:
-    """Finite numbers other than 0 on the diagonals ``[K, n]`` of a stack, where the host can look without waiting for a device."""
+    """Raise SingularError if a diagonal of the stack d ``[K, n]`` has 0, inf or NaN; no check on a GPU."""
     if d.device.type != "cpu":
         return
     singular = (d == 0) | ~d.isfinite()

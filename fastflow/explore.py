@@ -45,9 +45,9 @@ def interpolate(
     """
     check.one_of("method", method, METHODS)
     if steps < 2:
-        raise check.error("steps", steps, "2 or more, including both ends")
+        raise check.argument_error("steps", steps, "2 or more, including both ends")
     if len(x0) != len(x1):
-        raise check.error("x1", f"{len(x1)} samples", f"{len(x0)}, like x0")
+        raise check.argument_error("x1", f"{len(x1)} samples", f"{len(x0)}, like x0")
     mix = _arc if method == "spherical" else _line
     with in_mode(model, training=False):
         seeds = (
@@ -113,11 +113,11 @@ def resample(
     """
     coarse = len(model.latent_shapes()) - 1
     if not coarse:
-        raise check.error("model", "one latent", "a multi-scale model, so that coarse latents are kept")
+        raise check.argument_error("model", "one latent", "a multi-scale model, so that coarse latents are kept")
     levels = coarse if levels is None else levels
     if not 1 <= levels <= coarse:
-        raise check.error("levels", levels, f"1 to {coarse}, so that the last latent is kept")
-    check.count("n", n)
+        raise check.argument_error("levels", levels, f"1 to {coarse}, so that the last latent is kept")
+    check.positive_int("n", n)
     kept = [None if i < levels else z.repeat_interleave(n, 0) for i, z in enumerate(latents)]
     context = None if context is None else context.repeat_interleave(n, 0)
     generator = torch.Generator(latents[-1].device).manual_seed(seed)
@@ -141,8 +141,8 @@ def dequantized(model: Model, x: Tensor, seed: int = 0, draws: int = 8) -> Tenso
     Raises ValueError for a model of continuous samples.
     """
     if model.n_bits is None:
-        raise check.error("model", "continuous samples", "a model of uint8 samples, which it dequantizes")
-    check.count("draws", draws)
+        raise check.argument_error("model", "continuous samples", "a model of uint8 samples, which it dequantizes")
+    check.positive_int("draws", draws)
     with in_mode(model, training=False):
         return torch.stack(
             [model.dequantize(x, seed=derive(seed, Stream.EXPLORE, k))[0] for k in range(draws)]
@@ -172,8 +172,8 @@ def density(
     Raises ValueError for a model of other samples.
     """
     if model.shape != (2,) or model.n_bits is not None:
-        raise check.error("model", f"samples of shape {list(model.shape)}", "continuous vectors [N, 2]")
-    check.count("size", size)
+        raise check.argument_error("model", f"samples of shape {list(model.shape)}", "continuous vectors [N, 2]")
+    check.positive_int("size", size)
     like, middle = model.dequantize.like, (torch.arange(size, dtype=torch.float64) + 0.5) / size
     (x, y), cell = (
         (low + (high - low) * middle for low, high in limits),

@@ -125,7 +125,7 @@ def test_fine_latents_are_drawn_anew_given_the_coarse_ones(glow):
     for i in (2, 1, 0):  # at temperature 0 a split gives the mean of its prior given what stays
         y = glow.flows[i].inverse(y)[0]
         if i:
-            means.insert(0, glow.splits[i - 1].terms(y)[0])
+            means.insert(0, glow.splits[i - 1].mean_and_log_scale(y)[0])
             y = glow.splits[i - 1].inverse(y, means[0])
     cold = explore.resample(glow, latents, 1, temperature=0, context=labels)[:, 0]
     assert torch.equal(cold, glow.decode((*means, latents[-1]), labels))

@@ -109,7 +109,7 @@ def _check_levels(image_shape: tuple[int, ...], levels: int) -> None:
             if fitting
             else "an even height and width"
         )
-        raise check.error(
+        raise check.argument_error(
             "levels",
             f"{levels} for image_shape {image_shape}",
             f"{fits}, or images padded to {padded[0]}x{padded[1]}",

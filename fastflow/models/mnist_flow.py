@@ -98,7 +98,7 @@ _FORM = {"scale": "soft_clamp", "order": "shift_first", "h_order": "scale_shift"
 
 def _checkerboard(hidden: int, flip: bool, seen: int = 1) -> AffineCoupling:
     return AffineCoupling(
-        GatedNetwork(seen, 2, hidden), mask="checkerboard", flip=flip, num_features=1, **_FORM
+        GatedNetwork(seen, 2, hidden), mask="checkerboard", flip=flip, **_FORM
     )
 
 
@@ -109,7 +109,7 @@ class _ChannelCoupling(AffineCoupling):
         super().__init__(
             _Masked(GatedNetwork(channels, 2 * channels, hidden), channels, flip),
             flip=flip,
-            num_features=channels,
+            num_scale_factors=channels,
             **_FORM,
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check
-from fastflow.nn import AffineCoupling, BatchNorm, Continuous, Dequantize, Flow, Prior, Split
+from fastflow.nn import AffineCoupling, BatchNorm, Dequantize, Flow, IdentityDequantize, Prior, Split
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 
 
@@ -33,7 +33,8 @@ class Model(nn.Module):
 
     Args:
         shape: shape of one sample, ``(C, H, W)`` for an image or ``(D,)`` for a vector.
-        dequantize: dequantization of uint8 samples; :class:`~fastflow.nn.Continuous` for continuous samples.
+        dequantize: dequantization of uint8 samples; :class:`~fastflow.nn.IdentityDequantize` for continuous
+            samples.
         flows: one flow per level.
         splits: the splits between the levels, one fewer than ``flows``.
         prior: prior of the last latent.
@@ -47,7 +48,7 @@ class Model(nn.Module):
     def __init__(
         self,
         shape: tuple[int, ...],
-        dequantize: Dequantize | Continuous,
+        dequantize: Dequantize | IdentityDequantize,
         flows: list[Flow],
         splits: list[Split],
         prior: Prior,
@@ -135,7 +136,7 @@ class Model(nn.Module):
         """
         self._check_samples(x)
         self._check_context(context, x.shape[0])
-        y, latents = self.dequantize.centre(x) if seed is None else self.dequantize(x, seed=seed)[0], []
+        y, latents = self.dequantize.bin_center(x) if seed is None else self.dequantize(x, seed=seed)[0], []
         for i, flow in enumerate(self.flows):
             y, _ = flow(y)
             if i < len(self.splits):
@@ -182,9 +183,9 @@ class Model(nn.Module):
         dtypes.
         """
         if n < 0:
-            raise check.error("n", n, "0 or more")
+            raise check.argument_error("n", n, "0 or more")
         if temperature < 0:
-            raise check.error("temperature", temperature, "0 or more")
+            raise check.argument_error("temperature", temperature, "0 or more")
         self._check_context(context, n)
         if latents is None:
             latents = (None,) * len(self.flows)
@@ -216,67 +217,67 @@ class Model(nn.Module):
         values = f"{str(dtype).removeprefix('torch.')} {kind} [N, {', '.join(map(str, self.shape))}]"
         values += "" if self.n_bits is None else f" with values in [0, {2**self.n_bits})"
         if x.dtype != dtype:
-            raise check.error("x", f"dtype {x.dtype}", values)
+            raise check.argument_error("x", f"dtype {x.dtype}", values)
         if tuple(x.shape[1:]) != self.shape or x.ndim != 1 + len(self.shape):
-            raise check.error("x", check.shape_of(x), values)
+            raise check.argument_error("x", check.shape_of(x), values)
         self._check_device("x", x)
         if self.n_bits is None:
             if _values_are_free(x) and not x.isfinite().all():
-                raise check.error("x", "inf or NaN", values)
+                raise check.argument_error("x", "inf or NaN", values)
         elif (
             self.n_bits < 8
             and _values_are_free(x)
             and x.numel()
             and (largest := int(x.max())) >= 2**self.n_bits
         ):
-            raise check.error("x", f"a value of {largest}", values)
+            raise check.argument_error("x", f"a value of {largest}", values)
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
         if self.classes is None:
             if context is not None:
-                raise check.error(
+                raise check.argument_error(
                     "context", f"a tensor of {check.shape_of(context)}", "None, the model has no classes"
                 )
             return
         expected = f"int64 classes [{n}] in [0, {self.classes})"
         if context is None:
-            raise check.error("context", "None", expected)
+            raise check.argument_error("context", "None", expected)
         if context.dtype != torch.int64 or tuple(context.shape) != (n,):
-            raise check.error("context", f"{context.dtype} of {check.shape_of(context)}", expected)
+            raise check.argument_error("context", f"{context.dtype} of {check.shape_of(context)}", expected)
         self._check_device("context", context)
         if (
             _values_are_free(context)
             and n
             and not (0 <= int(context.min()) and int(context.max()) < self.classes)
         ):
-            raise check.error(
+            raise check.argument_error(
                 "context", f"values from {int(context.min())} to {int(context.max())}", expected
             )
 
     def _check_latents(self, latents: tuple[Tensor | None, ...], n: int | None = None) -> None:
         shapes = self.latent_shapes()
         if len(latents) != len(shapes):
-            raise check.error("latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them")
+            raise check.argument_error("latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them")
         like = self.dequantize.like
         for i, (z, shape) in enumerate(zip(latents, shapes, strict=True)):
             if z is None and n is not None:  # sample draws it
                 continue
             if z is None:
-                raise check.error(f"latents[{i}]", "None", "a tensor")
+                raise check.argument_error(f"latents[{i}]", "None", "a tensor")
             if tuple(z.shape) != (len(latents[-1]) if n is None else n, *shape):
                 samples = "N" if n is None else n
-                raise check.error(
+                raise check.argument_error(
                     f"latents[{i}]", check.shape_of(z), f"[{samples}, {', '.join(map(str, shape))}]"
                 )
             self._check_device(f"latents[{i}]", z)
             if z.dtype != like.dtype:
-                raise check.error(f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's dtype")
+                raise check.argument_error(f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's dtype")
             if _values_are_free(z) and z.isnan().any():
-                raise check.error(f"latents[{i}]", "NaN", "numbers")
+                raise check.argument_error(f"latents[{i}]", "NaN", "numbers")
 
     def _check_device(self, argument: str, t: Tensor) -> None:
         if t.device != self.dequantize.like.device:
-            raise check.error(
+            raise check.argument_error(
                 argument, f"device {t.device}", f"{self.dequantize.like.device}, where the model is"
             )
 

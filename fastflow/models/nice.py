@@ -37,7 +37,7 @@ class NICEConfig(ModelConfig):
         shape = self.shape
         if not shape or min(shape) < 1 or math.prod(shape) % 2:
             expected = "an even number of dimensions, or the shape of an image that has one"
-            raise check.error("features", self.features, expected)
+            raise check.argument_error("features", self.features, expected)
 
     @property
     def shape(self) -> tuple[int, ...]:

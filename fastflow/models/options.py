@@ -27,7 +27,7 @@ class ModelConfig:
             if get_origin(field.type) is Literal:
                 check.one_of(field.name, value, get_args(field.type))
             elif field.type in (int, int | None):
-                check.count(field.name, value, optional=field.type is not int)
+                check.positive_int(field.name, value, optional=field.type is not int)
             elif isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
 
@@ -35,7 +35,7 @@ class ModelConfig:
 def check_image_shape(image_shape: tuple[int, ...]) -> None:
     """Raise ValueError unless ``image_shape`` is ``(C, H, W)``."""
     if len(image_shape) != 3 or min(image_shape) < 1:
-        raise check.error("image_shape", image_shape, "(C, H, W)")
+        raise check.argument_error("image_shape", image_shape, "(C, H, W)")
 
 
 def takes_fields_of(

@@ -39,7 +39,7 @@ class RealNVPConfig(ModelConfig):
         multiple = 2 ** (self.scales - 1)
         if h % multiple or w % multiple:
             got = f"{self.scales} for image_shape {self.image_shape}"
-            raise check.error("scales", got, f"a height and width that {multiple} divides")
+            raise check.argument_error("scales", got, f"a height and width that {multiple} divides")
 
 
 class RealNVP(Model):
@@ -88,7 +88,7 @@ class RealNVP(Model):
             net = ResidualNetwork(seen, 2 * changed, hidden, config.blocks)
             return [
                 AffineCoupling(
-                    net, mask=mask, flip=flip, scale="tanh", h_order="scale_shift", num_features=changed
+                    net, mask=mask, flip=flip, scale="tanh", h_order="scale_shift", num_scale_factors=changed
                 ),
                 BatchNorm(channels, config.momentum),
             ]

@@ -12,9 +12,9 @@ from fastflow.nn import (
     MLP,
     ActNorm,
     AffineCoupling,
-    Continuous,
     GaussianMixturePrior,
     GaussianPrior,
+    IdentityDequantize,
     InvertibleConv1x1,
     Sequential,
 )
@@ -35,7 +35,7 @@ class VectorGlowConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.features % 2:
-            raise check.error("features", self.features, "an even number, to split into halves")
+            raise check.argument_error("features", self.features, "an even number, to split into halves")
 
 
 class VectorGlow(Model):
@@ -73,13 +73,13 @@ class VectorGlow(Model):
         for _ in range(config.steps):
             layers += [ActNorm(features), InvertibleConv1x1(features)]
             net = MLP(half, features, config.hidden, config.layers)
-            layers.append(AffineCoupling(net, num_features=half))
+            layers.append(AffineCoupling(net, num_scale_factors=half))
         if config.prior == "gaussian":
             prior = GaussianPrior((features,))
         else:
             prior = GaussianMixturePrior((features,), _means(config.components, features))
         flow = Sequential(*layers, reversible=config.reversible)
-        super().__init__((features,), Continuous(), [flow], [], prior, None, asdict(config))
+        super().__init__((features,), IdentityDequantize(), [flow], [], prior, None, asdict(config))
 
 
 def _means(components: int, features: int) -> torch.Tensor:

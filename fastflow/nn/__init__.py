@@ -1,10 +1,11 @@
 """Flow layers, priors over latents, and coupling networks."""
 
+from fastflow.deprecation import renamed_attributes
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1
-from fastflow.nn.dequantize import Continuous, Dequantize, LogitDequantize
+from fastflow.nn.dequantize import Dequantize, IdentityDequantize, LogitDequantize
 from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.glow_level import GlowLevel, GlowStep
@@ -29,7 +30,6 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "BatchNorm",
-    "Continuous",
     "Dequantize",
     "EncoderDecoder",
     "Flatten",
@@ -41,6 +41,7 @@ __all__ = [
     "GlowLevel",
     "GlowNetwork",
     "GlowStep",
+    "IdentityDequantize",
     "InvertibleConv1x1",
     "LogisticPrior",
     "LogitDequantize",
@@ -54,3 +55,5 @@ __all__ = [
     "Squeeze",
     "VariationalDequantize",
 ]
+
+__getattr__ = renamed_attributes(__name__, Continuous=IdentityDequantize)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check, ops
+from fastflow.deprecation import renamed_arguments
 from fastflow.nn.flow import Flow
 from fastflow.ops import checkerboard_transformed
 from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
@@ -26,13 +27,14 @@ class AffineCoupling(Flow):
         scale: scale function s, see :func:`fastflow.ops.affine_coupling`. ``"soft_clamp"`` and ``"tanh"``
             bound s by their factor. ``"exp"`` and ``"sigmoid"`` have no lower bound: on data unlike the
             training data, s can be so near zero that the inverse loses digits.
-        num_features: number of transformed channels; ``"soft_clamp"`` and ``"tanh"`` then learn one factor
-            per channel. None: they learn one factor for all channels.
+        num_scale_factors: number of learned factors of ``"soft_clamp"`` and ``"tanh"``: 1, or the number of
+            transformed channels.
 
     Shape: x, y ``[N, C, ...]``, C even for ``mask="halves"``; log_det ``[N]``, nats.
     Raises ValueError for other shapes, and if the shape of the network's output does not match.
     """
 
+    @renamed_arguments(num_features="num_scale_factors")
     def __init__(
         self,
         net: nn.Module,
@@ -42,7 +44,7 @@ class AffineCoupling(Flow):
         scale: str = "soft_clamp",
         order: str = "scale_first",
         h_order: str = "shift_scale",
-        num_features: int | None = None,
+        num_scale_factors: int = 1,
     ) -> None:
         super().__init__()
         check.one_of("mask", mask, MASKS)
@@ -52,15 +54,17 @@ class AffineCoupling(Flow):
         self.net = net
         self.mask, self.flip, self.scale, self.order, self.h_order = mask, flip, scale, order, h_order
         # the logarithm is the parameter, so that the factor is positive
-        self.log_factor = nn.Parameter(torch.zeros(num_features or 1)) if scale in WITH_FACTOR else None
+        # None is the default of the former name, num_features
+        factors = torch.zeros(num_scale_factors or 1)
+        self.log_factor = nn.Parameter(factors) if scale in WITH_FACTOR else None
 
     def network_input(self, x: Tensor) -> Tensor:
         """Input of the network: the part of x that passes through, which y has as well."""
-        check.floating("x", x)
+        check.floating_point("x", x)
         if self.mask == "checkerboard":
             return x.masked_fill(checkerboard_transformed(x, self.flip), 0)
         if x.shape[1] % 2:
-            raise check.error("x", check.shape_of(x), "an even number of channels, to split into halves")
+            raise check.argument_error("x", check.shape_of(x), "an even number of channels, to split into halves")
         return x.chunk(2, dim=1)[1 if self.flip else 0]
 
     def factor(self, x: Tensor) -> Tensor | None:

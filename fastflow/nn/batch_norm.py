@@ -39,7 +39,7 @@ class BatchNorm(Flow):
     def __init__(self, num_features: int, momentum: float = 0.9, eps: float = 1e-5) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
-            raise check.error("momentum", momentum, "a number from 0 to below 1")
+            raise check.argument_error("momentum", momentum, "a number from 0 to below 1")
         self.num_features, self.momentum, self.eps = num_features, momentum, eps
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("var", torch.ones(num_features))
@@ -47,12 +47,12 @@ class BatchNorm(Flow):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(x, self.num_features)
-        check.floating("x", x)
+        check.floating_point("x", x)
         if not self.training:
-            return ops.actnorm(x, *self._terms(self.mean, self.var))
-        check.beside("mean", self.mean, "x", x)
+            return ops.actnorm(x, *self._log_scale_and_bias(self.mean, self.var))
+        check.same_device_and_precision("mean", self.mean, "x", x)
         if not x.numel():
-            raise check.error("x", check.shape_of(x), "a batch that is not empty, in training mode")
+            raise check.argument_error("x", check.shape_of(x), "a batch that is not empty, in training mode")
         batch_var, batch_mean = torch.var_mean(x.to(self.mean.dtype), all_but_channels(x), correction=0)
         with torch.no_grad():
             self.batches.add_(1)
@@ -65,17 +65,17 @@ class BatchNorm(Flow):
         # the values equal the buffers; the gradient flows through the batch's contribution only
         mean = new_mean + share * (batch_mean - batch_mean.detach())
         var = new_var + share * (batch_var - batch_var.detach())
-        return ops.actnorm(x, *self._terms(mean, var))
+        return ops.actnorm(x, *self._log_scale_and_bias(mean, var))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(z, self.num_features)
-        return ops.actnorm(z, *self._terms(self.mean, self.var), inverse=True)
+        return ops.actnorm(z, *self._log_scale_and_bias(self.mean, self.var), inverse=True)
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Gradients]:
         x, dx, dlog_scale, dbias = ops.actnorm_inverse_backward(
-            z, *self._terms(self.mean, self.var), dz, dlog_det
+            z, *self._log_scale_and_bias(self.mean, self.var), dz, dlog_det
         )
         if self.training:
             each = self._share() / (x.shape[0] * positions(x))
@@ -102,7 +102,7 @@ class BatchNorm(Flow):
             .split([self.num_features, self.num_features, 1])
         )
 
-    def _terms(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_scale_and_bias(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         return -0.5 * torch.log(var + self.eps), -mean
 
     def extra_repr(self) -> str:

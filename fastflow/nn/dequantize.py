@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastflow import check, ops
+from fastflow.deprecation import renamed_attributes, renamed_method
 from fastflow.nn.flow import Flow
 from fastflow.ops.noise import random_seed
 from fastflow.reversible import zero_log_det
@@ -31,7 +32,7 @@ class Dequantize(Flow):
     def __init__(self, n_bits: int = 8) -> None:
         super().__init__()
         if not 1 <= n_bits <= 8:
-            raise check.error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
+            raise check.argument_error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
         self.n_bits = n_bits
         # carries the dtype and device of the outputs
         self.register_buffer("like", torch.empty(0), persistent=False)
@@ -49,10 +50,12 @@ class Dequantize(Flow):
             seed = random_seed(x.device)
         return ops.dequantize(x, noise=noise, seed=seed, offset=offset, dtype=self.like.dtype, **self._map())
 
-    def centre(self, x: Tensor) -> Tensor:
+    def bin_center(self, x: Tensor) -> Tensor:
         """y at the center of each bin, where rounding cannot reach a neighboring bin."""
         noise = torch.full((), 0.5, dtype=self.like.dtype, device=x.device).expand(x.shape)
         return self(x, noise=noise)[0]
+
+    centre = renamed_method("centre", "bin_center")
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.dequantize_inverse(z, **self._map())
@@ -70,8 +73,8 @@ class LogitDequantize(Dequantize):
     Source: RealNVP, arXiv:1605.08803, section 4.1.
 
     Noise and dtypes are those of :class:`Dequantize`. In float32 the inverse is exact at bin centers
-    (:meth:`centre`). With random noise, 3 to 4 pixels per million come back off by one: their noise is within
-    the logit's rounding error of a bin edge.
+    (:meth:`bin_center`). With random noise, 3 to 4 pixels per million come back off by one: their noise is
+    within the logit's rounding error of a bin edge.
 
     Args:
         n_bits: bits per value n; values of x are in ``[0, 2 ** n_bits)``.
@@ -89,7 +92,7 @@ class LogitDequantize(Dequantize):
         super().__init__(n_bits)
         check.one_of("preset", preset, ("realnvp", "tutorial"))
         if not 0 < alpha < 1:
-            raise check.error("alpha", alpha, "a number between 0 and 1")
+            raise check.argument_error("alpha", alpha, "a number between 0 and 1")
         self.alpha, self.preset = alpha, preset
         self.scale = 1 - alpha
         self.shift = alpha if preset == "realnvp" else alpha / 2
@@ -98,7 +101,7 @@ class LogitDequantize(Dequantize):
         return f"n_bits={self.n_bits}, alpha={self.alpha}, preset={self.preset!r}"
 
 
-class Continuous(Flow):
+class IdentityDequantize(Flow):
     """Identity in place of a dequantization, for samples that are already continuous; its log-det is 0.
 
     Shape: x, y ``[N, ...]``, floating point; log_det ``[N]``, zeros.
@@ -118,6 +121,11 @@ class Continuous(Flow):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self(z)
 
-    def centre(self, x: Tensor) -> Tensor:
+    def bin_center(self, x: Tensor) -> Tensor:
         """x itself."""
         return x
+
+    centre = renamed_method("centre", "bin_center")
+
+
+__getattr__ = renamed_attributes(__name__, Continuous=IdentityDequantize)

@@ -56,7 +56,7 @@ class GlowStep(Flow):
         self.conv1x1 = _mixing(num_features, conv1x1)
         if coupling == "affine":
             self.coupling = AffineCoupling(
-                GlowNetwork(half, num_features, hidden), scale=scale, num_features=half
+                GlowNetwork(half, num_features, hidden), scale=scale, num_scale_factors=half
             )
         else:
             self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden))
@@ -144,7 +144,7 @@ class GlowLevel(Flow):
         self, steps: list[GlowStep], reversible: bool = True, checkpoint_every: int | None = None
     ) -> None:
         super().__init__()
-        check.count("checkpoint_every", checkpoint_every, optional=True)
+        check.positive_int("checkpoint_every", checkpoint_every, optional=True)
         self.squeeze = Squeeze()
         self.steps = nn.ModuleList(steps)
         self.reversible, self.checkpoint_every = reversible, checkpoint_every

@@ -35,7 +35,7 @@ class Permute(Flow):
                 perm = index.flip(0) if order == "reverse" else torch.cat([index[::2], index[1::2]])
         else:
             if not all(isinstance(i, int) for i in order) or sorted(order) != list(range(num_features)):
-                raise check.error("order", list(order), f"each of 0 to {num_features - 1} once")
+                raise check.argument_error("order", list(order), f"each of 0 to {num_features - 1} once")
             perm = torch.tensor(order)
         self.register_buffer("perm", perm)
 

@@ -35,7 +35,7 @@ class Sequential(Flow):
 
     def __init__(self, *flows: Flow, reversible: bool = True, checkpoint_every: int | None = None) -> None:
         super().__init__()
-        check.count("checkpoint_every", checkpoint_every, optional=True)
+        check.positive_int("checkpoint_every", checkpoint_every, optional=True)
         for i, flow in enumerate(flows):
             if not isinstance(flow, Flow):
                 raise TypeError(f"flows[{i}]: got {type(flow).__name__}, expected a Flow")

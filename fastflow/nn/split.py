@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check, ops
+from fastflow.deprecation import renamed_method
 from fastflow.nn.flow import check_channels
 from fastflow.nn.networks.glow_network import ZeroConv2d
 from fastflow.ops.noise import random_seed
@@ -29,23 +30,25 @@ class Split(nn.Module):
         super().__init__()
         check.one_of("prior", prior, ("standard", "learned"))
         if num_features % 2:
-            raise check.error("num_features", num_features, "an even number of channels")
+            raise check.argument_error("num_features", num_features, "an even number of channels")
         self.num_features, self.prior = num_features, prior
         self.net = ZeroConv2d(num_features // 2, num_features) if prior == "learned" else None
 
-    def terms(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def mean_and_log_scale(self, kept: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Mean and log scale of z given the kept half, or None for a standard Gaussian."""
         return (None, None) if self.net is None else self.net(kept).chunk(2, dim=1)
+
+    terms = renamed_method("terms", "mean_and_log_scale")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_channels(x, self.num_features)
         kept, z = x.chunk(2, dim=1)
-        return kept, z, ops.gaussian_log_prob(z, *self.terms(kept))
+        return kept, z, ops.gaussian_log_prob(z, *self.mean_and_log_scale(kept))
 
     def inverse(self, kept: Tensor, z: Tensor) -> Tensor:
         """x from its two halves."""
         if z.shape != kept.shape:
-            raise check.error("z", check.shape_of(z), f"{list(kept.shape)}, like kept")
+            raise check.argument_error("z", check.shape_of(z), f"{list(kept.shape)}, like kept")
         return torch.cat([kept, z], dim=1)
 
     def sample(
@@ -55,7 +58,7 @@ class Split(nn.Module):
         seed = random_seed(kept.device, generator)
         z = ops.gaussian_sample(
             tuple(kept.shape),
-            *self.terms(kept),
+            *self.mean_and_log_scale(kept),
             seed=seed,
             temperature=temperature,
             dtype=kept.dtype,

@@ -61,14 +61,14 @@ class VariationalDequantize(LogitDequantize):
             seed = random_seed(x.device) if seed is None else seed
             noise = ops.uniform_noise(tuple(x.shape), seed, offset, self.like.dtype, x.device)
         elif seed is not None:
-            raise check.error("noise, seed", "both", "one of them")
-        check.floating("noise", noise)
+            raise check.argument_error("noise, seed", "both", "one of them")
+        check.floating_point("noise", noise)
         check.same_shape("noise", noise, x.shape, "like x")
         u, log_det_noise = self.noise(x, noise)
         y, log_det = super().forward(x, noise=u)
         return y, log_det + log_det_noise
 
-    def centre(self, x: Tensor) -> Tensor:
+    def bin_center(self, x: Tensor) -> Tensor:
         """y at the center of each bin; the flow is not used."""
         noise = torch.full((), 0.5, dtype=self.like.dtype, device=x.device).expand(x.shape)
         return super().forward(x, noise=noise)[0]

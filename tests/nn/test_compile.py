@@ -43,7 +43,7 @@ FLOWS = {
     "Scale": (lambda: Scale(4), IMAGE),
     "BatchNorm": (lambda: BatchNorm(4).eval(), IMAGE),
     "Flatten": (lambda: Flatten(IMAGE[1:]), IMAGE),
-    "AffineCoupling": (lambda: AffineCoupling(nn.Conv2d(2, 4, 1), num_features=2), IMAGE),
+    "AffineCoupling": (lambda: AffineCoupling(nn.Conv2d(2, 4, 1), num_scale_factors=2), IMAGE),
     "AffineCoupling of vectors": (
         lambda: AffineCoupling(nn.Linear(2, 4), scale="sigmoid", flip=True),
         VECTOR,

@@ -253,7 +253,7 @@ def test_dequantize(layer):
     y, log_det = layer(x)
     assert y.dtype == log_det.dtype == torch.float32 and not torch.equal(layer(x)[0], y)
     assert copy.deepcopy(layer).double()(x)[0].dtype == torch.float64
-    assert torch.equal(layer.inverse(layer.centre(x))[0], x)
+    assert torch.equal(layer.inverse(layer.bin_center(x))[0], x)
     noise = torch.rand(x.shape, dtype=torch.float64)
     log_jacobian = jacobian_log_det(lambda u: layer(x, noise=u)[0], noise)
     torch.testing.assert_close(layer(x, noise=noise)[1], log_jacobian, rtol=1e-9, atol=1e-9)

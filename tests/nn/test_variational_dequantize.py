@@ -113,10 +113,10 @@ def test_importance_weights_integrate_the_density_over_a_bin():
 def test_centre_and_inverse_are_exact(n_bits, dtype):
     dequantize = trained(n_bits=n_bits).to(dtype)
     x = torch.arange(2**n_bits, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 4)
-    y = dequantize.centre(x)
+    y = dequantize.bin_center(x)
     assert y.dtype == dtype
     torch.testing.assert_close(
-        y, LogitDequantize(n_bits, 1e-5, "tutorial").to(dtype).centre(x), rtol=0, atol=0
+        y, LogitDequantize(n_bits, 1e-5, "tutorial").to(dtype).bin_center(x), rtol=0, atol=0
     )
     assert torch.equal(dequantize.inverse(y)[0], x)
     if dtype == F64:

@@ -330,7 +330,7 @@ MODULES = {
         r"x: got dtype torch.uint8, expected a floating point tensor",
     ),
     "coupling's factor": (
-        lambda: AffineCoupling(nn.Linear(2, 4), num_features=3)(x_(2, 4)),
+        lambda: AffineCoupling(nn.Linear(2, 4), num_scale_factors=3)(x_(2, 4)),
         r"factor: got shape \[3\], expected \[2\], one for each transformed channel",
     ),
     "coupling's scale": (

@@ -11,9 +11,9 @@ from fastflow.nn import (
     AdditiveCoupling,
     AffineCoupling,
     BatchNorm,
-    Continuous,
     Flatten,
     GlowNetwork,
+    IdentityDequantize,
     InvertibleConv1x1,
     Permute,
     Scale,
@@ -75,7 +75,7 @@ ANY_SHAPE = {
     "a permutation": lambda: Permute(4, order=[2, 0, 3, 1]),
     "Scale": lambda: Scale(4),
     "BatchNorm": batch_norm,
-    "Continuous": lambda: Continuous(),
+    "IdentityDequantize": lambda: IdentityDequantize(),
 }
 OF_VECTORS = {
     **{scale: partial(affine, mlp, scale=scale) for scale in SCALES if scale != "none"},
@@ -84,9 +84,9 @@ OF_VECTORS = {
 }
 OF_IMAGES = {
     **{scale: partial(affine, conv, scale=scale, flip=True) for scale in SCALES if scale != "none"},
-    "checkerboard": partial(affine, conv, 4, mask="checkerboard", order="shift_first", num_features=4),
+    "checkerboard": partial(affine, conv, 4, mask="checkerboard", order="shift_first", num_scale_factors=4),
     "checkerboard, flipped": partial(affine, conv, 4, mask="checkerboard", flip=True, scale="tanh"),
-    "factor for each channel": partial(affine, conv, num_features=2),
+    "factor for each channel": partial(affine, conv, num_scale_factors=2),
     "additive": partial(additive, conv),
     "additive checkerboard": partial(additive, conv, 4, mask="checkerboard"),
     "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),

@@ -27,7 +27,7 @@ class EncoderDecoder(nn.Module):
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         if not isinstance(flow, Flow):
-            raise check.error("flow", type(flow).__name__, "a Flow")
+            raise check.argument_error("flow", type(flow).__name__, "a Flow")
         self.flow = flow
 
     def encoder(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ class MLP(nn.Module):
             "hidden": hidden,
             "layers": layers,
         }.items():
-            check.count(name, value)
+            check.positive_int(name, value)
         widths = [in_features, *[hidden] * layers]
         body = [
             m

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check, ops
+from fastflow.deprecation import renamed_method
 from fastflow.nn.priors.prior import Prior
 from fastflow.ops.noise import random_seed
 
@@ -28,14 +29,14 @@ class GaussianPrior(Prior):
 
     def __init__(self, shape: tuple[int, ...], classes: int | None = None, learned: bool = False) -> None:
         super().__init__(shape)
-        check.count("classes", classes, optional=True)
+        check.positive_int("classes", classes, optional=True)
         self.classes, self.learned = classes, learned or classes is not None
         if self.learned:
             size = (shape[0],) if classes is None else (classes, shape[0])
             self.mean = nn.Parameter(torch.zeros(size))
             self.log_scale = nn.Parameter(torch.zeros(size))
 
-    def terms(self, n: int, context: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def mean_and_log_scale(self, n: int, context: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Mean and log scale for :func:`fastflow.ops.gaussian_log_prob`; None for the standard Gaussian."""
         if not self.learned:
             return None, None
@@ -43,16 +44,18 @@ class GaussianPrior(Prior):
             return self.mean, self.log_scale
         if context is None or context.dtype != torch.int64 or tuple(context.shape) != (n,):
             got = "None" if context is None else f"{context.dtype} of {check.shape_of(context)}"
-            raise check.error("context", got, f"int64 classes [{n}] in [0, {self.classes})")
+            raise check.argument_error("context", got, f"int64 classes [{n}] in [0, {self.classes})")
         columns = [1] * (len(self.shape) - 1)
         return tuple(
             v[context].view(n, self.shape[0], *columns).expand(n, *self.shape)
             for v in (self.mean, self.log_scale)
         )
 
+    terms = renamed_method("terms", "mean_and_log_scale")
+
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_latent(z)
-        return ops.gaussian_log_prob(z, *self.terms(z.shape[0], context))
+        return ops.gaussian_log_prob(z, *self.mean_and_log_scale(z.shape[0], context))
 
     def sample(
         self,
@@ -65,7 +68,7 @@ class GaussianPrior(Prior):
         seed = random_seed(like.device, generator)
         return ops.gaussian_sample(
             (n, *self.shape),
-            *self.terms(n, context),
+            *self.mean_and_log_scale(n, context),
             seed=seed,
             temperature=temperature,
             dtype=like.dtype,

@@ -27,7 +27,7 @@ class GaussianMixturePrior(Prior):
         super().__init__(shape)
         means = torch.as_tensor(means, dtype=torch.get_default_dtype())
         if means.ndim != 2 or means.shape[1] != shape[0] or not means.shape[0]:
-            raise check.error(
+            raise check.argument_error(
                 "means", check.shape_of(means), f"[K, {shape[0]}], one mean per component and channel"
             )
         self.learned = learned

@@ -46,7 +46,7 @@ class Prior(nn.Module):
 
     def check_latent(self, z: Tensor) -> None:
         """Raise ValueError unless z is floating point with the shape ``[N, *shape]``."""
-        check.floating("z", z)
+        check.floating_point("z", z)
         check.same_shape("z", z, (z.shape[0], *self.shape), "the prior's shape")
 
     def extra_repr(self) -> str:

@@ -16,9 +16,9 @@ def _check(
     dy: Tensor | None = None,
     dlog_det: Tensor | None = None,
 ) -> None:
-    check.floating(argument, x)
+    check.floating_point(argument, x)
     for name, v in (("log_scale", log_scale), ("bias", bias)):
-        check.beside(name, v, argument, x)
+        check.same_device_and_precision(name, v, argument, x)
         check.channels(name, v, x.shape[1], f"one for each channel of {argument}")
     check.gradients(argument, x, dy, dlog_det)
 
@@ -26,7 +26,7 @@ def _check(
 kernels = {"triton": True, "compiled": ("cpu",)}
 register(reference.actnorm_backward, **kernels)
 register(reference.actnorm_inverse_backward, **kernels, check=_check)
-register(reference.actnorm_statistics, **kernels, check=check.floating)
+register(reference.actnorm_statistics, **kernels, check=check.floating_point)
 register(
     reference.actnorm,
     **kernels,

@@ -30,11 +30,11 @@ def _check(
     check.one_of("scale", scale, SCALES)
     check.one_of("order", order, ORDERS)
     check.one_of("h_order", h_order, H_ORDERS)
-    check.floating(argument, x)
+    check.floating_point(argument, x)
     c = x.shape[1]
     if mask == "halves" and c % 2:
-        raise check.error(argument, check.shape_of(x), "an even number of channels, to split into halves")
-    check.beside("h", h, argument, x)
+        raise check.argument_error(argument, check.shape_of(x), "an even number of channels, to split into halves")
+    check.same_device_and_precision("h", h, argument, x)
     transformed = c // 2 if mask == "halves" else c
     check.same_shape(
         "h",
@@ -43,13 +43,13 @@ def _check(
         f"{argument} is {list(x.shape)}, {mask}, {'shift' if scale == 'none' else 'shift and scale'} of {transformed} channels",
     )
     if (factor is not None) != (scale in WITH_FACTOR):
-        raise check.error(
+        raise check.argument_error(
             "factor",
             "None" if factor is None else "a tensor",
             f"one for {' and '.join(WITH_FACTOR)} only, scale is {scale!r}",
         )
     if factor is not None:
-        check.beside("factor", factor, argument, x)
+        check.same_device_and_precision("factor", factor, argument, x)
         check.channels("factor", factor, transformed, "one for each transformed channel")
     check.gradients(argument, x, dy, dlog_det)
 

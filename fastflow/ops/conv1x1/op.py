@@ -19,17 +19,17 @@ def _check(
     bias: Tensor | None = None,
     dy: Tensor | None = None,
 ) -> None:
-    check.floating(argument, x)
+    check.floating_point(argument, x)
     c = x.shape[1]
     for name, v in (("weight", weight), ("weight_inverse", weight_inverse)):
         if v is not None:
-            check.beside(name, v, argument, x)
+            check.same_device_and_precision(name, v, argument, x)
             check.same_shape(name, v, (c, c), f"{argument} has {c} channels")
     if bias is not None:
-        check.beside("bias", bias, argument, x)
+        check.same_device_and_precision("bias", bias, argument, x)
         check.channels("bias", bias, c, f"one for each channel of {argument}")
     if dy is not None:
-        check.beside("dy", dy, argument, x)
+        check.same_device_and_precision("dy", dy, argument, x)
         check.gradients(argument, x, dy)
 
 

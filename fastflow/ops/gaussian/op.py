@@ -11,16 +11,16 @@ from fastflow.ops.registry import register
 
 def _check_term(argument: str, v: Tensor, size: tuple[int, ...]) -> None:
     if tuple(v.shape) not in (tuple(size), (size[1],)):
-        raise check.error(
+        raise check.argument_error(
             argument, check.shape_of(v), f"{list(size)} like z, or [{size[1]}], one for each channel"
         )
 
 
 def _check(argument: str, z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> None:
-    check.floating(argument, z)
+    check.floating_point(argument, z)
     for name, v in (("mean", mean), ("log_scale", log_scale)):
         if v is not None:
-            check.beside(name, v, argument, z)
+            check.same_device_and_precision(name, v, argument, z)
             _check_term(name, v, z.shape)
 
 
@@ -31,7 +31,7 @@ def _check_sample(
         if v is not None:
             _check_term(name, v, size)
             if v.device != seed.device:
-                raise check.error(name, f"device {v.device}", f"{seed.device}, where the sample is drawn")
+                raise check.argument_error(name, f"device {v.device}", f"{seed.device}, where the sample is drawn")
 
 
 def _sample(size, mean, log_scale, temperature, seed, offset, dtype):

@@ -14,17 +14,17 @@ MAX_COMPILED = 64  # rows: a multiprocessor of a GPU does not hold four larger m
 
 def _check(argument: str, perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> None:
     if lower.ndim != 3 or lower.shape[1] != lower.shape[2]:
-        raise check.error("lower", check.shape_of(lower), "a stack [K, C, C]")
+        raise check.argument_error("lower", check.shape_of(lower), "a stack [K, C, C]")
     if lower.dtype not in (torch.float32, torch.float64):
-        raise check.error("lower", f"dtype {lower.dtype}", "float32 or float64")
+        raise check.argument_error("lower", f"dtype {lower.dtype}", "float32 or float64")
     check.same_shape("upper", upper, lower.shape, "like lower")
     for name, v in (("perm", perm), ("log_s", log_s), ("sign_s", sign_s)):
         check.same_shape(name, v, lower.shape[:2], f"lower is {list(lower.shape)}")
     if perm.dtype != torch.int64:
-        raise check.error("perm", f"dtype {perm.dtype}", "int64")
+        raise check.argument_error("perm", f"dtype {perm.dtype}", "int64")
     for name, v in (("perm", perm), ("upper", upper), ("log_s", log_s), ("sign_s", sign_s)):
         if v.device != lower.device or (v is not perm and v.dtype != lower.dtype):
-            raise check.error(
+            raise check.argument_error(
                 name, f"{v.dtype} on {v.device}", f"{lower.dtype} on {lower.device}, like lower"
             )
 

@@ -17,13 +17,13 @@ def squeezed_shape(x: Tensor, inverse: bool) -> tuple[int, int, int, int]:
 
 def check_image(x: Tensor) -> None:
     if x.ndim != 4:
-        raise check.error("x", check.shape_of(x), "images [N, C, H, W]")
+        raise check.argument_error("x", check.shape_of(x), "images [N, C, H, W]")
 
 
 def check_even(x: Tensor) -> None:
     check_image(x)
     if x.shape[2] % 2 or x.shape[3] % 2:
-        raise check.error("x", check.shape_of(x), "an even height and width")
+        raise check.argument_error("x", check.shape_of(x), "an even height and width")
 
 
 def _check(argument: str, x: Tensor, order: str, inverse: bool) -> None:
@@ -32,7 +32,7 @@ def _check(argument: str, x: Tensor, order: str, inverse: bool) -> None:
         return check_even(x)
     check_image(x)
     if x.shape[1] % 4:
-        raise check.error(argument, check.shape_of(x), "a number of channels that 4 divides")
+        raise check.argument_error(argument, check.shape_of(x), "a number of channels that 4 divides")
 
 
 def _backward(dy: Tensor, order: str, inverse: bool) -> Tensor:

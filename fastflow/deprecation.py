@@ -1,0 +1,59 @@
+"""Former names of arguments, methods and classes. They work for one more release, with a DeprecationWarning."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _warn(old: str, new: str) -> None:
+    # the caller of the function that calls this one
+    warnings.warn(f"{old} is now {new}; the old name will be removed", DeprecationWarning, stacklevel=3)
+
+
+def renamed_arguments(**new_names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function whose keyword arguments have new names, given as ``old="new"``; it accepts both.
+
+    Raises TypeError for a call with both names of an argument.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def with_old_names(*args: P.args, **kwargs: P.kwargs) -> T:
+            for old, new in new_names.items():
+                if old in kwargs:
+                    if new in kwargs:
+                        raise TypeError(f"{new}: got {old}, its former name, as well; expected one of them")
+                    _warn(f"argument {old}", new)
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return with_old_names
+
+    return decorate
+
+
+def renamed_method(old: str, new: str) -> Callable[..., Any]:
+    """The method ``old`` of a class, which calls the method ``new``."""
+
+    def method(self: object, *args: Any, **kwargs: Any) -> Any:
+        _warn(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)(*args, **kwargs)
+
+    method.__name__, method.__doc__ = old, f"Former name of :meth:`{new}`."
+    return method
+
+
+def renamed_attributes(module: str, **attributes: Any) -> Callable[[str], Any]:
+    """``__getattr__`` of ``module`` with former names of its attributes, given as ``old=attribute``."""
+
+    def get(name: str) -> Any:
+        if name not in attributes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        _warn(f"{module}.{name}", attributes[name].__name__)
+        return attributes[name]
+
+    return get
