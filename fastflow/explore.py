@@ -113,7 +113,9 @@ def resample(
     """
     coarse = len(model.latent_shapes()) - 1
     if not coarse:
-        raise check.argument_error("model", "one latent", "a multi-scale model, so that coarse latents are kept")
+        raise check.argument_error(
+            "model", "one latent", "a multi-scale model, so that coarse latents are kept"
+        )
     levels = coarse if levels is None else levels
     if not 1 <= levels <= coarse:
         raise check.argument_error("levels", levels, f"1 to {coarse}, so that the last latent is kept")
@@ -141,7 +143,9 @@ def dequantized(model: Model, x: Tensor, seed: int = 0, draws: int = 8) -> Tenso
     Raises ValueError for a model of continuous samples.
     """
     if model.n_bits is None:
-        raise check.argument_error("model", "continuous samples", "a model of uint8 samples, which it dequantizes")
+        raise check.argument_error(
+            "model", "continuous samples", "a model of uint8 samples, which it dequantizes"
+        )
     check.positive_int("draws", draws)
     with in_mode(model, training=False):
         return torch.stack(
@@ -172,7 +176,9 @@ def density(
     Raises ValueError for a model of other samples.
     """
     if model.shape != (2,) or model.n_bits is not None:
-        raise check.argument_error("model", f"samples of shape {list(model.shape)}", "continuous vectors [N, 2]")
+        raise check.argument_error(
+            "model", f"samples of shape {list(model.shape)}", "continuous vectors [N, 2]"
+        )
     check.positive_int("size", size)
     like, middle = model.dequantize.like, (torch.arange(size, dtype=torch.float64) + 0.5) / size
     (x, y), cell = (

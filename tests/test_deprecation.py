@@ -13,7 +13,9 @@ def double(new: int = 1) -> int:
 
 
 def test_an_argument_under_its_former_name():
-    with pytest.warns(DeprecationWarning, match="argument old is now new; the old name will be removed") as seen:
+    with pytest.warns(
+        DeprecationWarning, match="argument old is now new; the old name will be removed"
+    ) as seen:
         assert double(old=3) == 6
     assert seen[0].filename == __file__
     assert double(new=3) == double(3) == 6 and double() == 2
@@ -34,7 +36,9 @@ def test_num_features_of_a_coupling(factors):
 def test_continuous():
     with pytest.warns(DeprecationWarning, match="fastflow.nn.Continuous is now IdentityDequantize"):
         assert fnn.Continuous is fnn.IdentityDequantize
-    with pytest.warns(DeprecationWarning, match="fastflow.nn.dequantize.Continuous is now IdentityDequantize"):
+    with pytest.warns(
+        DeprecationWarning, match="fastflow.nn.dequantize.Continuous is now IdentityDequantize"
+    ):
         from fastflow.nn.dequantize import Continuous
     assert Continuous is fnn.IdentityDequantize
     with pytest.raises(AttributeError, match="module 'fastflow.nn' has no attribute 'Other'"):
@@ -42,7 +46,9 @@ def test_continuous():
 
 
 @pytest.mark.parametrize(
-    "layer", [fnn.Dequantize(), fnn.LogitDequantize(), fnn.IdentityDequantize()], ids=lambda m: type(m).__name__
+    "layer",
+    [fnn.Dequantize(), fnn.LogitDequantize(), fnn.IdentityDequantize()],
+    ids=lambda m: type(m).__name__,
 )
 def test_centre_of_a_dequantization(layer):
     x = torch.arange(6, dtype=torch.uint8).view(2, 3)

@@ -97,9 +97,7 @@ _FORM = {"scale": "soft_clamp", "order": "shift_first", "h_order": "scale_shift"
 
 
 def _checkerboard(hidden: int, flip: bool, seen: int = 1) -> AffineCoupling:
-    return AffineCoupling(
-        GatedNetwork(seen, 2, hidden), mask="checkerboard", flip=flip, **_FORM
-    )
+    return AffineCoupling(GatedNetwork(seen, 2, hidden), mask="checkerboard", flip=flip, **_FORM)
 
 
 class _ChannelCoupling(AffineCoupling):

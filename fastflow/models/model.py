@@ -257,7 +257,9 @@ class Model(nn.Module):
     def _check_latents(self, latents: tuple[Tensor | None, ...], n: int | None = None) -> None:
         shapes = self.latent_shapes()
         if len(latents) != len(shapes):
-            raise check.argument_error("latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them")
+            raise check.argument_error(
+                "latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them"
+            )
         like = self.dequantize.like
         for i, (z, shape) in enumerate(zip(latents, shapes, strict=True)):
             if z is None and n is not None:  # sample draws it
@@ -271,7 +273,9 @@ class Model(nn.Module):
                 )
             self._check_device(f"latents[{i}]", z)
             if z.dtype != like.dtype:
-                raise check.argument_error(f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's dtype")
+                raise check.argument_error(
+                    f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's dtype"
+                )
             if _values_are_free(z) and z.isnan().any():
                 raise check.argument_error(f"latents[{i}]", "NaN", "numbers")
 

@@ -64,7 +64,9 @@ class AffineCoupling(Flow):
         if self.mask == "checkerboard":
             return x.masked_fill(checkerboard_transformed(x, self.flip), 0)
         if x.shape[1] % 2:
-            raise check.argument_error("x", check.shape_of(x), "an even number of channels, to split into halves")
+            raise check.argument_error(
+                "x", check.shape_of(x), "an even number of channels, to split into halves"
+            )
         return x.chunk(2, dim=1)[1 if self.flip else 0]
 
     def factor(self, x: Tensor) -> Tensor | None:

@@ -166,7 +166,9 @@ def _jacobian_error(flow: Flow, x: Tensor, context: Tensor | None) -> float:
     z, log_det = flow(x, context)
     columns = z.flatten(1)
     if columns.shape[1] != x.flatten(1).shape[1]:
-        raise check.argument_error("z", check.shape_of(z), f"as many elements per sample as x, {list(x.shape)}")
+        raise check.argument_error(
+            "z", check.shape_of(z), f"as many elements per sample as x, {list(x.shape)}"
+        )
     rows = [
         torch.autograd.grad(
             columns[:, d].sum(), x, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -223,4 +225,6 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
 def check_channels(x: Tensor, num_features: int) -> None:
     """Raise ValueError unless x has the shape ``[N, num_features, ...]``."""
     if x.ndim < 2 or x.shape[1] != num_features:
-        raise check.argument_error("x", check.shape_of(x), f"[N, {num_features}, ...], the layer's number of channels")
+        raise check.argument_error(
+            "x", check.shape_of(x), f"[N, {num_features}, ...], the layer's number of channels"
+        )

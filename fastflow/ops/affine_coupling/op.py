@@ -33,7 +33,9 @@ def _check(
     check.floating_point(argument, x)
     c = x.shape[1]
     if mask == "halves" and c % 2:
-        raise check.argument_error(argument, check.shape_of(x), "an even number of channels, to split into halves")
+        raise check.argument_error(
+            argument, check.shape_of(x), "an even number of channels, to split into halves"
+        )
     check.same_device_and_precision("h", h, argument, x)
     transformed = c // 2 if mask == "halves" else c
     check.same_shape(

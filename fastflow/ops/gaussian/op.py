@@ -31,7 +31,9 @@ def _check_sample(
         if v is not None:
             _check_term(name, v, size)
             if v.device != seed.device:
-                raise check.argument_error(name, f"device {v.device}", f"{seed.device}, where the sample is drawn")
+                raise check.argument_error(
+                    name, f"device {v.device}", f"{seed.device}, where the sample is drawn"
+                )
 
 
 def _sample(size, mean, log_scale, temperature, seed, offset, dtype):
