@@ -573,8 +573,8 @@ MODELS = [
     Fault(
         "eval mode lost by initialization",
         "fastflow/models/model.py",
-        "self.train(training)",
-        "self.train()",
+        "module.train(before)",
+        "module.train()",
         "tests/models/test_glow.py tests/models/test_models.py",
     ),
     Fault(
@@ -843,7 +843,7 @@ CHECKPOINT = [
     Fault(
         "a failed write leaves its file",
         "fastflow/checkpoint.py",
-        "beside.unlink(missing_ok=True)",
+        "temporary.unlink(missing_ok=True)",
         "pass",
         "tests/test_checkpoint.py",
     ),
