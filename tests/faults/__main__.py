@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.copy import Copy
+from tests.faults.copy import Copy, is_compiled
 from tests.faults.faults import AREAS, Fault
 from tests.faults.forked import run_pytest
 from tests.faults.table import CAUGHT, SURVIVED, same, table, write_table
@@ -43,6 +43,7 @@ def run_all(chosen: list[tuple[str, Fault]], out: Path, seconds: float) -> list[
     rows = read(path) if path.exists() else []
     done = [row for row in rows if row["verdict"] == CAUGHT]
     todo = [(area, fault) for area, fault in chosen if not any(same(row, fault) for row in done)]
+    todo.sort(key=lambda pair: is_compiled(pair[1].file))  # last, since each costs a compilation
     for number, (area, fault) in enumerate(todo, 1):
         start = time.monotonic()
         found, by = verdict(copy, fault, seconds)

@@ -186,7 +186,7 @@ TRITON = [
         "triton_kernels/tiles.py",
         "return -(-self.units // loops), loops",
         "return self.units // loops, loops",
-        op(INTERPRETER, "actnorm", also="large"),
+        "tests/ops/test_tiles.py " + op(f"{INTERPRETER} or test_tiles", "actnorm", also="large"),
     ),
     Fault(
         "width of vectors ignores the number of channels",
