@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "arguments.h"
+#include "checks.h"
 #include "cpu/simd_math.h"
 #include "cpu/tensors.h"
 #include "cpu/tiles.h"
@@ -268,9 +268,20 @@ void statistics(const Tensor& x_, const Grid& grid, double* mean, double* var) {
   }
 }
 
+void check(const char* op, const char* name, const Tensor& x, const Tensor& log_scale, const Tensor& bias) {
+  expect_batch(op, name, x);
+  expect_floating(op, "log_scale", log_scale, {x.size(1)});
+  expect_floating(op, "bias", bias, {x.size(1)});
+}
+
+void check_gradients(const char* op, const Tensor& x, const Tensor& dy, const Tensor& dlog_det) {
+  expect_floating(op, "dy", dy, x.sizes());
+  expect_floating(op, "dlog_det", dlog_det, {x.size(0)});
+}
+
 std::tuple<Tensor, Tensor> actnorm(const Tensor& x, const Tensor& log_scale, const Tensor& bias,
                                    bool inverse) {
-  check_actnorm("actnorm", "x", x, log_scale, bias);
+  check("actnorm", "x", x, log_scale, bias);
   OutputBuffer y(x);
   const Tensor log_det = empty(x, {x.size(0)}, accumulator_of(x));
   const Grid grid(x, x.size(1), y.kernel_output());
@@ -309,7 +320,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, con
 std::tuple<Tensor, Tensor, Tensor> actnorm_backward(const Tensor& x, const Tensor& log_scale,
                                                     const Tensor& bias, const Tensor& dy,
                                                     const Tensor& dlog_det, bool inverse) {
-  check_actnorm_backward("actnorm_backward", "x", x, log_scale, bias, dy, dlog_det);
+  check("actnorm_backward", "x", x, log_scale, bias);
+  check_gradients("actnorm_backward", x, dy, dlog_det);
   auto [same, dx, dlog_scale, dbias] = backward_of(x, log_scale, bias, dy, dlog_det, inverse, false);
   return {dx, dlog_scale, dbias};
 }
@@ -317,13 +329,13 @@ std::tuple<Tensor, Tensor, Tensor> actnorm_backward(const Tensor& x, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor> actnorm_inverse_backward(const Tensor& y, const Tensor& log_scale,
                                                                     const Tensor& bias, const Tensor& dy,
                                                                     const Tensor& dlog_det) {
-  check_actnorm_backward("actnorm_inverse_backward", "y", y, log_scale, bias, dy, dlog_det);
+  check("actnorm_inverse_backward", "y", y, log_scale, bias);
+  check_gradients("actnorm_inverse_backward", y, dy, dlog_det);
   return backward_of(y, log_scale, bias, dy, dlog_det, false, true);
 }
 
 std::tuple<Tensor, Tensor> actnorm_statistics(const Tensor& x_) {
-  STD_TORCH_CHECK(x_.dim() >= 2, "actnorm_statistics: x has shape ", shape(x_), ", expected [N, C, ...]");
-  check_floating("actnorm_statistics", "x", x_);
+  expect_batch("actnorm_statistics", "x", x_);
   const Tensor x = with_position_stride(x_);
   const Grid grid(x, x.size(1), x);
   const Buffer<double> both(2 * grid.channels);

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "arguments.h"
+#include "conv1x1/arguments.h"
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
 #include "strides.h"
@@ -328,7 +328,7 @@ std::optional<Tensor> packed(const std::optional<Tensor>& v) {
 }
 
 Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_conv1x1(x, weight, bias);
+  check_conv1x1("conv1x1", "x", x, weight, bias);
   OutputBuffer y(x);
   if (x.numel())
     for_dtype(x, [&](auto acc, auto value) {

@@ -13,7 +13,7 @@
 #include "stable.h"
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
-#include "arguments.h"
+#include "conv1x1/arguments.h"
 #include "conv1x1/images.h"
 
 namespace fastflow {
@@ -500,7 +500,7 @@ Span<const T> vector_of(const std::optional<Tensor>& v) {
 
 template <class Device>
 Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_conv1x1(x, weight, bias);
+  check_conv1x1("conv1x1", "x", x, weight, bias);
   const typename Device::Guard guard(x);
   const Tensor from = with_position_stride(x);
   OutputBuffer y(x);

@@ -5,10 +5,21 @@
 #include <cstdint>
 #include <limits>
 #include <mutex>
+#include <sstream>
+#include <string>
 
-#include "arguments.h"
+#include "checks.h"
 
 namespace fastflow::cpu {
+
+inline std::string singular_message(const char* op, int64_t matrix, int64_t place, double value) {
+  std::ostringstream out;
+  out << op << ": matrix " << matrix << " of the stack has ";
+  if (std::isnan(value)) out << "nan";  // a stream writes -nan if the sign bit is set
+  else out << value;
+  out << " at place " << place << " of its diagonal, expected a finite number other than 0";
+  return out.str();
+}
 
 // The first singular matrix of a stack and its first place, whichever thread comes upon it: an exception must
 // not leave a parallel loop, so it is raised after it.
@@ -27,7 +38,7 @@ class FirstSingular {
     return T(0);
   }
   void raise(const char* op) const {
-    STD_TORCH_CHECK(first_ == NONE, singular(op, first_ / n_, first_ % n_, value_));
+    STD_TORCH_CHECK(first_ == NONE, singular_message(op, first_ / n_, first_ % n_, value_));
   }
 
  private:

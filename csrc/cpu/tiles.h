@@ -13,7 +13,7 @@
 #include <optional>
 #include <type_traits>
 
-#include "arguments.h"
+#include "checks.h"
 #include "cpu/gemm.h"
 #include "cpu/sums.h"
 #include "multiversion.h"

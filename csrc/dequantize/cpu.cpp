@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "arguments.h"
+#include "checks.h"
 #include "cpu/gemm.h"
 #include "cpu/simd_math.h"
 #include "cpu/tensors.h"
@@ -423,15 +423,20 @@ void for_accumulator(ScalarType dtype, const F& f) {
 
 double log_slope(int64_t n_bits, double scale) { return std::log(scale / std::ldexp(1., n_bits)); }
 
+void check(const char* op, const Tensor& x, const std::optional<std::string>& squeeze_order) {
+  expect_dims(op, "x", x, 2);
+  expect_dtype(op, "x", x, {ScalarType::Byte});
+  if (squeeze_order) expect_squeezable(op, "x", x, false);
+}
+
 std::tuple<Tensor, Tensor> dequantize(const Tensor& x_, const std::optional<Tensor>& noise,
                                       const std::optional<Tensor>& seed, int64_t offset, int64_t n_bits,
                                       double scale, double shift, bool logit,
                                       const std::optional<std::string>& squeeze_order, ScalarType dtype) {
-  check_dequantize("dequantize", x_, noise, seed, squeeze_order);
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "dequantize: dtype is ", torch::headeronly::toString(dtype),
-                  ", expected Float, Double, BFloat16 or Half");
+  check("dequantize", x_, squeeze_order);
+  if (seed) expect_tensor("dequantize", "seed", *seed, {}, ScalarType::Long, x_);
+  else if (noise) expect_floating("dequantize", "noise", *noise, x_.sizes());
+  else STD_TORCH_CHECK(false, "dequantize: noise: got None without a seed, expected noise or a seed");
   const Tensor y_ = result_like(x_, squeeze_order, false, dtype);
   const Tensor log_det_ = empty(x_, {x_.size(0)}, accumulator_of(dtype));
   const std::vector<int64_t> order = order_of(y_, noise && !squeeze_order);
@@ -464,7 +469,13 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& x_, const std::optional<Tens
 Tensor dequantize_backward(const Tensor& x_, const Tensor& noise, const Tensor& dy_, const Tensor& dlog_det_,
                            int64_t n_bits, double scale, double shift, bool logit,
                            const std::optional<std::string>& squeeze_order) {
-  check_dequantize_backward(x_, noise, dy_, dlog_det_, squeeze_order);
+  const char* op = "dequantize_backward";
+  check(op, x_, squeeze_order);
+  expect_floating(op, "noise", noise, x_.sizes());
+  if (squeeze_order)
+    expect_floating(op, "dy", dy_, {x_.size(0), 4 * x_.size(1), x_.size(2) / 2, x_.size(3) / 2});
+  else expect_floating(op, "dy", dy_, x_.sizes());
+  expect_floating(op, "dlog_det", dlog_det_, {x_.size(0)});
   const Tensor du_ = empty_like(noise, noise.scalar_type());
   const std::vector<int64_t> order = order_of(du_, !squeeze_order);
   const SampleView x(x_, order), u(noise, order), du(du_, order),
@@ -499,7 +510,8 @@ Tensor dequantize_backward(const Tensor& x_, const Tensor& noise, const Tensor& 
 
 std::tuple<Tensor, Tensor> dequantize_inverse(const Tensor& y_, int64_t n_bits, double scale, double shift,
                                               bool logit, const std::optional<std::string>& squeeze_order) {
-  check_dequantize_inverse(y_, squeeze_order);
+  expect_batch("dequantize_inverse", "y", y_);
+  if (squeeze_order) expect_squeezable("dequantize_inverse", "y", y_, true);
   const Tensor x_ = result_like(y_, squeeze_order, true, ScalarType::Byte);
   const Tensor log_det_ = empty(y_, {y_.size(0)}, accumulator_of(y_.scalar_type()));
   const std::vector<int64_t> order = order_of(x_, !squeeze_order);

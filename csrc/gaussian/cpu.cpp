@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "arguments.h"
+#include "checks.h"
 #include "cpu/simd_math.h"
 #include "cpu/tensors.h"
 #include "cpu/tiles.h"
@@ -310,9 +310,20 @@ std::optional<Tensor> with_position_stride(const std::optional<Tensor>& term) {
   return term && term->dim() > 1 ? std::optional(fastflow::with_position_stride(*term)) : term;
 }
 
+void check(const char* op, const Tensor& z, const std::optional<Tensor>& mean,
+           const std::optional<Tensor>& log_scale) {
+  expect_batch(op, "z", z);
+  const auto check_parameter = [&](const char* name, const std::optional<Tensor>& v) {
+    if (v)
+      v->dim() == 1 ? expect_floating(op, name, *v, {z.size(1)}) : expect_floating(op, name, *v, z.sizes());
+  };
+  check_parameter("mean", mean);
+  check_parameter("log_scale", log_scale);
+}
+
 Tensor gaussian_log_prob(const Tensor& z_, const std::optional<Tensor>& mean,
                          const std::optional<Tensor>& log_scale) {
-  check_gaussian_log_prob("gaussian_log_prob", z_, mean, log_scale);
+  check("gaussian_log_prob", z_, mean, log_scale);
   const Tensor z = fastflow::with_position_stride(z_), log_prob = empty(z, {z.size(0)}, accumulator_of(z));
   const Grid grid(z, z.size(1), z);
   for_accumulator(z, [&](auto acc) {
@@ -326,7 +337,8 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_backward(const Tensor& z,
                                                               const std::optional<Tensor>& mean,
                                                               const std::optional<Tensor>& log_scale,
                                                               const Tensor& dlog_prob) {
-  check_gaussian_log_prob_backward("gaussian_log_prob_backward", z, mean, log_scale, dlog_prob);
+  check("gaussian_log_prob_backward", z, mean, log_scale);
+  expect_floating("gaussian_log_prob_backward", "dlog_prob", dlog_prob, {z.size(0)});
   OutputBuffer dz(z);
   Gradient dmean(z, mean), dlog_scale(z, log_scale);
   const Grid grid(z, z.size(1), dz.kernel_output());

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <tuple>
 
-#include "arguments.h"
 #include "cpu/diagonal.h"
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
+#include "lu_weight/arguments.h"
 
 namespace fastflow::cpu {
 namespace {
@@ -173,7 +173,7 @@ void run_backward(const Tensor& perm_, const Tensor& lower_, const Tensor& upper
 
 std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper,
                                              const Tensor& log_s, const Tensor& sign_s) {
-  check_lu_weight(perm, lower, upper, log_s, sign_s);
+  check_lu_weight("lu_weight", perm, lower, upper, log_s, sign_s);
   const int64_t K = lower.size(0), n = lower.size(1);
   Tensor weight = empty(lower, {K, n, n}), weight_inverse = empty(lower, {K, n, n});
   Tensor log_det = n ? empty(lower, {K}) : torch::stable::new_zeros(lower, {K});

@@ -10,8 +10,8 @@
 
 #include "stable.h"
 #include <torch/csrc/stable/ops.h>
-#include "arguments.h"
 #include "block.h"
+#include "lu_weight/arguments.h"
 #include "singular.h"
 
 namespace fastflow {
@@ -255,7 +255,7 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> lu_weight(const Tensor& perm, const Tensor& lower, const Tensor& upper,
                                              const Tensor& log_s, const Tensor& sign_s) {
   using torch::stable::contiguous;
-  check_lu_weight(perm, lower, upper, log_s, sign_s);
+  check_lu_weight("lu_weight", perm, lower, upper, log_s, sign_s);
   const typename Device::Guard guard(lower);
   raise_singular<Device>();
   const int64_t stack = lower.size(0), channels = lower.size(1);

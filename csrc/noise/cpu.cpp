@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "arguments.h"
+#include "checks.h"
 #include "cpu/simd_math.h"
 #include "cpu/tensors.h"
 
@@ -136,7 +136,7 @@ void fill(const Tensor& out, uint64_t seed, uint64_t offset, void (*numbers)(con
 }
 
 Tensor empty_rows(const char* op, int64_t n, int64_t d, const Tensor& seed, bool as_double) {
-  check_seed(op, seed);
+  expect_tensor(op, "seed", seed, {}, ScalarType::Long, seed);
   return empty(seed, {n, d}, as_double ? ScalarType::Double : ScalarType::Float);
 }
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <utility>
 
-#include "arguments.h"
+#include "checks.h"
 #include "cpu/tensors.h"
 #include "multiversion.h"
 #include "squeeze/squeeze.h"
@@ -137,9 +137,9 @@ FASTFLOW_INLINE void move_lines_simd(const Move& m) {
 FASTFLOW_MULTIVERSION(move_lines, Move, move_lines_simd)
 
 Tensor squeeze(const Tensor& x, const std::string& order, bool inverse) {
-  check_squeezed("squeeze", "x", x, order, inverse);
-  STD_TORCH_CHECK(itemsize(x) <= 8, "squeeze: x has dtype ", dtype(x),
-                  ", expected elements of at most 8 bytes");
+  expect_squeezable("squeeze", "x", x, inverse);
+  STD_TORCH_CHECK(itemsize(x) <= 8, "squeeze: x: got elements of ", itemsize(x),
+                  " bytes, expected at most 8");
   const int64_t n = x.size(0), c = inverse ? x.size(1) / 4 : x.size(1),
                 h = inverse ? x.size(2) : x.size(2) / 2, w = inverse ? x.size(3) : x.size(3) / 2;
   const bool channels_last = x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();

@@ -3,12 +3,21 @@
 #include <cstdint>
 #include <string>
 
+#include "checks.h"
+
 namespace fastflow::cpu {
 
 struct Blocks {
   int64_t channel;   // in squeezed memory, from a channel of the image to the next
   int64_t pixel[4];  // and from a block's first pixel to pixel (k / 2, k % 2)
 };
+
+inline void expect_squeezable(const char* op, const char* name, const Tensor& x, bool inverse) {
+  expect_shape(op, name, x, {ANY, ANY, ANY, ANY});
+  if (inverse) return expect_channels(op, name, x, 4);
+  STD_TORCH_CHECK(x.size(2) % 2 == 0 && x.size(3) % 2 == 0, op, ": ", name, ": got shape ",
+                  to_string(x.sizes()), ", expected an even height and width");
+}
 
 // `step`: the stride of the channels of squeezed images, of which there are 4 * channels.
 inline Blocks blocks_of(const std::string& order, int64_t channels, int64_t step) {

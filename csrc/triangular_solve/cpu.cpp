@@ -3,10 +3,10 @@
 
 #include <algorithm>
 
-#include "arguments.h"
 #include "cpu/diagonal.h"
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
+#include "triangular_solve/arguments.h"
 
 namespace fastflow::cpu {
 namespace {

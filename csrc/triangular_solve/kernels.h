@@ -11,9 +11,9 @@
 
 #include "stable.h"
 #include <torch/csrc/stable/ops.h>
-#include "arguments.h"
 #include "block.h"
 #include "singular.h"
+#include "triangular_solve/arguments.h"
 
 namespace fastflow {
 
