@@ -75,6 +75,12 @@ inline void expect_batch(const char* op, const char* name, const Tensor& x) {
   expect_floating(op, name, x);
 }
 
+// Gradients of an output like x [N, C, ...] and of a log-determinant [N].
+inline void expect_gradients(const char* op, const Tensor& x, const Tensor& dy, const Tensor& dlog_det) {
+  expect_floating(op, "dy", dy, x.sizes());
+  expect_floating(op, "dlog_det", dlog_det, {x.size(0)});
+}
+
 // These sizes, this dtype, and the device of `other`.
 inline void expect_tensor(const char* op, const char* name, const Tensor& t, IntHeaderOnlyArrayRef sizes,
                           ScalarType dtype, const Tensor& other) {

@@ -7,308 +7,190 @@ import fastflow
 from fastflow import ops
 from fastflow.ops import extension
 from fastflow.ops.noise import reference as plain_noise
+from fastflow.ops.registry import OPS
 from tests.support.cases import assert_same_bits_whatever_the_threads, assert_writes_everything
 from tests.support.matrices import lu_inputs, triangular_inputs
 
 pytestmark = pytest.mark.skipif(not extension.cpu, reason="the C++ extension was not built here: no compiler")
 C = torch.ops.fastflow_C
 
-X, W, PERM, LU = (
-    torch.zeros(2, 3, 4, 4),
-    torch.zeros(3, 3),
-    torch.zeros(2, 3, dtype=torch.int64),
-    torch.zeros(2, 3, 3),
-)
-V = torch.zeros(2, 3)
-ERRORS = [
-    ("triangular_solve", (V, LU, False, False, False), "A has shape [2, 3], expected [K, n, n]"),
-    (
-        "triangular_solve",
-        (torch.zeros(2, 3, 4), LU, False, False, False),
-        "A has shape [2, 3, 4], expected [K, n, n]",
-    ),
-    (
-        "triangular_solve",
-        (LU, torch.zeros(2, 4, 1), False, False, False),
-        "B has shape [2, 4, 1], expected [K, n, m] with K = 2 and n",
-    ),
-    (
-        "triangular_solve",
-        (LU, torch.zeros(1, 3, 1), False, False, False),
-        "B has shape [1, 3, 1], expected [K, n, m] with K = 2 and n",
-    ),
-    (
-        "triangular_solve",
-        (LU.half(), LU.half(), False, False, False),
-        "A has dtype Half, expected Float or Double",
-    ),
-    ("triangular_solve", (LU, LU.double(), False, False, False), "B has dtype Double, expected A's, Float"),
-    ("conv1x1", (X[0, 0, 0], W, None), "x has shape [4], expected [N, C, ...]"),
-    ("conv1x1", (X.int(), W, None), "x has dtype Int, expected Float"),
-    ("conv1x1", (torch.zeros(2, 65), W, None), "x has shape [2, 65], expected 1 to 64 channels"),
-    ("conv1x1", (X, W[:2], None), "weight has shape [2, 3], expected [3, 3], x has 3 channels"),
-    ("conv1x1", (X, W.half(), None), "weight has dtype Half, expected Float for x of dtype Float"),
-    ("conv1x1", (X, W, torch.zeros(2)), "bias has shape [2], expected [3], one for each channel of x"),
-    ("conv1x1_backward", (X, W, X[:, :, 1:]), "dy has shape [2, 3, 3, 4], expected x's, [2, 3, 4, 4]"),
-    ("conv1x1_backward", (X, W, X.double()), "dy has dtype Double, expected x's, Float"),
-    ("conv1x1_inverse_backward", (X, W, W[:2], None, X), "weight_inverse has shape [2, 3], expected [3, 3]"),
-    ("lu_weight", (PERM, V, LU, V, V), "lower has shape [2, 3], expected [K, C, C]"),
-    (
-        "lu_weight",
-        (PERM, torch.zeros(1, 65, 65), LU, V, V),
-        "lower has shape [1, 65, 65], expected [K, C, C] with C up to 64",
-    ),
-    ("lu_weight", (PERM, LU, LU[:1], V, V), "upper has shape [1, 3, 3], expected lower's, [2, 3, 3]"),
-    ("lu_weight", (PERM, LU, LU, V[:, :2], V), "log_s has shape [2, 2], expected [2, 3]"),
-    ("lu_weight", (PERM.int(), LU, LU, V, V), "perm has dtype Int, expected Long"),
-    (
-        "lu_weight_backward",
-        (PERM, LU, LU, V, V, LU, LU, V, V[:, 0]),
-        "dweight_inverse has shape [2, 3], expected lower's, [2, 3, 3]",
-    ),
-    ("lu_weight_backward", (PERM, LU, LU, V, V, LU, LU, LU, V), "dlog_det has shape [2, 3], expected [2]"),
-]
-
-H, F, DL, VARIANT = (
-    torch.zeros(2, 4, 4, 4),
-    torch.ones(2),
-    torch.zeros(2),
-    ("halves", False, "exp", "scale_first", "shift_scale"),
-)
+X, VECTORS, COUNT = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3), torch.zeros(2)
+W, CHANNELS, PERM = torch.zeros(3, 3), torch.zeros(3), torch.zeros(2, 3, dtype=torch.int64)
+MATRICES, PIXELS, SEED = torch.zeros(2, 3, 3), X.to(torch.uint8), torch.tensor(5)
+EVEN = torch.zeros(2, 4, 4, 4)
+COUPLING = ("halves", False, "exp", "scale_first", "shift_scale")
 SOFT = ("halves", False, "soft_clamp", "scale_first", "shift_scale")
-PIXELS, SEED, GLOW, SQUEEZED = (
-    X.to(torch.uint8),
-    torch.tensor(5),
-    (8, 1.0, -0.5, False, None),
-    (8, 1.0, -0.5, False, "space"),
-)
-CPU_ERRORS = [
-    (
-        "affine_coupling",
-        (H, H, None, "thirds", *VARIANT[1:], False),
-        "mask is thirds, expected one of halves, checkerboard",
-    ),
-    (
-        "affine_coupling",
-        (H, H, None, *VARIANT[:2], "cosh", *VARIANT[3:], False),
-        "scale is cosh, expected one of exp, sigmoid, ",
-    ),
-    (
-        "affine_coupling",
-        (H, H, None, *VARIANT[:3], "last", VARIANT[4], False),
-        "order is last, expected one of scale_first, shift_first",
-    ),
-    (
-        "affine_coupling",
-        (H, H, None, *VARIANT[:4], "mixed", False),
-        "h_order is mixed, expected one of shift_scale, scale_shift, ",
-    ),
-    (
-        "affine_coupling",
-        (X, H, None, *VARIANT, False),
-        "x has shape [2, 3, 4, 4], expected [N, C, ...] with an even C",
-    ),
-    (
-        "affine_coupling",
-        (F, H, None, "checkerboard", *VARIANT[1:], False),
-        "x has shape [2], expected [N, C, ...]",
-    ),
-    (
-        "affine_coupling",
-        (H.int(), H, None, *VARIANT, False),
-        "x has dtype Int, expected Float, Double, BFloat16 or Half",
-    ),
-    (
-        "affine_coupling",
-        (H, H.int(), None, *VARIANT, False),
-        "h has dtype Int, expected Float, Double, BFloat16 or Half",
-    ),
-    (
-        "affine_coupling",
-        (H, H[:, 1:], None, *VARIANT, False),
-        "h has shape [2, 3, 4, 4], expected that of x, [2, 4, 4, 4], with 4 ",
-    ),
-    (
-        "affine_coupling",
-        (H, H[:, :, 1:], None, *VARIANT, False),
-        "h has shape [2, 4, 3, 4], expected that of x, [2, 4, 4, 4], with 4 ",
-    ),
-    ("affine_coupling", (H, H, None, *SOFT, False), "factor is None, scale is soft_clamp"),
-    ("affine_coupling", (H, H, F, *VARIANT, False), "factor is given, scale is exp"),
-    (
-        "affine_coupling",
-        (H, H, DL.new_zeros(3), *SOFT, False),
-        "factor has shape [3], expected [2], one for each transformed channel",
-    ),
-    (
-        "affine_coupling_backward",
-        (H, H, None, X, DL, *VARIANT, False),
-        "dy has shape [2, 3, 4, 4], expected x's, [2, 4, 4, 4]",
-    ),
-    (
-        "affine_coupling_backward",
-        (H, H, None, H, V, *VARIANT, False),
-        "dlog_det has shape [2, 3], expected [2]",
-    ),
-    (
-        "affine_coupling_inverse_backward",
-        (X, H, None, X, DL, *VARIANT),
-        "y has shape [2, 3, 4, 4], expected [N, C, ...] with an even C",
-    ),
-    (
-        "affine_coupling_inverse_backward",
-        (H, H, None, X, DL, *VARIANT),
-        "dy has shape [2, 3, 4, 4], expected y's, [2, 4, 4, 4]",
-    ),
-    ("actnorm", (F, F, F, False), "x has shape [2], expected [N, C, ...]"),
-    ("actnorm", (X.int(), F, F, False), "x has dtype Int, expected Float, Double, BFloat16 or Half"),
-    (
-        "actnorm",
-        (X, F, torch.zeros(3), False),
-        "log_scale has shape [2], expected [3], one for each channel of x",
-    ),
-    (
-        "actnorm",
-        (X, torch.zeros(3), V, True),
-        "bias has shape [2, 3], expected [3], one for each channel of x",
-    ),
-    (
-        "actnorm",
-        (X, torch.zeros(3), V.int(), True),
-        "bias has dtype Int, expected Float, Double, BFloat16 or Half",
-    ),
-    (
-        "actnorm_backward",
-        (X, V[0], V[0], H, DL, False),
-        "dy has shape [2, 4, 4, 4], expected x's, [2, 3, 4, 4]",
-    ),
-    ("actnorm_backward", (X, V[0], V[0], X, V, False), "dlog_det has shape [2, 3], expected [2]"),
-    (
-        "actnorm_inverse_backward",
-        (X, F, V[0], X, DL),
-        "log_scale has shape [2], expected [3], one for each channel of y",
-    ),
-    (
-        "actnorm_inverse_backward",
-        (X, V[0], V[0], H, DL),
-        "dy has shape [2, 4, 4, 4], expected y's, [2, 3, 4, 4]",
-    ),
-    ("actnorm_statistics", (F,), "x has shape [2], expected [N, C, ...]"),
-    ("actnorm_statistics", (X.int(),), "x has dtype Int, expected Float, Double, BFloat16 or Half"),
-    ("gaussian_log_prob", (F, None, None), "z has shape [2], expected [N, C, ...]"),
-    ("gaussian_log_prob", (X.int(), None, None), "z has dtype Int, expected Float, Double, BFloat16 or Half"),
-    (
-        "gaussian_log_prob",
-        (X, X[:1], None),
-        "mean has shape [1, 3, 4, 4], expected z's, [2, 3, 4, 4], or [3], one for each channel",
-    ),
-    (
-        "gaussian_log_prob",
-        (X, None, F),
-        "log_scale has shape [2], expected z's, [2, 3, 4, 4], or [3], one for each channel",
-    ),
-    (
-        "gaussian_log_prob",
-        (X, None, X.int()),
-        "log_scale has dtype Int, expected Float, Double, BFloat16 or Half",
-    ),
-    (
-        "gaussian_log_prob_backward",
-        (X, X[:1], None, DL),
-        "mean has shape [1, 3, 4, 4], expected z's, [2, 3, 4, 4], or [3], one for ",
-    ),
-    ("gaussian_log_prob_backward", (X, None, None, V), "dlog_prob has shape [2, 3], expected [2]"),
-    ("dequantize", (X, X, None, 0, *GLOW, F.dtype), "x has dtype Float, expected Byte"),
-    ("dequantize", (PIXELS[0, 0, 0], None, SEED, 0, *GLOW, F.dtype), "x has shape [4], expected [N, ...]"),
-    (
-        "dequantize",
-        (PIXELS, None, None, 0, *GLOW, F.dtype),
-        "noise and seed are neither given, expected one of them",
-    ),
-    (
-        "dequantize",
-        (PIXELS, X, SEED, 0, *GLOW, F.dtype),
-        "noise and seed are both given, expected one of them",
-    ),
-    (
-        "dequantize",
-        (PIXELS, H, None, 0, *GLOW, F.dtype),
-        "noise has shape [2, 4, 4, 4], expected x's, [2, 3, 4, 4]",
-    ),
-    (
-        "dequantize",
-        (PIXELS, PIXELS, None, 0, *GLOW, F.dtype),
-        "noise has dtype Byte, expected Float, Double, BFloat16 or Half",
-    ),
-    (
-        "dequantize",
-        (PIXELS, None, PERM, 0, *GLOW, F.dtype),
-        "seed has dtype Long and shape [2, 3], expected Long without dimensions",
-    ),
-    (
-        "dequantize",
-        (PIXELS, None, SEED, 0, *GLOW, torch.int32),
-        "dtype is Int, expected Float, Double, BFloat16 or Half",
-    ),
-    (
-        "dequantize",
-        (PIXELS, None, SEED, 0, *GLOW[:4], "rows", F.dtype),
-        "order is rows, expected one of channel, space, realnvp",
-    ),
-    (
-        "dequantize",
-        (PIXELS[:, :, 1:], None, SEED, 0, *SQUEEZED, F.dtype),
-        "x has shape [2, 3, 3, 4], expected an even height and width",
-    ),
-    (
-        "dequantize_backward",
-        (PIXELS, X, H, DL, *GLOW),
-        "dy has shape [2, 4, 4, 4], expected that of x, [2, 3, 4, 4]",
-    ),
-    (
-        "dequantize_backward",
-        (PIXELS, X, X, DL, *SQUEEZED),
-        "dy has shape [2, 3, 4, 4], expected that of x, [2, 3, 4, 4], squeezed",
-    ),
-    ("dequantize_backward", (PIXELS, X, X, V, *GLOW), "dlog_det has shape [2, 3], expected [2]"),
-    ("dequantize_inverse", (PIXELS, *GLOW), "y has dtype Byte, expected Float, Double, BFloat16 or Half"),
-    ("dequantize_inverse", (DL, *GLOW), "y has shape [2], expected [N, ...]"),
-    (
-        "dequantize_inverse",
-        (X, *SQUEEZED),
-        "y has shape [2, 3, 4, 4], expected a number of channels that 4 divides",
-    ),
-    ("squeeze", (H, "rows", False), "order is rows, expected one of channel, space, realnvp"),
-    ("squeeze", (LU, "space", False), "x has shape [2, 3, 3], expected [N, C, H, W]"),
-    ("squeeze", (H[:, :, 1:], "space", False), "x has shape [2, 4, 3, 4], expected an even height and width"),
-    (
-        "squeeze",
-        (H.to(torch.complex128), "space", False),
-        "x has dtype ComplexDouble, expected elements of at most 8 bytes",
-    ),
-    ("squeeze", (X, "space", True), "x has shape [2, 3, 4, 4], expected a number of channels that 4 divides"),
-    (
-        "uniform_noise",
-        (2, 3, DL, 0, False),
-        "seed has dtype Float and shape [2], expected Long without dimensions",
-    ),
-    (
-        "normal_noise",
-        (2, 3, PERM, 0, True),
-        "seed has dtype Long and shape [2, 3], expected Long without dimensions",
-    ),
+ADDITIVE = ("checkerboard", False, "none", "scale_first", "shift_scale")
+FLAT, SQUEEZED = (8, 1.0, -0.5, False, None), (8, 1.0, -0.5, False, "space")
+FLOATING = "expected Float or Double or BFloat16 or Half"
+
+CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
+    "triangular_solve": [
+        ((VECTORS, MATRICES, False, False, False), "A: got shape [2, 3], expected [*, *, *]"),
+        ((MATRICES[:, 1:], MATRICES, False, False, False), "A: got shape [2, 2, 3], expected [*, 2, 2]"),
+        ((MATRICES, MATRICES[:1], False, False, False), "B: got shape [1, 3, 3], expected [2, 3, *]"),
+        ((MATRICES.half(), MATRICES, False, False, False), "A: got dtype Half, expected Float or Double"),
+        ((MATRICES, MATRICES.double(), False, False, False), "B: got dtype Double, expected Float"),
+    ],
+    "conv1x1": [
+        ((COUNT, W, None), "x: got shape [2], expected at least 2 dimensions"),
+        ((X.int(), W, None), f"x: got dtype Int, {FLOATING}"),
+        ((torch.zeros(2, 65), W, None), "x: got 65 channels, expected 1 to 64"),
+        ((torch.zeros(2, 0), W, None), "x: got 0 channels, expected 1 to 64"),
+        ((X, W[:2], None), "weight: got shape [2, 3], expected [3, 3]"),
+        ((X.half(), W.half(), None), "weight: got dtype Half, expected Float"),
+        ((X, W, COUNT), "bias: got shape [2], expected [3]"),
+    ],
+    "conv1x1_backward": [
+        ((X, W, X[:, :, 1:]), "dy: got shape [2, 3, 3, 4], expected [2, 3, 4, 4]"),
+        ((X, W, X.double()), "dy: got dtype Double, expected Float"),
+    ],
+    "conv1x1_inverse_backward": [
+        ((X, W, W[:2], None, X), "weight_inverse: got shape [2, 3], expected [3, 3]"),
+        ((X, W, W, CHANNELS.double(), X), "bias: got dtype Double, expected Float"),
+        ((X, W, W, None, EVEN), "dy: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
+    ],
+    "lu_weight": [
+        ((PERM, VECTORS, MATRICES, VECTORS, VECTORS), "lower: got shape [2, 3], expected [*, *, *]"),
+        (
+            (PERM, MATRICES[:, 1:], MATRICES, VECTORS, VECTORS),
+            "lower: got shape [2, 2, 3], expected [2, 2, 2]",
+        ),
+        (
+            (PERM, torch.zeros(1, 65, 65), MATRICES, VECTORS, VECTORS),
+            "lower: got 65 channels, expected at most 64",
+        ),
+        (
+            (PERM, MATRICES.half(), MATRICES, VECTORS, VECTORS),
+            "lower: got dtype Half, expected Float or Double",
+        ),
+        ((PERM, MATRICES, MATRICES[:1], VECTORS, VECTORS), "upper: got shape [1, 3, 3], expected [2, 3, 3]"),
+        ((PERM, MATRICES, MATRICES, VECTORS[:, :2], VECTORS), "log_s: got shape [2, 2], expected [2, 3]"),
+        ((PERM, MATRICES, MATRICES, VECTORS, VECTORS.double()), "sign_s: got dtype Double, expected Float"),
+        ((PERM.int(), MATRICES, MATRICES, VECTORS, VECTORS), "perm: got dtype Int, expected Long"),
+    ],
+    "lu_weight_backward": [
+        (
+            (PERM, MATRICES, MATRICES, *[VECTORS] * 3, *[MATRICES] * 2, COUNT),
+            "weight_inverse: got shape [2, 3], expected [2, 3, 3]",
+        ),
+        (
+            (PERM, MATRICES, MATRICES, *[VECTORS] * 2, MATRICES, VECTORS, MATRICES, COUNT),
+            "dweight: got shape [2, 3], expected [2, 3, 3]",
+        ),
+        (
+            (PERM, MATRICES, MATRICES, *[VECTORS] * 2, *[MATRICES] * 2, VECTORS, COUNT),
+            "dweight_inverse: got shape [2, 3], expected [2, 3, 3]",
+        ),
+        (
+            (PERM, MATRICES, MATRICES, *[VECTORS] * 2, *[MATRICES] * 3, VECTORS),
+            "dlog_det: got shape [2, 3], expected [2]",
+        ),
+    ],
+}
+CPU_ERRORS = {
+    "affine_coupling": [
+        ((COUNT, EVEN, None, *ADDITIVE, False), "x: got shape [2], expected at least 2 dimensions"),
+        ((X, EVEN, None, *COUPLING, False), "x: got 3 channels, expected a multiple of 2"),
+        ((EVEN.int(), EVEN, None, *COUPLING, False), f"x: got dtype Int, {FLOATING}"),
+        ((EVEN, EVEN.int(), None, *COUPLING, False), f"h: got dtype Int, {FLOATING}"),
+        ((EVEN, EVEN[:, 1:], None, *COUPLING, False), "h: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
+        ((EVEN, EVEN[:, :, 1:], None, *ADDITIVE, False), "h: got shape [2, 4, 3, 4], expected [2, 4, 4, 4]"),
+        ((EVEN, EVEN, CHANNELS, *SOFT, False), "factor: got shape [3], expected [2]"),
+    ],
+    "affine_coupling_backward": [
+        ((EVEN, EVEN, None, X, COUNT, *COUPLING, False), "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
+        ((EVEN, EVEN, None, EVEN, VECTORS, *COUPLING, False), "dlog_det: got shape [2, 3], expected [2]"),
+    ],
+    "affine_coupling_inverse_backward": [
+        ((X, EVEN, None, X, COUNT, *COUPLING), "y: got 3 channels, expected a multiple of 2"),
+        ((EVEN, EVEN, None, X, COUNT, *COUPLING), "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
+    ],
+    "actnorm": [
+        ((COUNT, COUNT, COUNT, False), "x: got shape [2], expected at least 2 dimensions"),
+        ((X.int(), CHANNELS, CHANNELS, False), f"x: got dtype Int, {FLOATING}"),
+        ((X, COUNT, CHANNELS, False), "log_scale: got shape [2], expected [3]"),
+        ((X, CHANNELS, VECTORS, True), "bias: got shape [2, 3], expected [3]"),
+        ((X, CHANNELS, CHANNELS.int(), True), f"bias: got dtype Int, {FLOATING}"),
+    ],
+    "actnorm_backward": [
+        ((X, CHANNELS, CHANNELS, EVEN, COUNT, False), "dy: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
+        ((X, CHANNELS, CHANNELS, X, VECTORS, False), "dlog_det: got shape [2, 3], expected [2]"),
+    ],
+    "actnorm_inverse_backward": [
+        ((X, COUNT, CHANNELS, X, COUNT), "log_scale: got shape [2], expected [3]"),
+        ((X, CHANNELS, CHANNELS, EVEN, COUNT), "dy: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
+    ],
+    "actnorm_statistics": [
+        ((COUNT,), "x: got shape [2], expected at least 2 dimensions"),
+        ((X.int(),), f"x: got dtype Int, {FLOATING}"),
+    ],
+    "gaussian_log_prob": [
+        ((COUNT, None, None), "z: got shape [2], expected at least 2 dimensions"),
+        ((X.int(), None, None), f"z: got dtype Int, {FLOATING}"),
+        ((X, X[:1], None), "mean: got shape [1, 3, 4, 4], expected [2, 3, 4, 4]"),
+        ((X, None, COUNT), "log_scale: got shape [2], expected [3]"),
+        ((X, None, X.int()), f"log_scale: got dtype Int, {FLOATING}"),
+    ],
+    "gaussian_log_prob_backward": [
+        ((X, X[:1], None, COUNT), "mean: got shape [1, 3, 4, 4], expected [2, 3, 4, 4]"),
+        ((X, None, None, VECTORS), "dlog_prob: got shape [2, 3], expected [2]"),
+    ],
+    "dequantize": [
+        ((X, X, None, 0, *FLAT, X.dtype), "x: got dtype Float, expected Byte"),
+        (
+            (PIXELS[0, 0, 0], None, SEED, 0, *FLAT, X.dtype),
+            "x: got shape [4], expected at least 2 dimensions",
+        ),
+        ((PIXELS, None, None, 0, *FLAT, X.dtype), "noise: got None without a seed, expected noise or a seed"),
+        ((PIXELS, EVEN, None, 0, *FLAT, X.dtype), "noise: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
+        ((PIXELS, PIXELS, None, 0, *FLAT, X.dtype), f"noise: got dtype Byte, {FLOATING}"),
+        ((PIXELS, None, PERM, 0, *FLAT, X.dtype), "seed: got shape [2, 3], expected []"),
+        (
+            (PIXELS[:, :, 1:], None, SEED, 0, *SQUEEZED, X.dtype),
+            "x: got shape [2, 3, 3, 4], expected an even height and width",
+        ),
+    ],
+    "dequantize_backward": [
+        ((X, X, X, COUNT, *FLAT), "x: got dtype Float, expected Byte"),
+        ((PIXELS, EVEN, X, COUNT, *FLAT), "noise: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
+        ((PIXELS, X, EVEN, COUNT, *FLAT), "dy: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
+        ((PIXELS, X, X, COUNT, *SQUEEZED), "dy: got shape [2, 3, 4, 4], expected [2, 12, 2, 2]"),
+        ((PIXELS, X, X, VECTORS, *FLAT), "dlog_det: got shape [2, 3], expected [2]"),
+    ],
+    "dequantize_inverse": [
+        ((PIXELS, *FLAT), f"y: got dtype Byte, {FLOATING}"),
+        ((COUNT, *FLAT), "y: got shape [2], expected at least 2 dimensions"),
+        ((X, *SQUEEZED), "y: got 3 channels, expected a multiple of 4"),
+    ],
+    "squeeze": [
+        ((MATRICES, "space", False), "x: got shape [2, 3, 3], expected [*, *, *, *]"),
+        ((X[:, :, 1:], "space", False), "x: got shape [2, 3, 3, 4], expected an even height and width"),
+        ((X, "space", True), "x: got 3 channels, expected a multiple of 4"),
+        ((X.to(torch.complex128), "space", False), "x: got elements of 16 bytes, expected at most 8"),
+    ],
+    "uniform_noise": [((2, 3, torch.tensor(5.0), 0, False), "seed: got dtype Float, expected Long")],
+    "normal_noise": [((2, 3, PERM, 0, True), "seed: got shape [2, 3], expected []")],
+}
+ERRORS = [
+    ("fastflow_C", op, *row) for errors in (CUDA_ERRORS, CPU_ERRORS) for op in errors for row in errors[op]
 ]
-EVERY_ERROR = [(namespace, *error) for namespace in ("fastflow_C", "fastflow_emulated") for error in ERRORS]
-EVERY_ERROR += [("fastflow_C", *error) for error in CPU_ERRORS]
+ERRORS += [("fastflow_emulated", op, *row) for op in CUDA_ERRORS for row in CUDA_ERRORS[op]]
 
 
 @pytest.mark.parametrize(
-    "namespace, op, args, message", EVERY_ERROR, ids=[f"{n}-{op}: {m}" for n, op, _, m in EVERY_ERROR]
+    "namespace, op, args, message", ERRORS, ids=[f"{n}-{op}: {m}" for n, op, _, m in ERRORS]
 )
-def test_errors_say_what_came_and_what_was_expected(namespace, op, args, message):
+def test_what_would_read_or_write_other_memory_is_an_error(namespace, op, args, message):
     with pytest.raises(RuntimeError) as error:
         getattr(getattr(torch.ops, namespace), op)(*args)
     assert f"{op}: {message}" in str(error.value)
+
+
+def test_every_compiled_op_has_a_guard():
+    compiled = {name: op.compiled for name, op in OPS.items() if op.compiled}
+    assert compiled.keys() <= {*CUDA_ERRORS, *CPU_ERRORS}
+    assert {name for name, devices in compiled.items() if "cuda" in devices} == CUDA_ERRORS.keys()
 
 
 @pytest.mark.parametrize("wrong", [-1, 3, "twice"])
