@@ -1,11 +1,11 @@
 #pragma once
-// The words that the CUDA kernels are written in, so that the CPU can run the very same code block by block.
+// The programming interface of the CUDA kernels, which the CPU can also run, block by block.
 //
 // A kernel is a struct: its arguments, THREADS, and `operator()(Block&)`, which does the work of one block in
-// phases. A phase is a function of the thread; a barrier ends it, so threads may read what others wrote in
-// phases before. On a GPU Block is DeviceBlock (cuda/device.cuh); on the CPU it is EmulatedBlock
-// (emulated/emulated.h), which runs the threads of a phase one after the other, in any order that a test asks
-// for: a result that depends on the order is a race.
+// phases. A phase is a function of the thread and ends with a barrier, so threads may read values that others
+// wrote in earlier phases. On a GPU, Block is DeviceBlock (cuda/device.cuh). On the CPU it is EmulatedBlock
+// (emulated/emulated.h), which runs the threads of a phase one after the other in an order that a test
+// chooses: a result that depends on the order is a race.
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -21,14 +21,14 @@
 
 namespace fastflow {
 
-// N values that move at once. Aligned to their size, so that a GPU takes one instruction.
+// N values that are loaded or stored at once. Aligned to their size, so a GPU needs one instruction.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T value[N];
 };
 
-// Memory that a kernel is given, in elements. On the CPU an access outside it or across its alignment is an
-// error; on a GPU it is the bare pointer.
+// A kernel's view of memory, in elements. On the CPU an access out of bounds or with wrong alignment is an
+// error; on a GPU accesses are unchecked.
 template <typename T>
 struct Span {
   T* data = nullptr;
@@ -63,7 +63,7 @@ struct Span {
   }
 };
 
-// A matrix through its strides; transposing is swapping them.
+// A matrix with strides, which transposing swaps.
 template <typename T>
 struct Matrix {
   Span<const T> span;
@@ -73,7 +73,7 @@ struct Matrix {
   Matrix transposed() const { return {span, col, row}; }
 };
 
-// What sums are computed in.
+// The dtype of sums.
 template <typename T>
 struct Accumulator {
   using type = float;

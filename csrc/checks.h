@@ -1,7 +1,7 @@
 #pragma once
-// Checks that every op makes before it takes a tensor's pointer: sizes, dtype and device. They guard memory
-// only. The Python side of an op (fastflow/ops) checks its arguments in full before it calls a compiled op,
-// so users rarely see these errors.
+// Checks of sizes, dtype and device that every op runs before it reads a tensor's pointer. They only guard
+// memory. The Python op (fastflow/ops) checks all arguments before it calls a compiled op, so users rarely
+// see these errors.
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/HeaderOnlyArrayRef.h>
@@ -17,7 +17,7 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t MAX_CHANNELS = 64;  // of conv1x1 and lu_weight: larger matrices go to torch.matmul
+constexpr int64_t MAX_CHANNELS = 64;  // of conv1x1 and lu_weight; larger matrices use torch.matmul
 constexpr int64_t ANY = -1;           // a size that is not checked
 
 inline std::string to_string(IntHeaderOnlyArrayRef sizes) {
@@ -63,7 +63,7 @@ inline void expect_floating(const char* op, const char* name, const Tensor& t) {
   expect_dtype(op, name, t, {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half});
 }
 
-// The same, with these sizes.
+// Also checks the sizes.
 inline void expect_floating(const char* op, const char* name, const Tensor& t, IntHeaderOnlyArrayRef sizes) {
   expect_shape(op, name, t, sizes);
   expect_floating(op, name, t);
@@ -75,13 +75,13 @@ inline void expect_batch(const char* op, const char* name, const Tensor& x) {
   expect_floating(op, name, x);
 }
 
-// Gradients of an output like x [N, C, ...] and of a log-determinant [N].
+// Gradients of an output of the shape of x [N, C, ...] and of a log-determinant [N].
 inline void expect_gradients(const char* op, const Tensor& x, const Tensor& dy, const Tensor& dlog_det) {
   expect_floating(op, "dy", dy, x.sizes());
   expect_floating(op, "dlog_det", dlog_det, {x.size(0)});
 }
 
-// These sizes, this dtype, and the device of `other`.
+// Checks sizes, dtype, and that `t` is on the device of `other`.
 inline void expect_tensor(const char* op, const char* name, const Tensor& t, IntHeaderOnlyArrayRef sizes,
                           ScalarType dtype, const Tensor& other) {
   expect_shape(op, name, t, sizes);

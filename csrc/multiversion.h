@@ -1,8 +1,10 @@
 #pragma once
-// -O3 alone emits SSE2. FASTFLOW_MULTIVERSION(NAME, ARGUMENT, BODY) defines `void NAME(const ARGUMENT& a)`
-// that runs BODY<B>(a) compiled for the instruction set found at run time, whose vectors have B bytes. BODY
-// and what it calls have to be FASTFLOW_INLINE: what is not is compiled for SSE2. Only g++ on x86-64 has it
-// in a form that was tried; elsewhere there is one version.
+// Compiles a function for several instruction sets; -O3 without it emits SSE2 only.
+//
+// FASTFLOW_MULTIVERSION(NAME, ARGUMENT, BODY) defines `void NAME(const ARGUMENT& a)`. It runs BODY<B>(a)
+// compiled for the instruction set found at run time, with vectors of B bytes. BODY and the functions that it
+// calls must be FASTFLOW_INLINE; others are compiled for SSE2. This was only tried with g++ on x86-64; other
+// compilers and machines get one version.
 #define FASTFLOW_INLINE inline __attribute__((always_inline))
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)

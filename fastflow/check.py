@@ -7,7 +7,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SingularError(ValueError):
-    """A triangular matrix has 0, inf or NaN on its diagonal; the message names op, matrix and place."""
+    """A triangular matrix has 0, inf or NaN on its diagonal; the message names op, matrix and index."""
 
 
 def argument_error(argument: str, got: object, expected: str) -> ValueError:
@@ -83,8 +83,6 @@ def diagonal(op: str, d: Tensor) -> None:
         return
     singular = (d == 0) | ~d.isfinite()
     if singular.any():
-        matrix, place = singular.nonzero()[0].tolist()
-        found = f"{d[matrix, place].item():g} at place {place} of its diagonal"
-        raise SingularError(
-            f"{op}: matrix {matrix} of the stack has {found}, expected a finite number other than 0"
-        )
+        matrix, index = singular.nonzero()[0].tolist()
+        got = f"got {d[matrix, index].item():g} at index {index}"
+        raise SingularError(f"{op}: diagonal of matrix {matrix}: {got}, expected a finite nonzero number")

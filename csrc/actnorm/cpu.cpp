@@ -1,9 +1,8 @@
 // fastflow_C::actnorm, its backward, its inverse + backward and its statistics on the CPU, tile by tile
 // (tiles.h).
 //
-// Bytes an element of x, float32: forward and inverse 8, backward 12 (x, dy, dx), inverse + backward 16 (y,
-// dy, x, dx), statistics 4. The log-det is the same number for every sample, so it comes from the parameters
-// alone.
+// Bytes per element of x, float32: forward and inverse 8, backward 12 (x, dy, dx), inverse + backward 16 (y,
+// dy, x, dx), statistics 4. The log-det is the same for every sample and is computed from the parameters.
 #include "stable.h"
 
 #include <algorithm>
@@ -19,7 +18,7 @@
 namespace fastflow::cpu {
 namespace {
 
-constexpr int64_t GRAIN = 32;  // tiles that are worth a thread: waking one costs some 10 us
+constexpr int64_t GRAIN = 32;  // minimum number of tiles per thread: starting a thread costs about 10 us
 
 // y = scale (x + bias), scale = e^log_scale; inverse y = scale x - bias, scale = e^-log_scale.
 template <typename T>
@@ -31,15 +30,15 @@ struct Scaling {
   T* y;
 };
 
-// Gradients from the direction's own input, or where there is an `x_out` from the output of the forward
-// direction: x_out is then what it came from, by the scale of `back`.
+// Gradients from the direction's input x. With `x_out`, x is the output of the forward direction, and its
+// input is written to x_out; `back` is the scale of the inverse.
 template <typename T>
 struct ScalingBackward {
   VectorLoop lines;
   bool inverse;
   const T *x, *dy;
   OperandView<T> scale, bias, back;
-  T *dx, *dlog_scale, *x_out;  // dlog_scale: what each element adds to it
+  T *dx, *dlog_scale, *x_out;  // dlog_scale: the contribution of each element
 };
 
 template <bool INVERSE, int BYTES, typename T>
@@ -65,7 +64,7 @@ FASTFLOW_INLINE void gradients_simd(const ScalingBackward<T> s) {
   for (int64_t l = 0; l < s.lines.count; ++l)
     for (const int64_t end = (l + 1) * s.lines.length; i < end; i += M::COUNT) {
       const typename M::V dx = M::load(s.dy + i) * at<M>(s.scale, l, i);
-      typename M::V x = M::load(s.x + i);  // what the scale multiplied
+      typename M::V x = M::load(s.x + i);  // becomes the factor of the scale
       if (FROM_OUTPUT) {
         x *= at<M>(s.back, l, i);
         M::store(s.x_out + i, x - at<M>(s.bias, l, i));
@@ -87,10 +86,10 @@ FASTFLOW_MULTIVERSION(scale, Scaling<double>, scale_simd)
 FASTFLOW_MULTIVERSION(scale_backward, ScalingBackward<float>, scale_backward_simd)
 FASTFLOW_MULTIVERSION(scale_backward, ScalingBackward<double>, scale_backward_simd)
 
-// The parameters of each channel.
+// The parameters per channel.
 template <typename acc>
 struct Parameters {
-  Buffer<acc> log_scale, bias, scale, back;  // back: the other direction's scale
+  Buffer<acc> log_scale, bias, scale, back;  // back: the scale of the other direction
 
   Parameters(const Tensor& log_scale_, const Tensor& bias_, bool inverse)
       : log_scale(values_of<acc>(log_scale_)),
@@ -127,8 +126,8 @@ void forward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, boo
   std::fill_n(log_det.mutable_data_ptr<acc>(), log_det.numel(), static_cast<acc>(inverse ? -sum : sum));
 }
 
-// `x_out_`: x_ is the forward direction's output, and x_out_ becomes its input. `gradients`: dlog_scale and
-// dbias.
+// With `x_out_`, x_ is the output of the forward direction and x_out_ receives its input. `gradients`
+// receives dlog_scale and dbias.
 template <typename acc>
 void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, const Tensor& dy_,
               const Tensor& dlog_det_, bool inverse, const Grid& grid, const std::optional<Tensor>& x_out_,
@@ -141,7 +140,7 @@ void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, co
   std::fill_n(sums.get(), 2 * grid.channels, 0.);
   torch::stable::parallel_for(0, slots.count, slots.grain(GRAIN), [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(8, grid);
-    const Operand<acc> v(x, buffers), g(dy, buffers), dv(dx, buffers), came_from(x_out, buffers);
+    const Operand<acc> v(x, buffers), g(dy, buffers), dv(dx, buffers), input(x_out, buffers);
     PerChannel<acc> factor(parameters.scale.get(), grid, buffers), bias(parameters.bias.get(), grid, buffers);
     PerChannel<acc> back(parameters.back.get(), grid, buffers);
     acc* dlog_scale = buffers.next();
@@ -161,9 +160,9 @@ void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, co
                                             back(tile),
                                             dv.output(tile),
                                             dlog_scale,
-                                            x_out_ ? came_from.output(tile) : nullptr});
+                                            x_out_ ? input.output(tile) : nullptr});
         dv.store(tile);
-        if (x_out_) came_from.store(tile);
+        if (x_out_) input.store(tile);
         sums_of_dlog_scale.add(dlog_scale, tile);
         sums_of_dy.add(dout, tile);
       }
@@ -182,9 +181,9 @@ void backward(const Tensor& x_, const Tensor& log_scale, const Tensor& bias_, co
   }
 }
 
-// The number of values, their mean and the sum of their squared deviations from it, for each channel over the
-// tiles of a slot. OperandView are taken from the slot's first of their channel: the sum of the squares
-// themselves would lose all digits of a small variance far from zero.
+// The count, the mean and the sum of squared deviations of each channel over the tiles of a slot. Deviations
+// are taken from the channel's first value in the slot, because a sum of squares loses all digits of a
+// variance that is small compared with the mean.
 template <typename T>
 class Moments {
  public:
@@ -200,7 +199,7 @@ class Moments {
     for (const auto* v : {&sums_, &squares_}) std::fill_n(v->get(), size_, 0.);
   }
   void add(const T* values, const Tile& t) {
-    if (grid_.rows) {  // as ChannelSums
+    if (grid_.rows) {  // one sum per element of a tile, as in ChannelSums
       if (!counts_.get()[0])
         for (int64_t i = 0; i < size_; ++i) pivots_.get()[i] = pivot(values[i % grid_.channels]);
       for (int64_t k = 0; k < grid_.channels; ++k) counts_.get()[k] += t.lines;
@@ -214,7 +213,7 @@ class Moments {
     add_deviations_of_lines(
         {t.lines, t.length, values, pivots_.get() + t.line, sums_.get() + t.line, squares_.get() + t.line});
   }
-  // to: [3, channels]
+  // Writes count, mean and squares to [3, channels].
   void take(double* to) const {
     for (int64_t k = 0; k < grid_.channels; ++k) {
       const double count = counts_.get()[k];
@@ -235,7 +234,7 @@ class Moments {
   const Buffer<double> pivots_, sums_, squares_;
 };
 
-// The statistics, [mean or variance, channel].
+// Mean and variance of each channel.
 template <typename acc>
 void statistics(const Tensor& x_, const Grid& grid, double* mean, double* var) {
   const Channels x(x_, 0, 1, grid);
@@ -291,7 +290,7 @@ void write_as(const Tensor& v, const double* from) {
   for_dtype(v.scalar_type(), [&](auto value) { write<decltype(value)>(v, from); });
 }
 
-// x where `from_output`, dx, dlog_scale, dbias.
+// Returns x (with `from_output`; otherwise `source`), dx, dlog_scale and dbias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& log_scale,
                                                        const Tensor& bias, const Tensor& dy,
                                                        const Tensor& dlog_det, bool inverse,

@@ -5,7 +5,7 @@
 namespace fastflow::cpu {
 namespace {
 
-// log s, and its derivatives by the network's output and by the factor where they are wanted.
+// log s and, with GRADIENTS, its derivatives with respect to the network's output and the factor.
 template <bool GRADIENTS, typename M, typename V = typename M::V>
 FASTFLOW_INLINE void log_scale(Scale scale, const V& raw, const V& f, V& log_s, V& by_raw, V& by_factor) {
   if (scale == Scale::exp) {
@@ -28,8 +28,8 @@ FASTFLOW_INLINE void log_scale(Scale scale, const V& raw, const V& f, V& log_s, 
   }
 }
 
-// v where the elements from i on are active, else 0. By bits: g++ 12 takes a comparison that two selections
-// share apart.
+// v for active elements, otherwise 0. Uses bit masks, because g++ 12 splits a comparison that two selections
+// share into scalars.
 template <typename M, typename V = typename M::V>
 FASTFLOW_INLINE V masked(const typename M::Integer* active, int64_t i, const V& v) {
   if (!active) return v;
@@ -54,7 +54,7 @@ FASTFLOW_INLINE void couple_simd(const Coupling<T>& c) {
     log_s = masked<M>(c.active, i, log_s);
     const V s = M::exp(log_s);
     M::store(c.log_s + i, c.inverse ? -log_s : log_s);
-    // divided by what was multiplied by: e^-log_s has an error of its own
+    // divides by s, because e^-log_s is rounded differently
     if (c.inverse) M::store(c.out + i, c.scale_first ? (v - shift) / s : v / s - shift);
     else M::store(c.out + i, c.scale_first ? v * s + shift : (v + shift) * s);
   }

@@ -1,7 +1,7 @@
 // fastflow_C::affine_coupling, its backward and its inverse + backward on the CPU.
 //
-// The transformed channels and the network's output are taken tile by tile (tiles.h), so that the arithmetic
-// (coupling.h) sees one layout and one dtype.
+// Transformed channels and the network's output are processed tile by tile (tiles.h); coupling.h has the
+// arithmetic.
 #include "stable.h"
 
 #include <algorithm>
@@ -18,17 +18,16 @@
 namespace fastflow::cpu {
 namespace {
 
-constexpr int64_t GRAIN = 16;  // tiles that are worth a thread: waking one costs some 10 us
-constexpr int64_t SLOTS = 32;  // at most so many sums of a factor's gradient are made side by side
+constexpr int64_t GRAIN = 16;  // minimum number of tiles per thread: starting a thread costs about 10 us
+constexpr int64_t SLOTS = 32;  // maximum number of partial sums of a factor's gradient
 
 struct Variant {
   bool checkerboard, flip, scale_first, inverse;
   Scale scale;
-  int64_t shift_first, raw_first,
-      step;  // channels of h: where shift and raw scale begin, and from one to the next
+  int64_t shift_first, raw_first, step;  // channels of h: first of shift and of raw scale, and their step
 };
 
-// What passes is the same in `to`, which has the dtype of `from`.
+// Copies the channels that pass through, to a tensor of the same dtype.
 void pass(const Channels& from, const Channels& to, const Tile& t) {
   for_dtype(from.dtype, [&](auto value) {
     using T = decltype(value);
@@ -36,7 +35,7 @@ void pass(const Channels& from, const Channels& to, const Tile& t) {
   });
 }
 
-// Which positions of a checkerboard are transformed, or of vectors which channels.
+// Masks of the positions that a checkerboard transforms; of the channels, for vectors.
 template <typename acc>
 Buffer<Mask<acc>> active_of(const Tensor& x, const Variant& variant, const Grid& grid) {
   const int64_t first = x.dim() > 2 ? 2 : 1;
@@ -49,11 +48,11 @@ Buffer<Mask<acc>> active_of(const Tensor& x, const Variant& variant, const Grid&
     active.get()[i] = parity % 2 == variant.flip ? -1 : 0;
   }
   if (grid.vectors && x.dim() > 2)
-    std::fill_n(active.get(), grid.channels, variant.flip ? 0 : -1);  // their one position is even
+    std::fill_n(active.get(), grid.channels, variant.flip ? 0 : -1);  // the single position is even
   return active;
 }
 
-// What a tensor like x has of channels that are transformed, and of those that pass.
+// The transformed channels of a tensor of the shape of x, and those that pass through.
 struct CouplingHalves {
   Channels transformed;
   std::optional<Channels> passing;
@@ -71,7 +70,7 @@ struct Output {
       : shift(h, variant.shift_first, variant.step, grid), raw(h, variant.raw_first, variant.step, grid) {}
 };
 
-// What is given for each channel, position or sample of a call.
+// Operands per channel, position or sample, shared by all tiles.
 template <typename acc>
 struct SharedOperands {
   std::optional<Buffer<acc>> factor, dlog_det;
@@ -123,7 +122,7 @@ void forward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& fa
       log_det_ptr[n] = static_cast<acc>(sum(sums.get() + n * each, each));
 }
 
-// Adds a tile of a factor's gradient to the sums of its channels.
+// Adds a tile of the factor's gradient to the sums of its channels.
 template <typename acc>
 void add(const acc* tile_sums, const Tile& t, const Grid& grid, double* sums) {
   for (int64_t l = 0; l < t.lines; ++l) {
@@ -134,7 +133,7 @@ void add(const acc* tile_sums, const Tile& t, const Grid& grid, double* sums) {
   }
 }
 
-// `x_out`: x_ is the forward direction's output, and x_out becomes its input.
+// With `x_out_`, x_ is the output of the forward direction and x_out_ receives its input.
 template <typename acc>
 void backward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& factor_, const Tensor& dy_,
               const Tensor& dlog_det_, const Variant& variant, const Grid& grid,
@@ -145,8 +144,8 @@ void backward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& f
   SharedOperands<acc> given(x_, factor_, variant, grid);
   given.dlog_det.emplace(values_of<acc>(dlog_det_));
   const bool additive = variant.scale == Scale::none, reads_h = !additive || x_out_;
-  // The sums of a slot are made in order by one thread and those of all slots are added in order: neither how
-  // many there are nor which tiles they take depends on the number of threads.
+  // One thread sums the tiles of a slot in order, and the slots are added in order. The slots do not depend
+  // on the number of threads.
   const int64_t tiles = grid.tiles(), slots = dfactor ? std::min(SLOTS, tiles) : tiles;
   const Buffer<double> sums(dfactor ? slots * grid.channels : 0);
   torch::stable::parallel_for(
@@ -166,8 +165,8 @@ void backward(const Tensor& x_, const Tensor& h_, const std::optional<Tensor>& f
           if (dfactor) std::fill_n(sum_of_slot, grid.channels, 0.);
           for (int64_t i = tiles * slot / slots; i < tiles * (slot + 1) / slots; ++i) {
             const Tile tile = grid[i];
-            Tile of_sample =
-                tile;  // where a sample has one dlog_det, it is that of a line as long as the tile
+            // one dlog_det per sample is broadcast over a line as long as the tile
+            Tile of_sample = tile;
             if (!grid.vectors) of_sample = {0, tile.sample, 0, 1, tile.count()};
             couple_backward({variant.scale, variant.scale_first, variant.inverse, tile.count(),
                              reads_h ? v.load(tile) : nullptr, reads_h ? shift.load(tile) : nullptr,
@@ -239,7 +238,7 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor& x, const Tensor& h,
   return {y.finalize(), log_det};
 }
 
-// x where `from_output`, dx, dh, dfactor.
+// Returns x (with `from_output`; otherwise `source`), dx, dh and dfactor.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& h,
                                                        const std::optional<Tensor>& factor, const Tensor& dy,
                                                        const Tensor& dlog_det, const Variant& variant,

@@ -5,7 +5,7 @@
 
 namespace fastflow {
 
-// Weights and bias come in the dtype that sums are computed in.
+// Weight and bias have the accumulation dtype.
 inline void check_conv1x1(const char* op, const char* name, const Tensor& x, const Tensor& weight,
                           const std::optional<Tensor>& bias) {
   expect_batch(op, name, x);

@@ -1,9 +1,9 @@
 // fastflow_C::conv1x1, its backward and its inverse + backward on the CPU: y = W x + b at every pixel, C <=
 // 64 channels.
 //
-// Pixels are taken a tile at a time, either as planes (a row for each channel, vectors along pixels: NCHW) or
-// as rows (a row for each pixel, vectors along channels: channels_last). What lies in memory as the tile has
-// it is read and written there; all else, half precision too, passes through buffers of a tile's size.
+// Pixels are processed in tiles, either as planes (a row per channel, vectors along pixels: NCHW) or as rows
+// (a row per pixel, vectors along channels: channels_last). Contiguous float32 and float64 tiles are
+// processed in place; other layouts and dtypes are copied through a scratch buffer.
 #include "stable.h"
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -22,11 +22,10 @@
 namespace fastflow::cpu {
 namespace {
 
-// Pixels of a tile: of planes, whole vectors for all accumulators of a row; of rows, whole blocks of six
-// rows.
+// Pixels per tile. Planes: whole vectors for all accumulators of a row. Rows: whole blocks of six rows.
 constexpr int64_t PLANES_TILE = 64, ROWS_TILE = 96;
 
-// Element (pixel, channel) lies at pixel / positions * n + channel * c + pixel % positions * p.
+// Element (pixel, channel) is at pixel / positions * n + channel * c + pixel % positions * p.
 template <typename T>
 struct Images {
   T* data;
@@ -42,13 +41,13 @@ struct Images {
     for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
     pixels = x.size(0) * positions;
     if (positions == 1) p = n;
-    if (n == positions * p) positions = pixels;  // one stride leads through the whole batch
+    if (n == positions * p) positions = pixels;  // all pixels of the batch have one stride
   }
   bool rows() const { return c == 1 && channels > 1; }
   T* at(int64_t pixel) const { return data + pixel / positions * n + pixel % positions * p; }
 };
 
-// Calls f(first of the tile, length, address) for each part of a tile that one stride leads through.
+// Calls f(offset in the tile, length, address) for each part of a tile whose pixels have one stride.
 template <typename T, typename F>
 void for_runs(const Images<T>& x, int64_t first, int64_t count, const F& f) {
   for (int64_t done = 0; done < count;) {
@@ -63,14 +62,14 @@ bool in_one_run(const Images<T>& x, int64_t first, int64_t count) {
   return first % x.positions + count <= x.positions;
 }
 
-// A tile in its buffer or in memory: planes have their pixels side by side, rows their channels.
+// A tile in its buffer or in memory. Planes have contiguous pixels, rows contiguous channels.
 template <typename T>
 struct Tile {
   T* data;
   int64_t row;
 };
 
-// A tile of T is a tile of the accumulation dtype only where they are one.
+// p as a pointer to the accumulation dtype; null if T is another dtype.
 template <typename acc, typename T>
 acc* as(T* p) {
   if constexpr (std::is_same_v<acc, std::remove_const_t<T>>) return const_cast<acc*>(p);
@@ -106,7 +105,7 @@ class Planes {
     }
     return {buffer_.get(), PLANES_TILE};
   }
-  // Where to compute a tile of y.
+  // The memory for a tile of y: y itself, or the buffer.
   Tile<acc> output(const Images<T>& y, int64_t first, int64_t count) const {
     if (std::is_same_v<acc, T> && y.p == 1 && count % 16 == 0 && in_one_run(y, first, count))
       return {as<acc>(y.at(first)), y.c};
@@ -130,7 +129,7 @@ class Rows {
  public:
   explicit Rows(int64_t channels) : row_(padded(channels)), buffer_(row_ * ROWS_TILE) {}
 
-  // `whole`: rows of padded(channels), the rest zero.
+  // `whole`: rows of padded(channels) elements, zero after the last channel.
   Tile<acc> load(const Images<const T>& x, int64_t first, int64_t count, const acc* minus, bool whole) const {
     if (std::is_same_v<acc, T> && !minus && x.c == 1 && (!whole || x.channels == row_) &&
         in_one_run(x, first, count))
@@ -197,7 +196,8 @@ const acc* vector_of(const std::optional<Tensor>& v) {
   return v ? v->const_data_ptr<acc>() : nullptr;
 }
 
-// Tiles that are worth a thread (waking one costs some 10 us), `products` matrices multiplied for each.
+// Minimum number of tiles per thread, with `products` matrix products each: starting a thread costs about
+// 10 us.
 int64_t grain_of(int64_t tile, int64_t channels, int64_t products) {
   return std::max<int64_t>(1, (1 << 19) / (products * tile * channels * (channels + 8)));
 }
@@ -231,7 +231,7 @@ void forward(const Tensor& x_, const Tensor& weight, const std::optional<Tensor>
   });
 }
 
-// `x` is given, or computed from `source` = y where there is an inverse.
+// `source` is x, or y if `weight_inverse` is given; x is then computed too.
 template <typename acc, typename T>
 void backward(const Tensor& source_, const Tensor& weight, const std::optional<Tensor>& weight_inverse,
               const std::optional<Tensor>& bias, const Tensor& dy_, const Tensor& x_, const Tensor& dx_,
@@ -244,8 +244,8 @@ void backward(const Tensor& source_, const Tensor& weight, const std::optional<T
   const acc* b = vector_of<acc>(bias);
   const int64_t channels = dx.channels, row = padded(channels);
   const int64_t tile = dx.rows() ? ROWS_TILE : PLANES_TILE, tiles = (dx.pixels + tile - 1) / tile;
-  // The sums of a part are made in order by one thread and those of all parts are added in order: neither how
-  // many there are nor which tiles they take depends on the number of threads.
+  // One thread sums the tiles of a part in order, and the parts are added in order. The parts do not depend
+  // on the number of threads.
   const int64_t parts = std::min<int64_t>(32, (tiles - 1) / grain_of(tile, channels, inverse ? 3 : 2) + 1);
   const int64_t size = (channels + 1) * row;
   const Buffer<acc> sums(parts * size);
@@ -338,7 +338,7 @@ Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   return y.finalize();
 }
 
-// x, dx, dweight, dbias; x is `source` itself where it is given.
+// Returns x (without an inverse: `source`), dx, dweight and dbias.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(const Tensor& source, const Tensor& weight,
                                                        const std::optional<Tensor>& inverse,
                                                        const std::optional<Tensor>& bias, const Tensor& dy) {

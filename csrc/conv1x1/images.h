@@ -1,13 +1,13 @@
 #pragma once
-// A batch of images as the kernels see it: pixels of C channels, through three strides.
+// A batch of images for the kernels: pixels of C channels, with three strides.
 #include "block.h"
 #include "strides.h"
 
 namespace fastflow {
 
-// Element (sample, channel, position) lies at sample * n + channel * c + position * p. Pixels are numbered
-// through the batch. `rows`: a pixel's channels lie side by side (channels_last, and vectors [N, C]).
-// `packed`: four channels of a row, or `width` neighbours of a plane, may move at once.
+// Element (sample, channel, position) is at sample * n + channel * c + position * p. Pixels are numbered
+// across the batch. `rows`: a pixel's channels are contiguous (channels_last, and vectors [N, C]). `packed`:
+// four channels of a row, or `width` neighboring pixels of a plane, can be loaded at once.
 template <typename T>
 struct Images {
   Span<T> span;
@@ -20,7 +20,7 @@ struct Images {
   }
 };
 
-// Of an x that has elements. `width`: how many pixels of a plane move at once.
+// Requires x.numel() > 0. `width`: pixels of a plane that are loaded at once.
 template <typename T>
 Images<T> images_of(const Tensor& x, int width) {
   Images<T> found;
@@ -34,12 +34,12 @@ Images<T> images_of(const Tensor& x, int width) {
   for (int64_t d = 0; d < x.dim(); ++d) size += (x.size(d) - 1) * x.stride(d);
   if constexpr (std::is_const_v<T>) found.span = {static_cast<T*>(x.const_data_ptr()), size};
   else found.span = {static_cast<T*>(x.mutable_data_ptr()), size};
-  const int64_t together = found.rows ? 4 : width;
-  const auto whole = [&](int64_t stride) { return stride % together == 0; };
-  found.packed = reinterpret_cast<uintptr_t>(found.span.data) % (together * sizeof(T)) == 0 &&
-                 whole(found.n) &&
-                 (found.rows ? whole(found.channels) && whole(found.p)
-                             : found.p == 1 && whole(found.positions) && whole(found.c));
+  const int64_t elements_per_load = found.rows ? 4 : width;
+  const auto aligned = [&](int64_t stride) { return stride % elements_per_load == 0; };
+  found.packed = reinterpret_cast<uintptr_t>(found.span.data) % (elements_per_load * sizeof(T)) == 0 &&
+                 aligned(found.n) &&
+                 (found.rows ? aligned(found.channels) && aligned(found.p)
+                             : found.p == 1 && aligned(found.positions) && aligned(found.c));
   return found;
 }
 

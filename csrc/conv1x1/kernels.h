@@ -1,11 +1,11 @@
 #pragma once
-// 1x1 convolution of C <= 64 channels in one pass over memory, y = W x + b at every pixel, as CUDA kernels in
-// the words of block.h; the tensors around them are the same on every device.
+// 1x1 convolution of C <= 64 channels in one pass over memory, y = W x + b at every pixel: CUDA kernels
+// written for block.h, and the host code that launches them on any device.
 //
-// Bound: 8 bytes an element of x in float32 forward (x read, y written), 16 for inverse + backward (y, dy
-// read; x, dx written), 12 for backward from x. Arithmetic: 2 C operations for these 8 bytes, 6 C for 16. An
-// H200 (4.3 TB/s of copy bandwidth, 67 TFLOP/s of float32 by its datasheet) does 15.6 operations a byte: C =
-// 24 asks for 6, C = 48 for 12 and 18.
+// Bound: 8 bytes per element of x in float32 for forward (reads x, writes y), 16 for inverse + backward
+// (reads y, dy; writes x, dx), 12 for backward from x. Arithmetic: 2 C operations for these 8 bytes, 6 C
+// for 16. An H200 (4.3 TB/s of copy bandwidth, 67 TFLOP/s of float32 by its datasheet) can do 15.6 operations
+// per byte; C = 24 needs 6, C = 48 needs 12 and 18.
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -18,10 +18,10 @@
 
 namespace fastflow {
 
-// A pixel's channels in shared memory: rows this far apart put 8 neighbours' 16 bytes on all 32 banks.
+// Distance of pixels in shared memory: 16 bytes each of 8 neighboring pixels then cover all 32 banks.
 constexpr int row_stride(int channels) { return 4 * (channels / 4 | 1); }
 
-// W in shared memory, [output][input], with zeros around the C x C that there is.
+// Loads W into shared memory, [output][input], zero-padded from C x C.
 template <typename T>
 struct Weight {
   Matrix<T> matrix;
@@ -35,7 +35,7 @@ struct Weight {
   }
 };
 
-// Four outputs of PIXELS pixels whose inputs v a thread holds: s[r][i] += sum over ci of w[co + r][ci]
+// Four outputs of PIXELS pixels, whose inputs v are in registers: s[r][i] += sum over ci of w[co + r][ci]
 // v[ci][i].
 template <int CMAX, int PIXELS, typename T>
 FASTFLOW_HD void multiply(const Span<T>& w, int channels, int co, const T (&v)[CMAX][PIXELS],
@@ -58,15 +58,15 @@ FASTFLOW_HD void multiply(const Span<T>& w, int channels, int co, const T (&v)[C
     }
 }
 
-// Pixels [first, first + TILE) between memory and rows of shared memory. Where a pixel's channels lie side by
-// side in memory too, neighbouring threads take neighbouring groups of four; else a thread takes a pixel.
-// Both are coalesced.
+// Copies pixels [first, first + TILE) between memory and rows of shared memory. If a pixel's channels are
+// contiguous in memory, neighboring threads copy neighboring groups of four; otherwise a thread copies a
+// pixel. Both are coalesced.
 template <typename T, int CMAX, int TILE, int THREADS>
 struct Tile {
   using acc = accumulator<T>;
   static constexpr int ROW = row_stride(CMAX), GROUPS = CMAX / 4;
 
-  // f(row, channel, place of the pixel in memory) for every group of four channels.
+  // Calls f(row, channel, offset of the pixel in memory) for every group of four channels.
   template <class Memory, class F>
   FASTFLOW_HD static void for_groups(int thread, const Images<Memory>& x, int64_t first, F f) {
     const auto base = [&](int row) { return first + row < x.pixels ? x.base(first + row) : -1; };
@@ -79,7 +79,7 @@ struct Tile {
       }
   }
 
-  // With bias, v - bias; rows of pixels that there are none of, and channels from C on, are zero.
+  // Subtracts the bias, if any. Rows after the last pixel and channels after the last are zero.
   FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first,
                                const Span<const acc>& bias, const Span<acc>& rows) {
     for_groups(thread, x, first, [&](int row, int channel, int64_t base) {
@@ -105,7 +105,7 @@ struct Tile {
     });
   }
 
-  // Every parts-th group of four channels, from `part` on.
+  // Stores every parts-th group of four channels, from `part` on.
   FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, const Span<acc>& rows,
                                 int part = 0, int parts = 1) {
     for_groups(thread, y, first, [&](int row, int channel, int64_t base) {
@@ -126,11 +126,11 @@ struct Tile {
   }
 };
 
-// y = W x + b. A thread holds all channels of its pixels in registers and takes W from shared memory, four
-// weights a load, each for PIXELS products. Planes (NCHW) go straight to registers, PIXELS neighbours at once
-// where they are packed; rows (channels_last) pass through shared memory, where each thread has its pixels'
-// rows for itself. Where there are too few tiles for all multiprocessors, several blocks share one, each with
-// every parts-th four outputs.
+// y = W x + b. A thread holds all channels of its pixels in registers. It loads W from shared memory, four
+// weights per load, each for PIXELS products. Planes (NCHW) are loaded directly to registers, PIXELS
+// neighbors at once if they are packed. Rows (channels_last) pass through shared memory, where each thread
+// uses the rows of its own pixels. If there are fewer tiles than multiprocessors, several blocks share a
+// tile; each computes every parts-th group of four outputs.
 template <typename T, int CMAX>
 struct Conv1x1Kernel {
   using acc = accumulator<T>;
@@ -160,7 +160,7 @@ struct Conv1x1Kernel {
       block.phase([&](int thread) {
         if (x.rows) Rows::load(thread, x, first, {}, rows);
         else load_planes(thread, first, inputs[thread]);
-        if (tile != begin) return;  // W is on its way vectorized with the first pixels
+        if (tile != begin) return;  // W is loaded together with the first pixels
         weight.template load<CMAX, THREADS>(thread, x.channels, w);
         for (int c = thread; c < CMAX; c += THREADS) b[c] = bias.size && c < x.channels ? bias[c] : acc(0);
       });
@@ -177,7 +177,7 @@ struct Conv1x1Kernel {
     acc v[CMAX][PIXELS];
   };
 
-  // A thread's pixels are neighbours where these move at once, else THREADS apart.
+  // A thread's pixels are neighbors if they are loaded at once, otherwise THREADS apart.
   FASTFLOW_HD bool vectorized() const { return !x.rows && !y.rows && x.packed && y.packed; }
   FASTFLOW_HD int pixel(int thread, int i) const {
     return vectorized() ? thread * PIXELS + i : thread + i * THREADS;
@@ -188,8 +188,7 @@ struct Conv1x1Kernel {
                                  int64_t (&at)[PIXELS]) const {
     FASTFLOW_UNROLL
     for (int i = 0; i < PIXELS; ++i) {
-      if (i > 0 && vectorized())
-        continue;  // only the first place is asked for, and a division takes its time
+      if (i > 0 && vectorized()) continue;  // only the first offset is used; saves divisions
       at[i] = first + pixel(thread, i) < x.pixels ? images.base(first + pixel(thread, i)) : -1;
     }
   }
@@ -240,16 +239,16 @@ struct Conv1x1Kernel {
   }
 
   FASTFLOW_HD void load(int c, bool vectorized, const int64_t (&at)[PIXELS], acc (&v)[PIXELS]) const {
-    const bool there = c < x.channels;
+    const bool in_range = c < x.channels;
     if (vectorized) {
       Pack<T, PIXELS> found{};
-      if (there && at[0] >= 0) found = x.span.template load<PIXELS>(at[0] + c * x.c);
+      if (in_range && at[0] >= 0) found = x.span.template load<PIXELS>(at[0] + c * x.c);
       FASTFLOW_UNROLL
       for (int i = 0; i < PIXELS; ++i) v[i] = static_cast<acc>(found.value[i]);
     } else {
       FASTFLOW_UNROLL
       for (int i = 0; i < PIXELS; ++i)
-        v[i] = there && at[i] >= 0 ? static_cast<acc>(x.span[at[i] + c * x.c]) : acc(0);
+        v[i] = in_range && at[i] >= 0 ? static_cast<acc>(x.span[at[i] + c * x.c]) : acc(0);
     }
   }
 
@@ -267,11 +266,11 @@ struct Conv1x1Kernel {
   }
 };
 
-// dx = W^T dy, and dW = sum of dy x^T, db = sum of dy. FROM_OUTPUT: x is not given but y, and x = W^-1 (y -
-// b) is written too. Tiles of pixels lie as rows in shared memory; a thread has pixels when rows are
-// multiplied, and a square of dW, for a slice of the tile's pixels, when they are summed. Each block sums its
-// tiles in registers and leaves one slot; SumSlotsKernel adds the slots in their order, which the shape and
-// the device decide: the same bits every run.
+// dx = W^T dy, dW = sum of dy x^T, db = sum of dy. With FROM_OUTPUT the input is y, and x = W^-1 (y - b) is
+// written too. Tiles of pixels are rows in shared memory. For products with a matrix a thread handles pixels;
+// for the sums it handles a square of dW and a slice of the tile's pixels. Each block sums its tiles in
+// registers and writes one slot. SumSlotsKernel adds the slots in order. Their number depends only on the
+// shape and the device, so every run gives the same bits.
 template <typename T, int CMAX, bool FROM_OUTPUT>
 struct Conv1x1BackwardKernel {
   using acc = accumulator<T>;
@@ -280,22 +279,22 @@ struct Conv1x1BackwardKernel {
                                   : CMAX <= 24 ? 3
                                                : 2,
                        TILE = CMAX <= 48 ? 128 : 96, ROW = row_stride(CMAX);
-  // the square: one or two groups of four channels each way, CMAX / GROUPS apart, so that neighbours read
-  // neighbours
+  // the square: one or two groups of four channels each way, CMAX / GROUPS apart, so that neighboring threads
+  // read neighboring channels
   static constexpr int GROUPS = CMAX <= 16 ? 1 : 2, SIDE = CMAX / (4 * GROUPS), SQUARES = SIDE * SIDE;
   static constexpr int WEIGHTS = CMAX * CMAX, BIAS_SLICES = THREADS / CMAX;
-  // slices of a tile's pixels; what they sum is put where the tiles were
+  // slices of a tile's pixels; their sums reuse the memory of the tiles
   static constexpr int SLICES = std::min(THREADS / SQUARES, (2 * TILE * ROW - BIAS_SLICES * CMAX) / WEIGHTS);
   static_assert(SLICES >= 1);
   using Rows = Tile<T, CMAX, TILE, THREADS>;
 
-  Images<const T> source, dy;  // x, or y where FROM_OUTPUT
-  Images<T> x, dx;             // x where FROM_OUTPUT
+  Images<const T> source, dy;  // x, or y with FROM_OUTPUT
+  Images<T> x, dx;             // x: with FROM_OUTPUT
   Weight<acc> weight_inverse, weight_transposed;
-  Span<const acc> bias;  // where FROM_OUTPUT
+  Span<const acc> bias;  // with FROM_OUTPUT
   Span<acc> slots;       // [blocks, C C + C]
 
-  // One wave, so that there are as few slots as a device can fill.
+  // One wave: the fewest slots that fill the device.
   static int64_t blocks(int64_t pixels, int64_t multiprocessors) {
     return std::min((pixels + TILE - 1) / TILE, RESIDENT * multiprocessors);
   }
@@ -316,7 +315,7 @@ struct Conv1x1BackwardKernel {
       block.phase([&](int thread) {
         Rows::load(thread, source, first, bias, x_rows);
         Rows::load(thread, dy, first, {}, dy_rows);
-        if (tile != block.index) return;  // the weights are on their way vectorized with the first pixels
+        if (tile != block.index) return;  // the weights are loaded together with the first pixels
         weight_transposed.template load<CMAX, THREADS>(thread, channels, wt);
         if (FROM_OUTPUT) weight_inverse.template load<CMAX, THREADS>(thread, channels, inverse);
       });
@@ -333,7 +332,7 @@ struct Conv1x1BackwardKernel {
         Rows::store(thread, dx, first, dy_rows);
       });
     }
-    // the tiles have been used: their memory holds the slices' sums, which are added in order
+    // the tiles are no longer needed; their memory holds the sums of the slices, which are added in order
     block.phase([&](int thread) { store_slice_sums(thread, sums[thread], both); });
     block.phase([&](int thread) {
       const int size = channels * channels + channels;
@@ -354,9 +353,9 @@ struct Conv1x1BackwardKernel {
     acc weight[4 * GROUPS][4 * GROUPS], bias;
   };
 
-  // Rows become w times them. A thread keeps PIXELS rows in registers and makes every THREADS * PIXELS /
-  // TILE-th four outputs of them, so that a load of weights serves PIXELS products; a barrier between, as
-  // others write the rows.
+  // Multiplies rows by w in place. A thread keeps PIXELS rows in registers, so that a load of weights is used
+  // for PIXELS products, and computes every SHARES-th group of four outputs. A barrier separates loading from
+  // computing, because other threads write the rows.
   static constexpr int PIXELS = CMAX <= 48 ? 2 : 1, APART = TILE / PIXELS, SHARES = THREADS / APART;
   struct RowRegisters {
     acc v[CMAX][PIXELS];
@@ -388,7 +387,7 @@ struct Conv1x1BackwardKernel {
     }
   }
 
-  // Channel of the j-th row or column of a square whose place among SIDE is m.
+  // The channel of row or column j of square m, of SIDE squares.
   FASTFLOW_HD static constexpr int channel(int m, int j) { return j / 4 * (CMAX / GROUPS) + 4 * m + j % 4; }
 
   FASTFLOW_HD static void add(int thread, const Span<acc>& x_rows, const Span<acc>& dy_rows, Sums& sums) {
@@ -429,7 +428,8 @@ struct Conv1x1BackwardKernel {
   }
 };
 
-// dW and db from the blocks' slots: 32 sums a block, 32 threads each, every 32nd slot, then the 32 in order.
+// Sums the blocks' slots to dW and db: a block computes 32 sums with 32 threads each. A thread adds every
+// 32nd slot; then the 32 partial sums are added in order.
 template <typename acc>
 struct SumSlotsKernel {
   static constexpr int COLUMNS = 32, SEGMENTS = 32, THREADS = COLUMNS * SEGMENTS, RESIDENT = 1;
@@ -465,7 +465,7 @@ struct SumSlotsKernel {
 // the ops
 // -----------------------------------------------------------------------------------------------------------
 
-// f(T(), width) for x's dtype and the least of 16, 24, 48, 64 that C fits.
+// Calls f(T(), width) for x's dtype and the smallest width of 16, 24, 48, 64 that is at least C.
 template <class Device, class F>
 void for_kernel(const Tensor& x, F f) {
   using torch::headeronly::ScalarType;
@@ -483,9 +483,7 @@ void for_kernel(const Tensor& x, F f) {
     default: break;
   }
   if constexpr (Device::DOUBLE) return sized(double());
-  else
-    STD_TORCH_CHECK(false, "conv1x1: x has dtype ", torch::headeronly::toString(x.scalar_type()),
-                    ", expected Float, BFloat16 or Half");
+  else expect_dtype("conv1x1", "x", x, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
 }
 
 template <typename T>
@@ -516,7 +514,8 @@ Tensor conv1x1(const Tensor& x, const Tensor& weight, const std::optional<Tensor
                     vector_of<acc>(b)};
       const int64_t tiles = (kernel.x.pixels + Kernel::TILE - 1) / Kernel::TILE,
                     processors = Device::multiprocessors();
-      // few tiles are shared by blocks; of many a block takes up to four, so that W is loaded once for them
+      // blocks share few tiles; with many tiles a block processes up to four, so that W is loaded once for
+      // them
       kernel.parts = static_cast<int>(std::clamp<int64_t>(processors / tiles, 1, (x.size(1) + 3) / 4));
       const int64_t each = std::clamp<int64_t>(tiles / (Kernel::RESIDENT * processors), 1, 4);
       Device::launch(kernel,
@@ -533,7 +532,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const 
   const typename Device::Guard guard(source);
   const int64_t channels = source.size(1);
   const Tensor from = with_position_stride(source), g = with_position_stride(dy);
-  std::optional<OutputBuffer> x;  // where FROM_OUTPUT; else it is the source
+  std::optional<OutputBuffer> x;  // with FROM_OUTPUT; otherwise x is the source
   if (FROM_OUTPUT) x.emplace(source);
   OutputBuffer dx(source);
   const std::optional<Tensor> b = bias ? std::optional(torch::stable::contiguous(*bias)) : std::nullopt;

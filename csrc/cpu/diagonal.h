@@ -1,6 +1,5 @@
 #pragma once
-// The diagonals of a stack of triangular matrices: what substitution multiplies by, and the error where it
-// cannot.
+// Reciprocals of the diagonals of triangular matrices, for substitution, and the error for singular ones.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -12,29 +11,28 @@
 
 namespace fastflow::cpu {
 
-inline std::string singular_message(const char* op, int64_t matrix, int64_t place, double value) {
+inline std::string singular_message(const char* op, int64_t matrix, int64_t index, double value) {
   std::ostringstream out;
-  out << op << ": matrix " << matrix << " of the stack has ";
+  out << op << ": diagonal of matrix " << matrix << ": got ";
   if (std::isnan(value)) out << "nan";  // a stream writes -nan if the sign bit is set
   else out << value;
-  out << " at place " << place << " of its diagonal, expected a finite number other than 0";
+  out << " at index " << index << ", expected a finite nonzero number";
   return out.str();
 }
 
-// The first singular matrix of a stack and its first place, whichever thread comes upon it: an exception must
-// not leave a parallel loop, so it is raised after it.
+// The first singular matrix of a stack, and the first index on its diagonal, whichever thread finds it. The
+// error is raised after the parallel loop, which exceptions must not leave.
 class FirstSingular {
  public:
   explicit FirstSingular(int64_t n) : n_(n) {}
 
-  // 1 / d; 0 where that overflows, or is so small that it has lost digits: what is to be solved is then
-  // divided by d.
+  // 1 / d, or 0 if that overflows or is denormal; substitution then divides by d.
   template <typename T>
-  T reciprocal(T d, int64_t matrix, int64_t place) {
+  T reciprocal(T d, int64_t matrix, int64_t index) {
     const T r = T(1) / d;
     if (std::abs(r) >= std::numeric_limits<T>::min() && std::abs(r) <= std::numeric_limits<T>::max())
       return r;
-    if (d == T(0) || !std::isfinite(d)) found(matrix, place, d);
+    if (d == T(0) || !std::isfinite(d)) found(matrix, index, d);
     return T(0);
   }
   void raise(const char* op) const {
@@ -48,10 +46,10 @@ class FirstSingular {
   int64_t first_ = NONE;
   double value_ = 0;
 
-  void found(int64_t matrix, int64_t place, double value) {
+  void found(int64_t matrix, int64_t index, double value) {
     const std::lock_guard lock(mutex_);
-    if (matrix * n_ + place >= first_) return;
-    first_ = matrix * n_ + place;
+    if (matrix * n_ + index >= first_) return;
+    first_ = matrix * n_ + index;
     value_ = value;
   }
 };

@@ -1,5 +1,5 @@
-// All vectors here are explicit. g++ 12 would also join scalars to vectors of two floats, for which it knows
-// no fused multiply-add, and a column would get other bits alone than beside others.
+// All vectors in this file are explicit. g++ 12 would also combine scalars to vectors of two floats, for
+// which it has no fused multiply-add. The bits of a column would then depend on the number of columns.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-loop-vectorize", "no-tree-slp-vectorize")
 #endif
@@ -12,7 +12,7 @@
 
 #include "multiversion.h"
 
-// g++ has the second since version 12, clang has no other
+// g++ has __builtin_shufflevector since version 12; clang has only that
 #ifdef __has_builtin
 #if __has_builtin(__builtin_shufflevector)
 #define FASTFLOW_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
@@ -38,17 +38,16 @@ struct Vector<T, sizeof(T)> {
   static FASTFLOW_INLINE void store(T* p, const T& v) { *p = v; }
 };
 
-// The next narrower vector that is worth a version of its own.
+// The next narrower vector with a version of its own.
 template <typename T>
 constexpr int narrower(int bytes) {
   return bytes > 16 ? bytes / 2 : int(sizeof(T));
 }
 
-// How many accumulators a row gets, so that six rows of them and what they are made of stay in registers.
+// Accumulators per row, so that those of six rows and their operands stay in registers.
 constexpr int most_vectors(int bytes) { return bytes == 64 ? 4 : 2; }
 
-// Vectors lie side by side from column j, but for the last one, which ends with column n and may overlap its
-// neighbour.
+// Vectors are contiguous from column j. The last one ends with column n and may overlap the previous one.
 template <typename T, int BYTES, int ROWS, int VECTORS>
 FASTFLOW_INLINE void gemm_tile(const Gemm<T>& g, int64_t i, int64_t j) {
   using V = Vector<T, BYTES>;
@@ -116,14 +115,15 @@ FASTFLOW_INLINE void gemm_simd(const Gemm<T>& g) {
   }
 }
 
-// Products are summed from zero and taken from b at last, which loses less than summing from b on.
+// Products are summed from zero and the sum is subtracted from b at the end, which rounds less than
+// subtracting each product from b.
 template <typename T, int BYTES, int ROWS, int VECTORS>
 FASTFLOW_INLINE void substitute_tile(const Substitution<T>& s, int64_t i, int64_t j) {
   using V = Vector<T, BYTES>;
   constexpr int64_t LANES = BYTES / sizeof(T);
   const T* a = s.a + i * s.a_row;
   const T* solved = s.x + j;
-  typename V::type x[ROWS][VECTORS] = {};  // the sums, then what is solved
+  typename V::type x[ROWS][VECTORS] = {};  // the sums, then the solution
   for (int64_t p = 0; p < i; ++p) {
     typename V::type row[VECTORS];
 #pragma GCC unroll 4
@@ -157,7 +157,7 @@ FASTFLOW_INLINE void substitute_tile(const Substitution<T>& s, int64_t i, int64_
   }
 }
 
-// The rows that fill no block come first, where the sums are short.
+// The rows that fill no block come first, because their sums are short.
 template <typename T, int BYTES, int VECTORS>
 FASTFLOW_INLINE void substitute_columns(const Substitution<T>& s, int64_t j) {
   constexpr int ROWS = BYTES == sizeof(T) ? 8 : 6;
@@ -182,7 +182,7 @@ FASTFLOW_INLINE void substitute_simd(const Substitution<T>& s) {
   }
 }
 
-// Blocks of four by four, which compilers turn into shuffles.
+// Blocks of four by four, which compilers translate to shuffles.
 template <int, typename T>
 FASTFLOW_INLINE void transpose_simd(const Transposition<T>& t) {
   typedef T V __attribute__((vector_size(4 * sizeof(T))));

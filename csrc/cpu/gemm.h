@@ -1,19 +1,19 @@
 #pragma once
-// Products of small matrices and substitution, compiled for each instruction set (multiversion.h): what the
-// CPU's ops are made of. A matrix on the left is read element by element through any strides, transposed or
-// not; rows on the right and of the result have their columns side by side, and vectors run along them.
+// Products of small matrices and substitution for the CPU ops, compiled for each instruction set
+// (multiversion.h). The left matrix is read element by element with any strides, transposed or not. Rows of
+// the right matrix and of the result are contiguous, and vectors run along them.
 #include <cstdint>
 #include <memory>
 
 namespace fastflow::cpu {
 
-// Columns of a buffer, so that its rows fill whole vectors of every width.
+// The number of columns rounded up, so that rows of a buffer fill whole vectors of every width.
 constexpr int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }
 
-// What a sum starts from: nothing, bias[i] for a row, bias[j] for a column, or the result as it stands.
+// The initial value of a sum: 0, bias[i] of row i, bias[j] of column j, or the present result.
 enum class Start { zero, row, column, result };
 
-// c[i][j] = start + sum over p of a[i][p] b[p][j], for i < m, j < n, p < k, the sum in the order of p.
+// c[i][j] = start + sum over p of a[i][p] b[p][j], for i < m, j < n, p < k, in the order of p.
 template <typename T>
 struct Gemm {
   int64_t m, n, k;
@@ -23,26 +23,26 @@ struct Gemm {
   int64_t b_row;
   T* c;
   int64_t c_row;
-  Start start = Start::zero;  // Start::result wants n to be padded(n)
+  Start start = Start::zero;  // Start::result requires n == padded(n)
   const T* bias = nullptr;
 };
 void gemm(const Gemm<float>&);
 void gemm(const Gemm<double>&);
 
-// Solves a x = b for a lower triangular; an upper one is lower when walked from its last row, by negative
-// strides.
+// Solves a x = b for a lower triangular. An upper triangular matrix is passed from its last row, with
+// negative strides.
 template <typename T>
 struct Substitution {
   int64_t n, columns;
   const T* a;
   int64_t a_row, a_col;
-  const T* reciprocals;  // of the diagonal; 0 where to divide by it
-  const T* b;            // rows of `padded(columns)` that can be read, of one where columns is 1
+  const T* reciprocals;  // of the diagonal; 0: divide by the diagonal instead
+  const T* b;            // rows of `padded(columns)` readable elements, or of 1 if columns is 1
   int64_t b_row;
-  T* x;  // the same, and written
+  T* x;  // likewise; written
   int64_t x_row;
 };
-// A column's bits are the same whatever stands beside it.
+// The bits of a column do not depend on the other columns.
 void substitute(const Substitution<float>&);
 void substitute(const Substitution<double>&);
 
@@ -58,8 +58,8 @@ struct Transposition {
 void transpose(const Transposition<float>&);
 void transpose(const Transposition<double>&);
 
-// Uninitialised memory that starts on a cache line, as vectors like it. Aligned new would do, but a
-// solve with one right-hand side takes 0.2 of its 3 microseconds longer with it.
+// Uninitialized memory that starts on a cache line, for aligned vectors. Not aligned new: a solve with one
+// right-hand side takes 0.2 of its 3 microseconds longer with it.
 template <typename T>
 class Buffer {
  public:

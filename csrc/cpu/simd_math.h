@@ -1,7 +1,7 @@
 #pragma once
-// exp, tanh, log, log1p, cosine and sine of whole vectors, for bodies compiled for each instruction set
-// (multiversion.h). Of float they are polynomials within 2.5 units in the last place, cosine and sine 3,
-// infinities, NaN and denormal numbers included; of double, the library's.
+// exp, tanh, log, log1p, cosine and sine of vectors, for functions compiled for each instruction set
+// (multiversion.h). Those of float are polynomials, within 2.5 units in the last place (cosine and sine: 3),
+// also for infinities, NaN and denormal numbers. Those of double call the C library.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -30,7 +30,7 @@ struct Simd {
   }
   static FASTFLOW_INLINE void store(T* p, const V& v) { std::memcpy(p, &v, BYTES); }
   static FASTFLOW_INLINE V all(T value) { return V{} + value; }
-  // A NaN stays one.
+  // min and max keep NaN.
   static FASTFLOW_INLINE V min(const V& x, T bound) { return x > bound ? all(bound) : x; }
   static FASTFLOW_INLINE V max(const V& x, T bound) { return x < bound ? all(bound) : x; }
   template <typename F>
@@ -42,7 +42,7 @@ struct Simd {
   static FASTFLOW_INLINE V sqrt(const V& x) {
     V y;
     for (int64_t i = 0; i < COUNT; ++i)
-      y[i] = std::sqrt(x[i]);  // one instruction, as setup.py has errno left alone
+      y[i] = std::sqrt(x[i]);  // one instruction, because setup.py passes -fno-math-errno
     return y;
   }
   static FASTFLOW_INLINE V of_words(const uint32_t* words) {
@@ -65,15 +65,15 @@ struct SimdMath<float, BYTES> : Simd<float, BYTES> {
 
   static FASTFLOW_INLINE V abs(const V& x) { return (V)((I)x & ~SIGN); }
 
-  // e^x = 2^n (1 + p), |x| up to some 100: n is x / log 2 rounded, what is left of x has a polynomial.
+  // e^x = 2^n (1 + p) for |x| up to about 100: n is x / log 2 rounded, p a polynomial of the remainder.
   static FASTFLOW_INLINE void reduce(const V& x, I& n, V& p) {
-    constexpr float ROUND = 0x1.8p23f;  // added, it leaves the nearest integer in the last bits
+    constexpr float ROUND = 0x1.8p23f;  // adding it puts the nearest integer into the last bits
     constexpr int32_t ROUND_BITS = 0x4b400000;
     const V rounded = x * 1.44269504f + ROUND;
     n = (I)rounded - ROUND_BITS;
     const V whole = rounded - ROUND;
     const V r = (x - whole * 0.693359375f) -
-                whole * -2.12194440e-4f;  // log 2 in two parts, products with the first are exact
+                whole * -2.12194440e-4f;  // log 2 in two parts; products with the first are exact
     V q = r * 1.9901623e-4f + 1.3935446e-3f;
     q = q * r + 8.3332956e-3f;
     q = q * r + 4.1666448e-2f;
@@ -87,10 +87,10 @@ struct SimdMath<float, BYTES> : Simd<float, BYTES> {
     I n;
     V p;
     reduce(Base::max(Base::min(x, 89.f), -104.f), n, p);
-    const I half = n >> 1;  // 2^n itself may be too large, or denormal
+    const I half = n >> 1;  // 2^n may overflow or be denormal
     return (p + 1.f) * power_of_two(half) * power_of_two(n - half);
   }
-  // (e^2|x| - 1) / (e^2|x| + 1), the numerator without cancellation.
+  // (e^2|x| - 1) / (e^2|x| + 1), without cancellation in the numerator.
   static FASTFLOW_INLINE V tanh(const V& x) {
     const V magnitude = abs(x);
     I n;
@@ -100,7 +100,7 @@ struct SimdMath<float, BYTES> : Simd<float, BYTES> {
     const V less_one = power * p + (power - 1.f);
     return (V)((I)(less_one / (less_one + 2.f)) | ((I)x & SIGN));
   }
-  // 0 <= x <= 1: twice the area tangent of x / (2 + x).
+  // For 0 <= x <= 1: 2 artanh(x / (2 + x)).
   static FASTFLOW_INLINE V log1p(const V& x) {
     const V s = x / (x + 2.f), w = s * s;
     V q = w * 0.23239051f + 0.21703315f;
@@ -125,12 +125,12 @@ struct SimdMath<float, BYTES> : Simd<float, BYTES> {
     q = q * z - 2.4999993993e-1f;
     q = q * z + 3.3333331174e-1f;
     const V y = n * 0.693359375f + (z + (z * w * q + (n * -2.12194440e-4f - w * 0.5f)));
-    // No comparison serves two selections: g++ 12 would take it apart.
+    // Each comparison is used by one selection: g++ 12 would otherwise split it into scalars.
     const V at_ends = x == 0.f ? Base::all(-INFINITY) : x >= 0.f ? x : Base::all(NAN);
     const V up_to_infinity = x < INFINITY ? y : x;
     return x > 0.f ? up_to_infinity : at_ends;
   }
-  // Of 2 pi word / 2^32: the quadrant and what is left of it by integers, exactly. Polynomials of Cephes'
+  // Cosine and sine of 2 pi word / 2^32. Quadrant and remainder are exact integers. Polynomials of Cephes'
   // sinf and cosf.
   static FASTFLOW_INLINE void cos_sin(const uint32_t* words, V& cos, V& sin) {
     typedef uint32_t W __attribute__((vector_size(BYTES)));

@@ -7,15 +7,14 @@
 namespace fastflow::cpu {
 namespace {
 
-// As many values as a vector has doubles.
+// Loads as many values as a vector has doubles.
 template <int BYTES, typename T>
 FASTFLOW_INLINE typename Simd<double, BYTES>::V load_doubles(const T* p) {
   if constexpr (std::is_same_v<T, double>) return Simd<double, BYTES>::load(p);
   else return __builtin_convertvector(Simd<float, BYTES / 2>::load(p), typename Simd<double, BYTES>::V);
 }
 
-// Eight vectors of values become one by adding pairs, in their own precision: its rounding is that of three
-// additions.
+// Adds eight vectors pairwise in the precision of the values, which rounds like three additions.
 template <int BYTES, typename T>
 FASTFLOW_INLINE void add_eight(const T* p, typename Simd<double, BYTES>::V parts[2]) {
   using M = Simd<T, BYTES>;
@@ -53,7 +52,7 @@ FASTFLOW_INLINE void add_lines_simd(const Sum<T>& s) {
 
 template <int BYTES, typename T>
 FASTFLOW_INLINE void add_each_simd(const Sum<T>& given) {
-  const Sum<T> s = given;  // a store may change what is given by reference, as far as the compiler knows
+  const Sum<T> s = given;  // a copy: the compiler assumes that a store may change `given`
   using M = Simd<double, BYTES>;
   const int64_t count = s.lines * s.length;
   int64_t i = 0;

@@ -1,6 +1,6 @@
 #pragma once
-// Sums in float64 of what lies side by side, compiled for each instruction set (multiversion.h), in an order
-// that the widths of its vectors and the shape alone decide.
+// Sums in float64 of contiguous values, compiled for each instruction set (multiversion.h). The order of
+// additions depends only on the vector width and the shape.
 #include <cstdint>
 
 namespace fastflow::cpu {
@@ -8,17 +8,17 @@ namespace fastflow::cpu {
 template <typename T>
 struct Sum {
   int64_t lines, length;
-  const T* values;  // lines one after the other
+  const T* values;  // consecutive lines
   double* sums;
 };
-// Adds the sum of each line to that line's: sums[l] += values[l][0] + values[l][1] + ...
+// sums[l] += values[l][0] + values[l][1] + ... for each line l
 void add_lines(const Sum<float>&);
 void add_lines(const Sum<double>&);
-// Adds each value to its own sum: sums[i] += values[i], i < lines * length.
+// sums[i] += values[i] for i < lines * length
 void add_each(const Sum<float>&);
 void add_each(const Sum<double>&);
 
-// The same in the precision of the values: of a few, a third of the work.
+// sums[i] += values[i] in the precision of the values: a third of the work, for sums of few values.
 template <typename T>
 struct Addition {
   int64_t count;
@@ -28,7 +28,8 @@ struct Addition {
 void add(const Addition<float>&);
 void add(const Addition<double>&);
 
-// Deviations from a pivot, and their squares, which lose no digits where the pivot is one of the values.
+// Sums of deviations from a pivot, and of their squares. With one of the values as pivot, the squares do not
+// cancel.
 template <typename T>
 struct DeviationSum {
   int64_t lines, length;
@@ -36,7 +37,7 @@ struct DeviationSum {
   const double* pivots;
   double *sums, *squares;
 };
-// With a pivot, a sum and a sum of squares for each line, or for each value.
+// One pivot, sum and sum of squares per line, or per value.
 void add_deviations_of_lines(const DeviationSum<float>&);
 void add_deviations_of_lines(const DeviationSum<double>&);
 void add_deviations_of_each(const DeviationSum<float>&);

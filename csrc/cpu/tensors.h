@@ -1,5 +1,5 @@
 #pragma once
-// What the CPU's ops make tensors with.
+// Allocation of the CPU ops' tensors.
 #include "stable.h"
 #include <torch/csrc/stable/ops.h>
 
@@ -14,9 +14,8 @@ namespace fastflow::cpu {
 
 using torch::stable::Tensor;
 
-// Contiguous and uninitialised, in the dtype of `like`, or in float or double where `type` says so.
-// torch::stable::new_empty goes through the dispatcher, which takes a microsecond longer: a third of a small
-// op.
+// A contiguous, uninitialized tensor of the dtype of `like`, or of `type` (float or double).
+// torch::stable::new_empty uses the dispatcher and takes a microsecond longer, a third of a small op's time.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
                     std::optional<torch::headeronly::ScalarType> type = {}) {
   std::array<int64_t, 3> strides{};
@@ -34,13 +33,14 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
   return Tensor(made);
 }
 
-// Images [n, c, h, w] in the dtype of `like`, uninitialised, contiguous or channels_last as torch.empty makes
-// them.
+// Uninitialized images [n, c, h, w] of the dtype of `like`, with torch.empty's strides for contiguous or
+// channels_last.
 inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
                            bool channels_last) {
-  const auto some = [](int64_t size) { return std::max<int64_t>(1, size); };
+  const auto at_least_1 = [](int64_t size) { return std::max<int64_t>(1, size); };
   const std::array<int64_t, 4> sizes{n, c, h, w},
-      planes{some(c) * some(h) * some(w), some(h) * some(w), some(w), 1}, rows{h * w * c, 1, w * c, c};
+      planes{at_least_1(c) * at_least_1(h) * at_least_1(w), at_least_1(h) * at_least_1(w), at_least_1(w), 1},
+      rows{h * w * c, 1, w * c, c};
   int32_t dtype;
   AtenTensorHandle made;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
@@ -49,7 +49,7 @@ inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t h, 
   return Tensor(made);
 }
 
-// Whether the elements of x fill memory without gaps and none twice, in whatever order of dimensions.
+// Whether the elements of x fill memory without gaps or overlaps, for any order of dimensions.
 inline bool is_dense(const Tensor& x) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int64_t d = 0; d < x.dim(); ++d)
@@ -63,7 +63,7 @@ inline bool is_dense(const Tensor& x) {
   return true;
 }
 
-// As torch.empty_like(x, dtype=dtype), of a dtype that the ops compute with.
+// torch.empty_like(x, dtype=dtype) for uint8 and floating-point dtypes.
 inline Tensor empty_like(const Tensor& x, torch::headeronly::ScalarType dtype) {
   using torch::headeronly::ScalarType;
   const Tensor like = is_dense(x) ? x : torch::stable::empty_like(x);
@@ -81,7 +81,7 @@ inline Tensor empty_like(const Tensor& x, torch::headeronly::ScalarType dtype) {
   return Tensor(made);
 }
 
-// Bytes of an element, of whatever dtype.
+// Bytes per element, for any dtype.
 inline size_t itemsize(const Tensor& x) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));

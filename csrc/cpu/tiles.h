@@ -1,9 +1,10 @@
 #pragma once
-// How the CPU's ops walk over tensors [N, C, ...]: a tile of some hundred elements at a time, either as
-// planes (a line for each channel, along the positions: NCHW) or as rows (a line for each position, along the
-// channels: channels_last, and vectors). What lies in memory as the tile has it is read and written there;
-// all else, half precision too, passes through buffers of a tile's size, so that the arithmetic sees one
-// layout and one dtype.
+// Iterates over tensors [N, C, ...] in tiles of a few hundred elements for the CPU ops.
+//
+// A tile has lines of contiguous elements. In the layout "planes" (NCHW) a line is one channel along the
+// positions; in "rows" (channels_last, and vectors) it is one position along the channels. Contiguous float32
+// and float64 tiles are processed in place; other layouts and dtypes are copied through a scratch buffer, so
+// the arithmetic handles one layout and one dtype.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -40,22 +41,22 @@ inline ScalarType accumulator_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-constexpr int64_t TILE = 512;  // elements; a row is never cut, however long
+constexpr int64_t TILE = 512;  // elements; rows are never split, even if they are longer
 
 struct Tile {
-  int64_t sample, line, from, lines, length;  // of each line `length` elements, beginning with `from`
+  int64_t sample, line, from, lines, length;  // elements `from` to `from + length` of each line
   int64_t count() const { return lines * length; }
 };
 
-// How samples of `channels` channels, of a coupling those transformed, are cut into tiles. Vectors are the
-// positions of one sample. A tile ends where a vector of every width does, if its lines let it: what does not
-// is copied.
+// Cuts samples of `channels` channels (for a coupling: the transformed ones) into tiles. A batch of vectors
+// is one sample whose positions are the vectors. If the line length allows, a tile is a multiple of every
+// vector width; other tiles are copied.
 struct Grid {
   int64_t samples, channels, positions;
   bool vectors, rows;
   int64_t lines, length;                      // of a sample
-  int64_t lines_per_tile, elements_per_line;  // lines of a tile, and elements of a line in it
-  int64_t groups, pieces_per_line;            // so many of those lines and pieces_per_line
+  int64_t lines_per_tile, elements_per_line;  // lines of a tile, and elements per line
+  int64_t groups, pieces_per_line;            // groups of lines per sample, and pieces per line
 
   Grid(const Tensor& x, int64_t channels_, const Tensor& y)
       : samples(x.size(0)), channels(channels_), positions(1) {
@@ -68,8 +69,8 @@ struct Grid {
     elements_per_line =
         pieces_per_line > 1 ? padded((length + pieces_per_line - 1) / pieces_per_line) : length;
     lines_per_tile = length && pieces_per_line == 1 ? std::max<int64_t>(1, TILE / length) : 1;
-    const int64_t whole = 16 / std::gcd<int64_t>(length, 16);  // lines that fill vectors
-    if (lines_per_tile > whole) lines_per_tile -= lines_per_tile % whole;
+    const int64_t unit = 16 / std::gcd<int64_t>(length, 16);  // lines that fill vectors
+    if (lines_per_tile > unit) lines_per_tile -= lines_per_tile % unit;
     groups = length ? (lines + lines_per_tile - 1) / lines_per_tile : 0;
   }
   int64_t tiles_of_sample() const { return groups * pieces_per_line; }
@@ -84,7 +85,7 @@ struct Grid {
   }
 };
 
-// Some channels of a tensor [N, C, ...] as tiles see them.
+// Channels of a tensor [N, C, ...], with the strides of tiles.
 struct Channels {
   char* data;
   ScalarType dtype;
@@ -102,7 +103,7 @@ struct Channels {
     return reinterpret_cast<T*>(data) + t.sample * sample + t.line * line + t.from * step;
   }
 
-  // Where a tile lies in memory as it would in a buffer of T, else null.
+  // The tile's address if it can be processed in place as T, otherwise null.
   template <typename T>
   T* in_place(const Tile& t) const {
     constexpr ScalarType SAME = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
@@ -116,7 +117,8 @@ void copy_line(To* to, int64_t to_step, const From* from, int64_t from_step, int
   int64_t i = 0;
   if (to_step == 1 && from_step == 1) {
     if constexpr (std::is_same_v<To, From>) {
-      // by fours, the last of which may overlap its neighbour: most lines are too short for a call
+      // by fours, the last of which may overlap the previous one: most lines are too short for a call of
+      // memcpy
       if (count >= 4) std::memcpy(to + count - 4, from + count - 4, 4 * sizeof(To));
       for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(To));
       if (count >= 4) return;
@@ -137,13 +139,13 @@ void copy_lines(To* to, int64_t to_line, int64_t to_step, const From* from, int6
     copy_line(to + l * to_line, to_step, from + l * from_line, from_step, length);
 }
 
-// A thread's buffers, one after the other.
+// Hands out the scratch buffers of a thread.
 template <typename T>
 class Buffers {
  public:
   Buffers(int64_t count, const Grid& grid)
       : size_(grid.capacity()), memory_(count * size_), next_(memory_.get()) {
-    std::fill_n(next_, count * size_, T(0));  // vectors read beyond what a tile fills
+    std::fill_n(next_, count * size_, T(0));  // vectors also read the elements after the end of a tile
   }
   T* next() { return (next_ += size_) - size_; }
 
@@ -153,21 +155,21 @@ class Buffers {
   T* next_;
 };
 
-// An operand, or a result, of the arithmetic.
+// An input or output of the arithmetic: the tile in place, or a copy in a buffer.
 template <typename acc>
 class Operand {
  public:
   Operand(const Channels& channels, Buffers<acc>& buffers) : channels_(channels), buffer_(buffers.next()) {}
   const acc* load(const Tile& t) const {
-    if (const acc* there = channels_.in_place<acc>(t)) return there;
+    if (const acc* in_place = channels_.in_place<acc>(t)) return in_place;
     for_dtype(channels_.dtype, [&](auto value) {
       copy_lines(buffer_, t.length, 1, channels_.at<decltype(value)>(t), channels_.line, channels_.step, t);
     });
     return buffer_;
   }
   acc* output(const Tile& t) const {
-    acc* there = channels_.in_place<acc>(t);
-    return there ? there : buffer_;
+    acc* in_place = channels_.in_place<acc>(t);
+    return in_place ? in_place : buffer_;
   }
   void store(const Tile& t) const {
     if (channels_.in_place<acc>(t)) return;
@@ -181,7 +183,7 @@ class Operand {
   acc* const buffer_;
 };
 
-// OperandView for each channel or for each position, spread over a tile; null where there are none.
+// Values per channel or per position, broadcast over a tile; null if there are no values.
 template <typename T>
 class BroadcastOperand {
  public:
@@ -189,14 +191,14 @@ class BroadcastOperand {
       : values_(values), along_(along_lines), buffer_(values ? buffers.next() : nullptr) {}
   const T* operator()(const Tile& t) {
     if (!values_) return nullptr;
-    const bool there = along_ && t.lines <= last_.lines && t.from == last_.from &&
-                       t.length == last_.length;  // as of all rows
-    for (int64_t l = 0; !there && l < t.lines; ++l) {
+    // tiles of rows need the same values again
+    const bool filled = along_ && t.lines <= last_.lines && t.from == last_.from && t.length == last_.length;
+    for (int64_t l = 0; !filled && l < t.lines; ++l) {
       T* to = buffer_ + l * t.length;
       if (along_) copy_line(to, 1, values_ + t.from, 1, t.length);
       else std::fill_n(to, t.length, values_[t.line + l]);
     }
-    if (!there) last_ = t;
+    if (!filled) last_ = t;
     return buffer_;
   }
 
@@ -227,16 +229,16 @@ const T* pointer(const std::optional<Buffer<T>>& v) {
   return v ? v->get() : nullptr;
 }
 
-// What arithmetic that runs along lines (VectorLoop) reads beside them.
+// A per-element or per-line operand of a vector loop.
 template <typename T>
 struct OperandView {
-  const T* data;      // null: there are none
-  bool each;          // a value for each element, else one for a line,
-  int64_t line_step;  // from which the next line's is so far: 0 where all have the same
+  const T* data;      // null if there is no operand
+  bool each;          // a value per element, otherwise a value per line
+  int64_t line_step;  // between the values of lines; 0 if all lines share one
 };
 
-// A tile for arithmetic by whole vectors: line by line where each is made of whole ones, else all of it as
-// one line.
+// The loop over a tile by whole vectors: line by line if the line length is a multiple of every vector width,
+// otherwise the whole tile as one line.
 struct VectorLoop {
   int64_t count, length;
   VectorLoop(const Grid& grid, const Tile& t)
@@ -244,13 +246,13 @@ struct VectorLoop {
   static bool fits(const Grid& grid, const Tile& t) { return !grid.rows && t.length % 16 == 0; }
 };
 
-// The vector of values that begins at element i of the tile, which is in line l.
+// The vector of values for elements i, i + 1, ... of the tile, in line l.
 template <typename M, typename T>
 FASTFLOW_INLINE typename M::V at(const OperandView<T>& v, int64_t l, int64_t i) {
   return v.each ? M::load(v.data + i) : M::all(v.data[l * v.line_step]);
 }
 
-// A value for each channel.
+// An operand with one value per channel.
 template <typename T>
 class PerChannel {
  public:
@@ -267,7 +269,7 @@ class PerChannel {
   BroadcastOperand<T> spread_;
 };
 
-// A value for each sample.
+// An operand with one value per sample.
 template <typename T>
 class PerSample {
  public:
@@ -295,21 +297,22 @@ double sum(const T* v, int64_t count) {
   return total;
 }
 
-// Tiles whose sums one thread makes in order; those of all slots are then added in order. How many there are
-// and which tiles they take depends on the shape alone, not on the number of threads.
+// A slot is a range of tiles that one thread sums in order; the sums of all slots are then added in order.
+// The slots depend only on the shape, not on the number of threads, so sums have the same bits for any
+// number.
 struct Slots {
-  static constexpr int64_t MOST = 32, TILES = 32;  // so many slots at most, of so many tiles at least
+  static constexpr int64_t MAX_SLOTS = 32, MIN_TILES = 32;
 
   int64_t tiles, count;
   explicit Slots(const Grid& grid)
-      : tiles(grid.tiles()), count(tiles ? std::clamp<int64_t>(tiles / TILES, 1, MOST) : 0) {}
+      : tiles(grid.tiles()), count(tiles ? std::clamp<int64_t>(tiles / MIN_TILES, 1, MAX_SLOTS) : 0) {}
   int64_t first(int64_t slot) const { return tiles * slot / count; }
   int64_t grain(int64_t grain_in_tiles) const {
     return tiles ? std::max<int64_t>(1, grain_in_tiles * count / tiles) : 1;
   }
 };
 
-// A sum for each channel over the tiles of a slot.
+// The sum of each channel over the tiles of a slot.
 template <typename T>
 class ChannelSums {
  public:
@@ -324,8 +327,7 @@ class ChannelSums {
   }
   void add(const T* values, const Tile& t) {
     if (!grid_.rows) return add_lines({t.lines, t.length, values, sums_.get() + t.line});
-    // of rows a sum for each element of a tile, which begins with a row: so vectors run along them, of
-    // however few channels
+    // rows: one sum per element of a tile, so that vectors are full for any number of channels
     cpu::add(Addition<T>{t.count(), values, partial_.get()});
     if (++added_ == PARTIAL_TILES) flush_partial();
   }
@@ -340,7 +342,7 @@ class ChannelSums {
   }
 
  private:
-  static constexpr int64_t PARTIAL_TILES = 8;  // additions without float64, as add_lines has them
+  static constexpr int64_t PARTIAL_TILES = 8;  // so many are added without float64, as in add_lines
 
   void flush_partial() {
     add_each({1, size_, partial_.get(), sums_.get()});
@@ -358,7 +360,7 @@ class ChannelSums {
   int64_t added_ = 0;
 };
 
-// The sums of each slot, [slots, size], added to those of the first.
+// Adds the sums of all slots, [slots, size], to those of the first.
 inline void add_slots(double* sums, int64_t slots, int64_t size) {
   for (int64_t slot = 1; slot < slots; ++slot)
     for (int64_t k = 0; k < size; ++k) sums[k] += sums[slot * size + k];

@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK, which torch 2.11 has only here
+#include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK; torch 2.11 has it only here
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(Kernel::THREADS, Kernel::RESIDENT)
 }
 
 struct Cuda {
-  static constexpr bool DOUBLE = false;  // conv1x1 of float64 is the library's product of matrices
+  static constexpr bool DOUBLE = false;  // conv1x1 of float64 uses torch.matmul
   struct Guard : torch::stable::accelerator::DeviceGuard {
     explicit Guard(const torch::stable::Tensor& t) : DeviceGuard(t.get_device_index()) {}
   };
@@ -76,7 +76,7 @@ struct Cuda {
   template <class Kernel>
   static void launch(const Kernel& kernel, int64_t blocks, int64_t shared_bytes) {
     const int here = device();
-    if (shared_bytes > 48 * 1024) take_shared_memory<Kernel>(here);
+    if (shared_bytes > 48 * 1024) allow_shared_memory<Kernel>(here);
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(here, &stream));
     run<Kernel>
@@ -85,26 +85,26 @@ struct Cuda {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  // More than 48 KB a block has to be asked for, once a kernel and device: all there is, since a kernel's
-  // need varies.
+  // More than 48 KB per block must be requested, once per kernel and device. Requests the maximum, because
+  // the need of a kernel varies.
   template <class Kernel>
-  static void take_shared_memory(int device) {
-    static std::atomic<uint64_t> asked{0};  // a bit for each device
+  static void allow_shared_memory(int device) {
+    static std::atomic<uint64_t> allowed{0};  // a bit per device
     const uint64_t bit = uint64_t(1) << (device % 64);
-    if (asked.load(std::memory_order_acquire) & bit) return;
+    if (allowed.load(std::memory_order_acquire) & bit) return;
     int most = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     STD_CUDA_CHECK(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributePreferredSharedMemoryCarveout,
                                         cudaSharedmemCarveoutMaxShared));
-    asked.fetch_or(bit, std::memory_order_release);
+    allowed.fetch_or(bit, std::memory_order_release);
   }
 
-  // A word of the host's memory that every device can write: where a kernel says that a matrix is singular,
-  // so that the host can read it without waiting for the device; see singular.h.
+  // A word of host memory that every device can write. Kernels report singular matrices in it, and the host
+  // reads it without synchronization; see singular.h.
   static int64_t* fault_word() {
     static int64_t* const slot = [] {
-      // allocating would end a capture of a CUDA graph that is under way, in the usual mode
+      // in the default mode, an allocation would abort a CUDA graph capture in progress
       cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
       STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
       void* memory = nullptr;

@@ -1,4 +1,4 @@
-// fastflow_C::raise_singular: raises what the kernels have reported, see singular.h.
+// fastflow_C::raise_singular: raises the error that a kernel has reported; see singular.h.
 #include "stable.h"
 
 #include "cuda/device.cuh"

@@ -1,10 +1,10 @@
-// fastflow_C::dequantize, its backward and its inverse on the CPU. Bytes an element, in float32: 5 (noise
-// given 9), backward 13, without a logit 8, inverse 5.
+// fastflow_C::dequantize, its backward and its inverse on the CPU. Bytes per element, float32: 5 (with given
+// noise 9), backward 13 (without a logit 8), inverse 5.
 //
-// Elements are taken some two thousand at a time, of one sample or of several small ones, in an order that is
-// the same in all tensors: that of memory, or where noise is drawn or the result squeezed, the elements' own.
-// What lies in memory as the order has it is read and written there; all else, half precision too, passes
-// through buffers of a tile's size.
+// A tile has about two thousand elements of one sample, or of several small samples. All tensors are read and
+// written in the same order: the order of memory, or the logical order if noise is drawn or the result is
+// squeezed. Tiles that are contiguous in this order are processed in place; other layouts and dtypes are
+// copied through a scratch buffer.
 #include "stable.h"
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -29,16 +29,16 @@
 namespace fastflow::cpu {
 namespace {
 
-constexpr int64_t TILE = 2048;  // elements; a pair of rows that is squeezed is never cut, however long
-constexpr int64_t GRAIN = 16;   // tiles that are worth a thread
+constexpr int64_t TILE = 2048;  // elements; a pair of rows to squeeze is never split, even if it is longer
+constexpr int64_t GRAIN = 16;   // minimum number of tiles per thread
 
-// The arithmetic: whole vectors are read and written, `padded(count)` elements (gemm.h).
+// The arithmetic reads and writes whole vectors, `padded(count)` elements (gemm.h).
 
 template <typename T>
 struct PixelMap {
   bool logit;
-  T bins, slope, shift,
-      rest;  // p = (x + u) slope + shift, and with the rest 1 - p from what is left of the last bin
+  // p = (x + u) slope + shift;  1 - p = ((bins - x) - u) slope + rest
+  T bins, slope, shift, rest;
 
   PixelMap(int64_t n_bits, double scale, double shift_, bool logit_)
       : logit(logit_),
@@ -54,7 +54,7 @@ struct Dequantization {
   int64_t count;
   const uint8_t* x;
   const T* u;
-  T *y, *terms;  // of the log-det, with a logit
+  T *y, *terms;  // terms of the log-det; written with a logit
 };
 
 template <int BYTES, typename T>
@@ -79,7 +79,7 @@ template <typename T>
 struct DequantizationBackward {
   PixelMap<T> map;
   int64_t count;
-  const uint8_t* x;  // with a logit, as what follows
+  const uint8_t* x;  // x, u and dlog_det are read with a logit only
   const T *u, *dlog_det, *dy;
   T* du;
 };
@@ -109,8 +109,8 @@ struct Quantization {
   int64_t count;
   const T* y;
   uint8_t* x;
-  typename Simd<T, 16>::Integer* whole;  // room
-  T* terms;                              // as above
+  typename Simd<T, 16>::Integer* bin;  // scratch
+  T* terms;                            // of the log-det; written with a logit
 };
 
 template <int BYTES, typename T>
@@ -126,13 +126,13 @@ FASTFLOW_INLINE void quantize_elements_simd(const Quantization<T>& d) {
       p = (p < T(0) ? e : M::all(1)) / (e + T(1));
     }
     const auto v = (p - m.shift) * d.per_bin;
-    const auto whole = __builtin_convertvector(M::min(v > T(0) ? v : M::all(0), m.bins - 1),
-                                               typename M::I);  // NaN becomes 0
-    std::memcpy(d.whole + i, &whole, BYTES);
+    // NaN becomes 0
+    const auto bin = __builtin_convertvector(M::min(v > T(0) ? v : M::all(0), m.bins - 1), typename M::I);
+    std::memcpy(d.bin + i, &bin, BYTES);
   }
-  uint8_t* __restrict x = d.x;  // a loop of its own, so that it becomes vectors
-  const auto* __restrict whole = d.whole;
-  for (int64_t i = 0, count = padded(d.count); i < count; ++i) x[i] = static_cast<uint8_t>(whole[i]);
+  uint8_t* __restrict x = d.x;  // a separate loop, which the compiler vectorizes
+  const auto* __restrict bin = d.bin;
+  for (int64_t i = 0, count = padded(d.count); i < count; ++i) x[i] = static_cast<uint8_t>(bin[i]);
 }
 
 template <typename T>
@@ -164,22 +164,22 @@ FASTFLOW_MULTIVERSION(quantize_elements, Quantization<double>, quantize_elements
 FASTFLOW_MULTIVERSION(sum, Sum<float>, sum_simd)
 FASTFLOW_MULTIVERSION(sum, Sum<double>, sum_simd)
 
-// How batches are cut into tiles, and tensors seen through them.
+// Tiles of a batch, and views of tensors through them.
 
 struct Tile {
-  int64_t sample, samples, from, length;  // of each sample `length` elements, beginning with `from`
+  int64_t sample, samples, from, length;  // elements `from` to `from + length` of each sample
   int64_t count() const { return samples * length; }
 };
 
 struct Grid {
-  int64_t samples, elements;                 // of a sample
-  int64_t samples_per_tile, length, pieces;  // so many samples are a tile, or a piece of one is
+  int64_t samples, elements;                 // elements per sample
+  int64_t samples_per_tile, length, pieces;  // a tile is some samples, or a piece of one
 
-  // `unit`: how many elements stay samples_per_tile.
+  // `unit`: number of elements that must stay in one tile.
   Grid(const Tensor& x, int64_t unit) : samples(x.size(0)), elements(samples ? x.numel() / samples : 0) {
     samples_per_tile = std::max<int64_t>(1, TILE / std::max<int64_t>(1, elements));
-    const int64_t even = 16 / std::gcd<int64_t>(16, elements);  // of whole vectors, which need no buffer
-    if (samples_per_tile > even) samples_per_tile -= samples_per_tile % even;
+    const int64_t aligned = 16 / std::gcd<int64_t>(16, elements);  // whole vectors need no buffer
+    if (samples_per_tile > aligned) samples_per_tile -= samples_per_tile % aligned;
     length = std::min(elements, std::max(unit, TILE / unit * unit));
     pieces = elements ? (elements + length - 1) / length : 0;
   }
@@ -191,7 +191,7 @@ struct Grid {
   }
 };
 
-// The dimensions of a sample as a tile's elements are numbered through them, the last one fastest.
+// The order of a sample's dimensions in which elements are numbered, the last one fastest.
 std::vector<int64_t> order_of(const Tensor& like, bool by_memory) {
   std::vector<int64_t> order;
   for (int64_t d = 1; d < like.dim(); ++d) order.push_back(d);
@@ -229,7 +229,7 @@ void copy_run(T* tile, int64_t tile_step, E* memory, int64_t step, int64_t count
   else each(tile_step, step);
 }
 
-// An image, noise or what lies like them, as tiles see it.
+// A view of an image, noise or latent through tiles.
 class SampleView {
  public:
   SampleView(const Tensor& x, const std::vector<int64_t>& order) : SampleView(x) {
@@ -248,7 +248,7 @@ class SampleView {
     blocks_ = blocks_of(squeeze_order, x.size(1) / 4, x.stride(1));
   }
 
-  // Where a tile lies in memory as it would in a buffer of T, else null.
+  // The tile's address if it can be processed in place as T, otherwise null.
   template <typename T>
   T* in_place(const Tile& t) const {
     return is_dense(t) && dtype_ == TYPE<T> && t.count() % 16 == 0
@@ -312,21 +312,22 @@ class SampleView {
   int64_t height_ = 0, width_ = 0, row_ = 0, column_ = 0;  // of squeezed images
 };
 
-// An operand, or a result, of the arithmetic, with a thread's buffer for it.
+// An input or output of the arithmetic: the tile in place, or a copy in a buffer of the thread.
 template <typename T>
 class Operand {
  public:
   Operand(const SampleView& samples, const Grid& grid) : samples_(samples), buffer_(grid.capacity()) {
-    std::fill_n(buffer_.get(), grid.capacity(), T(0));  // vectors read beyond what a tile fills
+    std::fill_n(buffer_.get(), grid.capacity(),
+                T(0));  // vectors also read the elements after the end of a tile
   }
   const T* load(const Tile& t) const {
-    if (const T* there = samples_.in_place<T>(t)) return there;
+    if (const T* in_place = samples_.in_place<T>(t)) return in_place;
     samples_.copy<false>(t, buffer_.get());
     return buffer_.get();
   }
   T* output(const Tile& t) const {
-    T* there = samples_.in_place<T>(t);
-    return there ? there : buffer_.get();
+    T* in_place = samples_.in_place<T>(t);
+    return in_place ? in_place : buffer_.get();
   }
   void store(const Tile& t) const {
     if (!samples_.in_place<T>(t)) samples_.copy<true>(t, buffer_.get());
@@ -337,7 +338,7 @@ class Operand {
   const Buffer<T> buffer_;
 };
 
-// A thread's noise of a tile: that of its samples' elements, which blocks of eight are drawn for.
+// Draws the noise of a tile, in blocks of eight elements of a sample.
 template <typename T>
 class TileNoise {
  public:
@@ -365,8 +366,7 @@ class TileNoise {
   const Buffer<T> buffer_;
 };
 
-// Sums of a sample's terms, tile by tile: neither how many there are nor what they add up depends on the
-// number of threads.
+// Sums of each sample's terms by tiles, which do not depend on the number of threads.
 template <typename T>
 class LogDet {
  public:
@@ -375,7 +375,7 @@ class LogDet {
     double* to = grid_.pieces == 1 ? sums_.get() + t.sample : sums_.get() + i;
     for (int64_t s = 0; s < t.samples; ++s) sum({terms + s * t.length, t.length, to + s});
   }
-  // constant + sign * sum; without sums the constant.
+  // Writes constant + sign * sum; only the constant if there is no sign.
   void write(const Tensor& log_det, double constant, std::optional<double> sign) const {
     T* to = log_det.mutable_data_ptr<T>();
     for (int64_t n = 0; n < grid_.samples; ++n) {
@@ -390,9 +390,9 @@ class LogDet {
   const Buffer<double> sums_;
 };
 
-// A tensor of `dtype` that lies as torch.empty_like(like) does, or squeezed or unsqueezed as
-// fastflow.reference.squeeze leaves that.
-Tensor result_like(const Tensor& like, const std::optional<std::string>& squeeze_order, bool inverse,
+// A tensor of `dtype` with the strides of torch.empty_like(like), or squeezed or unsqueezed with those of
+// fastflow.reference.squeeze.
+Tensor output_like(const Tensor& like, const std::optional<std::string>& squeeze_order, bool inverse,
                    ScalarType dtype) {
   const Tensor flat = empty_like(like, dtype);
   if (!squeeze_order) return flat;
@@ -434,10 +434,11 @@ std::tuple<Tensor, Tensor> dequantize(const Tensor& x_, const std::optional<Tens
                                       double scale, double shift, bool logit,
                                       const std::optional<std::string>& squeeze_order, ScalarType dtype) {
   check("dequantize", x_, squeeze_order);
+  STD_TORCH_CHECK(noise.has_value() != seed.has_value(), "dequantize: noise, seed: got ",
+                  seed ? "both" : "neither", ", expected one of them");
   if (seed) expect_tensor("dequantize", "seed", *seed, {}, ScalarType::Long, x_);
-  else if (noise) expect_floating("dequantize", "noise", *noise, x_.sizes());
-  else STD_TORCH_CHECK(false, "dequantize: noise: got None without a seed, expected noise or a seed");
-  const Tensor y_ = result_like(x_, squeeze_order, false, dtype);
+  else expect_floating("dequantize", "noise", *noise, x_.sizes());
+  const Tensor y_ = output_like(x_, squeeze_order, false, dtype);
   const Tensor log_det_ = empty(x_, {x_.size(0)}, accumulator_of(dtype));
   const std::vector<int64_t> order = order_of(y_, noise && !squeeze_order);
   const SampleView x(x_, order), y = continuous_of(y_, order, squeeze_order), u(noise ? *noise : x_, order);
@@ -512,7 +513,7 @@ std::tuple<Tensor, Tensor> dequantize_inverse(const Tensor& y_, int64_t n_bits, 
                                               bool logit, const std::optional<std::string>& squeeze_order) {
   expect_batch("dequantize_inverse", "y", y_);
   if (squeeze_order) expect_squeezable("dequantize_inverse", "y", y_, true);
-  const Tensor x_ = result_like(y_, squeeze_order, true, ScalarType::Byte);
+  const Tensor x_ = output_like(y_, squeeze_order, true, ScalarType::Byte);
   const Tensor log_det_ = empty(y_, {y_.size(0)}, accumulator_of(y_.scalar_type()));
   const std::vector<int64_t> order = order_of(x_, !squeeze_order);
   const SampleView x(x_, order), y = continuous_of(y_, order, squeeze_order);
@@ -525,11 +526,11 @@ std::tuple<Tensor, Tensor> dequantize_inverse(const Tensor& y_, int64_t n_bits, 
       const Operand<uint8_t> pixels(x, grid);
       const Operand<T> latents(y, grid);
       const Buffer<T> terms(grid.capacity());
-      const Buffer<typename Simd<T, 16>::Integer> whole(grid.capacity());
+      const Buffer<typename Simd<T, 16>::Integer> bins(grid.capacity());
       for (int64_t i = begin; i < end; ++i) {
         const Tile tile = grid[i];
         quantize_elements({map, static_cast<T>(std::ldexp(1., n_bits) / scale), tile.count(),
-                           latents.load(tile), pixels.output(tile), whole.get(), terms.get()});
+                           latents.load(tile), pixels.output(tile), bins.get(), terms.get()});
         pixels.store(tile);
         if (logit) log_det.add(i, tile, terms.get());
       }

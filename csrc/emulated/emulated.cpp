@@ -1,4 +1,4 @@
-// fastflow_emulated::configure and raise_singular: what a test asks of the emulation itself.
+// fastflow_emulated::configure and raise_singular, for tests.
 #include "stable.h"
 
 #include "emulated/emulated.h"

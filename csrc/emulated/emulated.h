@@ -1,6 +1,5 @@
 #pragma once
-// Runs a CUDA kernel of csrc/ on the CPU, block by block and phase by phase: a device for tests, not for
-// computing.
+// Runs a CUDA kernel of csrc/ on the CPU, block by block and phase by phase, for tests.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -26,17 +25,17 @@ class EmulatedBlock {
     for (int thread : threads_) f(thread);
   }
 
-  // Taken from the block's shared memory, one after the other.
+  // Allocates from the block's shared memory.
   template <typename T>
   Span<T> shared(int64_t size) {
     Span<T> taken{reinterpret_cast<T*>(memory_ + used_), size};
     used_ += (size * int64_t(sizeof(T)) + 15) / 16 * 16;
     if (used_ > bytes_)
-      throw std::out_of_range("fastflow: a block takes more shared memory than its launch gives");
+      throw std::out_of_range("fastflow: a block uses more shared memory than its launch provides");
     return taken;
   }
 
-  // What a thread keeps from phase to phase; registers on a GPU.
+  // Values that a thread keeps between phases; registers on a GPU.
   template <typename T>
   class PerThread {
    public:
@@ -55,17 +54,17 @@ class EmulatedBlock {
 };
 
 struct Emulated {
-  static constexpr bool DOUBLE = true;  // so that float64 can tell a wrong index from rounding
+  static constexpr bool DOUBLE = true;  // float64 distinguishes a wrong index from rounding
   struct Guard {
     template <class Tensor>
     explicit Guard(const Tensor&) {}
   };
 
-  // One, so that blocks take several tiles of small tensors too; a test sets another number.
+  // One by default, so that blocks process several tiles of small tensors too; tests can change it.
   static inline int64_t processors = 1;
   static int64_t multiprocessors() { return processors; }
 
-  // The order of threads and blocks: 0 ascending, 1 descending, another number shuffles them.
+  // The order of threads and blocks: 0 ascending, 1 descending, any other number is the seed of a shuffle.
   static inline int64_t order = 0;
 
   template <class Kernel>
@@ -74,13 +73,13 @@ struct Emulated {
     std::unique_ptr<unsigned char, decltype(&std::free)> memory(
         static_cast<unsigned char*>(std::aligned_alloc(64, shared_bytes / 64 * 64 + 64)), &std::free);
     for (int64_t index : ordered<int64_t>(blocks)) {
-      std::memset(memory.get(), 0xff, shared_bytes);  // NaN, so that what no thread wrote is seen
+      std::memset(memory.get(), 0xff, shared_bytes);  // NaN, so that reads of unwritten memory are detected
       EmulatedBlock block(index, blocks, threads, memory.get(), shared_bytes);
       kernel(block);
     }
   }
 
-  // Where a kernel says that a matrix is singular; see singular.h.
+  // The word in which kernels report singular matrices; see singular.h.
   static int64_t* fault_word() {
     static int64_t slot = 0;
     return &slot;

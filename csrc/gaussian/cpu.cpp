@@ -1,7 +1,7 @@
 // fastflow_C::gaussian_log_prob and its backward on the CPU, tile by tile (tiles.h).
 //
-// Bytes an element of z, float32: log-density 4, with a mean and a log scale for each element 12; backward 8
-// (z, dz) and 24.
+// Bytes per element of z, float32: log-density 4, with a mean and a log scale per element 12; backward 8 (z,
+// dz) and 24.
 #include "stable.h"
 
 #include <algorithm>
@@ -17,11 +17,10 @@
 namespace fastflow::cpu {
 namespace {
 
-constexpr int64_t GRAIN = 32;  // tiles that are worth a thread: waking one costs some 10 us
+constexpr int64_t GRAIN = 32;  // minimum number of tiles per thread: starting a thread costs about 10 us
 constexpr double LOG_2PI = 1.8378770664093454836;
 
-// Of e = (z - mean) / scale. The scale of a channel comes as its reciprocal, that of an element as its
-// logarithm.
+// Operands of e = (z - mean) / scale: the reciprocal scale per channel, or the log scale per element.
 template <typename T>
 struct Density {
   VectorLoop lines;
@@ -30,24 +29,24 @@ struct Density {
   bool standard() const { return !mean.data && !reciprocal.data && !log_scale.data; }
 };
 
-// e^2 and twice the log scale of each element: themselves, or their sum.
+// Writes e^2 + 2 log scale of each element.
 template <typename T>
 struct DensityTerms : Density<T> {
   T* terms;
 };
 
 template <typename T>
-struct DensitySum : Density<T> {
+struct DensitySum : Density<T> {  // the sum of these terms
   double* sum;
 };
 
 template <typename T>
 struct DensityBackward : Density<T> {
   OperandView<T> dlog_prob;
-  T *dz, *dmean, *dlog_scale;  // null: not wanted
+  T *dz, *dmean, *dlog_scale;  // dmean and dlog_scale may be null
 };
 
-// e, and what z - mean was multiplied by.
+// e, and the reciprocal of the scale.
 template <bool STANDARD, typename M, typename T, typename V = typename M::V>
 FASTFLOW_INLINE V standardized(const Density<T>& d, int64_t l, int64_t i, V& reciprocal) {
   V e = M::load(d.z + i);
@@ -68,8 +67,7 @@ FASTFLOW_INLINE V term(const Density<T>& d, int64_t l, int64_t i) {
 
 template <int BYTES, typename T>
 FASTFLOW_INLINE void density_terms_simd(const DensityTerms<T>& given) {
-  const DensityTerms<T> d =
-      given;  // a store may change what is given by reference, as far as the compiler knows
+  const DensityTerms<T> d = given;  // a copy: the compiler assumes that a store may change `given`
   using M = SimdMath<T, BYTES>;
   int64_t i = 0;
   for (int64_t l = 0; l < d.lines.count; ++l)
@@ -82,8 +80,7 @@ FASTFLOW_INLINE double sum_of_density(const Density<T>& d) {
   using M = SimdMath<T, BYTES>;
   constexpr int64_t C = M::COUNT, PARTS = STANDARD ? 4 : 1;
   const int64_t lines = STANDARD ? 1 : d.lines.count, length = d.lines.count * d.lines.length / lines;
-  typename M::V parts[PARTS] =
-      {};  // several, so that an addition need not wait for the last; an exp takes longer
+  typename M::V parts[PARTS] = {};  // several, so that additions do not wait for each other
   double total = 0;
   int64_t i = 0;
   for (int64_t l = 0; l < lines; ++l) {
@@ -92,7 +89,7 @@ FASTFLOW_INLINE double sum_of_density(const Density<T>& d) {
       for (int64_t j = 0; j < PARTS; ++j) parts[j] += term<STANDARD, M>(d, l, i + j * C);
     for (; i + C <= end; i += C) parts[0] += term<STANDARD, M>(d, l, i);
     if (i == end) continue;
-    const typename M::V rest = term<STANDARD, M>(d, l, i);  // of which not all is there
+    const typename M::V rest = term<STANDARD, M>(d, l, i);  // the last, incomplete vector
     for (int64_t j = 0; i < end; ++i, ++j) total += rest[j];
   }
   for (int64_t j = 1; j < PARTS; ++j) parts[0] += parts[j];
@@ -133,7 +130,7 @@ FASTFLOW_MULTIVERSION(density_sum, DensitySum<double>, density_sum_simd)
 FASTFLOW_MULTIVERSION(density_backward, DensityBackward<float>, density_backward_simd)
 FASTFLOW_MULTIVERSION(density_backward, DensityBackward<double>, density_backward_simd)
 
-// A mean or log scale: none, of each channel, or of each element.
+// A mean or log scale: absent, per channel, or per element.
 template <typename acc>
 struct Parameter {
   std::optional<Buffer<acc>> channel;
@@ -147,8 +144,8 @@ struct Parameter {
 
 template <typename acc>
 struct Parameters {
-  Parameter<acc> mean, log_scale;  // of the latter's channels e^-s is kept
-  double sum_of_channels = 0;      // of their log scale
+  Parameter<acc> mean, log_scale;  // a log scale per channel is replaced by e^-s
+  double sum_of_channels = 0;      // of the log scale
 
   Parameters(const std::optional<Tensor>& mean_, const std::optional<Tensor>& log_scale_, const Grid& grid)
       : mean(mean_, grid), log_scale(log_scale_, grid) {
@@ -158,7 +155,7 @@ struct Parameters {
   }
 };
 
-// A thread's view of a term.
+// A mean or log scale as operands of a tile.
 template <typename acc>
 class TileParameter {
  public:
@@ -216,7 +213,7 @@ void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_,
   }
 }
 
-// Where a term's gradient goes: into a tensor like it, or where it is one of channels into sums.
+// The gradient of a mean or log scale: written per element, or summed per channel.
 template <typename acc>
 class TileGradient {
  public:
@@ -246,7 +243,7 @@ class TileGradient {
   acc* of_elements_ = nullptr;
 };
 
-// What a term's gradient is returned as.
+// The tensor of the gradient of a mean or log scale.
 class Gradient {
  public:
   Gradient(const Tensor& z, const std::optional<Tensor>& term) {
@@ -256,7 +253,7 @@ class Gradient {
   std::optional<Channels> each(const Grid& grid) const {
     return each_ ? std::optional(Channels(each_->kernel_output(), 0, 1, grid)) : std::nullopt;
   }
-  Tensor laid_out(const double* sums) {
+  Tensor finalize(const double* sums) {
     if (each_) return each_->finalize();
     for_dtype(channel_.scalar_type(), [&](auto value) { write<decltype(value)>(channel_, sums); });
     return channel_;
@@ -267,7 +264,7 @@ class Gradient {
   Tensor channel_;
 };
 
-// The channels' gradients become sums: [2, channels] in the first slot's place, of [slots, 2, channels].
+// `sums`: [slots, 2, channels]; the first slot receives the gradients per channel.
 template <typename acc>
 void backward_of(const Tensor& z_, const std::optional<Tensor>& mean_,
                  const std::optional<Tensor>& log_scale_, const Tensor& dlog_prob_, const Grid& grid,
@@ -350,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_backward(const Tensor& z,
                                with_position_stride(log_scale), dlog_prob, grid, slots, dz.kernel_output(),
                                dmean, dlog_scale, sums.get());
   });
-  return {dz.finalize(), dmean.laid_out(sums.get()), dlog_scale.laid_out(sums.get() + grid.channels)};
+  return {dz.finalize(), dmean.finalize(sums.get()), dlog_scale.finalize(sums.get() + grid.channels)};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// fastflow_C::lu_weight and its backward on the CPU: W = (L (U + diag s))[perm], its inverse and log|det|, of
-// a stack.
+// fastflow_C::lu_weight and its backward on the CPU: W = (L (U + diag s))[perm], its inverse and log|det|,
+// for a stack of matrices.
 #include "stable.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace fastflow::cpu {
 namespace {
 
-// A stack of matrices [K, rows, columns], or of vectors [K, rows], through its strides.
+// A stack of matrices [K, rows, columns], or of vectors [K, rows], with any strides.
 template <typename T>
 struct Stack {
   const T* data;
@@ -27,7 +27,7 @@ struct Stack {
   T operator()(int64_t k, int64_t i = 0, int64_t j = 0) const { return data[k * batch + i * row + j * col]; }
 };
 
-// Where a matrix of up to C x C lies in a thread's memory.
+// A matrix of up to C x C in a thread's memory.
 template <typename T>
 struct Square {
   T* data;
@@ -47,13 +47,13 @@ class Squares {
   Buffer<T> memory_;
 };
 
-// c = a b, a (transposed) through strides.
+// c = a b; a may be transposed by its strides.
 template <typename T>
 void multiply(int64_t n, const T* a, int64_t a_row, int64_t a_col, const Square<T>& b, const Square<T>& c) {
   gemm({n, b.row, n, a, a_row, a_col, b.data, b.row, c.data, c.row});
 }
 
-// L and U with their diagonals, each triangle's other half 0.
+// Loads L and U with their diagonals, zero in the other triangle.
 template <typename T>
 void load_factors(int64_t k, int64_t n, const Stack<T>& lower, const Stack<T>& upper, const T* s,
                   const Square<T>& L, const Square<T>& U) {
@@ -65,17 +65,17 @@ void load_factors(int64_t k, int64_t n, const Stack<T>& lower, const Stack<T>& u
   }
 }
 
-// Matrices of a stack that are worth a thread: waking one costs some 10 us.
+// Minimum number of matrices per thread: starting a thread costs about 10 us.
 int64_t grain_of(int64_t n) { return std::max<int64_t>(1, (1 << 17) / (n * n * (n + 16))); }
 
 void check_permutation(const char* op, const Stack<int64_t>& perm, int64_t K, int64_t n) {
   for (int64_t k = 0; k < K; ++k) {
-    uint64_t named = 0;  // n is at most 64
+    uint64_t seen = 0;  // n is at most 64
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = perm(k, i);
-      STD_TORCH_CHECK(0 <= row && row < n && !(named >> row & 1), op, ": perm of matrix ", k, " has ", row,
-                      " at place ", i, ", expected each of 0 to ", n - 1, " once");
-      named |= uint64_t(1) << row;
+      STD_TORCH_CHECK(0 <= row && row < n && !(seen >> row & 1), op, ": perm of matrix ", k, ": got ", row,
+                      " at index ", i, ", expected each of 0 to ", n - 1, " once");
+      seen |= uint64_t(1) << row;
     }
   }
 }
@@ -143,7 +143,7 @@ void run_backward(const Tensor& perm_, const Tensor& lower_, const Tensor& upper
     for (int64_t k = begin; k < end; ++k) {
       for (int64_t i = 0; i < n; ++i) s.get()[i] = sign_s(k, i) * std::exp(log_s(k, i));
       load_factors(k, n, lower, upper, s.get(), L, U);
-      // dA is what W^-1's gradient adds to W's, its rows put back in the order of A = L U
+      // dA: the gradient of W plus the contribution of W^-1, with rows in the order of A = L U
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < n; ++j) transposed(i, j) = inverse(k, j, i);
         std::fill(&transposed(i, n), &transposed(i, 0) + transposed.row, T(0));

@@ -1,9 +1,9 @@
 #pragma once
-// The weights of a stack of LU-parameterized 1x1 convolutions, C <= 64, a block for each matrix, as CUDA
-// kernels in the words of block.h; see docs/maths.md for the formulas.
+// The weights of a stack of LU-parameterized 1x1 convolutions, C <= 64: CUDA kernels written for block.h, one
+// block per matrix. docs/maths.md has the formulas.
 //
 // Bound: the launch. A stack of K = 32, C = 48 is 0.6 MB in and out and 16 million operations on 32
-// multiprocessors; what takes time is the 48 dependent steps of the inversion, each a barrier, so both
+// multiprocessors. The time is that of the 48 dependent steps of the inversion, each with a barrier, so both
 // triangles are inverted in the same steps.
 #include <cmath>
 #include <tuple>
@@ -16,8 +16,8 @@
 
 namespace fastflow {
 
-// C x C numbers in shared memory, rows an odd distance apart: rows and columns are both read without bank
-// conflicts.
+// A C x C matrix in shared memory. The distance of rows is odd, so rows and columns are both read without
+// bank conflicts.
 template <typename T>
 struct Square {
   Span<T> span;
@@ -25,8 +25,8 @@ struct Square {
   FASTFLOW_HD T& operator()(int i, int j) const { return span[i * stride + j]; }
 };
 
-// out(i, j, sum over k of a(i, k) b(k, j)), sixteen results a thread; rows and columns of the sixteen lie a
-// quarter of C apart, so that neighbouring threads read neighbouring numbers.
+// Calls out(i, j, sum over k of a(i, k) b(k, j)). A thread computes sixteen results, whose rows and columns
+// are a quarter of C apart, so that neighboring threads read neighboring numbers.
 template <int THREADS, typename T, class A, class B, class Out>
 FASTFLOW_HD void product(int thread, int channels, A a, B b, Out out) {
   const int side = (channels + 3) / 4;
@@ -35,7 +35,7 @@ FASTFLOW_HD void product(int thread, int channels, A a, B b, Out out) {
     T sum[4][4] = {};
     FASTFLOW_UNROLL
     for (int r = 0; r < 4; ++r) {
-      // a place that does not exist reads another's numbers, and is not written
+      // an index past the end reads the last row or column and is not written
       i[r] = tile / side + r * side < channels ? tile / side + r * side : channels - 1;
       j[r] = tile % side + r * side < channels ? tile % side + r * side : channels - 1;
     }
@@ -73,12 +73,12 @@ struct Factors {
   Stack<const T> lower, upper, log_s, sign_s;
 
   FASTFLOW_HD T diagonal(int64_t k, int i) const { return sign_s(k, i) * std::exp(log_s(k, i)); }
-  // row i of W is this row of L U; 0 for a number that names none
+  // the row of L U that is row i of W; 0 if perm is out of range
   FASTFLOW_HD int row(int64_t k, int channels, int i) const {
     const int64_t row = perm(k, i);
     return row >= 0 && row < channels ? static_cast<int>(row) : 0;
   }
-  // element (i, j) of L or U of matrix k, whatever is stored in the other triangle
+  // element (i, j) of L or U of matrix k; ignores the other triangle in memory
   FASTFLOW_HD T l(int64_t k, int channels, int i, int j) const {
     return i > j ? lower(k, i * channels + j) : T(i == j);
   }
@@ -87,8 +87,8 @@ struct Factors {
   }
 };
 
-// W = (L U)[perm], W^-1 = (U^-1 L^-1)[:, perm], log_det. Both triangles are inverted by rows, column by
-// column of the triangle: a pivot's row is taken, times the column, from all rows beyond it.
+// W = (L U)[perm], W^-1 = (U^-1 L^-1)[:, perm], log_det. Both triangles are inverted by elimination, column
+// by column: the pivot's row times the column is subtracted from all rows beyond the pivot.
 template <typename T>
 struct LUWeightKernel {
   static constexpr int THREADS = 256, RESIDENT = 1, HALF = THREADS / 2, ROWS = 8, COLUMNS = HALF / ROWS;
@@ -134,13 +134,13 @@ struct LUWeightKernel {
           thread, channels, [&](int i, int q) { return l(perm[i], q); },
           [&](int q, int j) { return u(q, j); },
           [&](int i, int j, T sum) { weight(k, i * channels + j) = sum; });
-      if (thread == THREADS - 1) {  // the last to get a product, where there are as many
+      if (thread == THREADS - 1) {  // the last thread, the least likely to have a product
         T sum = 0;
-        uint64_t named = 0;
+        uint64_t seen = 0;
         for (int i = 0; i < channels; ++i) {
           sum += log_s[i];
-          if (named >> perm[i] & 1) *fault = encode_fault(Fault::perm_of_lu_weight, k, i);
-          named |= uint64_t(1) << perm[i];
+          if (seen >> perm[i] & 1) *fault = encode_fault(Fault::perm_of_lu_weight, k, i);
+          seen |= uint64_t(1) << perm[i];
         }
         log_det[k] = sum;
       }
@@ -194,7 +194,7 @@ struct LUWeightBackwardKernel {
       for (int at = thread; at < channels * channels; at += THREADS)
         to(at / channels, at % channels) = value(at / channels, at % channels);
     };
-    // first = W^-1, second = its gradient
+    // first = W^-1, second = the gradient of W^-1
     block.phase([&](int thread) {
       fill(thread, first, [&](int i, int j) { return weight_inverse(k, i * channels + j); });
       fill(thread, second, [&](int i, int j) { return dweight_inverse(k, i * channels + j); });
@@ -204,7 +204,7 @@ struct LUWeightBackwardKernel {
           thread, channels, [&](int i, int q) { return first(q, i); },
           [&](int q, int j) { return second(q, j); }, [&](int i, int j, T sum) { third(i, j) = sum; });
     });
-    // second = the gradient of L U, rows put back
+    // second = the gradient of L U, with rows in its order
     block.phase([&](int thread) {
       product<THREADS, T>(
           thread, channels, [&](int i, int q) { return third(i, q); },

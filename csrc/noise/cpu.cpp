@@ -1,5 +1,7 @@
-// fastflow_C::uniform_noise and normal_noise: [n, d] numbers from Philox4x32-10 (Salmon et al., SC'11), the
-// same bits as fastflow/reference.py has, normal ones to rounding. 4 bytes an element of float32, written.
+// fastflow_C::uniform_noise and normal_noise: [n, d] numbers from Philox4x32-10 (Salmon et al., SC'11).
+//
+// Uniform numbers have the bits of the reference (fastflow/ops/noise/reference.py); normal numbers agree with
+// it to rounding. 4 bytes per float32 number, written.
 #include "stable.h"
 
 #include "noise/noise.h"
@@ -15,23 +17,22 @@ namespace {
 
 enum Stream : uint32_t { UNIFORM_STREAM, NORMAL_STREAM };  // the second word of the counter
 
-constexpr int64_t BLOCKS = 64;      // blocks that are computed at once, in vectors of one word of each
-constexpr int64_t GRAIN = 1 << 12;  // blocks that are worth a thread
+constexpr int64_t BLOCKS = 64;      // blocks computed together, in vectors of one word of each
+constexpr int64_t GRAIN = 1 << 12;  // minimum number of blocks per thread
 
 struct alignas(64) Words {
   uint32_t word[4][BLOCKS];
 };
 
-// Counters, and the words made of them: counter (block, stream, low and high word of the sample), key the
-// seed's two words.
+// Computes words from counters (block, stream, low and high word of the sample). The key is the two words of
+// the seed.
 FASTFLOW_INLINE void philox(uint64_t seed, Stream stream, const Words& counters, Words& words) {
   const uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
   for (int64_t i = 0; i < BLOCKS; ++i) {
     uint32_t c0 = counters.word[0][i], c1 = stream, c2 = counters.word[2][i], c3 = counters.word[3][i],
              k0 = low, k1 = high;
 #pragma GCC unroll 10
-    for (int round = 0; round < 10;
-         ++round) {  // unrolled, so that the loop around it is the one that becomes vectors
+    for (int round = 0; round < 10; ++round) {  // unrolled, so that the outer loop is vectorized
       const uint64_t p0 = uint64_t(c0) * 0xD2511F53, p1 = uint64_t(c2) * 0xCD9E8D57;
       c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, c1 = static_cast<uint32_t>(p1);
       c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1, c3 = static_cast<uint32_t>(p0);
@@ -41,7 +42,7 @@ FASTFLOW_INLINE void philox(uint64_t seed, Stream stream, const Words& counters,
   }
 }
 
-// Multiples of 2^-16: the low, then the high half of each word.
+// Multiples of 2^-16 from the low, then the high half of each word.
 template <typename T>
 FASTFLOW_INLINE void uniform(const Words& words, T* __restrict to) {
   for (int64_t i = 0; i < BLOCKS; ++i)
@@ -51,7 +52,7 @@ FASTFLOW_INLINE void uniform(const Words& words, T* __restrict to) {
     }
 }
 
-// By Box and Muller, from the word pairs (0, 1) and (2, 3).
+// Box-Muller transform of the word pairs (0, 1) and (2, 3).
 template <int BYTES, typename T>
 FASTFLOW_INLINE void normal(const Words& words, T* __restrict to) {
   using M = SimdMath<T, BYTES>;
@@ -119,11 +120,11 @@ void fill(const Tensor& out, uint64_t seed, uint64_t offset, void (*numbers)(con
   const int64_t n = out.size(0), d = out.size(1), each = (d + EACH - 1) / EACH;
   T* const to = out.mutable_data_ptr<T>();
   torch::stable::parallel_for(0, n * each, GRAIN, [&](int64_t begin, int64_t end) {
-    const auto drawn = [&](int64_t i, int64_t blocks, T* there) {
-      numbers({seed, offset + static_cast<uint64_t>(i / each), each, i % each, blocks, there});
+    const auto drawn = [&](int64_t i, int64_t blocks, T* out) {
+      numbers({seed, offset + static_cast<uint64_t>(i / each), each, i % each, blocks, out});
     };
     if (d == each * EACH) return drawn(begin, end - begin, to + begin * EACH);
-    T buffer[EACH * BLOCKS];  // where a sample's last block has numbers that are none of its
+    T buffer[EACH * BLOCKS];  // the last block of a sample has more numbers than it needs
     for (int64_t i = begin; i < end; i += BLOCKS) {
       const int64_t blocks = std::min(BLOCKS, end - i);
       drawn(i, blocks, buffer);

@@ -4,16 +4,16 @@
 
 namespace fastflow::cpu {
 
-// Numbers of some blocks, one block after the other, also from one sample into the next.
+// Numbers of consecutive blocks, which may span several samples.
 template <typename T>
 struct Draw {
-  uint64_t seed, sample;  // sample: of the first block, counted through the whole batch
-  int64_t each;           // blocks of a sample
-  int64_t block, blocks;  // the first one within its sample, and how many
+  uint64_t seed, sample;  // sample: index of the first block's sample in the whole batch
+  int64_t each;           // blocks per sample
+  int64_t block, blocks;  // index of the first block in its sample, and number of blocks
   T* to;
 };
 
-constexpr int64_t UNIFORM = 8, NORMAL = 4;  // numbers of a block
+constexpr int64_t UNIFORM = 8, NORMAL = 4;  // numbers per block
 void draw_uniform(const Draw<float>&);
 void draw_uniform(const Draw<double>&);
 void draw_normal(const Draw<float>&);

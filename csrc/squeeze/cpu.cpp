@@ -1,9 +1,9 @@
-// fastflow_C::squeeze on the CPU, both directions: 2x2 blocks of pixels into channels. Nothing is computed,
-// so that elements move as integers of their size: 8 bytes an element of float32, read once and written once.
+// fastflow_C::squeeze on the CPU, both directions: 2x2 blocks of pixels into channels. Elements are copied as
+// integers of their size. 8 bytes per float32 element: read once and written once.
 //
-// Both sides are walked a row of blocks at a time. Planes (a channel's pixels side by side, NCHW) take pairs
-// of pixels apart, and rows (a pixel's channels side by side, channels_last) move all channels of a block.
-// Other strides are walked like planes.
+// Both sides are processed one row of blocks at a time. With planes (contiguous pixels, NCHW) pairs of pixels
+// are separated; with rows (contiguous channels, channels_last) all channels of a block are copied together.
+// Other strides are processed like planes.
 #include "stable.h"
 
 #include <algorithm>
@@ -19,10 +19,9 @@
 namespace fastflow::cpu {
 namespace {
 
-constexpr int64_t GRAIN = 1 << 15;  // elements that are worth a thread
+constexpr int64_t GRAIN = 1 << 15;  // minimum number of elements per thread
 
-// Image [N, C, 2H, 2W] and squeezed [N, 4C, H, W], strides in elements: all of `lines` begin to end go from
-// one to the other.
+// Copies lines begin to end between image [N, C, 2H, 2W] and squeezed [N, 4C, H, W]; strides in elements.
 struct Move {
   bool inverse, rows;
   size_t itemsize;
@@ -31,17 +30,17 @@ struct Move {
   int64_t image_n, image_c, image_h, image_w;
   int64_t squeezed_n, squeezed_h, squeezed_w;
   Blocks blocks;
-  int64_t begin, end;  // of rows n * H + i, or of planes (n * C + c) * H + i
+  int64_t begin, end;  // line index: n * H + i for rows, (n * C + c) * H + i for planes
 };
 
-// `a` is the image's, `b` the squeezed one's.
+// a: an element of the image, b: of the squeezed image.
 template <bool INVERSE, typename T>
 FASTFLOW_INLINE void move(T& a, T& b) {
   if (INVERSE) a = b;
   else b = a;
 }
 
-// Pairs of pixels of a row of an image, and the first ones and the second ones of all pairs.
+// Pairs of pixels of an image row, and the first and the second pixels of all pairs.
 template <bool INVERSE, typename T>
 FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict first, T* __restrict second,
                                 int64_t to_step, int64_t count) {
@@ -53,8 +52,8 @@ FASTFLOW_INLINE void move_pairs(T* __restrict row, int64_t step, T* __restrict f
 
 template <bool INVERSE, typename T>
 FASTFLOW_INLINE void move_planes(const Move& m) {
-  int64_t i = m.begin % m.h, c = m.begin / m.h % m.c,
-          n = m.begin / m.h / m.c;  // counted on: a line may be short for divisions
+  // counters instead of divisions per line: lines may be short
+  int64_t i = m.begin % m.h, c = m.begin / m.h % m.c, n = m.begin / m.h / m.c;
   for (int64_t line = m.begin; line < m.end; ++line) {
     T* image = reinterpret_cast<T*>(m.image) + n * m.image_n + c * m.image_c + 2 * i * m.image_h;
     T* squeezed =
@@ -74,8 +73,8 @@ template <bool INVERSE, typename T>
 FASTFLOW_INLINE void move_run(T* __restrict image, T* __restrict squeezed, int64_t count) {
   T *to = INVERSE ? image : squeezed, *from = INVERSE ? squeezed : image;
   int64_t i = 0;
-  if (count >=
-      4) {  // by fours, the last of which may overlap its neighbour: most runs are too short for a call
+  if (count >= 4) {
+    // by fours, the last of which may overlap the previous one: most runs are too short for a call of memcpy
     std::memcpy(to + count - 4, from + count - 4, 4 * sizeof(T));
     for (; i + 4 <= count; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(T));
     return;
@@ -83,13 +82,13 @@ FASTFLOW_INLINE void move_run(T* __restrict image, T* __restrict squeezed, int64
   for (; i < count; ++i) to[i] = from[i];
 }
 
-// C: the number of channels where the compiler is to know it, else 0.
+// C: the number of channels if known at compile time, otherwise 0.
 template <int C, bool INVERSE, typename T>
 FASTFLOW_INLINE void move_rows(const Move& m) {
   const int64_t channels = C ? C : m.c;
-  // the four pixels of a channel lie side by side
+  // the four pixels of a channel are contiguous
   const bool interleaved = m.blocks.channel == 4;
-  // the pixels of a row of a block, before and after
+  // both pixels of a row of a block are contiguous on both sides
   const bool pairs = m.image_w == channels && m.blocks.pixel[1] == channels &&
                      m.blocks.pixel[3] - m.blocks.pixel[2] == channels;
   for (int64_t line = m.begin; line < m.end; ++line) {
@@ -119,8 +118,8 @@ FASTFLOW_INLINE void move_rows(const Move& m) {
 
 template <typename T>
 FASTFLOW_INLINE void move_elements(const Move& m) {
-  if (m.rows && m.c == 3)
-    m.inverse ? move_rows<3, true, T>(m) : move_rows<3, false, T>(m);  // of images of colours
+  if (m.rows && m.c == 3)  // color images
+    m.inverse ? move_rows<3, true, T>(m) : move_rows<3, false, T>(m);
   else if (m.rows) m.inverse ? move_rows<0, true, T>(m) : move_rows<0, false, T>(m);
   else m.inverse ? move_planes<true, T>(m) : move_planes<false, T>(m);
 }

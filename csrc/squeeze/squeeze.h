@@ -1,5 +1,5 @@
 #pragma once
-// Where squeeze's orders put the pixels of a block, for the ops that squeeze.
+// Channel orders of squeeze, for the ops that squeeze.
 #include <cstdint>
 #include <string>
 
@@ -8,8 +8,8 @@
 namespace fastflow::cpu {
 
 struct Blocks {
-  int64_t channel;   // in squeezed memory, from a channel of the image to the next
-  int64_t pixel[4];  // and from a block's first pixel to pixel (k / 2, k % 2)
+  int64_t channel;   // offset in squeezed memory between channels of the image
+  int64_t pixel[4];  // and from the first pixel of a block to pixel (k / 2, k % 2)
 };
 
 inline void expect_squeezable(const char* op, const char* name, const Tensor& x, bool inverse) {
@@ -19,7 +19,7 @@ inline void expect_squeezable(const char* op, const char* name, const Tensor& x,
                   to_string(x.sizes()), ", expected an even height and width");
 }
 
-// `step`: the stride of the channels of squeezed images, of which there are 4 * channels.
+// `channels`: of the image; `step`: the channel stride of the squeezed image.
 inline Blocks blocks_of(const std::string& order, int64_t channels, int64_t step) {
   if (order == "channel") return {4 * step, {0, step, 2 * step, 3 * step}};
   const int64_t pixel = channels * step;

@@ -11,9 +11,9 @@
 namespace fastflow::cpu {
 namespace {
 
-// Columns of B that are solved together, in a buffer of their own: rows of X lie m apart, and where m is a
-// power of two they would all fall on the same cache sets. So few rows as a set has ways need none, and take
-// more columns.
+// Columns of B that are solved together in a separate buffer: rows of X are m apart, and if m is a power of
+// two they would all map to the same cache sets. Up to FEW_ROWS rows, as many as a set has ways, need no
+// buffer and use more columns.
 constexpr int64_t WIDTH = 64, FEW_ROWS = 8, WIDTH_OF_FEW_ROWS = 1024;
 
 template <typename T>
@@ -26,7 +26,7 @@ void solve(const Tensor& A, const Tensor& B, const Tensor& X, bool lower, bool u
   const T* b_ptr = B.const_data_ptr<T>();
   T* x_ptr = X.mutable_data_ptr<T>();
   const int64_t a_batch = A.stride(0), b_batch = B.stride(0), b_col = B.stride(2);
-  // Upper triangles are solved from their last row on, as lower ones whose strides are negative.
+  // Upper triangles are solved from the last row, like lower ones with negative strides.
   const int64_t sign = lower ? 1 : -1, last = lower ? 0 : n - 1;
   const int64_t a_row = sign * A.stride(1), a_col = sign * A.stride(2), b_row = sign * B.stride(1),
                 x_row = sign * m;
@@ -34,7 +34,7 @@ void solve(const Tensor& A, const Tensor& B, const Tensor& X, bool lower, bool u
   b_ptr += last * B.stride(1);
   x_ptr += last * m;
   FirstSingular singular(n);
-  // waking a thread costs some 10 us, in which this many products are summed
+  // starting a thread costs about 10 us, the time of this many products
   const int64_t grain = std::max<int64_t>(1, (1 << 19) / (n * (n + 16) * std::max<int64_t>(row_size, 4)));
   torch::stable::parallel_for(0, K * blocks, grain, [&](int64_t begin, int64_t end) {
     const Buffer<T> memory(n * (row_size + 1));
@@ -77,8 +77,7 @@ Tensor triangular_solve(const Tensor& A, const Tensor& B, bool upper, bool unit_
   Tensor X = empty(B, {B.size(0), n, m});
   if (X.numel() == 0) return X;
   Tensor a = transpose ? torch::stable::transpose(A, 1, 2) : A;
-  // Walking a large matrix down its columns misses the cache at each step; one copy serves all right-hand
-  // sides.
+  // Reading a large matrix by columns misses the cache at each element; one copy serves all right-hand sides.
   if (a.stride(2) != 1 && n > 64 && m > 1) a = torch::stable::contiguous(a);
   const bool is_float = A.scalar_type() == ScalarType::Float;
   (is_float ? solve<float> : solve<double>)(a, B, X, upper == transpose, unit_diagonal);

@@ -1,12 +1,11 @@
 #pragma once
-// Batched triangular solves, X = op(A)^-1 B for A [K, n, n], B [K, n, m], as a CUDA kernel in the words of
-// block.h.
+// Batched triangular solves, X = op(A)^-1 B for A [K, n, n], B [K, n, m]: a CUDA kernel written for block.h.
 //
-// Bound: 8 bytes an element of B in float32 while n is small, n operations an element beyond. A thread has a
-// column of B and 32 of its rows in registers; A comes through shared memory in blocks of 32 x 32 that all
-// threads read at once, and a block of X that was solved before is read back from memory (the L2 cache),
-// where the same thread wrote it. Products are summed from zero and taken from b at last, which loses less
-// than summing from b on: tests hold it beside LAPACK.
+// Bound: 8 bytes per element of B in float32 for small n, n operations per element for large n. A thread
+// handles a column of B, with 32 of its rows in registers. A passes through shared memory in blocks of
+// 32 x 32, which all threads read at once. Blocks of X that were solved before are read back from memory (the
+// L2 cache); the same thread wrote them. Products are summed from zero and the sum is subtracted from b at
+// the end, which rounds less than subtracting each product from b; tests compare with LAPACK.
 #include <algorithm>
 
 #include "stable.h"
@@ -55,20 +54,20 @@ struct TriangularSolveKernel {
 
  private:
   struct Column {
-    T sum[ROWS];  // of the products with what was solved, for ROWS rows
+    T sum[ROWS];  // of products with solved rows, for ROWS rows
   };
 
-  // Rows are counted in the order in which they are solved: from the last one up where the triangle is an
-  // upper one.
+  // The i-th row in the order of solving: an upper triangle is solved from the last row.
   FASTFLOW_HD int64_t row(int64_t i) const { return lower ? i : n - 1 - i; }
 
-  // tile[j][i] = op(A)(top + i, left + j), of the strict triangle; 0 elsewhere.
+  // tile[j][i] = op(A)(top + i, left + j) in the strict triangle, 0 elsewhere.
   FASTFLOW_HD void load(int thread, int64_t k, int64_t top, int64_t left, const Span<T>& tile) const {
     const bool by_rows = a.col <= a.row;
     for (int at = thread; at < ROWS * ROWS; at += THREADS) {
       const int i = by_rows ? at / ROWS : at % ROWS, j = by_rows ? at % ROWS : at / ROWS;
-      const bool there = top + i < n && left + j < top + i;
-      tile[j * STRIDE + i] = there ? a.span[k * a_step + row(top + i) * a.row + row(left + j) * a.col] : T(0);
+      const bool in_range = top + i < n && left + j < top + i;
+      tile[j * STRIDE + i] =
+          in_range ? a.span[k * a_step + row(top + i) * a.row + row(left + j) * a.col] : T(0);
     }
   }
 
@@ -92,14 +91,14 @@ struct TriangularSolveKernel {
     }
   }
 
-  // Solves the rows, and leaves sums of zero for the next.
+  // Solves the rows, and resets the sums to zero for the next rows.
   FASTFLOW_HD void finish(int64_t k, int64_t top, int64_t column, const Span<T>& tile,
                           const Span<T>& diagonal, Column& c) const {
     if (column >= m) return;
     FASTFLOW_UNROLL
     for (int j = 0; j < ROWS; ++j) {
-      const bool there = top + j < n;
-      const T right = there ? b.span[k * b_step + row(top + j) * b.row + column * b.col] : T(0);
+      const bool in_range = top + j < n;
+      const T right = in_range ? b.span[k * b_step + row(top + j) * b.row + column * b.col] : T(0);
       const T solved = (right - c.sum[j]) / diagonal[j];
       c.sum[j] = T(0);
       FASTFLOW_UNROLL
@@ -109,7 +108,7 @@ struct TriangularSolveKernel {
         for (int i = 0; i < 4; ++i)
           if (four + i > j) c.sum[four + i] += v.value[i] * solved;
       }
-      if (there) x[(k * n + row(top + j)) * m + column] = solved;
+      if (in_range) x[(k * n + row(top + j)) * m + column] = solved;
     }
   }
 };

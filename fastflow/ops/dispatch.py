@@ -135,9 +135,9 @@ def call_compiled(op: torch._ops.OpOverload, *args: object) -> object:
     try:
         return op(*args)
     except RuntimeError as error:
-        if singular := re.search(r"\w+: matrix \d+ of the stack has .*", str(error)):
+        if singular := re.search(r"\w+( \(an earlier call\))?: diagonal of matrix \d+: .*", str(error)):
             raise check.SingularError(singular[0]) from None
-        if perm := re.search(r"\w+: perm of matrix \d+ .*", str(error)):
+        if perm := re.search(r"\w+( \(an earlier call\))?: perm of matrix \d+: .*", str(error)):
             raise ValueError(perm[0]) from None
         raise
 

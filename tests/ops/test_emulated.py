@@ -169,12 +169,12 @@ def test_triangular_solve_has_no_race(k, n, m, upper, transpose):
 
 
 @needs_extension
-def test_a_singular_matrix_is_said_by_the_next_call():
-    """A kernel cannot raise: it leaves word, and whoever launches one next, or asks, is told once."""
+def test_a_singular_matrix_raises_on_the_next_call():
+    """A kernel cannot raise: it reports the matrix, and the next launch or raise_singular raises once."""
     A, B = triangular_inputs(3, 4, 2)
     broken = A.clone()
     broken[1, 2, 2] = 0
-    message = "triangular_solve: matrix 1 of the stack has 0 or no finite number at place 2 of its diagonal, in a call before this one"
+    message = r"triangular_solve \(an earlier call\): diagonal of matrix 1: got 0, inf or nan at index 2"
     with fastflow.backend("emulated"):
         assert not ops.triangular_solve(broken, B, upper=False)[1].isfinite().all()
         with pytest.raises(ValueError, match=message):
@@ -184,7 +184,8 @@ def test_a_singular_matrix_is_said_by_the_next_call():
         log_s[2, 1] = torch.nan
         ops.lu_weight(perm, lower, upper, log_s, sign_s)
         with pytest.raises(
-            ValueError, match="lu_weight: matrix 2 of the stack has 0 or no finite number at place 1"
+            ValueError,
+            match=r"lu_weight \(an earlier call\): diagonal of matrix 2: got 0, inf or nan at index 1",
         ):
             ops.raise_singular()
         ops.raise_singular()

@@ -142,7 +142,8 @@ CPU_ERRORS = {
             (PIXELS[0, 0, 0], None, SEED, 0, *FLAT, X.dtype),
             "x: got shape [4], expected at least 2 dimensions",
         ),
-        ((PIXELS, None, None, 0, *FLAT, X.dtype), "noise: got None without a seed, expected noise or a seed"),
+        ((PIXELS, None, None, 0, *FLAT, X.dtype), "noise, seed: got neither, expected one of them"),
+        ((PIXELS, X, SEED, 0, *FLAT, X.dtype), "noise, seed: got both, expected one of them"),
         ((PIXELS, EVEN, None, 0, *FLAT, X.dtype), "noise: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
         ((PIXELS, PIXELS, None, 0, *FLAT, X.dtype), f"noise: got dtype Byte, {FLOATING}"),
         ((PIXELS, None, PERM, 0, *FLAT, X.dtype), "seed: got shape [2, 3], expected []"),
@@ -181,7 +182,7 @@ ERRORS += [("fastflow_emulated", op, *row) for op in CUDA_ERRORS for row in CUDA
 @pytest.mark.parametrize(
     "namespace, op, args, message", ERRORS, ids=[f"{n}-{op}: {m}" for n, op, _, m in ERRORS]
 )
-def test_what_would_read_or_write_other_memory_is_an_error(namespace, op, args, message):
+def test_out_of_bounds_access_is_an_error(namespace, op, args, message):
     with pytest.raises(RuntimeError) as error:
         getattr(getattr(torch.ops, namespace), op)(*args)
     assert f"{op}: {message}" in str(error.value)
@@ -194,18 +195,19 @@ def test_every_compiled_op_has_a_guard():
 
 
 @pytest.mark.parametrize("wrong", [-1, 3, "twice"])
-def test_a_perm_that_is_none_is_an_error(wrong):
+def test_an_invalid_perm_is_an_error(wrong):
     perm, *rest = lu_inputs(2, 3)
     perm[1, 2] = perm[1, 0] if wrong == "twice" else wrong
     with pytest.raises(
         ValueError,
-        match=rf"lu_weight: perm of matrix 1 has {perm[1, 2]} at place 2, expected each of 0 to 2 once",
+        match=rf"lu_weight: perm of matrix 1: got {perm[1, 2]} at index 2, expected each of 0 to 2 once",
     ):
         ops.lu_weight(perm, *rest)
     with fastflow.backend("emulated"):
         ops.lu_weight(perm, *rest)
         with pytest.raises(
-            ValueError, match="lu_weight: perm of matrix 1 names no row, or one twice, at place [02]"
+            ValueError,
+            match=r"lu_weight \(an earlier call\): perm of matrix 1: got a number out of range or repeated at index [02]",
         ):
             ops.raise_singular()
 
@@ -216,7 +218,7 @@ def test_a_perm_that_is_none_is_an_error(wrong):
 @pytest.mark.parametrize(
     "capability, runs", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)]
 )
-def test_a_gpu_that_nothing_was_compiled_for_runs_pytorch(capability, runs, monkeypatch):
+def test_a_gpu_without_compiled_code_runs_pytorch(capability, runs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setitem(extension.build, "cuda_archs", "8.0;9.0;10.0+PTX")
     assert ops.dispatch.has_code_for.__wrapped__(torch.device("cuda", 0)) is runs

@@ -249,7 +249,7 @@ def test_a_weight_without_an_inverse_stops_the_run(arrays, tmp_path, capsys):
             "1e20",
         ],
     )
-    singular = r"lu_weight: matrix 0 of the stack has \S+ at place \d+ of its diagonal, expected a finite number other than 0"
+    singular = r"lu_weight: diagonal of matrix 0: got \S+ at index \d+, expected a finite nonzero number"
     found = re.match(rf"error: step (\d+): {singular}; the last checkpoint is (.*)", line)
     assert found and found[2] == str(run / "last.pt"), line
     assert checkpoint.read(run / "last.pt")["training"]["step"] == int(found[1]) - 1
