@@ -81,13 +81,13 @@ def faulty(tmp_path_factory):
     ).stdout.strip()
 
 
-def test_it_sees_what_is_wrong(faulty):
+def test_the_emulator_detects_faults(faulty):
     assert {faulty(0, order) for order in ORDERS} == {"7 6 5 4 3 2 1 0"}
     assert len({faulty(1, order) for order in ORDERS}) > 1  # a race
     assert faulty(2) == "fastflow: element 8 of a span of 8"
     assert faulty(3).startswith("fastflow: a span is misaligned at element 1")
-    assert "nan" in faulty(4)  # shared memory that nobody wrote
-    assert faulty(5) == "fastflow: a block takes more shared memory than its launch gives"
+    assert "nan" in faulty(4)  # unwritten shared memory
+    assert faulty(5) == "fastflow: a block uses more shared memory than its launch provides"
 
 
 def same_in_every_order(run, multiprocessors: int = 1) -> tuple[torch.Tensor, ...]:

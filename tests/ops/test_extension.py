@@ -1,11 +1,13 @@
-"""The compiled ops as torch.ops.fastflow_C has them: what they refuse, the same bits for any number of threads, all of it written."""
+"""The compiled ops, called directly: guards of memory, the same bits for any number of threads, accurate functions."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import fastflow
 from fastflow import ops
-from fastflow.ops import extension
+from fastflow.ops import extension, spec
 from fastflow.ops.noise import reference as plain_noise
 from fastflow.ops.registry import OPS
 from tests.support.cases import assert_same_bits_whatever_the_threads, assert_writes_everything
@@ -188,6 +190,51 @@ def test_out_of_bounds_access_is_an_error(namespace, op, args, message):
     assert f"{op}: {message}" in str(error.value)
 
 
+def variations(t: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``t`` with other sizes, dimensions, dtypes, strides, and on another device."""
+    sizes = [
+        (*t.shape[:d], n, *t.shape[d + 1 :])
+        for d, old in enumerate(t.shape)
+        for n in (0, 1, old - 1, old + 1)
+    ]
+    for size in [*sizes, t.shape[1:], (1, *t.shape)]:
+        yield torch.ones(size, dtype=t.dtype)
+    dtypes = torch.uint8, torch.int32, torch.int64, torch.float16, torch.float64, torch.complex64
+    yield from (t.to(dtype) for dtype in dtypes)
+    yield t.to("meta")
+    if t.dtype == torch.int64:
+        return  # a permutation with other strides is invalid
+    yield t.as_strided(t.shape, [1] * t.ndim)  # overlaps itself
+    yield t[:1].expand(t.shape) if t.ndim else t
+    yield t.new_ones(2 * t.numel() + 3)[3::2].view(t.shape)
+
+
+CASES = [
+    (namespace, str(case))
+    for case in spec.cases(spec.Make(), (2, 4, 4, 6))
+    for namespace, device in (("fastflow_C", "cpu"), ("fastflow_emulated", "cuda"))
+    if device in OPS[case.op].compiled and case.op != "uniform_noise"  # its compiled op has other arguments
+]
+
+
+@pytest.mark.parametrize("namespace, name", CASES)
+def test_every_argument_is_guarded(namespace, name):
+    """Any argument that the op was not written for is an error, or the op computes what the reference does."""
+    case = next(case for case in spec.cases(spec.Make(), (2, 4, 4, 6)) if str(case) == name)
+    op, reference = getattr(getattr(torch.ops, namespace), case.op), OPS[case.op].fallback
+    guarded = 0
+    for i, argument in enumerate(case.args):
+        for other in variations(argument) if isinstance(argument, torch.Tensor) else ():
+            args = (*case.args[:i], other, *case.args[i + 1 :])
+            try:
+                found = op(*args)
+            except RuntimeError:
+                guarded += 1
+                continue
+            torch.testing.assert_close(found, reference(*args), rtol=1e-3, atol=1e-3, equal_nan=True)
+    assert guarded
+
+
 def test_every_compiled_op_has_a_guard():
     compiled = {name: op.compiled for name, op in OPS.items() if op.compiled}
     assert compiled.keys() <= {*CUDA_ERRORS, *CPU_ERRORS}
@@ -203,6 +250,10 @@ def test_an_invalid_perm_is_an_error(wrong):
         match=rf"lu_weight: perm of matrix 1: got {perm[1, 2]} at index 2, expected each of 0 to 2 once",
     ):
         ops.lu_weight(perm, *rest)
+    backward = (perm, *rest, rest[0], rest[0], rest[0], rest[2][:, 0])
+    with pytest.raises(RuntimeError, match="lu_weight_backward: perm of matrix 1: got"):
+        C.lu_weight_backward(*backward)
+    torch.ops.fastflow_emulated.lu_weight_backward(*backward)  # reads row 0 instead, within bounds
     with fastflow.backend("emulated"):
         ops.lu_weight(perm, *rest)
         with pytest.raises(

@@ -16,7 +16,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     elif x.ndim == 4 and x.is_cuda and memory_format(x) == torch.channels_last:
         # cuDNN takes TF32 by default, whose 10 bits no inverse survives; a product of matrices does not
         y = F.linear(v.movedim(1, -1), w, b).movedim(-1, 1)
-    elif x.ndim == 4 and not x.is_cuda:
+    elif x.ndim == 4 and not x.is_cuda and x.numel():  # conv2d rejects images without pixels
         y = F.conv2d(v, w[:, :, None, None], b)
     else:
         y = torch.matmul(w, v.flatten(2)).unflatten(2, x.shape[2:])
