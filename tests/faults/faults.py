@@ -351,8 +351,8 @@ CPU = [
     Fault(
         "swallowed error: inf on a diagonal",
         "csrc/cpu/diagonal.h",
-        "if (d == T(0) || !std::isfinite(d)) found(matrix, place, d);",
-        "if (d == T(0) || std::isnan(d)) found(matrix, place, d);",
+        "if (d == T(0) || !std::isfinite(d)) found(matrix, index, d);",
+        "if (d == T(0) || std::isnan(d)) found(matrix, index, d);",
         op("compiled", "triangular_solve", "lu_weight"),
     ),
     Fault(
