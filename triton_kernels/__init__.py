@@ -1,5 +1,5 @@
-"""Triton kernels and their launchers, one file a kernel family; installed as ``fastflow.triton_kernels``.
+"""Triton kernels and their launchers, one file per family of ops; installed as ``fastflow.triton_kernels``.
 
-A folder of its own beside ``fastflow/`` because kernels import triton, which not every machine has: nothing here is
-imported before an op is about to run one of them.
+They have a folder of their own because they import triton, which is optional. An op imports its file
+before its first launch.
 """

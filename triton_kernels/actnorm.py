@@ -1,7 +1,8 @@
-"""Activation normalization in one pass over memory: both directions, gradients, inverse with gradient, and the first batch's statistics.
+"""Activation normalization in one pass: both directions, gradients, inverse with gradient, and statistics.
 
-Bytes an element of x in float32, which is the bound: forward and inverse 8, backward 12 (x, dy, dx), inverse + backward 16 (y, dy, x, dx),
-statistics 4. The log-det is the same number for every sample, so it comes from the parameters alone.
+Bound, bytes per element of x in float32: forward and inverse 8, backward 12 (x, dy, dx), inverse + backward
+16 (y, dy, x, dx), statistics 4. The log-det is the same for every sample and is computed from the
+parameters.
 """
 
 import triton
@@ -10,15 +11,15 @@ from torch import Tensor
 
 from fastflow.triton_kernels.tiles import (
     accumulator,
+    allocate_output,
+    finalize,
     launch,
     offset,
-    output,
-    readable,
     sum_slots,
     tile_indices,
     tiles,
-    whole,
-    written,
+    unvectorized_size,
+    with_position_stride,
 )
 
 
@@ -26,23 +27,24 @@ from fastflow.triton_kernels.tiles import (
 def actnorm_kernel(
     x, log_scale, bias, y, log_det, K, P, blocks, positions, stride_log_scale, stride_bias,
     x_n, x_k, x_p, y_n, y_k, y_p,
-    INVERSE: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
-    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
+    INVERSE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
+    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, K, P];  log_scale, bias: [K];  log_det: [N]
-    SIDE_X: tl.constexpr = SIDES[0]
-    SIDE_Y: tl.constexpr = SIDES[1]
-    K, P = K * VEC_K, whole(P, VEC_P)
+    DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
+    DIM_Y: tl.constexpr = CONTIGUOUS_DIMS[1]
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
     block = tl.program_id(0) % blocks
     n = (tl.program_id(0) // blocks).to(tl.int64)
     k, p = tile_indices(block, K, TILE_K, TILE_P)
     mask = (k < K) & (p < P)
-    b_x = tl.load(x + offset(n, k, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+    b_x = tl.load(x + offset(n, k, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     b_s = tl.load(log_scale + k * stride_log_scale, mask=k < K, other=0.0).to(ACC)
     b_b = tl.load(bias + k * stride_bias, mask=k < K, other=0.0).to(ACC)
     b_y = b_x * tl.exp(-b_s) - b_b if INVERSE else (b_x + b_b) * tl.exp(b_s)
-    tl.store(y + offset(n, k, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
-    # the first program of a sample, and of a block of samples, also writes the log-det
+    tl.store(y + offset(n, k, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
+    # the first program of a sample, or of a block of vectors, also writes the log-det
     if (block == 0) | (VECTORS & (block % tl.cdiv(K, TILE_K) == 0)):
         total = tl.zeros([TILE_K], ACC)
         for start in range(0, K, TILE_K):
@@ -57,20 +59,22 @@ def actnorm_kernel(
             tl.store(log_det + n, b_log_det)
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit(do_not_specialize=["position_blocks"])
 def actnorm_backward_kernel(
-    x, log_scale, bias, dy, dlog_det, dx, x_out, slots, units, K, P, loops, stride_log_scale, stride_bias, stride_dlog_det,
+    x, log_scale, bias, dy, dlog_det, dx, x_out, slots, position_blocks, K, P, tiles_per_program,
+    stride_log_scale, stride_bias, stride_dlog_det,
     x_n, x_k, x_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p, x_out_n, x_out_k, x_out_p,
-    INVERSE: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
-    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
+    INVERSE: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
+    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
     # x, dy, dx, x_out: [N, K, P];  slots: [programs / k_blocks, 2, K], of dlog_scale and dbias
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
-    SIDE_X: tl.constexpr = SIDES[0]
-    SIDE_DY: tl.constexpr = SIDES[1]
-    SIDE_DX: tl.constexpr = SIDES[2]
-    SIDE_X_OUT: tl.constexpr = SIDES[3]
-    K, P = K * VEC_K, whole(P, VEC_P)
+    DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
+    DIM_DY: tl.constexpr = CONTIGUOUS_DIMS[1]
+    DIM_DX: tl.constexpr = CONTIGUOUS_DIMS[2]
+    DIM_X_OUT: tl.constexpr = CONTIGUOUS_DIMS[3]
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     k = k_block * TILE_K + tl.arange(0, TILE_K)
@@ -78,16 +82,14 @@ def actnorm_backward_kernel(
     b_b = tl.load(bias + k * stride_bias, mask=k < K, other=0.0).to(ACC)[:, None]
     b_dlog_scale = tl.zeros([TILE_K, TILE_P], ACC)
     b_dbias = tl.zeros([TILE_K, TILE_P], ACC)
-    first = slot.to(tl.int64) * loops
-    for unit in range(first, tl.minimum(first + loops, units)):
-        n = unit // p_blocks
-        k_x, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+    first = slot.to(tl.int64) * tiles_per_program
+    for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
+        n = position_block // p_blocks
+        k_x, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k_x < K) & (p < P)
-        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0).to(
-            ACC
-        )
+        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         b_dy = tl.load(
-            dy + offset(n, k_x, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0
+            dy + offset(n, k_x, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0
         ).to(ACC)
         if VECTORS:
             b_dlog_det = tl.load(dlog_det + p * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
@@ -100,50 +102,52 @@ def actnorm_backward_kernel(
         else:
             b_dx = b_dy * tl.exp(b_s)
             b_shifted = b_x * tl.exp(-b_s) if FROM_OUTPUT else b_x + b_b
-            # the log-det holds each channel's log scale once a position
+            # the log-det has each channel's log scale once per position
             b_dlog_scale += tl.where(mask, b_dx * b_shifted + b_dlog_det, 0.0)
             b_dbias += tl.where(mask, b_dx, 0.0)
         tl.store(
-            dx + offset(n, k_x, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P),
+            dx + offset(n, k_x, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P),
             b_dx.to(dx.dtype.element_ty),
             mask=mask,
         )
         if FROM_OUTPUT:
-            at_x_out = x_out + offset(n, k_x, p, x_out_n, x_out_k, x_out_p, SIDE_X_OUT, VEC_K, VEC_P)
+            at_x_out = x_out + offset(n, k_x, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, (b_shifted - b_b).to(x_out.dtype.element_ty), mask=mask)
     row = slots + slot.to(tl.int64) * (2 * K)
     tl.store(row + k, tl.sum(b_dlog_scale, 1), mask=k < K)
     tl.store(row + K + k, tl.sum(b_dbias, 1), mask=k < K)
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit(do_not_specialize=["position_blocks"])
 def actnorm_statistics_kernel(
-    x, slots, units, K, P, loops, x_n, x_k, x_p, ACC: tl.constexpr, SIDES: tl.constexpr,
-    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
+    x, slots, position_blocks, K, P, tiles_per_program, x_n, x_k, x_p, ACC: tl.constexpr,
+    CONTIGUOUS_DIMS: tl.constexpr,
+    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
-    # x: [N, K, P];  slots: [programs / k_blocks, 3, K], of count, mean and sum of squared deviations from it
-    SIDE_X: tl.constexpr = SIDES[0]
-    K, P = K * VEC_K, whole(P, VEC_P)
+    # x: [N, K, P];  slots: [programs / k_blocks, 3, K], of count, mean and sum of squared deviations
+    DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     k = k_block * TILE_K + tl.arange(0, TILE_K)
     count = tl.zeros([TILE_K], ACC)
     mean = tl.zeros([TILE_K], ACC)
     squares = tl.zeros([TILE_K], ACC)
-    first = slot.to(tl.int64) * loops
-    for unit in range(first, tl.minimum(first + loops, units)):
-        k_x, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+    first = slot.to(tl.int64) * tiles_per_program
+    for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
+        k_x, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k_x < K) & (p < P)
-        at_x = x + offset(unit // p_blocks, k_x, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P)
+        at_x = x + offset(position_block // p_blocks, k_x, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P)
         b_x = tl.load(at_x, mask=mask, other=0.0).to(ACC)
-        # a tile's own mean and squares from registers, then merged (Chan et al., 1983): E[x^2] - E[x]^2 would cancel
+        # mean and squares of a tile, then merged (Chan et al., 1983): E[x^2] - E[x]^2 would cancel
         tile_count = tl.sum(tl.where(p < P, 1.0, 0.0)).to(ACC)
         tile_mean = tl.sum(b_x, 1) / tile_count
         deviation = tl.where(mask, b_x - tile_mean[:, None], 0.0)
         delta = tile_mean - mean
-        share = tile_count / (count + tile_count)
-        squares += tl.sum(deviation * deviation, 1) + delta * delta * count * share
-        mean += delta * share
+        weight = tile_count / (count + tile_count)
+        squares += tl.sum(deviation * deviation, 1) + delta * delta * count * weight
+        mean += delta * weight
         count += tile_count
     row = slots + slot.to(tl.int64) * (3 * K)
     tl.store(row + k, count, mask=k < K)
@@ -183,33 +187,36 @@ def merge_statistics_kernel(
 
 def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     acc, triton_acc = accumulator(x.dtype)
-    y, out = output(x)
-    x = readable(x)
+    y, out = allocate_output(x)
+    x = with_position_stride(x)
     t = tiles(x.shape[1], x, out)
     log_det = x.new_empty(x.shape[0], dtype=acc)
     launch(
-        actnorm_kernel, t.samples * t.blocks, x, log_scale, bias, out, log_det, *t.sizes, t.blocks, x[0, 0].numel(),
-        log_scale.stride(0), bias.stride(0), *t.strides, warps=t.warps, INVERSE=inverse, ACC=triton_acc, **t.constants,
+        actnorm_kernel, t.samples * t.blocks, x, log_scale, bias, out, log_det, *t.sizes, t.blocks, x[0,
+        0].numel(),
+        log_scale.stride(0), bias.stride(0), *t.strides, warps=t.warps, INVERSE=inverse, ACC=triton_acc,
+        **t.constants,
     )  # fmt: skip
-    return written(y, out), log_det
+    return finalize(y, out), log_det
 
 
 def _backward(x, log_scale, bias, dy, dlog_det, inverse, from_output):
     acc, triton_acc = accumulator(x.dtype)
-    dx, dx_out = output(dy)
-    x_in, x_out = output(x) if from_output else (x, x)
-    x, dy = readable(x), readable(dy)
+    dx, dx_out = allocate_output(dy)
+    x_in, x_out = allocate_output(x) if from_output else (x, x)
+    x, dy = with_position_stride(x), with_position_stride(dy)
     t = tiles(x.shape[1], x, dy, dx_out, x_out if from_output else x)
-    count, loops = t.shared()
+    count, tiles_per_program = t.reduction_grid()
     slots = x.new_empty((count, 2, x.shape[1]), dtype=acc)
     launch(
-        actnorm_backward_kernel, count * t.k_blocks, x, log_scale, bias, dy, dlog_det, dx_out, x_out, slots, t.units, *t.sizes, loops,
+        actnorm_backward_kernel, count * t.k_blocks, x, log_scale, bias, dy, dlog_det, dx_out, x_out, slots,
+        t.position_blocks, *t.sizes, tiles_per_program,
         log_scale.stride(0), bias.stride(0), dlog_det.stride(0), *t.strides,
         warps=t.warps, INVERSE=inverse, FROM_OUTPUT=from_output, ACC=triton_acc, **t.constants,
     )  # fmt: skip
     dlog_scale, dbias = log_scale.new_empty(log_scale.shape), bias.new_empty(bias.shape)
     sum_slots(slots, dlog_scale, dbias)
-    return written(x_in, x_out), written(dx, dx_out), dlog_scale, dbias
+    return finalize(x_in, x_out), finalize(dx, dx_out), dlog_scale, dbias
 
 
 def actnorm_backward(
@@ -226,12 +233,13 @@ def actnorm_inverse_backward(
 
 def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     acc, triton_acc = accumulator(x.dtype)
-    x = readable(x)
+    x = with_position_stride(x)
     t = tiles(x.shape[1], x)
-    count, loops = t.shared()
+    count, tiles_per_program = t.reduction_grid()
     slots = x.new_empty((count, 3, x.shape[1]), dtype=acc)
     launch(
-        actnorm_statistics_kernel, count * t.k_blocks, x, slots, t.units, *t.sizes, loops, *t.strides,
+        actnorm_statistics_kernel, count * t.k_blocks, x, slots, t.position_blocks, *t.sizes,
+        tiles_per_program, *t.strides,
         warps=t.warps, ACC=triton_acc, **t.constants,
     )  # fmt: skip
     mean, var = (x.new_empty(x.shape[1], dtype=acc) for _ in range(2))

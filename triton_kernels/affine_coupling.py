@@ -1,11 +1,15 @@
 """Affine coupling in one pass over memory: both directions, the gradient of each, and inverse with gradient.
 
-Bytes an element of x in float32, which is the bound (compiled for sm_90 the forward takes some 70 instructions for each transformed
-element of soft-clamped halves, which moves 24 bytes):
+Bound, bytes per element of x in float32:
 
     forward, inverse      halves 12 (x 4, h 4, y 4), additive 10 (h 2), checkerboard 16 (h 8)
-    backward              halves 18 (the transformed half of x 2, dy 4, h 4, dx 4, dh 4), checkerboard 28, additive 10 and 12 (no x, no h)
-    inverse + backward    halves 24 (y 4, dy 4, h 4, x 4, dx 4, dh 4), additive 20, checkerboard 32, additive 24
+    backward              halves 18 (transformed half of x 2, dy 4, h 4, dx 4, dh 4), checkerboard 28,
+                          additive 10 and 12 (no x, no h)
+    inverse + backward    halves 24 (y 4, dy 4, h 4, x 4, dx 4, dh 4), additive 20,
+                          checkerboard 32, additive 24
+
+Compiled for sm_90, the forward has about 70 instructions per transformed element of soft-clamped halves,
+which moves 24 bytes.
 """
 
 import math
@@ -17,22 +21,22 @@ from torch import Tensor
 
 from fastflow.triton_kernels.tiles import (
     accumulator,
+    allocate_output,
+    finalize,
     launch,
     offset,
-    output,
-    readable,
     sum_parts,
     sum_slots,
     tile_indices,
     tiles,
-    whole,
-    written,
+    unvectorized_size,
+    with_position_stride,
 )
 
 
 @triton.jit
 def tanh(x):
-    """tanh by one division; a Padé approximant near 0, where 1 - e^-2x would lose its digits."""
+    """tanh with one division; a Padé approximant near 0, because 1 - e^-2x cancels there."""
     a = tl.abs(x)
     x2 = x * x
     e = tl.exp(-2 * a)
@@ -44,7 +48,7 @@ def tanh(x):
 
 @triton.jit
 def log_sigmoid(x):
-    """-log(1 + e^-x); log(1 + e) is corrected for what 1 + e rounds away."""
+    """-log(1 + e^-x), with log(1 + e) corrected for the rounding of 1 + e."""
     e = tl.exp(-tl.abs(x))
     u = 1 + e
     correction = tl.where(u == 1, 1, u - 1)
@@ -65,7 +69,7 @@ def log_scale_of(raw, f, SCALE: tl.constexpr):
 
 @triton.jit
 def log_scale_vjp(g, raw, f, SCALE: tl.constexpr):
-    """Gradients for (raw, f) of an upstream g; the second is g itself, unused, where there is no factor."""
+    """Gradients of (raw, f) for an upstream g; the second is g, unused, if there is no factor."""
     if SCALE == "exp":
         return g, g
     elif SCALE == "sigmoid":
@@ -83,7 +87,7 @@ def log_scale_vjp(g, raw, f, SCALE: tl.constexpr):
 
 @triton.jit
 def transformed(k, p, W, H, PARITY: tl.constexpr, FLIP: tl.constexpr):
-    """What a checkerboard transforms: even sums of the spatial indices (of the channel index of a vector), odd ones with FLIP."""
+    """Mask of a checkerboard: even sums of spatial indices (vectors: even channels), odd ones with FLIP."""
     if PARITY == "channel":
         parity = k + 0 * p
     elif PARITY == "single":  # one position: p counts samples
@@ -115,16 +119,18 @@ def h_channels(k, K, SCALE: tl.constexpr, H_ORDER: tl.constexpr):
 def load_h(
     h, factor, k, p, n, K, mask, active, stride_factor, h_n, h_k, h_p,
     SCALE: tl.constexpr, H_ORDER: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr,
-    SIDE: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+    CONTIGUOUS_DIM: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
 ):  # fmt: skip
-    """(shift, raw scale, factor) of a tile; what lies under the mask must not reach a tanh or an exp."""
+    """(shift, raw scale, factor) of a tile; masked values are 0, because tanh or exp of them may overflow."""
     k_t, k_raw = h_channels(k, K, SCALE, H_ORDER)
-    b_t = tl.load(h + offset(n, k_t, p, h_n, h_k, h_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+    b_t = tl.load(
+        h + offset(n, k_t, p, h_n, h_k, h_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
+    ).to(ACC)
     b_raw = b_t
     if SCALE != "none":
-        b_raw = tl.load(h + offset(n, k_raw, p, h_n, h_k, h_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(
-            ACC
-        )
+        b_raw = tl.load(
+            h + offset(n, k_raw, p, h_n, h_k, h_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
+        ).to(ACC)
     if MASK == "checkerboard":
         b_t = tl.where(active, b_t, 0.0)
         b_raw = tl.where(active, b_raw, 0.0)
@@ -136,32 +142,33 @@ def load_h(
 
 @triton.jit(do_not_specialize=["split", "W", "H"])
 def affine_coupling_kernel(
-    x, h, factor, y, log_det, K, P, W, H, split, loops, stride_factor,
+    x, h, factor, y, log_det, K, P, W, H, split, tiles_per_program, stride_factor,
     x_n, x_k, x_p, h_n, h_k, h_p, y_n, y_k, y_p,
-    MASK: tl.constexpr, FLIP: tl.constexpr, SCALE: tl.constexpr, ORDER: tl.constexpr, H_ORDER: tl.constexpr, INVERSE: tl.constexpr,
-    PARITY: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
-    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
+    MASK: tl.constexpr, FLIP: tl.constexpr, SCALE: tl.constexpr, ORDER: tl.constexpr, H_ORDER: tl.constexpr,
+    INVERSE: tl.constexpr,
+    PARITY: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
+    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
-    # x, y: [N, 2K, P] (checkerboard [N, K, P]);  h: [N, 2K, P] (additive [N, K, P]);  factor: [K];  log_det: [N, split]
-    SIDE_X: tl.constexpr = SIDES[0]
-    SIDE_H: tl.constexpr = SIDES[1]
-    SIDE_Y: tl.constexpr = SIDES[2]
-    K, P = K * VEC_K, whole(P, VEC_P)
+    # x, y: [N, 2K, P] (checkerboard [N, K, P]);  h: [N, 2K, P] (additive [N, K, P])
+    # factor: [K];  log_det: [N, split]
+    DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
+    DIM_H: tl.constexpr = CONTIGUOUS_DIMS[1]
+    DIM_Y: tl.constexpr = CONTIGUOUS_DIMS[2]
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     total = tl.zeros([TILE_K, TILE_P], ACC)
-    for i in range(loops):
-        k, p = tile_indices(part * loops + i, K, TILE_K, TILE_P)
+    for i in range(tiles_per_program):
+        k, p = tile_indices(part * tiles_per_program + i, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
-        k_v = (
-            k + K if MASK == "halves" and not FLIP else k
-        )  # the transformed half, and below the one that passes
-        k_pass = k + K if FLIP else k
+        k_v = k + K if MASK == "halves" and not FLIP else k  # the transformed half
+        k_pass = k + K if FLIP else k  # the other half
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
-        b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
+        b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
             b_pass = tl.load(
-                x + offset(n, k_pass, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0
+                x + offset(n, k_pass, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0
             )
         b_t, b_raw, b_f = load_h(
             h,
@@ -180,7 +187,7 @@ def affine_coupling_kernel(
             H_ORDER,
             MASK,
             ACC,
-            SIDE_H,
+            DIM_H,
             VEC_K,
             VEC_P,
         )
@@ -198,10 +205,10 @@ def affine_coupling_kernel(
                 b_y = b_v * b_s + b_t if ORDER == "scale_first" else (b_v + b_t) * b_s
             total += b_log_s
         tl.store(
-            y + offset(n, k_v, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask
+            y + offset(n, k_v, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask
         )
         if MASK == "halves":
-            tl.store(y + offset(n, k_pass, p, y_n, y_k, y_p, SIDE_Y, VEC_K, VEC_P), b_pass, mask=mask)
+            tl.store(y + offset(n, k_pass, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_pass, mask=mask)
     if VECTORS:
         p = part.to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
         tl.store(log_det + p, tl.sum(total, 0), mask=p < P)
@@ -209,45 +216,50 @@ def affine_coupling_kernel(
         tl.store(log_det + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["units", "W", "H"])
+@triton.jit(do_not_specialize=["position_blocks", "W", "H"])
 def affine_coupling_backward_kernel(
-    x, h, factor, dy, dlog_det, dx, dh, x_out, dfactor, units, K, P, W, H, loops, stride_factor, stride_dlog_det,
-    x_n, x_k, x_p, h_n, h_k, h_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p, dh_n, dh_k, dh_p, x_out_n, x_out_k, x_out_p,
-    MASK: tl.constexpr, FLIP: tl.constexpr, SCALE: tl.constexpr, ORDER: tl.constexpr, H_ORDER: tl.constexpr, INVERSE: tl.constexpr,
-    FROM_OUTPUT: tl.constexpr, PARITY: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
-    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
+    x, h, factor, dy, dlog_det, dx, dh, x_out, dfactor, position_blocks, K, P, W, H, tiles_per_program,
+    stride_factor, stride_dlog_det,
+    x_n, x_k, x_p, h_n, h_k, h_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p, dh_n, dh_k, dh_p, x_out_n, x_out_k,
+    x_out_p,
+    MASK: tl.constexpr, FLIP: tl.constexpr, SCALE: tl.constexpr, ORDER: tl.constexpr, H_ORDER: tl.constexpr,
+    INVERSE: tl.constexpr,
+    FROM_OUTPUT: tl.constexpr, PARITY: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
+    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
-    # x, dy, x_out, dx: [N, 2K, P] (checkerboard [N, K, P]);  h, dh: [N, 2K, P] (additive [N, K, P]);  dfactor: [programs / k_blocks, K]
+    # x, dy, x_out, dx: [N, 2K, P] (checkerboard [N, K, P]);  h, dh: [N, 2K, P] (additive [N, K, P])
+    # dfactor: [programs / k_blocks, K]
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
-    SIDE_X: tl.constexpr = SIDES[0]
-    SIDE_H: tl.constexpr = SIDES[1]
-    SIDE_DY: tl.constexpr = SIDES[2]
-    SIDE_DX: tl.constexpr = SIDES[3]
-    SIDE_DH: tl.constexpr = SIDES[4]
-    SIDE_X_OUT: tl.constexpr = SIDES[5]
-    K, P = K * VEC_K, whole(P, VEC_P)
+    DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
+    DIM_H: tl.constexpr = CONTIGUOUS_DIMS[1]
+    DIM_DY: tl.constexpr = CONTIGUOUS_DIMS[2]
+    DIM_DX: tl.constexpr = CONTIGUOUS_DIMS[3]
+    DIM_DH: tl.constexpr = CONTIGUOUS_DIMS[4]
+    DIM_X_OUT: tl.constexpr = CONTIGUOUS_DIMS[5]
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     b_dfactor = tl.zeros([TILE_K, TILE_P], ACC)
-    first = slot.to(tl.int64) * loops
-    for unit in range(first, tl.minimum(first + loops, units)):
-        n = unit // p_blocks
-        k, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+    first = slot.to(tl.int64) * tiles_per_program
+    for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
+        n = position_block // p_blocks
+        k, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
         k_v = k + K if MASK == "halves" and not FLIP else k
         k_pass = k + K if FLIP else k
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
-        if SCALE != "none" or FROM_OUTPUT:  # an additive coupling's gradient needs neither x nor h
-            b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0)
+        if SCALE != "none" or FROM_OUTPUT:  # the gradient of an additive coupling needs neither x nor h
+            b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0)
             b_v = b_x.to(ACC)
-        b_dy = tl.load(dy + offset(n, k_v, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0)
+        b_dy = tl.load(dy + offset(n, k_v, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
             b_dy_pass = tl.load(
-                dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, SIDE_DY, VEC_K, VEC_P), mask=mask, other=0.0
+                dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0
             )
             if FROM_OUTPUT:
                 b_x_pass = tl.load(
-                    x + offset(n, k_pass, p, x_n, x_k, x_p, SIDE_X, VEC_K, VEC_P), mask=mask, other=0.0
+                    x + offset(n, k_pass, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0
                 )
         if SCALE != "none" or FROM_OUTPUT:
             b_t, b_raw, b_f = load_h(
@@ -267,7 +279,7 @@ def affine_coupling_backward_kernel(
                 H_ORDER,
                 MASK,
                 ACC,
-                SIDE_H,
+                DIM_H,
                 VEC_K,
                 VEC_P,
             )
@@ -305,29 +317,29 @@ def affine_coupling_backward_kernel(
             b_draw, b_df = log_scale_vjp(b_dlog_s, b_raw, b_f, SCALE)
             b_dfactor += b_df
             tl.store(
-                dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, SIDE_DH, VEC_K, VEC_P),
+                dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P),
                 b_draw.to(dh.dtype.element_ty),
                 mask=mask,
             )
         if MASK == "checkerboard":
             b_dt = tl.where(active, b_dt, 0.0)
         tl.store(
-            dh + offset(n, k_t, p, dh_n, dh_k, dh_p, SIDE_DH, VEC_K, VEC_P),
+            dh + offset(n, k_t, p, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P),
             b_dt.to(dh.dtype.element_ty),
             mask=mask,
         )
         tl.store(
-            dx + offset(n, k_v, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P),
+            dx + offset(n, k_v, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P),
             b_dv.to(dx.dtype.element_ty),
             mask=mask,
         )
         if FROM_OUTPUT:
-            at_x_out = x_out + offset(n, k_v, p, x_out_n, x_out_k, x_out_p, SIDE_X_OUT, VEC_K, VEC_P)
+            at_x_out = x_out + offset(n, k_v, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, b_v.to(x_out.dtype.element_ty), mask=mask)
         if MASK == "halves":
-            tl.store(dx + offset(n, k_pass, p, dx_n, dx_k, dx_p, SIDE_DX, VEC_K, VEC_P), b_dy_pass, mask=mask)
+            tl.store(dx + offset(n, k_pass, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P), b_dy_pass, mask=mask)
             if FROM_OUTPUT:
-                at_pass = x_out + offset(n, k_pass, p, x_out_n, x_out_k, x_out_p, SIDE_X_OUT, VEC_K, VEC_P)
+                at_pass = x_out + offset(n, k_pass, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
                 tl.store(at_pass, b_x_pass, mask=mask)
     if SCALE == "soft_clamp" or SCALE == "tanh":
         k = k_block * TILE_K + tl.arange(0, TILE_K)
@@ -340,7 +352,8 @@ def _variant(
     """(transformed channels, (W, H), constants) of a coupling."""
     if mask == "checkerboard" and x.ndim > 5:
         raise ValueError(
-            f"x: got shape {list(x.shape)}, expected at most three spatial dimensions; fastflow.backend('reference') takes more"
+            f"x: got shape {list(x.shape)}, expected at most three spatial dimensions; "
+            "fastflow.backend('reference') supports more"
         )
     k = x.shape[1] if mask == "checkerboard" else x.shape[1] // 2
     width, height = (*x.shape[:1:-1], 1, 1)[:2]
@@ -359,7 +372,7 @@ def _variant(
 
 
 def _factor(factor: Tensor | None, x: Tensor) -> tuple[Tensor, int]:
-    """What the kernel reads a factor from: with none, any pointer serves."""
+    """Pointer and stride of the factor; without a factor the kernel does not read the pointer."""
     return (x, 0) if factor is None else (factor, factor.stride(0))
 
 
@@ -376,38 +389,40 @@ def affine_coupling(
 ) -> tuple[Tensor, Tensor]:
     k, size, variant = _variant(x, mask, flip, scale, order, h_order)
     acc, triton_acc = accumulator(x.dtype)
-    y, out = output(x)
-    x, h = readable(x), readable(h)
+    y, out = allocate_output(x)
+    x, h = with_position_stride(x), with_position_stride(h)
     t = tiles(k, x, h, out)
     factor, stride_factor = _factor(factor, x)
     log_det = x.new_empty((x.shape[0] * (1 if t.constants["VECTORS"] else t.split),), dtype=acc)
     launch(
-        affine_coupling_kernel, t.samples * t.split, x, h, factor, out, log_det, *t.sizes, *size, t.split, t.loops, stride_factor,
+        affine_coupling_kernel, t.samples * t.split, x, h, factor, out, log_det, *t.sizes, *size, t.split,
+        t.tiles_per_program, stride_factor,
         *t.strides, warps=t.warps, INVERSE=inverse, ACC=triton_acc, **variant, **t.constants,
     )  # fmt: skip
-    return written(y, out), sum_parts(log_det, x.shape[0])
+    return finalize(y, out), sum_parts(log_det, x.shape[0])
 
 
 def _backward(x, h, factor, dy, dlog_det, mask, flip, scale, order, h_order, inverse, from_output):
     k, size, variant = _variant(x, mask, flip, scale, order, h_order)
     acc, triton_acc = accumulator(x.dtype)
-    dx, dx_out = output(dy)
-    dh, dh_out = output(h)
-    x_in, x_out = output(x) if from_output else (x, x)
-    x, h, dy = readable(x), readable(h), readable(dy)
+    dx, dx_out = allocate_output(dy)
+    dh, dh_out = allocate_output(h)
+    x_in, x_out = allocate_output(x) if from_output else (x, x)
+    x, h, dy = with_position_stride(x), with_position_stride(h), with_position_stride(dy)
     t = tiles(k, x, h, dy, dx_out, dh_out, x_out if from_output else x)
-    slots, loops = t.shared() if factor is not None else (t.units, 1)
+    slots, tiles_per_program = t.reduction_grid() if factor is not None else (t.position_blocks, 1)
     dfactor = x.new_empty(0, dtype=acc) if factor is None else torch.empty_like(factor)
     partial = dfactor if factor is None else x.new_empty((slots, 1, k), dtype=acc)
     read_factor, stride_factor = _factor(factor, x)
     launch(
-        affine_coupling_backward_kernel, slots * t.k_blocks, x, h, read_factor, dy, dlog_det, dx_out, dh_out, x_out, partial,
-        t.units, *t.sizes, *size, loops, stride_factor, dlog_det.stride(0), *t.strides,
+        affine_coupling_backward_kernel, slots * t.k_blocks,
+        x, h, read_factor, dy, dlog_det, dx_out, dh_out, x_out, partial,
+        t.position_blocks, *t.sizes, *size, tiles_per_program, stride_factor, dlog_det.stride(0), *t.strides,
         warps=t.warps, INVERSE=inverse, FROM_OUTPUT=from_output, ACC=triton_acc, **variant, **t.constants,
     )  # fmt: skip
     if factor is not None:
         sum_slots(partial, dfactor)
-    return written(x_in, x_out), written(dx, dx_out), written(dh, dh_out), dfactor
+    return finalize(x_in, x_out), finalize(dx, dx_out), finalize(dh, dh_out), dfactor
 
 
 def affine_coupling_backward(

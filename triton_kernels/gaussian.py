@@ -1,7 +1,7 @@
-"""Log-density of a diagonal Gaussian, summed over each sample; its gradients; and samples with their noise made on the spot.
+"""Log-density of a diagonal Gaussian, summed over each sample, with gradients; and sampling in one launch.
 
-Bytes an element of z in float32, which is the bound: log-density 4, with a mean and a log scale for each element 12; backward 8
-(z, dz) and 24; sampling 4 and 12. A mean or log scale for each channel costs nothing to read.
+Bound, bytes per element of z in float32: log-density 4, with a mean and a log scale per element 12; backward
+8 (z, dz) and 24; sampling 4 and 12. Reads of a mean or log scale per channel are negligible.
 """
 
 import ctypes
@@ -15,28 +15,31 @@ from torch import Tensor
 from fastflow.triton_kernels.noise import BLOCKS, normal
 from fastflow.triton_kernels.tiles import (
     accumulator,
+    allocate_output,
+    finalize,
     launch,
     offset,
-    output,
-    readable,
     strides,
     sum_parts,
     sum_slots,
     tile_indices,
     tiles,
-    whole,
-    written,
+    unvectorized_size,
+    with_position_stride,
 )
 
 
 @triton.jit
 def load_term(
     v, n, k, p, K, mask, v_n, v_k, v_p,
-    TERM: tl.constexpr, ACC: tl.constexpr, SIDE: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+    TERM: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIM: tl.constexpr, VEC_K: tl.constexpr,
+    VEC_P: tl.constexpr,
 ):  # fmt: skip
-    """Mean or log scale of a tile: for each element, for each channel (its stride is v_k), or 0."""
+    """Mean or log scale of a tile: per element, per channel (with stride v_k), or 0."""
     if TERM == "full":
-        return tl.load(v + offset(n, k, p, v_n, v_k, v_p, SIDE, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        return tl.load(
+            v + offset(n, k, p, v_n, v_k, v_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
+        ).to(ACC)
     elif TERM == "channel":
         return tl.load(v + k * v_k, mask=k < K, other=0.0).to(ACC)
     else:
@@ -45,16 +48,17 @@ def load_term(
 
 @triton.jit(do_not_specialize=["split"])
 def gaussian_log_prob_kernel(
-    z, mean, log_scale, log_prob, K, P, split, loops, stride_mean, stride_log_scale,
+    z, mean, log_scale, log_prob, K, P, split, tiles_per_program, stride_mean, stride_log_scale,
     z_n, z_k, z_p, mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,
-    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
-    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
+    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
+    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
     # z: [N, K, P];  mean, log_scale: [N, K, P], [K] or none;  log_prob: [N, split]
-    SIDE_Z: tl.constexpr = SIDES[0]
-    SIDE_MEAN: tl.constexpr = SIDES[1]
-    SIDE_LOG_SCALE: tl.constexpr = SIDES[2]
-    K, P = K * VEC_K, whole(P, VEC_P)
+    DIM_Z: tl.constexpr = CONTIGUOUS_DIMS[0]
+    DIM_MEAN: tl.constexpr = CONTIGUOUS_DIMS[1]
+    DIM_LOG_SCALE: tl.constexpr = CONTIGUOUS_DIMS[2]
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     if MEAN == "channel":
@@ -62,11 +66,11 @@ def gaussian_log_prob_kernel(
     if LOG_SCALE == "channel":
         log_scale_k = stride_log_scale
     total = tl.zeros([TILE_K, TILE_P], ACC)
-    for i in range(loops):
-        k, p = tile_indices(part * loops + i, K, TILE_K, TILE_P)
+    for i in range(tiles_per_program):
+        k, p = tile_indices(part * tiles_per_program + i, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
-        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, SIDE_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, SIDE_MEAN, VEC_K, VEC_P)
+        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, DIM_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, DIM_MEAN, VEC_K, VEC_P)
         b_s = load_term(
             log_scale,
             n,
@@ -79,7 +83,7 @@ def gaussian_log_prob_kernel(
             log_scale_p,
             LOG_SCALE,
             ACC,
-            SIDE_LOG_SCALE,
+            DIM_LOG_SCALE,
             VEC_K,
             VEC_P,
         )
@@ -94,22 +98,25 @@ def gaussian_log_prob_kernel(
         tl.store(log_prob + tl.program_id(0), tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["units"])
+@triton.jit(do_not_specialize=["position_blocks"])
 def gaussian_log_prob_backward_kernel(
-    z, mean, log_scale, dlog_prob, dz, dmean, dlog_scale, slots, units, K, P, loops, stride_mean, stride_log_scale, stride_dlog_prob,
+    z, mean, log_scale, dlog_prob, dz, dmean, dlog_scale, slots, position_blocks, K, P, tiles_per_program,
+    stride_mean, stride_log_scale, stride_dlog_prob,
     z_n, z_k, z_p, mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,
     dz_n, dz_k, dz_p, dmean_n, dmean_k, dmean_p, dlog_scale_n, dlog_scale_k, dlog_scale_p,
-    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, SIDES: tl.constexpr,
-    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
+    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
+    VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):  # fmt: skip
-    # z, dz: [N, K, P];  mean, log_scale and their gradients: [N, K, P], [K] or none;  slots: [programs / k_blocks, terms of [K], K]
-    SIDE_Z: tl.constexpr = SIDES[0]
-    SIDE_MEAN: tl.constexpr = SIDES[1]
-    SIDE_LOG_SCALE: tl.constexpr = SIDES[2]
-    SIDE_DZ: tl.constexpr = SIDES[3]
-    SIDE_DMEAN: tl.constexpr = SIDES[4]
-    SIDE_DLOG_SCALE: tl.constexpr = SIDES[5]
-    K, P = K * VEC_K, whole(P, VEC_P)
+    # z, dz: [N, K, P];  mean, log_scale and their gradients: [N, K, P], [K] or none
+    # slots: [programs / k_blocks, number of terms of shape [K], K]
+    DIM_Z: tl.constexpr = CONTIGUOUS_DIMS[0]
+    DIM_MEAN: tl.constexpr = CONTIGUOUS_DIMS[1]
+    DIM_LOG_SCALE: tl.constexpr = CONTIGUOUS_DIMS[2]
+    DIM_DZ: tl.constexpr = CONTIGUOUS_DIMS[3]
+    DIM_DMEAN: tl.constexpr = CONTIGUOUS_DIMS[4]
+    DIM_DLOG_SCALE: tl.constexpr = CONTIGUOUS_DIMS[5]
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     if MEAN == "channel":
@@ -118,13 +125,13 @@ def gaussian_log_prob_backward_kernel(
         log_scale_k = stride_log_scale
     b_dmean = tl.zeros([TILE_K, TILE_P], ACC)
     b_dlog_scale = tl.zeros([TILE_K, TILE_P], ACC)
-    first = slot.to(tl.int64) * loops
-    for unit in range(first, tl.minimum(first + loops, units)):
-        n = unit // p_blocks
-        k, p = tile_indices((unit % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+    first = slot.to(tl.int64) * tiles_per_program
+    for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
+        n = position_block // p_blocks
+        k, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
-        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, SIDE_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, SIDE_MEAN, VEC_K, VEC_P)
+        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, DIM_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, DIM_MEAN, VEC_K, VEC_P)
         b_s = load_term(
             log_scale,
             n,
@@ -137,7 +144,7 @@ def gaussian_log_prob_backward_kernel(
             log_scale_p,
             LOG_SCALE,
             ACC,
-            SIDE_LOG_SCALE,
+            DIM_LOG_SCALE,
             VEC_K,
             VEC_P,
         )
@@ -151,18 +158,18 @@ def gaussian_log_prob_backward_kernel(
             b_r = tl.exp(-b_s)
             b_ge = b_ge * b_r * b_r
         tl.store(
-            dz + offset(n, k, p, dz_n, dz_k, dz_p, SIDE_DZ, VEC_K, VEC_P),
+            dz + offset(n, k, p, dz_n, dz_k, dz_p, DIM_DZ, VEC_K, VEC_P),
             (-b_ge).to(dz.dtype.element_ty),
             mask=mask,
         )
         if MEAN == "full":
-            at_dmean = dmean + offset(n, k, p, dmean_n, dmean_k, dmean_p, SIDE_DMEAN, VEC_K, VEC_P)
+            at_dmean = dmean + offset(n, k, p, dmean_n, dmean_k, dmean_p, DIM_DMEAN, VEC_K, VEC_P)
             tl.store(at_dmean, b_ge.to(dmean.dtype.element_ty), mask=mask)
         elif MEAN == "channel":
             b_dmean += tl.where(mask, b_ge, 0.0)
         if LOG_SCALE == "full":
             at_dlog_scale = dlog_scale + offset(
-                n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, SIDE_DLOG_SCALE, VEC_K, VEC_P
+                n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, DIM_DLOG_SCALE, VEC_K, VEC_P
             )
             tl.store(at_dlog_scale, (b_ge * b_e - b_g).to(dlog_scale.dtype.element_ty), mask=mask)
         elif LOG_SCALE == "channel":
@@ -193,17 +200,19 @@ def load_drawn_term(
 def gaussian_sample_kernel(
     out, mean, log_scale, seed, sample_offset, temperature, temperature_rest, D, P, programs_each,
     mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,
-    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, FLAT_MEAN: tl.constexpr, FLAT_LOG_SCALE: tl.constexpr, ALIGNED: tl.constexpr,
+    MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, FLAT_MEAN: tl.constexpr, FLAT_LOG_SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ACC: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    # out: [N, D];  mean, log_scale: [N, K, P], [K] or none;  ALIGNED: the four numbers of a call of Philox lie in one channel
+    # out: [N, D];  mean, log_scale: [N, K, P], [K] or none
+    # ALIGNED: the four numbers of a Philox block are in one channel
     n = (tl.program_id(0) // programs_each).to(tl.int64)
     block = (tl.program_id(0) % programs_each).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     e = block[:, None] * 4 + tl.arange(0, 4)[None, :]
     mask = e < D
     k = (block * 4 // P)[:, None] if ALIGNED else e // P
     p = e - k * P
-    # a float argument is a float32: what it leaves of the temperature comes as another
+    # a float argument has the precision of float32; temperature_rest is the remainder of a float64
     b_z = normal(block, sample_offset + n, tl.load(seed), ACC)
     b_z = b_z * temperature + b_z * temperature_rest
     if LOG_SCALE != "none":
@@ -223,10 +232,13 @@ def _kind(v: Tensor | None) -> str:
 def _terms(
     z: Tensor, mean: Tensor | None, log_scale: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor], list[int], dict]:
-    """(what the kernel reads, what decides the tiles, strides of terms for each channel, constants); z stands in for what is not there."""
+    """Tensors that the kernel reads, tensors that decide the tiles, strides of terms per channel, constants.
+
+    z replaces absent terms.
+    """
     kinds = [_kind(v) for v in (mean, log_scale)]
     read = [
-        z if v is None else readable(v) if kind == "full" else v
+        z if v is None else with_position_stride(v) if kind == "full" else v
         for v, kind in zip((mean, log_scale), kinds, strict=True)
     ]
     tiled = [v if kind == "full" else z for v, kind in zip(read, kinds, strict=True)]
@@ -236,12 +248,13 @@ def _terms(
 
 def gaussian_log_prob(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> Tensor:
     acc, triton_acc = accumulator(z.dtype)
-    z = readable(z)
+    z = with_position_stride(z)
     read, tiled, channel, kinds = _terms(z, mean, log_scale)
     t = tiles(z.shape[1], z, *tiled)
     log_prob = z.new_empty((z.shape[0] * (1 if t.constants["VECTORS"] else t.split),), dtype=acc)
     launch(
-        gaussian_log_prob_kernel, t.samples * t.split, z, *read, log_prob, *t.sizes, t.split, t.loops, *channel, *t.strides,
+        gaussian_log_prob_kernel, t.samples * t.split, z, *read, log_prob, *t.sizes, t.split,
+        t.tiles_per_program, *channel, *t.strides,
         warps=t.warps, ACC=triton_acc, **kinds, **t.constants,
     )  # fmt: skip
     return sum_parts(log_prob, z.shape[0])
@@ -251,32 +264,32 @@ def gaussian_log_prob_backward(
     z: Tensor, mean: Tensor | None, log_scale: Tensor | None, dlog_prob: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc, triton_acc = accumulator(z.dtype)
-    dz, dz_out = output(z)
-    z = readable(z)
+    dz, dz_out = allocate_output(z)
+    z = with_position_stride(z)
     read, tiled, channel, kinds = _terms(z, mean, log_scale)
-    results, outs, summed = (
-        [],
-        [],
-        [],
-    )  # gradients in their layout; what the kernel writes; what is summed over programs
+    # gradients; buffers that the kernel writes; gradients that are summed over programs
+    results, outs, summed = [], [], []
     for v in (mean, log_scale):
         result, out = (
-            output(v) if _kind(v) == "full" else (z.new_empty(0) if v is None else torch.empty_like(v), z)
+            allocate_output(v)
+            if _kind(v) == "full"
+            else (z.new_empty(0) if v is None else torch.empty_like(v), z)
         )
         results.append((result, out))
         outs.append(out)
         if _kind(v) == "channel":
             summed.append(result)
     t = tiles(z.shape[1], z, *tiled, dz_out, *outs)
-    count, loops = t.shared() if summed else (t.units, 1)
+    count, tiles_per_program = t.reduction_grid() if summed else (t.position_blocks, 1)
     slots = z.new_empty((count, len(summed), z.shape[1]), dtype=acc) if summed else z
     launch(
-        gaussian_log_prob_backward_kernel, count * t.k_blocks, z, *read, dlog_prob, dz_out, *outs, slots, t.units, *t.sizes, loops,
+        gaussian_log_prob_backward_kernel, count * t.k_blocks, z, *read, dlog_prob, dz_out, *outs, slots,
+        t.position_blocks, *t.sizes, tiles_per_program,
         *channel, dlog_prob.stride(0), *t.strides, warps=t.warps, ACC=triton_acc, **kinds, **t.constants,
     )  # fmt: skip
     if summed:
         sum_slots(slots, *summed)
-    return written(dz, dz_out), *(result if out is z else written(result, out) for result, out in results)
+    return finalize(dz, dz_out), *(result if out is z else finalize(result, out) for result, out in results)
 
 
 def gaussian_sample(
@@ -295,15 +308,17 @@ def gaussian_sample(
     kinds, flat, steps, read = [], [], [], []
     for v in (mean, log_scale):
         kinds.append(_kind(v))
-        v = readable(v) if kinds[-1] == "full" else v
+        v = with_position_stride(v) if kinds[-1] == "full" else v
         flat.append(kinds[-1] == "full" and v.is_contiguous())
         steps += [0, 0, 0] if v is None else [0, v.stride(0), 0] if kinds[-1] == "channel" else strides(v)
         read.append(out if v is None else v)
     each = triton.cdiv(triton.cdiv(d, 4), BLOCKS)
     nearest = ctypes.c_float(temperature).value
     launch(
-        gaussian_sample_kernel, size[0] * each, out, *read, seed, offset, nearest, temperature - nearest, d, p, each, *steps,
-        warps=4, MEAN=kinds[0], LOG_SCALE=kinds[1], FLAT_MEAN=flat[0], FLAT_LOG_SCALE=flat[1], ALIGNED=p % 4 == 0,
+        gaussian_sample_kernel, size[0] * each,
+        out, *read, seed, offset, nearest, temperature - nearest, d, p, each, *steps,
+        warps=4, MEAN=kinds[0], LOG_SCALE=kinds[1], FLAT_MEAN=flat[0], FLAT_LOG_SCALE=flat[1],
+        ALIGNED=p % 4 == 0,
         ACC=accumulator(dtype)[1], BLOCKS=BLOCKS,
     )  # fmt: skip
     return out

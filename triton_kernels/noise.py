@@ -1,7 +1,8 @@
-"""Counter-based noise: Philox4x32-10 (Salmon et al., SC'11), the bits of which are the same here, in the reference and in the interpreter.
+"""Counter-based noise: Philox4x32-10 (Salmon et al., SC'11), with the same bits as in the reference.
 
-Writing a number, 4 bytes of float32, is the bound of uniform noise: some 17 instructions each as compiled for sm_90. A normal number takes
-some 56, about twice what a GPU does in the time of its 4 bytes, so arithmetic bounds those.
+Compiled for sm_90, a uniform number has about 17 instructions; its bound is the write of 4 bytes (float32).
+A normal number has about 56, twice as many as a GPU executes in the time of this write, so its bound is
+arithmetic.
 """
 
 import torch
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from fastflow.triton_kernels.tiles import launch
 
-BLOCKS = 256  # calls of Philox in a program: 2048 uniform numbers
+BLOCKS = 256  # Philox blocks per program: 2048 uniform numbers
 
 
 @triton.jit
 def philox(block, stream: tl.constexpr, sample, seed):
-    """Four 32-bit words for each of ``block`` (int64): counter (block, stream, sample's low and high word), key the seed's two words."""
+    """Four 32-bit words per ``block`` (int64).
+
+    Counter: block, stream, low and high word of sample. Key: the two words of seed.
+    """
     c0 = block.to(tl.uint32)
     c1 = tl.zeros_like(c0) + stream
     c2 = tl.zeros_like(c0) + sample.to(tl.uint32)
@@ -35,7 +39,7 @@ def philox(block, stream: tl.constexpr, sample, seed):
 
 @triton.jit
 def uniform(block, sample, seed, ACC: tl.constexpr):
-    """[B] blocks -> [B, 8] uniform numbers, multiples of 2^-16: the low, then the high half of each word."""
+    """[B] blocks -> [B, 8] uniform numbers: multiples of 2^-16, the low, then the high half of each word."""
     w0, w1, w2, w3 = philox(block, 0, sample, seed)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [block.shape[0], 4])
     halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block.shape[0], 8])
@@ -44,7 +48,7 @@ def uniform(block, sample, seed, ACC: tl.constexpr):
 
 @triton.jit
 def log_near_one(u):
-    """log u; from 1 - u, which is exact, where the hardware's logarithm loses digits."""
+    """log u, near 1 as a series of 1 - u, which is exact; the hardware's logarithm is inaccurate there."""
     t = 1 - u
     z = t / (2 - t)
     z2 = z * z
@@ -54,7 +58,7 @@ def log_near_one(u):
 
 @triton.jit
 def cos_sin_of_word(word, ACC: tl.constexpr):
-    """Cosine and sine of 2 pi word / 2^32: quadrant and remainder by integers, exactly, then Taylor's polynomials up to pi / 4."""
+    """Cosine and sine of 2 pi word / 2^32: exact quadrant and remainder, then Taylor series up to pi / 4."""
     w = word.to(tl.int64)
     quadrant = (w + 0x20000000) >> 30
     r = (w - (quadrant << 30)).to(ACC) * 1.4629180792671596e-09
@@ -85,7 +89,7 @@ def cos_sin_of_word(word, ACC: tl.constexpr):
 
 @triton.jit
 def normal(block, sample, seed, ACC: tl.constexpr):
-    """[B] blocks -> [B, 4] standard normal numbers, by Box and Muller from the word pairs (0, 1) and (2, 3)."""
+    """[B] blocks -> [B, 4] standard normal numbers: Box-Muller of the word pairs (0, 1) and (2, 3)."""
     w0, w1, w2, w3 = philox(block, 1, sample, seed)
     radius = tl.sqrt(-2 * log_near_one((tl.join(w0, w2).to(ACC) + 0.5) * 2.3283064365386963e-10))
     cos, sin = cos_sin_of_word(tl.join(w1, w3), ACC)

@@ -1,6 +1,6 @@
-"""Squeeze and unsqueeze in one pass: 8 bytes an element of float32, read once and written once, is the bound; nothing is computed.
+"""Squeeze and unsqueeze in one pass. Bound: 8 bytes per float32 element, read once and written once.
 
-Elements move as integers of their size, whatever they mean.
+Elements are copied as integers of their size.
 """
 
 import math
@@ -14,15 +14,16 @@ from torch import Tensor
 from fastflow.triton_kernels.tiles import block_size, launch
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Bytes of each of the four pixels of a block in one tile: 16 for each of 128 threads, the widest store there is, so that a thread
-# has four stores and as many loads under way (16 elements of float32, 2048 in a tile; of smaller types more).
+# Bytes of each of a block's four pixels in one tile: 16 for each of 128 threads, the widest store. A thread
+# then has four stores and as many loads in flight (16 elements of float32, 2048 in a tile; more of smaller
+# types).
 PIXEL_BYTES = 2048
 WARPS = 4
 
 
 @triton.jit
 def squeezed_channel(c, di, dj, C, ORDER: tl.constexpr):
-    """Where pixel (di, dj) of channel c's block goes."""
+    """The squeezed channel of pixel (di, dj) of channel c."""
     if ORDER == "channel":
         return 4 * c + (2 * di + dj)
     elif ORDER == "space":
@@ -33,11 +34,13 @@ def squeezed_channel(c, di, dj, C, ORDER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def squeeze_planar_kernel(
-    image, squeezed, rows, C, H, W, image_n, image_c, image_h, image_w, squeezed_n, squeezed_c, squeezed_h, squeezed_w,
+    image, squeezed, rows, C, H, W, image_n, image_c, image_h, image_w, squeezed_n, squeezed_c, squeezed_h,
+    squeezed_w,
     ORDER: tl.constexpr, INVERSE: tl.constexpr, WIDE: tl.constexpr,
-    VEC_W: tl.constexpr, VEC_IMAGE: tl.constexpr, VEC_SQUEEZED: tl.constexpr, TILE_R: tl.constexpr, TILE_W: tl.constexpr,
+    VEC_W: tl.constexpr, VEC_IMAGE: tl.constexpr, VEC_SQUEEZED: tl.constexpr, TILE_R: tl.constexpr,
+    TILE_W: tl.constexpr,
 ):  # fmt: skip
-    # image: [N, C, 2H, 2W];  squeezed: [N, 4C, H, W];  a tile is of rows (n, c, i) by pairs of columns
+    # image: [N, C, 2H, 2W];  squeezed: [N, 4C, H, W];  a tile is rows (n, c, i) by pairs of columns
     W = W * VEC_W
     w_blocks = tl.cdiv(W, TILE_W)
     first = tl.program_id(0) // w_blocks
@@ -90,9 +93,10 @@ def squeeze_planar_kernel(
 def squeeze_channels_last_kernel(
     image, squeezed, rows, C, H, W, image_n, image_h, image_w, squeezed_n, squeezed_h, squeezed_w,
     ORDER: tl.constexpr, INVERSE: tl.constexpr, WIDE: tl.constexpr,
-    VEC_C: tl.constexpr, VEC_IMAGE: tl.constexpr, VEC_SQUEEZED: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
+    VEC_C: tl.constexpr, VEC_IMAGE: tl.constexpr, VEC_SQUEEZED: tl.constexpr, TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
 ):  # fmt: skip
-    # image: [N, 2H, 2W, C];  squeezed: [N, H, W, 4C];  a tile is of blocks of pixels (n, i, j) by channels
+    # image: [N, 2H, 2W, C];  squeezed: [N, H, W, 4C];  a tile is blocks of pixels (n, i, j) by channels
     C = C * VEC_C
     c_blocks = tl.cdiv(C, TILE_C)
     first = tl.program_id(0) // c_blocks
@@ -112,7 +116,7 @@ def squeeze_channels_last_kernel(
     image_11 = image + ((base + image_h + image_w) * VEC_IMAGE + c)
     base = (n * squeezed_n + i * squeezed_h + j * squeezed_w) * VEC_SQUEEZED
     if ORDER == "channel":
-        # the four pixels of a channel lie side by side
+        # the four pixels of a channel are contiguous
         c_4 = (4 * c_first + tl.arange(0, 4 * TILE_C))[None, :]
         at = squeezed + (base + c_4)
         mask_4 = (row < rows) & (c_4 < 4 * C)
@@ -147,8 +151,13 @@ def squeeze_channels_last_kernel(
         tl.store(image_11, b_11, mask=mask)
 
 
-def steps(shape: tuple[int, ...], stride: tuple[int, ...], inner: int) -> tuple[int, tuple[int, ...]]:
-    """(vector, strides): those of dimensions of one element count nothing; the others than ``inner`` come in vectors where it has 1."""
+def vector_strides(
+    shape: tuple[int, ...], stride: tuple[int, ...], inner: int
+) -> tuple[int, tuple[int, ...]]:
+    """Vector length, and strides: of dimension ``inner`` in elements, of the others in vectors.
+
+    Vectors have one element unless ``inner`` has stride 1. Strides of dimensions of size 1 are 0.
+    """
     stride = tuple(
         0 if size == 1 and d != inner else step
         for d, (size, step) in enumerate(zip(shape, stride, strict=True))
@@ -169,11 +178,11 @@ def _plan(
     squeezed: tuple[int, ...],
     channels_last: bool,
 ):
-    """(kernel, programs, sizes and strides, constants) for squeezed images [n, 4c, h, w] of the two strides."""
+    """(kernel, programs, sizes and strides, constants) for squeezed images [n, 4c, h, w]."""
     inner, across, rows = (1, c, n * h * w) if channels_last else (3, w, n * c * h)
     vec = math.gcd(16, across)
-    vec_image, image = steps((n, c, 2 * h, 2 * w), image, inner)
-    vec_squeezed, squeezed = steps((n, 4 * c, h, w), squeezed, inner)
+    vec_image, image = vector_strides((n, c, 2 * h, 2 * w), image, inner)
+    vec_squeezed, squeezed = vector_strides((n, 4 * c, h, w), squeezed, inner)
     elements = PIXEL_BYTES // itemsize
     tile = block_size(across, elements)
     tile_r = elements // tile
@@ -196,10 +205,10 @@ def _plan(
 
 
 def squeezed_like(x: Tensor, inverse: bool, dtype: torch.dtype) -> Tensor:
-    """Memory for ``x`` squeezed or unsqueezed: channels_last where channels are what lies side by side in ``x``."""
+    """Memory for ``x`` squeezed or unsqueezed: channels_last if the channels of ``x`` are contiguous."""
     n, c, h, w = x.shape
-    side_by_side = c > 1 and x.stride(1) == 1 and not x.is_contiguous()
-    layout = torch.channels_last if side_by_side else torch.contiguous_format
+    channels_contiguous = c > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    layout = torch.channels_last if channels_contiguous else torch.contiguous_format
     shape = (n, c // 4, 2 * h, 2 * w) if inverse else (n, 4 * c, h // 2, w // 2)
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
 

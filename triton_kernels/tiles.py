@@ -1,8 +1,9 @@
-"""How a batch is cut into tiles: its strides, the shape of a tile, addresses in a kernel, and the one place that launches.
+"""Tiles of a batch: strides, tile shapes, addresses in a kernel, sums over programs, and launches.
 
-A tensor ``[N, C, ...]`` is seen as ``[N, K, P]``, channels and positions, wherever one stride leads through all positions: contiguous,
-channels_last, a ``chunk`` of either, an expanded one. A tile is ``[TILE_K, TILE_P]`` of one sample; whichever of the two lies side by
-side in memory is read in vectors. Vectors ``[N, C]`` have one position: there the samples take the positions' place.
+A tensor ``[N, C, ...]`` is treated as ``[N, K, P]``, channels and positions, if its positions have a single
+stride: contiguous, channels_last, a ``chunk`` of either, expanded. A tile is ``[TILE_K, TILE_P]`` of one
+sample, and its contiguous dimension is read in vectors. For vectors ``[N, C]``, which have one position, the
+samples are the positions of a single sample.
 """
 
 import math
@@ -14,18 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile: 8 for each of 256 threads, so that a thread reads float32 in two 16-byte vectors, half precision in one, and four
-# to six such reads of different tensors are under way at once; float64 takes half as many, for its registers.
+# Elements per tile: 8 for each of 256 threads. A thread then reads float32 in two 16-byte vectors and half
+# precision in one, with four to six such reads of different tensors in flight. float64 uses half as many,
+# because of its registers.
 TILE = 2048
-THREAD = 8
-# Programs that a reduction over programs is spread over: several for each multiprocessor of the largest GPU, few enough that summing
-# their slots costs nothing. A number of its own, not the device's, so that the same input has the same bits everywhere.
+ELEMENTS_PER_THREAD = 8
+# Programs of a reduction: several per multiprocessor of the largest GPU, few enough that summing their slots
+# is cheap. The number does not depend on the device, so the same input gives the same bits on every device.
 PROGRAMS = 1024
-# Tiles that one program takes of a sample before the sample is shared among programs, which costs a second launch for its log-det.
-LOOPS = 4
+# Tiles of a sample that one program processes. A sample with more tiles is shared among programs, which needs
+# a second launch for its log-det.
+TILES_PER_PROGRAM = 4
 
 
-INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels below were made
+INTERPRETED = triton.knobs.runtime.interpret  # at the time the kernels below are defined
 
 
 class Strides(NamedTuple):
@@ -44,46 +47,52 @@ def _strides(shape: tuple[int, ...], stride: tuple[int, ...]) -> Strides | None:
 
 
 def strides(x: Tensor) -> Strides | None:
-    """Strides of ``x`` as ``[N, K, P]``, or None where no single stride leads through the positions."""
+    """Strides of ``x`` as ``[N, K, P]``, or None if its positions have no single stride."""
     return _strides(x.shape, x.stride())
 
 
-def readable(x: Tensor) -> Tensor:
-    """``x``, or a contiguous copy where it is no ``[N, K, P]``, as a transposed image is not."""
+def with_position_stride(x: Tensor) -> Tensor:
+    """``x``, or a contiguous copy if its positions have no single stride, as those of a transposed image."""
     return x if strides(x) is not None else x.contiguous()
 
 
-def output(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory in the layout of ``torch.empty_like(x)``, and memory that a kernel can write: the same, unless it is no ``[N, K, P]``."""
+def allocate_output(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor with the strides of ``torch.empty_like(x)``, and the buffer that a kernel writes.
+
+    The buffer is the tensor itself if its positions have a single stride, otherwise contiguous.
+    """
     result = torch.empty_like(x)
     return result, result if strides(result) is not None else torch.empty_like(
         x, memory_format=torch.contiguous_format
     )
 
 
-def written(result: Tensor, buffer: Tensor) -> Tensor:
-    """What a kernel wrote to ``buffer``, in the layout of ``result``."""
+def finalize(result: Tensor, buffer: Tensor) -> Tensor:
+    """``result``, with the values that a kernel wrote to ``buffer``."""
     return result if buffer is result else result.copy_(buffer)
 
 
 class Tiles(NamedTuple):
-    """How ``[N, K, P]`` is cut for one launch, and what the kernel is told of it."""
+    """Tiles of ``[N, K, P]`` for one launch, as arguments of the kernel."""
 
-    samples: int  # 1 where the positions are the samples
-    units: int  # blocks of positions of all samples: what a kernel that reduces over nothing, or to channels, goes through
+    samples: int  # 1 for vectors, whose samples are the positions
+    position_blocks: int  # of all samples; for kernels without a sum per sample
     k_blocks: int
-    blocks: int  # tiles of a sample
-    split: int  # programs for a sample in a sum over it, and the tiles that each takes
-    loops: int
+    blocks: int  # tiles per sample
+    split: int  # programs per sample, for a sum over it
+    tiles_per_program: int
     warps: int
     sizes: tuple[int, int]  # K and P, in vectors
     strides: tuple[int, ...]  # of each tensor: sample, channel, position, in vectors
     constants: dict
 
-    def shared(self) -> tuple[int, int]:
-        """(slots, loops): programs for each block of channels in a sum over samples and positions, and the units that each takes."""
-        loops = -(-self.units // max(PROGRAMS // self.k_blocks, 1))
-        return -(-self.units // loops), loops
+    def reduction_grid(self) -> tuple[int, int]:
+        """Grid of a sum over samples and positions.
+
+        Returns the number of slots (programs per block of channels), and of position blocks per program.
+        """
+        tiles_per_program = -(-self.position_blocks // max(PROGRAMS // self.k_blocks, 1))
+        return -(-self.position_blocks // tiles_per_program), tiles_per_program
 
 
 def power_of_two(size: int) -> int:
@@ -91,7 +100,7 @@ def power_of_two(size: int) -> int:
 
 
 def block_size(size: int, limit: int) -> int:
-    """A power of two up to ``limit`` to cut ``size`` into: all at once, or in blocks that leave no more than an eighth idle."""
+    """A power of two up to ``limit``: one block, or blocks of which at most an eighth is idle."""
     if size <= limit:
         return power_of_two(size)
     return next((b for b in (limit, limit // 2) if -size % b * 8 <= size), max(limit // 4, 1))
@@ -125,23 +134,23 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     k_blocks, p_blocks = -(-k // tile_k), -(-p // tile_p)
     blocks = k_blocks * p_blocks
     if vectors:
-        split, loops = p_blocks, k_blocks
+        split, tiles_per_program = p_blocks, k_blocks
     else:
-        loops = -(-blocks // min(-(-blocks // LOOPS), -(-PROGRAMS // max(n, 1))))
-        split = -(-blocks // loops)
-    per_thread = THREAD * 4 // max(itemsize, 4)
+        tiles_per_program = -(-blocks // min(-(-blocks // TILES_PER_PROGRAM), -(-PROGRAMS // max(n, 1))))
+        split = -(-blocks // tiles_per_program)
+    per_thread = ELEMENTS_PER_THREAD * 4 // max(itemsize, 4)
     return Tiles(
         samples=n,
-        units=n * p_blocks,
+        position_blocks=n * p_blocks,
         k_blocks=k_blocks,
         blocks=blocks,
         split=split,
-        loops=loops,
+        tiles_per_program=tiles_per_program,
         warps=min(max(tile_k * tile_p // (32 * per_thread), 1), 8),
         sizes=(k // vec_k, p // vec_p),
         strides=tuple(v // vec[side] for s, side in zip(layouts, adjacent, strict=True) for v in s),
         constants={
-            "SIDES": adjacent,
+            "CONTIGUOUS_DIMS": adjacent,
             "VEC_K": vec_k,
             "VEC_P": vec_p,
             "TILE_K": tile_k,
@@ -152,7 +161,7 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
 
 
 def tiles(k: int, *tensors: Tensor) -> Tiles:
-    """Cuts the ``[N, K, P]`` of the first of ``tensors``, with ``k`` channels, for a kernel that reads and writes all of them."""
+    """Tiles of the first tensor, with ``k`` channels, for a kernel that reads and writes all ``tensors``."""
     x = tensors[0]
     itemsize = max(t.element_size() for t in tensors)
     return _tiles(x.shape[0], k, math.prod(x.shape[2:]), itemsize, tuple(strides(t) for t in tensors))
@@ -163,39 +172,44 @@ def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 def launch(kernel, programs: int, *args, warps: int, **constants) -> None:
-    """Every kernel is launched from here; multiplications and additions fuse, which Triton 3.9 warns about where it is not said."""
+    """Launch a kernel. Fusion of multiplications and additions is explicit: Triton 3.9 warns otherwise."""
     kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True, **constants)
 
 
 @triton.jit
 def offset(
-    n, k, p, stride_n, stride_k, stride_p, SIDE: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr
+    n,
+    k,
+    p,
+    stride_n,
+    stride_k,
+    stride_p,
+    CONTIGUOUS_DIM: tl.constexpr,
+    VEC_K: tl.constexpr,
+    VEC_P: tl.constexpr,
 ):
-    """Where element (n, k, p) of a tensor lies. Strides come in units of a vector, so that the compiler sees what they divide by."""
-    if SIDE == "positions":
+    """Offset of element (n, k, p). Strides are in vectors, so that the compiler knows their divisibility."""
+    if CONTIGUOUS_DIM == "positions":
         return n * stride_n * VEC_P + k * stride_k * VEC_P + p
-    elif SIDE == "channels":
+    elif CONTIGUOUS_DIM == "channels":
         return n * stride_n * VEC_K + p * stride_p * VEC_K + k
     else:
         return n * stride_n + k * stride_k + p * stride_p
 
 
 @triton.jit
-def whole(size, VEC: tl.constexpr):
-    """A size that came in units of a vector; 64 bits, since the units may fit 32 where the size does not."""
+def unvectorized_size(size, VEC: tl.constexpr):
+    """Elements of a size in vectors, in 64 bits: the number of vectors may fit 32 bits when this does not."""
     return tl.cast(size, tl.int64) * VEC
 
 
 @triton.jit
 def tile_indices(block, K, TILE_K: tl.constexpr, TILE_P: tl.constexpr):
-    """Channels ``[TILE_K, 1]`` and positions ``[1, TILE_P]`` of a sample's block, in 64 bits."""
+    """Channels ``[TILE_K, 1]`` and positions ``[1, TILE_P]`` of a tile of a sample, in 64 bits."""
     k_blocks = tl.cdiv(K, TILE_K)
     k = (block % k_blocks) * TILE_K + tl.arange(0, TILE_K)
     p = (block // k_blocks).to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
     return k[:, None].to(tl.int64), p[None, :]
-
-
-# sums over programs ------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["slot_count"])
@@ -219,12 +233,12 @@ def sum_slots_kernel(slots, out_0, out_1, slot_count, count, TILE_S: tl.constexp
 
 
 def sum_parts(parts: Tensor, n: int) -> Tensor:
-    """Sums the parts of each of ``n`` samples, ``[n * split]``; with one part each there is nothing to launch."""
+    """Sum the parts of each of ``n`` samples, ``[n * split]``; no launch if split is 1."""
     return parts if parts.numel() == n else parts.view(n, -1).sum(1)
 
 
 def sum_slots(slots: Tensor, *outs: Tensor) -> None:
-    """Sums ``[slots, outs, count]`` over the slots into one or two outputs, in an order that the shape alone decides."""
+    """Sum ``[slots, outs, count]`` over the slots to one or two outputs, in an order given by the shape."""
     slot_count, _, count = slots.shape
     grid = len(outs) * triton.cdiv(count, 32)
     launch(sum_slots_kernel, grid, slots, outs[0], outs[-1], slot_count, count, warps=4, TILE_S=32, TILE_C=32)

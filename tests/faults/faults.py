@@ -128,8 +128,8 @@ TRITON = [
     Fault(
         "merged variance without the count",
         "triton_kernels/actnorm.py",
-        "delta * delta * count * share",
-        "delta * delta * share",
+        "delta * delta * count * weight",
+        "delta * delta * weight",
         op(INTERPRETER, "actnorm", also="large"),
     ),
     Fault(
@@ -184,8 +184,8 @@ TRITON = [
     Fault(
         "off-by-one number of slots",
         "triton_kernels/tiles.py",
-        "return -(-self.units // loops), loops",
-        "return self.units // loops, loops",
+        "return -(-self.position_blocks // tiles_per_program), tiles_per_program",
+        "return self.position_blocks // tiles_per_program, tiles_per_program",
         "tests/ops/test_tiles.py " + op(f"{INTERPRETER} or test_tiles", "actnorm", also="large"),
     ),
     Fault(
