@@ -81,7 +81,7 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
         if disk is None:
             raise
         raise OSError(
-            disk.errno, f"not written, {path.name} is what it was before: {disk.strerror}", str(path)
+            disk.errno, f"not written, {path.name} is unchanged: {disk.strerror}", str(path)
         ) from error
 
 

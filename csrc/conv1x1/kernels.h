@@ -462,8 +462,7 @@ struct SumSlotsKernel {
   }
 };
 
-// the ops
-// -----------------------------------------------------------------------------------------------------------
+// The ops: host code that launches the kernels.
 
 // Calls f(T(), width) for x's dtype and the smallest width of 16, 24, 48, 64 that is at least C.
 template <class Device, class F>

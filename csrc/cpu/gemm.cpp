@@ -44,7 +44,7 @@ constexpr int narrower(int bytes) {
   return bytes > 16 ? bytes / 2 : int(sizeof(T));
 }
 
-// Accumulators per row, so that those of six rows and their operands stay in registers.
+// Accumulators per row, so that six rows of them and their operands stay in registers.
 constexpr int most_vectors(int bytes) { return bytes == 64 ? 4 : 2; }
 
 // Vectors are contiguous from column j. The last one ends with column n and may overlap the previous one.

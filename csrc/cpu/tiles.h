@@ -360,7 +360,7 @@ class ChannelSums {
   int64_t added_ = 0;
 };
 
-// Adds the sums of all slots, [slots, size], to those of the first.
+// Adds the sums of all slots, [slots, size], to the first slot.
 inline void add_slots(double* sums, int64_t slots, int64_t size) {
   for (int64_t slot = 1; slot < slots; ++slot)
     for (int64_t k = 0; k < size; ++k) sums[k] += sums[slot * size + k];

@@ -390,8 +390,8 @@ class LogDet {
   const Buffer<double> sums_;
 };
 
-// A tensor of `dtype` with the strides of torch.empty_like(like), or squeezed or unsqueezed with those of
-// fastflow.reference.squeeze.
+// A tensor of `dtype` with the strides of torch.empty_like(like), or squeezed or unsqueezed like the
+// result of fastflow.reference.squeeze.
 Tensor output_like(const Tensor& like, const std::optional<std::string>& squeeze_order, bool inverse,
                    ScalarType dtype) {
   const Tensor flat = empty_like(like, dtype);

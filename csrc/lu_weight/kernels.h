@@ -3,7 +3,7 @@
 // block per matrix. docs/maths.md has the formulas.
 //
 // Bound: the launch. A stack of K = 32, C = 48 is 0.6 MB in and out and 16 million operations on 32
-// multiprocessors. The time is that of the 48 dependent steps of the inversion, each with a barrier, so both
+// multiprocessors. The 48 dependent steps of the inversion, each with a barrier, take the time, so both
 // triangles are inverted in the same steps.
 #include <cmath>
 #include <tuple>
@@ -233,8 +233,7 @@ struct LUWeightBackwardKernel {
   }
 };
 
-// the ops
-// -----------------------------------------------------------------------------------------------------------
+// The ops: host code that launches the kernels.
 
 template <typename T, typename Element = std::remove_const_t<T>>
 Stack<T> stack_of(const Tensor& dense) {

@@ -113,8 +113,7 @@ struct TriangularSolveKernel {
   }
 };
 
-// the op
-// ------------------------------------------------------------------------------------------------------------
+// The op: host code that launches the kernels.
 
 template <class Device>
 Tensor triangular_solve(const Tensor& A, const Tensor& B, bool upper, bool unit_diagonal, bool transpose) {

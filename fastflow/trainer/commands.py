@@ -21,7 +21,7 @@ from fastflow.trainer.train import train
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Bits/dim of a trained model on a test set, with those of image codecs for comparison."""
+    """Bits/dim of a trained model on a test set, compared with image codecs."""
 
     checkpoint: tyro.conf.Positional[str]
     """A checkpoint, or a run folder (its last.pt)."""
@@ -65,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Interpolate:
-    """Write rows of images decoded from latents between those of two test images, as a PNG."""
+    """Write rows of images decoded from latents between two test images, as a PNG."""
 
     checkpoint: tyro.conf.Positional[str]
     """A checkpoint, or a run folder (its last.pt)."""

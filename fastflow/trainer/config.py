@@ -32,7 +32,7 @@ class DataOptions:
     class_conditional: bool = False
     """Condition the model on the labels."""
     model: Literal[tuple(MODELS)] = "glow"
-    """Model to train; mnist- models are those of the UvA tutorial on image flows."""
+    """Model to train; mnist- models are from the UvA tutorial on image flows."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Config(ModelOptions, DataOptions):
     timeout: float = 60.0
     """Seconds that a rank waits for the other ranks within a step before it fails."""
     workers: int | None = None
-    """Number of data-loading processes. Default: none for data in memory, up to four for a folder."""
+    """Number of data-loading processes. Default: 0 for data in memory, up to 4 for a folder."""
 
     eval_every: int = 100
     """Steps between evaluations on the test set."""
@@ -148,7 +148,7 @@ def stored_config(training: dict) -> dict[str, object]:
 
 
 def check_changes(training: dict, config: Config) -> None:
-    """Raise ConfigError if ``config`` changes what a resumed run cannot change."""
+    """Raise ConfigError if ``config`` changes an option that a resumed run cannot change."""
     kept, given = stored_config(training), asdict(config)
     for name in given:
         if name not in _MAY_CHANGE and kept.get(name, given[name]) != given[name]:

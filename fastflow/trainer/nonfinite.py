@@ -20,9 +20,7 @@ def diagnose(model: Model, x: Tensor, labels: Tensor | None, seed: int, offset: 
     def hook(name: str) -> Callable:
         def look(module: nn.Module, inputs: tuple, output: object) -> None:
             if not first and not all(t.isfinite().all() for t in _tensors(output)):
-                first.append(
-                    f"the first output that is not finite is that of {name} ({type(module).__name__})"
-                )
+                first.append(f"the first output that is not finite: {name} ({type(module).__name__})")
 
         return look
 

@@ -175,7 +175,7 @@ def save_densities(
     """Write a row for each two-dimensional model as a PNG: data, map of the density, samples.
 
     ``data``: ``[N, 2]``; ``densities``: {name: (density from :func:`fastflow.explore.density`,
-    samples ``[M, 2]``)}; ``limits``: those of the density.
+    samples ``[M, 2]``)}; ``limits``: the limits of the density.
     """
     from matplotlib.figure import Figure
 

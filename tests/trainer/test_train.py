@@ -223,7 +223,7 @@ def test_a_non_finite_loss_stops_the_run(arrays, tmp_path, capsys):
     kept = checkpoint.read(run / "last.pt")["training"]["step"]
     assert kept == (step - 1) // 2 * 2 and len(read_metrics(run / "metrics.csv")) == step - 1
     assert not (math.isfinite(float(found[2])) and math.isfinite(float(found[3])))
-    layer = re.search(r"is that of (\S+) \((\w+)\)", line)
+    layer = re.search(r"not finite: (\S+) \((\w+)\)", line)
     if layer:
         assert type(dict(model.named_modules()).get(layer[1], model)).__name__ == layer[2]
     assert re.search(r"largest gradient (\S+), of (\S+);", line)[2] in dict(model.named_parameters())
@@ -268,7 +268,7 @@ def test_diagnosis_names_the_layer_and_the_gradient():
     network = model.get_submodule("flows.1.steps.1.coupling.net")
     next(network.parameters()).data.view(-1)[0] = math.inf
     first = next(iter(network.children()))
-    assert f"is that of flows.1.steps.1.coupling.net.0 ({type(first).__name__})" in diagnose(
+    assert f"not finite: flows.1.steps.1.coupling.net.0 ({type(first).__name__})" in diagnose(
         model, x, None, 0
     )
     dict(model.named_parameters())["flows.0.steps.1.actnorm.bias"].grad[0] = math.nan

@@ -26,7 +26,7 @@ class Images:
         self._labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
     def to(self, device: torch.device | str) -> "Images":
-        """Move the training images to a device, where batches are then made."""
+        """Move the training images to a device; batches are then made there."""
         self._train = self._train.to(device)
         self._labels = None if self._labels is None else self._labels.to(device)
         return self
