@@ -11,8 +11,8 @@ from fastflow.triton_kernels.tiles import PROGRAMS, tiles  # noqa: E402
 @pytest.mark.parametrize(
     "shape", [(1, 3, 4), (1024, 1, 4), (1025, 1, 4), (2049, 40, 4), (87, 12, 2048), (50000, 7)], ids=str
 )
-def test_a_sum_takes_every_unit_once(shape):
+def test_a_sum_takes_every_block_once(shape):
     t = tiles(shape[1], torch.empty(shape, device="meta"))
-    slots, loops = t.shared()
-    assert (slots - 1) * loops < t.units <= slots * loops
+    slots, blocks = t.reduction_grid()
+    assert (slots - 1) * blocks < t.position_blocks <= slots * blocks
     assert slots * t.k_blocks <= PROGRAMS
