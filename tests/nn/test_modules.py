@@ -377,6 +377,14 @@ def test_a_constant_channel_stays_finite(value, dtype):
     torch.testing.assert_close(layer.inverse(y)[0], batch_of, rtol=1e-4, atol=1e-4)
 
 
+def test_rounding_of_a_constant_channel_is_not_scaled_up():
+    layer, x = ActNorm(2), torch.randn(64, 2)
+    x[:, 1] = 1000.1
+    x[0, 1] = torch.nextafter(x[0, 1], torch.tensor(torch.inf))
+    layer(x)
+    assert layer.log_scale[1] == 0 and layer.log_scale[0] != 0
+
+
 def test_one_sample_initialises_finite():
     layer = ActNorm(4)
     y, log_det = layer(torch.randn(1, 4))
