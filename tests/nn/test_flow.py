@@ -248,3 +248,10 @@ def test_a_direction_that_is_not_written_says_so(direction):
 
     with pytest.raises(NotImplementedError, match=f"Unfinished has no {direction}"):
         getattr(Unfinished(), direction)(torch.randn(2, 3))
+
+
+def test_hooks_of_a_nested_sequential_run():
+    inner, calls = Sequential(ActNorm(3)), []
+    inner.register_forward_hook(lambda *_: calls.append("forward"))
+    Sequential(inner)(torch.randn(2, 3, requires_grad=True))
+    assert calls == ["forward"]

@@ -25,6 +25,7 @@ from fastflow.nn import (
     Sequential,
     Split,
 )
+from fastflow.nn.glow_level import folded
 from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 from fastflow.ops.affine_coupling import SCALES
@@ -354,6 +355,14 @@ def test_first_batch_of_a_glow_step_is_that_of_its_layers():
     y, third = apart.coupling(y)
     torch.testing.assert_close((z, log_det), (y, first + second + third), rtol=1e-11, atol=1e-11)
     assert step.actnorm.initialized and step.coupling.net[0].actnorm.initialized
+
+
+def test_a_glow_step_inverts_the_rounded_weights():
+    """The inverse matrix is exact up to its own rounding to float32, 2^-24."""
+    step = randomize(GlowStep(48, 4), 0.05)
+    weight, _, inverse, _, _ = folded([step])[0]
+    exact = weight.double().inverse()
+    assert (inverse - exact).abs().max() <= 2**-24 * exact.abs().max()
 
 
 @pytest.mark.parametrize("how", ["eval", "inverse", "inverse in training"])
