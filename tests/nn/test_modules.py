@@ -26,6 +26,7 @@ from fastflow.nn import (
     Split,
 )
 from fastflow.nn.glow_level import folded
+from fastflow.nn.networks.gated_network import GatedBlock
 from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 from fastflow.ops.affine_coupling import SCALES
@@ -299,6 +300,22 @@ def test_residual_and_gated_networks_start_at_zero():
     x = batch((3, 4, 2))
     assert (ResidualNetwork(3, 6, hidden=4, blocks=2).double()(x) == 0).all()
     assert (GatedNetwork(5, 6, hidden=4, blocks=2).double()(x, batch((2, 4, 2))) == 0).all()
+
+
+def test_residual_network_sees_its_input_with_both_signs():
+    network, x, seen = ResidualNetwork(3, 6, hidden=4, blocks=1).double(), batch((3, 4, 2)), []
+    network.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network(x)
+    normalized = network.norm_in(x)
+    assert torch.equal(seen[0], torch.cat([normalized.relu(), (-normalized).relu()], dim=1))
+
+
+def test_gated_block_gates_the_first_half():
+    block, x = GatedBlock(2).double(), batch((2, 4, 2))
+    nn.init.zeros_(block.conv_out.weight)
+    block.conv_out.bias.data.copy_(torch.tensor([1, 2, 3, -1]))
+    value, gate = torch.tensor([[1, 2], [3, -1]], dtype=x.dtype).view(2, 1, 2, 1, 1)
+    torch.testing.assert_close(block(x), block.norm(x + value * gate.sigmoid()), rtol=1e-12, atol=1e-12)
 
 
 # ActNorm's initialization ----------------------------------------------------------------------------------------------------------
