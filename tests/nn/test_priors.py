@@ -1,6 +1,7 @@
 """Priors: densities against torch.distributions, normalization, and samples by their moments, quantiles, temperature and seed."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import SigmoidTransform
 
+from fastflow import ops
 from fastflow.nn import GaussianMixturePrior, GaussianPrior, LogisticPrior
 from tests.support.cases import randomize
 
@@ -171,6 +173,14 @@ def test_temperature_and_seed(name):
     draw(1)
     assert torch.equal(torch.get_rng_state(), state)
     assert prior.sample(0, like, context=classes(name, 0)).shape == (0, *IMAGE)
+
+
+@pytest.mark.parametrize("noise, sign", [(0, -1), (65535 / 65536, 1)], ids=["smallest", "largest"])
+def test_logistic_samples_are_finite(noise, sign, monkeypatch):
+    """The smallest and the largest of the 2^32 uniform numbers lie 2^-33 from 0 and from 1."""
+    monkeypatch.setattr(ops, "uniform_noise", lambda size, *_, **kw: torch.full(size, noise, **kw))
+    x = LogisticPrior((1,)).sample(1, torch.empty(0))
+    torch.testing.assert_close(x, torch.tensor([[sign * 33 * math.log(2)]]), rtol=1e-6, atol=0)
 
 
 def test_logistic_tails():
