@@ -40,10 +40,3 @@ def test_every_block_runs(page):
     names = {}  # a page's blocks follow on each other
     for block in blocks((ROOT / page).read_text()):
         exec(block, names)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    here = (ROOT / page).parent
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
-        assert target.startswith("http") or (here / target).exists(), target
