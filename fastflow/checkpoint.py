@@ -17,6 +17,7 @@ import torch
 from fastflow import archive
 from fastflow.archive import CheckpointError
 from fastflow.models.model import Model
+from fastflow.models.options import FORMER_NAMES
 
 FORMAT = 1
 _KEYS = ("format", "fastflow", "model", "config", "state_dict", "training")
@@ -122,7 +123,7 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
         )
     try:
         with torch.random.fork_rng([]):  # the initial weights are replaced: the generator need not advance
-            model = getattr(fastflow.models, name)(**config)
+            model = getattr(fastflow.models, name)(**{FORMER_NAMES.get(k, k): v for k, v in config.items()})
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: {name} does not take its configuration ({archive.first_line(error)})"

@@ -1,4 +1,4 @@
-"""Former names of arguments, methods and classes. They work for one more release, with a DeprecationWarning."""
+"""Former names of arguments, attributes, methods and classes. They work for one more release, with a DeprecationWarning."""
 
 import functools
 import warnings
@@ -23,12 +23,12 @@ def renamed_arguments(**new_names: str) -> Callable[[Callable[P, T]], Callable[P
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def with_old_names(*args: P.args, **kwargs: P.kwargs) -> T:
-            for old, new in new_names.items():
-                if old in kwargs:
-                    if new in kwargs:
-                        raise TypeError(f"{new}: got {old}, its former name, as well; expected one of them")
-                    _warn(f"argument {old}", new)
-                    kwargs[new] = kwargs.pop(old)
+            for old in new_names.keys() & kwargs.keys():
+                new = new_names[old]
+                if new in kwargs:
+                    raise TypeError(f"{new}: got {old}, its former name, as well; expected one of them")
+                _warn(f"argument {old}", new)
+                kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return with_old_names
@@ -45,6 +45,20 @@ def renamed_method(old: str, new: str) -> Callable[..., Any]:
 
     method.__name__, method.__doc__ = old, f"Former name of :meth:`{new}`."
     return method
+
+
+def renamed_property(old: str, new: str) -> property:
+    """The attribute ``old`` of the instances of a class, which reads and writes the attribute ``new``."""
+
+    def get(self: object) -> Any:
+        _warn(f"{type(self).__name__}.{old}", new)
+        return getattr(self, new)
+
+    def set_(self: object, value: Any) -> None:
+        _warn(f"{type(self).__name__}.{old}", new)
+        setattr(self, new, value)
+
+    return property(get, set_, doc=f"Former name of ``{new}``.")
 
 
 def renamed_attributes(module: str, **attributes: Any) -> Callable[[str], Any]:

@@ -69,9 +69,9 @@ def drift(model: Glow, x: Tensor, networks: torch.dtype | None) -> float:
     return max(errors)
 
 
-def reversed_by(model: Glow, reversible: bool, checkpoint_every: int | None = None) -> Glow:
+def reversed_by(model: Glow, reversible: bool, activation_checkpoint_every: int | None = None) -> Glow:
     for flow in model.flows:
-        flow.reversible, flow.checkpoint_every = reversible, checkpoint_every
+        flow.reversible, flow.activation_checkpoint_every = reversible, activation_checkpoint_every
     return model
 
 

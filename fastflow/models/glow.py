@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from fastflow import check
+from fastflow.deprecation import renamed_arguments
 from fastflow.models.model import Model
-from fastflow.models.options import ModelConfig, check_image_shape, takes_fields_of
+from fastflow.models.options import FORMER_NAMES, ModelConfig, check_image_shape, takes_fields_of
 from fastflow.nn import Dequantize, GaussianPrior, GlowLevel, GlowStep, LogitDequantize, Split
 
 Coupling = Literal["affine", "additive"]
@@ -30,7 +31,7 @@ class GlowConfig(ModelConfig):
     logit: bool = False
     scale: Scale = "soft_clamp"
     reversible: bool = True
-    checkpoint_every: int | None = None
+    activation_checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +61,7 @@ class Glow(Model):
         reversible: recompute activations in backward instead of storing them. Memory then does not grow with
             ``steps``, and a training step takes up to a third longer (docs/memory.md). Set it to False to
             compile the whole model with torch.compile.
-        checkpoint_every: store the activation after every this many steps of a reversible chain. Rounding
+        activation_checkpoint_every: store the activation after every this many steps of a reversible chain. Rounding
             errors then accumulate over no more steps than these.
 
     Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
@@ -76,6 +77,7 @@ class Glow(Model):
         >>> images = model.eval().sample(4, temperature=0.7)
     """
 
+    @renamed_arguments(**FORMER_NAMES)
     @takes_fields_of(GlowConfig)
     def __init__(self, config: GlowConfig) -> None:
         c, h, w = config.image_shape
@@ -86,7 +88,7 @@ class Glow(Model):
                 GlowStep(c, config.hidden, config.coupling, config.conv1x1, config.scale)
                 for _ in range(config.steps)
             ]
-            flows.append(GlowLevel(steps, config.reversible, config.checkpoint_every))
+            flows.append(GlowLevel(steps, config.reversible, config.activation_checkpoint_every))
             if level < config.levels - 1:
                 splits.append(Split(c))
                 c //= 2

@@ -11,6 +11,8 @@ from fastflow import check
 P = ParamSpec("P")
 Self = TypeVar("Self")
 Options = TypeVar("Options", bound="ModelConfig")
+# former names of options, in arguments and in checkpoints of 0.1.0
+FORMER_NAMES = {"checkpoint_every": "activation_checkpoint_every"}
 
 
 @dataclass(frozen=True)

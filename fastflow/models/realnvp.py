@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 
 from fastflow import check
+from fastflow.deprecation import renamed_arguments
 from fastflow.models.model import Model
-from fastflow.models.options import ModelConfig, check_image_shape, takes_fields_of
+from fastflow.models.options import FORMER_NAMES, ModelConfig, check_image_shape, takes_fields_of
 from fastflow.nn import (
     AffineCoupling,
     BatchNorm,
@@ -30,7 +31,7 @@ class RealNVPConfig(ModelConfig):
     classes: int | None = None
     momentum: float = 0.9
     reversible: bool = True
-    checkpoint_every: int | None = None
+    activation_checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +65,7 @@ class RealNVP(Model):
         reversible: recompute activations in backward instead of storing them. In training mode, call backward
             before the next forward pass, because a forward pass updates the statistics of the batch
             normalizations.
-        checkpoint_every: store the activation after every this many layers of a reversible chain.
+        activation_checkpoint_every: store the activation after every this many layers of a reversible chain.
 
     In training mode, an image's result depends on the other images of its batch, also in ``encode``,
     ``decode`` and ``sample``; call ``eval()`` before these.
@@ -79,6 +80,7 @@ class RealNVP(Model):
         >>> model(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)).mean().backward()
     """
 
+    @renamed_arguments(**FORMER_NAMES)
     @takes_fields_of(RealNVPConfig)
     def __init__(self, config: RealNVPConfig) -> None:
         (c, h, w), hidden = config.image_shape, config.hidden
@@ -107,7 +109,10 @@ class RealNVP(Model):
                 layers.append(Permute(c, _diagonals_first(c)))
                 splits.append(Split(c, prior="standard"))
                 c //= 2
-            chain = {"reversible": config.reversible, "checkpoint_every": config.checkpoint_every}
+            chain = {
+                "reversible": config.reversible,
+                "activation_checkpoint_every": config.activation_checkpoint_every,
+            }
             flows.append(Sequential(*layers, **chain))
         dequantize, prior = LogitDequantize(config.n_bits), GaussianPrior((c, h, w), config.classes)
         super().__init__(config.image_shape, dequantize, flows, splits, prior, config.classes, asdict(config))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import check, ops
+from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.conv1x1 import InvertibleConv1x1, stacked_weights
@@ -13,7 +14,7 @@ from fastflow.nn.flow import Flow
 from fastflow.nn.networks.glow_network import GlowNetwork
 from fastflow.nn.permute import Permute
 from fastflow.nn.squeeze import Squeeze
-from fastflow.reversible import Gradients, add, reversible, stored, vjp
+from fastflow.reversible import Gradients, add, run_reversible, run_storing, vjp
 
 Linear = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -134,32 +135,39 @@ class GlowLevel(Flow):
     Args:
         steps: the K steps, applied in order.
         reversible: recompute activations in backward instead of storing them, see docs/memory.md.
-        checkpoint_every: with ``reversible``, also store the activation after every this many steps.
+        activation_checkpoint_every: with ``reversible``, also store the activation after every this many steps.
 
     Shape: x ``[N, C, H, W]``; z ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
-    Raises ValueError for another shape, and if ``checkpoint_every`` is neither None nor a positive integer.
+    Raises ValueError for another shape, and if ``activation_checkpoint_every`` is neither None nor a positive integer.
     """
 
+    @renamed_arguments(checkpoint_every="activation_checkpoint_every")
     def __init__(
-        self, steps: list[GlowStep], reversible: bool = True, checkpoint_every: int | None = None
+        self, steps: list[GlowStep], reversible: bool = True, activation_checkpoint_every: int | None = None
     ) -> None:
         super().__init__()
-        check.positive_int("checkpoint_every", checkpoint_every, optional=True)
+        check.positive_int("activation_checkpoint_every", activation_checkpoint_every, optional=True)
         self.squeeze = Squeeze()
         self.steps = nn.ModuleList(steps)
-        self.reversible, self.checkpoint_every = reversible, checkpoint_every
+        self.reversible, self.activation_checkpoint_every = reversible, activation_checkpoint_every
+
+    checkpoint_every = renamed_property("checkpoint_every", "activation_checkpoint_every")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.squeeze(x)
         # a step with an uninitialized ActNorm cannot compute its weights before x reaches it
         pending = self.training and not all(step.actnorm._initialized for step in self.steps)
-        weights = None if pending else folded
+        shared_args = None if pending else folded
         if self.reversible:
-            x, steps_log_det = reversible(
-                self.steps, x, context, weights=weights, checkpoint_every=self.checkpoint_every
+            x, steps_log_det = run_reversible(
+                self.steps,
+                x,
+                context,
+                shared_args=shared_args,
+                activation_checkpoint_every=self.activation_checkpoint_every,
             )
         else:
-            x, steps_log_det = stored(self.steps, x, context, weights=weights)
+            x, steps_log_det = run_storing(self.steps, x, context, shared_args=shared_args)
         return x, log_det + steps_log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

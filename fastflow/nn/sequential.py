@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from fastflow import check
+from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.flow import Flow
-from fastflow.reversible import has_hooks, reversible, stored, zero_log_det
+from fastflow.reversible import has_hooks, run_reversible, run_storing, zero_log_det
 
 
 class Sequential(Flow):
@@ -19,12 +20,12 @@ class Sequential(Flow):
         flows: flows, applied in order. Nested Sequentials are flattened if their options agree.
         reversible: recompute activations in backward. Set it to False to store them, which flows without an
             inverse and torch.compile of the whole chain require.
-        checkpoint_every: also store the activation after every this many flows; rounding errors then
+        activation_checkpoint_every: also store the activation after every this many flows; rounding errors then
             accumulate over no more flows than these.
 
     Shape: x, z as the first flow takes and the last one returns them; log_det ``[N]``, nats.
     Raises TypeError for a module that is not a :class:`Flow` (:class:`Split` has three outputs and belongs in
-    a model), and ValueError if ``checkpoint_every`` is neither None nor a positive integer.
+    a model), and ValueError if ``activation_checkpoint_every`` is neither None nor a positive integer.
 
     Example:
         >>> import torch
@@ -33,19 +34,26 @@ class Sequential(Flow):
         >>> z, log_det = flow(torch.randn(8, 4))
     """
 
-    def __init__(self, *flows: Flow, reversible: bool = True, checkpoint_every: int | None = None) -> None:
+    @renamed_arguments(checkpoint_every="activation_checkpoint_every")
+    def __init__(
+        self, *flows: Flow, reversible: bool = True, activation_checkpoint_every: int | None = None
+    ) -> None:
         super().__init__()
-        check.positive_int("checkpoint_every", checkpoint_every, optional=True)
+        check.positive_int("activation_checkpoint_every", activation_checkpoint_every, optional=True)
         for i, flow in enumerate(flows):
             if not isinstance(flow, Flow):
                 raise TypeError(f"flows[{i}]: got {type(flow).__name__}, expected a Flow")
         self.flows = nn.ModuleList(flows)
-        self.reversible, self.checkpoint_every = reversible, checkpoint_every
+        self.reversible, self.activation_checkpoint_every = reversible, activation_checkpoint_every
+
+    checkpoint_every = renamed_property("checkpoint_every", "activation_checkpoint_every")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.reversible:
-            return reversible(list(self._flat()), x, context, checkpoint_every=self.checkpoint_every)
-        return stored(self.flows, x, context)
+            return run_reversible(
+                list(self._flat()), x, context, activation_checkpoint_every=self.activation_checkpoint_every
+            )
+        return run_storing(self.flows, x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = zero_log_det(z)
@@ -60,7 +68,7 @@ class Sequential(Flow):
             alike = (
                 type(flow) is Sequential
                 and flow.reversible
-                and flow.checkpoint_every in (None, self.checkpoint_every)
+                and flow.activation_checkpoint_every in (None, self.activation_checkpoint_every)
             )
             if alike and not has_hooks(flow) and flow._compiled_call_impl is None:
                 yield from flow._flat()

@@ -1,34 +1,36 @@
-"""Runs a chain of flows with reversible backprop."""
+"""Run a chain of flows with reversible backprop."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastflow.reversible.chain import Weights, run_chains, stored
+from fastflow.deprecation import renamed_arguments
+from fastflow.reversible.segments import SharedArgs, run_segments, run_storing
 
 
-def reversible(
+@renamed_arguments(weights="shared_args", checkpoint_every="activation_checkpoint_every")
+def run_reversible(
     steps: Sequence[nn.Module],
     x: Tensor,
     context: Tensor | None = None,
     *,
-    weights: Weights | None = None,
-    checkpoint_every: int | None = None,
+    shared_args: SharedArgs | None = None,
+    activation_checkpoint_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(z, log_det)`` of a chain of flows, differentiable in x, context and parameters; only z is stored.
 
-    If gradients are disabled, this is :func:`stored`. Backward restores autocast, training mode, RNG state
+    If gradients are disabled, this is :func:`run_storing`. Backward restores autocast, training mode, RNG state
     and buffers to their forward values; running statistics are not updated twice. A step that draws random
     numbers must draw the same numbers in its inverse. Tensors that reach a step other than as x, context or a
     parameter receive no gradient.
 
     Args:
         steps: flows, applied in order.
-        weights: function that returns the arguments of each step after the context, for work that the steps
+        shared_args: function that returns the arguments of each step after the context, for work that the steps
             share. It is called with the steps once in forward and once in backward, where it is
             differentiated.
-        checkpoint_every: also store the activation after every this many steps, so that rounding errors
+        activation_checkpoint_every: also store the activation after every this many steps, so that rounding errors
             accumulate over fewer.
 
     Raises ValueError for a step without an inverse or with a log_det that is not ``[N]``, TypeError for a
@@ -40,8 +42,8 @@ def reversible(
     # torch 2.11 reports both while compiling
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     if not torch.is_grad_enabled() or x.is_meta or exporting:
-        return stored(steps, x, context, weights=weights)
-    run = run_chains
+        return run_storing(steps, x, context, shared_args=shared_args)
+    run = run_segments
     if torch.compiler.is_compiling():
-        from fastflow.reversible.untraced import run_chains as run
-    return run(steps, x, context, weights, checkpoint_every or max(1, len(steps)))
+        from fastflow.reversible.untraced import run_segments as run
+    return run(steps, x, context, shared_args, activation_checkpoint_every or max(1, len(steps)))

@@ -2,9 +2,9 @@
 
 import torch
 
-from fastflow.reversible import chain
+from fastflow.reversible import segments
 
-run_chains = torch.compiler.disable(
-    chain.run_chains,
+run_segments = torch.compiler.disable(
+    segments.run_segments,
     reason="torch.compile cannot trace the backward pass of a reversible chain; pass reversible=False",
 )

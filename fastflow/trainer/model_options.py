@@ -21,8 +21,6 @@ from fastflow.models.realnvp import RealNVPConfig
 _NOT_OPTIONS = {"image_shape", "features", "classes", "variant"}
 # options that the trainer's own configuration declares, because they also concern the data
 _DECLARED_ELSEWHERE = {"n_bits"}
-# fields that the trainer names differently for every model
-_NAMES = {"checkpoint_every": "activation_checkpoint_every"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class TrainerModel:
 
     def options(self) -> dict[str, Field]:
         """The model's fields by their names as options of the trainer."""
-        names = _NAMES | self.names
-        return {names.get(f.name, f.name): f for f in fields(self.config) if f.name not in _NOT_OPTIONS}
+        return {self.names.get(f.name, f.name): f for f in fields(self.config) if f.name not in _NOT_OPTIONS}
 
     def default(self, option: str) -> object:
         """The trainer's default of an option."""

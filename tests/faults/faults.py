@@ -661,14 +661,14 @@ REVERSIBLE = [
     ),
     Fault(
         "gradient of the context stops at the first parameter",
-        "fastflow/reversible/chain.py",
-        "if self.weights is not None or (context is not None and context.requires_grad):",
-        "if self.weights is not None:",
+        "fastflow/reversible/segments.py",
+        "if self.shared_args is not None or (context is not None and context.requires_grad):",
+        "if self.shared_args is not None:",
         CHAIN,
     ),
     Fault(
         "swallowed error: second derivatives",
-        "fastflow/reversible/chain.py",
+        "fastflow/reversible/segments.py",
         "if torch.is_grad_enabled():  # create_graph=True",
         "if False:",
         CHAIN,

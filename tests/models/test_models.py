@@ -320,7 +320,7 @@ COUNT = "expected a positive integer"
                 "n_bits": {9: "expected 1 to 8"},
                 "classes": {0: COUNT},
                 "momentum": {1.0: "expected a number from 0 to below 1"},
-                "checkpoint_every": {0: COUNT},
+                "activation_checkpoint_every": {0: COUNT},
                 "image_shape": {(4, 4): r"expected \(C, H, W\)", (0, 4, 4): r"expected \(C, H, W\)"},
             },
         ),

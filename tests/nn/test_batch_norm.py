@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastflow.nn import AffineCoupling, BatchNorm, Sequential
-from fastflow.reversible import reversible, stored
+from fastflow.reversible import run_reversible, run_storing
 from tests.support.cases import jacobian_log_det
 from tests.support.flows import IMAGE, VECTOR, batch, mlp
 from tests.support.gradients import outputs_and_gradients
@@ -45,7 +45,7 @@ class ByHand:
 
 @every_shape
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("run", [stored, reversible])
+@pytest.mark.parametrize("run", [run_storing, run_reversible])
 def test_values_statistics_and_gradients_over_batches(shape, momentum, run):
     layer, by_hand = BatchNorm(4, momentum).double(), ByHand(momentum)
     for x in batches(shape):
@@ -102,12 +102,12 @@ def chain(momentum=0.9):
     ).double()
 
 
-@pytest.mark.parametrize("checkpoint_every", [None, 2])
+@pytest.mark.parametrize("activation_checkpoint_every", [None, 2])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_reversible_chain(momentum, checkpoint_every):
+def test_reversible_chain(momentum, activation_checkpoint_every):
     on, off = chain(momentum), chain(momentum)
     off.load_state_dict(on.state_dict())
-    off.reversible, on.checkpoint_every = False, checkpoint_every
+    off.reversible, on.activation_checkpoint_every = False, activation_checkpoint_every
     for x in batches(VECTOR, 6):
         x.requires_grad_()
         found, expected = (
@@ -123,7 +123,7 @@ def hooked(layers):
 
 
 def nested(layers):
-    return [layers[0], Sequential(*layers[1:4], checkpoint_every=2), layers[4]]
+    return [layers[0], Sequential(*layers[1:4], activation_checkpoint_every=2), layers[4]]
 
 
 def nested_and_stored(layers):
@@ -135,7 +135,7 @@ def nested_and_stored(layers):
 def test_reversible_chain_where_the_general_rule_holds(arranged, momentum):
     """It inverts with the statistics after the forward pass, and runs again from those before; they have moved once in the end."""
     results = []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         torch.manual_seed(1)
         flow = chain(momentum)
         steps, found = arranged(list(flow)), []

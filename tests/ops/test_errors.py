@@ -421,7 +421,13 @@ GLOW = {
             lambda k=k, v=v: glow(**{k: v}),
             re.escape(f"{k}: got {v!r}, expected a positive integer"),
         )
-        for k, v in {"levels": 0, "steps": 0, "hidden": 1.5, "classes": 0, "checkpoint_every": -1}.items()
+        for k, v in {
+            "levels": 0,
+            "steps": 0,
+            "hidden": 1.5,
+            "classes": 0,
+            "activation_checkpoint_every": -1,
+        }.items()
     },
     "coupling": (
         lambda: glow(coupling="spline"),

@@ -24,7 +24,7 @@ from fastflow.nn import (
     Permute,
     Sequential,
 )
-from fastflow.reversible import reversible, stored
+from fastflow.reversible import run_reversible, run_storing
 from fastflow.reversible.state import generators_of as generators
 from tests.support.cases import name, pairwise, randomize
 from tests.support.flows import WithContext, batch, conv, mlp, trained
@@ -38,7 +38,7 @@ GLOWS = pairwise(
     conv1x1=["lu", "plain", "reverse", "shuffle"],
     scale=["soft_clamp", "tanh", "sigmoid", "exp"],
     classes=[None, 3],
-    checkpoint_every=[None, 1, 2],
+    activation_checkpoint_every=[None, 1, 2],
     steps=[1, 3],
     first=[False, True],
 )
@@ -77,14 +77,14 @@ def chain(k=4, context=False):
     ]
 
 
-@pytest.mark.parametrize("checkpoint_every", [None, 1, 5, 100])
+@pytest.mark.parametrize("activation_checkpoint_every", [None, 1, 5, 100])
 @pytest.mark.parametrize("wants", ["nothing else", "x", "context", "x and context"])
-def test_inputs_that_need_gradients(wants, checkpoint_every):
+def test_inputs_that_need_gradients(wants, activation_checkpoint_every):
     x, context = (
         batch((4,)).requires_grad_("x" in wants.split()),
         batch((3,)).requires_grad_("context" in wants),
     )
-    assert_as_stored(chain(context=True), x, context, checkpoint_every=checkpoint_every)
+    assert_as_stored(chain(context=True), x, context, activation_checkpoint_every=activation_checkpoint_every)
 
 
 def test_a_context_of_labels():
@@ -120,7 +120,7 @@ def test_nothing_wants_a_gradient():
     steps = chain()
     for s in steps:
         s.requires_grad_(False)
-    z, log_det = reversible(steps, batch((4,)))
+    z, log_det = run_reversible(steps, batch((4,)))
     assert not z.requires_grad and not log_det.requires_grad
 
 
@@ -128,16 +128,18 @@ def test_shared_steps_networks_and_parameters():
     net, step = mlp(2, 4), trained(lambda: ActNorm(4))
     couplings = [trained(lambda f=f: AffineCoupling(net, flip=f)) for f in (False, True)]
     couplings[1].log_factor = couplings[0].log_factor
-    assert_as_stored([step, *couplings, step, couplings[0]], batch((4,)).requires_grad_(), checkpoint_every=3)
+    assert_as_stored(
+        [step, *couplings, step, couplings[0]], batch((4,)).requires_grad_(), activation_checkpoint_every=3
+    )
     assert_as_stored([step, *couplings, step, couplings[0]], batch((4,)))
 
 
 def test_an_output_that_nobody_uses():
     steps, x = chain(2), batch((4,)).requires_grad_()
     for which in (0, 1):
-        expected = torch.autograd.grad(stored(steps, x)[which].sum(), x)
+        expected = torch.autograd.grad(run_storing(steps, x)[which].sum(), x)
         torch.testing.assert_close(
-            torch.autograd.grad(reversible(steps, x)[which].sum(), x), expected, rtol=1e-10, atol=1e-10
+            torch.autograd.grad(run_reversible(steps, x)[which].sum(), x), expected, rtol=1e-10, atol=1e-10
         )
 
 
@@ -189,22 +191,27 @@ def test_sequential_of_images_and_of_sequentials():
         results.append(outputs_and_gradients(lambda flow=flow: flow(x), list(on.parameters())))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert (
-        isinstance(on(x)[0].grad_fn, type(reversible(list(on), x)[0].grad_fn))
+        isinstance(on(x)[0].grad_fn, type(run_reversible(list(on), x)[0].grad_fn))
         and off(x)[0].grad_fn.name() != on(x)[0].grad_fn.name()
     )
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0])
 def test_checkpoint_every_is_a_count(value):
-    for make in (lambda: Sequential(checkpoint_every=value), lambda: GlowLevel([], checkpoint_every=value)):
-        with pytest.raises(ValueError, match="checkpoint_every: got .*, expected a positive integer or None"):
+    for make in (
+        lambda: Sequential(activation_checkpoint_every=value),
+        lambda: GlowLevel([], activation_checkpoint_every=value),
+    ):
+        with pytest.raises(
+            ValueError, match="activation_checkpoint_every: got .*, expected a positive integer or None"
+        ):
             make()
 
 
 def test_same_bits_twice():
     steps, x = chain(), batch((4,)).requires_grad_()
     parameters = [p for s in steps for p in s.parameters()]
-    first, second = (outputs_and_gradients(lambda: reversible(steps, x), parameters) for _ in range(2))
+    first, second = (outputs_and_gradients(lambda: run_reversible(steps, x), parameters) for _ in range(2))
     assert all(
         torch.equal(a, b)
         for one, other in zip(first, second, strict=True)
@@ -214,7 +221,7 @@ def test_same_bits_twice():
 
 def test_backward_twice():
     steps, x = chain(), batch((4,))
-    z, log_det = reversible(steps, x)
+    z, log_det = run_reversible(steps, x)
     loss = z.square().sum() + log_det.sum()
     parameters = [p for s in steps for p in s.parameters()]
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -333,7 +340,7 @@ def test_what_is_kept_does_not_grow_with_the_steps():
 
     few, many = of(2), of(32)
     assert few == many and min(few) > 0
-    assert of(32, checkpoint_every=8)[0] > many[0]
+    assert of(32, activation_checkpoint_every=8)[0] > many[0]
     assert of(4, reversible=False)[0] > 10 * many[0], "this counts what is saved"
 
 
@@ -344,7 +351,7 @@ def test_hooks_of_parameters_run_once():
     steps, x = chain(2), batch((4,))
     seen = Counter()
     parameters = [p for s in steps for p in s.parameters()]
-    plain = outputs_and_gradients(lambda: reversible(steps, x), parameters)[1]
+    plain = outputs_and_gradients(lambda: run_reversible(steps, x), parameters)[1]
     handles = [p.register_hook(lambda g: (seen.update(["hook"]), 2 * g)[1]) for p in parameters]
     handles += [
         p.register_post_accumulate_grad_hook(lambda p: seen.update(["accumulated"])) for p in parameters
@@ -352,7 +359,7 @@ def test_hooks_of_parameters_run_once():
     generator = torch.Generator().manual_seed(3)
     sum(
         (v * torch.randn(v.shape, generator=generator, dtype=torch.float64)).sum()
-        for v in reversible(steps, x)
+        for v in run_reversible(steps, x)
     ).backward()
     assert seen == {"hook": len(parameters), "accumulated": len(parameters)}
     torch.testing.assert_close([p.grad for p in parameters], [2 * g for g in plain], rtol=0, atol=0)
@@ -393,7 +400,10 @@ def test_one_hook_alone(kind):
     expected = assert_as_stored(steps, x)
     getattr(steps[2], f"register_{kind}_hook")(lambda *_: seen.append(kind))
     torch.testing.assert_close(
-        outputs_and_gradients(lambda: reversible(steps, x), [x])[1][0], expected[1][0], rtol=1e-10, atol=1e-10
+        outputs_and_gradients(lambda: run_reversible(steps, x), [x])[1][0],
+        expected[1][0],
+        rtol=1e-10,
+        atol=1e-10,
     )
     assert len(seen) == (2 if "forward" in kind else 1)
 
@@ -455,7 +465,7 @@ def test_batch_norm_and_dropout_within_networks(kind, momentum):
     """Gradients, running statistics and the generator's state afterwards are those of stored activations."""
     steps = [randomize(kind(Noisy(momentum))).double() for _ in range(3)]
     x, results = batch((4, 2, 4), 5), []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         own = copy.deepcopy(steps)
         torch.manual_seed(7)
         found = outputs_and_gradients(
@@ -473,7 +483,7 @@ def test_a_shared_network_with_batch_norm():
     net = Noisy()
     steps = [randomize(AffineCoupling(net, flip=f)).double() for f in (False, True)]
     x, results = batch((4, 2, 4), 5), []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         own = copy.deepcopy(steps)
         torch.manual_seed(7)
         parameters = list(dict.fromkeys(p for s in own for p in s.parameters()))
@@ -490,7 +500,7 @@ def test_a_network_that_moves_its_buffers_before_it_uses_them(kind):
         nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 8, 1)), nn.ReLU(), nn.Conv2d(8, 4, 1)
     )
     steps, x, results = [randomize(kind(net)).double()], batch((4, 2, 4)), []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         own = copy.deepcopy(steps)
         found = outputs_and_gradients(lambda own=own, run=run: run(own, x), list(own[0].parameters()))
         results.append((found, dict(own[0].named_buffers())))
@@ -502,7 +512,7 @@ def test_eval_between_forward_and_backward():
     """Backward runs the steps in the mode of the forward pass, and leaves the new one."""
     steps = [randomize(AffineCoupling(Noisy(), flip=f)).double() for f in (False, True)]
     x, results = batch((4, 2, 4), 5), []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         torch.manual_seed(7)
         own = copy.deepcopy(steps)
         z, log_det = run(own, x)
@@ -516,7 +526,7 @@ def test_eval_between_forward_and_backward():
 
 def test_generators_go_on_as_if_nothing_was_replayed():
     steps, draws = [randomize(AffineCoupling(Noisy()))], []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         torch.manual_seed(7)
         z, _ = run(steps, torch.randn(5, 4, 2, 4))
         between = torch.rand(1)
@@ -542,17 +552,17 @@ def test_autocast_is_that_of_the_forward_pass():
     steps = [randomize(AffineCoupling(Dtypes(), flip=f)) for f in (False, True)]
     x, parameters = torch.randn(3, 4, 2, 4), [p for s in steps for p in s.parameters()]
     results = []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z, log_det = run(steps, x)
         assert z.dtype == torch.float32
         for step in steps:
             step.net.seen.clear()
         results.append(torch.autograd.grad(z.square().sum() + log_det.sum(), parameters))
-        assert all(step.net.seen == [torch.bfloat16] * (run is reversible) for step in steps)
+        assert all(step.net.seen == [torch.bfloat16] * (run is run_reversible) for step in steps)
     for found, expected in zip(results[1], results[0], strict=True):
         assert (found - expected).norm() <= 0.02 * expected.norm()
-    z, _ = reversible(steps, x)
+    z, _ = run_reversible(steps, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         z.sum().backward()
     assert all(step.net.seen[-1] == torch.float32 for step in steps)
@@ -561,7 +571,7 @@ def test_autocast_is_that_of_the_forward_pass():
 def test_autocast_caches_no_cast_without_its_gradient():
     """A network used within the chain and beside it in one region of autocast: its weights get the gradients of both."""
     net, x, results = nn.Linear(2, 4), torch.randn(3, 4), []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z, _ = run([AffineCoupling(net)], x)
             beside = net(x[:, :2])
@@ -601,11 +611,15 @@ def test_a_flow_of_another_library_that_initialises_itself(write, flag):
 
     steps, x = [Init().double(), ActNorm(4).double()], 3 + batch((4,))
     other = copy.deepcopy(steps)
-    expected = outputs_and_gradients(lambda: stored(other, x), [p for s in other for p in s.parameters()])
-    found = outputs_and_gradients(lambda: reversible(steps, x), [p for s in steps for p in s.parameters()])
+    expected = outputs_and_gradients(
+        lambda: run_storing(other, x), [p for s in other for p in s.parameters()]
+    )
+    found = outputs_and_gradients(
+        lambda: run_reversible(steps, x), [p for s in steps for p in s.parameters()]
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(steps[0].shift, other[0].shift, rtol=0, atol=0)
-    z, _ = reversible(steps, x)
+    z, _ = run_reversible(steps, x)
     for _ in range(2):
         z.sum().backward(retain_graph=True)
 
@@ -616,7 +630,7 @@ def test_parametrizations_and_their_cache():
     nn.utils.parametrizations.weight_norm(net[0])
     step = AffineCoupling(net).double()
     nn.utils.parametrize.register_parametrization(step, "log_factor", nn.Softplus())
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         with nn.utils.parametrize.cached():
             z, _ = run([step], x)
             beside = net(x[:, :2])
@@ -647,7 +661,7 @@ def test_replicas_of_data_parallel_are_stored():
     replica = layer._replicate_for_data_parallel()
     replica.log_scale, replica.bias = 1 * layer.log_scale, 1 * layer.bias
     dx = torch.autograd.grad(
-        reversible([replica, replica], x)[1].sum(), list(layer.parameters()), allow_unused=True
+        run_reversible([replica, replica], x)[1].sum(), list(layer.parameters()), allow_unused=True
     )[0]
     torch.testing.assert_close(dx, torch.full((4,), 6.0, dtype=torch.float64))
 
@@ -657,7 +671,7 @@ def test_lazy_networks_and_meta_tensors():
     for _ in range(2):  # the first pass gives the network its parameters
         assert_as_stored(steps, x, tolerance=1e-4)
     steps = [step.to("meta") for step in chain(1)]
-    assert reversible(steps, torch.empty(3, 4, dtype=torch.float64, device="meta"))[0].shape == (3, 4)
+    assert run_reversible(steps, torch.empty(3, 4, dtype=torch.float64, device="meta"))[0].shape == (3, 4)
 
 
 def test_flops_are_counted():
@@ -670,13 +684,13 @@ def test_flops_are_counted():
         return counter.get_total_flops()
 
     forward = 2 * 3 * (2 * 5 + 5 * 4)
-    assert flops(reversible) == flops(stored) + forward == 4 * forward
+    assert flops(run_reversible) == flops(run_storing) + forward == 4 * forward
 
 
 def test_random_numbers_of_others_are_left_alone():
     """Where no step drew any, backward leaves the generator as others move it meanwhile, here a hook on a network in the walk."""
     steps = chain(1)
-    z, _ = reversible(steps, batch((4,)))
+    z, _ = run_reversible(steps, batch((4,)))
     state, drawn = torch.get_rng_state(), []
     steps[2].net.register_forward_hook(lambda *_: drawn.append(torch.rand(1)))
     z.sum().backward()
@@ -688,10 +702,10 @@ def test_random_numbers_of_others_are_left_alone():
 
 def test_second_derivatives_are_refused():
     steps, x = chain(2), batch((4,)).requires_grad_()
-    z, log_det = reversible(steps, x)
+    z, log_det = run_reversible(steps, x)
     (dx,) = torch.autograd.grad(z.sum() + log_det.sum(), x, create_graph=True)
     torch.testing.assert_close(
-        dx, torch.autograd.grad(sum(v.sum() for v in stored(steps, x)), x)[0], rtol=1e-10, atol=1e-10
+        dx, torch.autograd.grad(sum(v.sum() for v in run_storing(steps, x)), x)[0], rtol=1e-10, atol=1e-10
     )
     with pytest.raises(RuntimeError, match="gradients of a reversible chain cannot be differentiated again"):
         dx.square().sum().backward()
@@ -709,7 +723,7 @@ def test_a_step_without_an_inverse_is_refused():
     ):
         Sequential(*steps)(x)
     with pytest.raises(ValueError, match=r"steps\[0\]: Linear has no inverse"):
-        reversible([nn.Linear(4, 4).double()], x)
+        run_reversible([nn.Linear(4, 4).double()], x)
     Sequential(*steps, reversible=False)(x)[0].sum().backward()
     with torch.no_grad():
         Sequential(*steps)(x)
@@ -720,7 +734,9 @@ def test_an_inverse_that_is_none_is_refused():
         def inverse(self, z, context=None):
             return z / 3, z.new_full((z.shape[0],), -4 * 0.6931)
 
-    z, _ = reversible([ActNorm(4).double().eval(), Wrong()], batch((4,)).requires_grad_(), checkpoint_every=1)
+    z, _ = run_reversible(
+        [ActNorm(4).double().eval(), Wrong()], batch((4,)).requires_grad_(), activation_checkpoint_every=1
+    )
     with pytest.raises(
         RuntimeError, match=r"steps\[1\]: forward\(inverse\(z\)\) of Wrong is off by .*reversible=False"
     ):
@@ -738,7 +754,7 @@ def test_a_parameter_that_changed_is_refused():
         for frozen in (False, True):
             steps = chain(2)
             p = steps[4].lower.requires_grad_(not frozen)
-            z, _ = reversible(steps, batch((4,)), checkpoint_every=2)
+            z, _ = run_reversible(steps, batch((4,)), activation_checkpoint_every=2)
             with torch.no_grad():
                 change(p)
             with pytest.raises(
@@ -761,8 +777,8 @@ def test_a_fused_optimizer_is_seen():
 def test_a_buffer_that_changed_is_refused():
     """Here by a pass in training mode in between, which moves the statistics that the first pass in eval mode used."""
     step, x = randomize(AffineCoupling(Noisy())).eval(), torch.randn(5, 4, 2, 4)
-    z, _ = reversible([step], x)
-    reversible([step.train()], x)
+    z, _ = run_reversible([step], x)
+    run_reversible([step.train()], x)
     with pytest.raises(RuntimeError, match=r"steps\[0\].net.net.1.* changed between forward and backward"):
         z.sum().backward()
 
@@ -773,12 +789,12 @@ def test_parameters_exchanged_by_the_forward_pass_are_refused():
         lambda *_: setattr(net[0], "bias", nn.Parameter(net[0].bias.detach().clone()))
     )
     with pytest.raises(RuntimeError, match="exchanged for others while it ran; pass reversible=False"):
-        reversible([AffineCoupling(net).double()], batch((4,)))
+        run_reversible([AffineCoupling(net).double()], batch((4,)))
 
 
 def test_frozen_in_between():
     steps, x = chain(1), batch((4,))
-    z, _ = reversible(steps, x)
+    z, _ = run_reversible(steps, x)
     for step in steps:
         step.requires_grad_(False)
     z.sum().backward()
@@ -794,18 +810,18 @@ def test_other_contexts_and_log_dets_are_refused():
 
     x = batch((4,)).requires_grad_()
     with pytest.raises(TypeError, match="context: got tuple, expected a tensor or None"):
-        reversible(chain(1), x, (x,))
+        run_reversible(chain(1), x, (x,))
     for log_det, got in ((torch.tensor(0.0), r"\[\]"), (torch.zeros(1), r"\[1\]"), (0.0, "float")):
         with pytest.raises(ValueError, match=rf"log_det of steps\[0\] \(LogDet\): got {got}, expected \[3\]"):
             step = LogDet(4).double().eval()
             step.log_det = log_det
-            reversible([step], x)
+            run_reversible([step], x)
 
 
 def test_dropout_in_a_captured_graph_is_refused(monkeypatch):
     """A step that has been seen to draw, as the passes before a capture show."""
     steps = [AffineCoupling(Noisy()), AffineCoupling(conv(2, 4))]
-    reversible(steps, torch.randn(5, 4, 2, 4))
+    run_reversible(steps, torch.randn(5, 4, 2, 4))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert len(generators(torch.device("cuda"), steps[1:])) == 1
     with pytest.raises(RuntimeError, match="AffineCoupling draws random numbers .* captured CUDA graph"):
@@ -827,7 +843,7 @@ def test_what_fails_in_backward_leaves_all_as_it_was():
     step = randomize(AffineCoupling(Failing()))
     p = step.net.net.net[0].weight
     p.register_hook(lambda g: g)
-    z, _ = reversible([step], torch.randn(5, 4, 2, 4))
+    z, _ = run_reversible([step], torch.randn(5, 4, 2, 4))
     buffers, state = {k: v.clone() for k, v in step.named_buffers()}, torch.get_rng_state()
     step.net.fails = True
     step.eval()
@@ -942,7 +958,7 @@ def test_on_a_gpu(networks):
 def test_dropout_on_a_gpu():
     steps = [randomize(AffineCoupling(Noisy(), flip=f)).cuda() for f in (False, True)]
     x, results = torch.randn(5, 4, 2, 4, device="cuda"), []
-    for run in (stored, reversible):
+    for run in (run_storing, run_reversible):
         torch.manual_seed(7)
         z, log_det = run(steps, x)
         results.append(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from fastflow.reversible import reversible, stored
+from fastflow.reversible import run_reversible, run_storing
 
 
 def outputs_and_gradients(
@@ -23,12 +23,12 @@ def outputs_and_gradients(
 
 
 def assert_as_stored(steps, x: Tensor, context: Tensor | None = None, tolerance: float = 1e-10, **options):
-    """Compares ``reversible(steps, x, context, **options)`` with ``stored(...)``; returns the reversible result."""
+    """Compares ``run_reversible(steps, x, context, **options)`` with ``run_storing(...)``; returns the reversible result."""
     contexts = [] if context is None else [context]
     variables = dict.fromkeys([x, *contexts, *(p for s in steps for p in s.parameters())])
     variables = [v for v in variables if v.requires_grad]
-    expected = outputs_and_gradients(lambda: stored(steps, x, context), variables)
-    found = outputs_and_gradients(lambda: reversible(steps, x, context, **options), variables)
+    expected = outputs_and_gradients(lambda: run_storing(steps, x, context), variables)
+    found = outputs_and_gradients(lambda: run_reversible(steps, x, context, **options), variables)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found[1], expected[1], rtol=tolerance, atol=tolerance)
     return found

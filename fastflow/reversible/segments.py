@@ -1,6 +1,6 @@
-r"""Autograd of a chain of invertible steps. Memory for backward does not grow with the length of the chain.
+r"""Autograd of segments of a chain of invertible steps. Memory for backward does not grow with their length.
 
-Forward stores the chain's output. Backward walks from there to the input: each step computes
+Forward stores the output of a segment. Backward goes from there to its input: each step computes
 :math:`(x, \partial x, \text{gradients})` from :math:`(z, \partial z, \partial \log\det)`. The general rule
 inverts the step, runs it again and differentiates that; a step can have its own rule, the method
 ``inverse_backward``. The idea is that of RevNet (arXiv:1707.04585, section 3.2).
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.parameter import is_lazy
 
+from fastflow.deprecation import renamed_arguments
 from fastflow.reversible.log_det import zero_log_det
 from fastflow.reversible.rules import has_its_own_rule
 from fastflow.reversible.state import (
@@ -34,39 +35,46 @@ from fastflow.reversible.state import (
 )
 from fastflow.reversible.vjp import Gradients, add, vjp
 
-Weights = Callable[[list[nn.Module]], list[tuple[Tensor, ...]]]
+SharedArgs = Callable[[list[nn.Module]], list[tuple[Tensor, ...]]]
 # error of forward(inverse(z)) relative to 1 + max|z|; beyond it, gradients are useless and backward raises
 NO_INVERSE = 0.05
 
 
-def stored(
-    steps: Sequence[nn.Module], x: Tensor, context: Tensor | None = None, *, weights: Weights | None = None
+@renamed_arguments(weights="shared_args")
+def run_storing(
+    steps: Sequence[nn.Module],
+    x: Tensor,
+    context: Tensor | None = None,
+    *,
+    shared_args: SharedArgs | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the chain with stored activations, as plain PyTorch does. Same arguments as :func:`reversible`."""
+    """Run the chain with stored activations, as plain PyTorch does; arguments as :func:`run_reversible`."""
     steps = list(steps)
     log_det = zero_log_det(x)
-    for step, given in zip(steps, _given(steps, weights), strict=True):
-        x, step_log_det = step(x, context, *given)
+    for step, args in zip(steps, _shared_args(steps, shared_args), strict=True):
+        x, step_log_det = step(x, context, *args)
         log_det = log_det + step_log_det
     return x, log_det
 
 
-def run_chains(
-    steps: list[nn.Module], x: Tensor, context: Tensor | None, weights: Weights | None, length: int
+def run_segments(
+    steps: list[nn.Module], x: Tensor, context: Tensor | None, shared_args: SharedArgs | None, length: int
 ) -> tuple[Tensor, Tensor]:
-    """Run :func:`reversible` with gradients: chains of ``length`` steps, each of which stores its output."""
-    chains = [_Chain(steps[start : start + length], weights, start) for start in range(0, len(steps), length)]
+    """Run the chain in segments of ``length`` steps; each segment stores only its output for backward."""
+    segments = [
+        _Segment(steps[start : start + length], shared_args, start) for start in range(0, len(steps), length)
+    ]
     if context is not None and not isinstance(context, Tensor):
         raise TypeError(
             f"context: got {type(context).__name__}, expected a tensor or None; or pass reversible=False"
         )
-    parameters = [p for chain in chains for p in chain.distinct]
+    parameters = [p for segment in segments for p in segment.distinct]
     if not any(t is not None and t.requires_grad for t in (x, context, *parameters)) or any(
         map(is_lazy, parameters)
     ):
-        return stored(steps, x, context, weights=weights)
+        return run_storing(steps, x, context, shared_args=shared_args)
     if any("_is_replica" in vars(step) for step in steps):  # replicas of nn.DataParallel have no parameters
-        return stored(steps, x, context, weights=weights)
+        return run_storing(steps, x, context, shared_args=shared_args)
     for i, step in enumerate(steps):
         if getattr(getattr(step, "inverse", None), "__isabstractmethod__", not hasattr(step, "inverse")):
             raise ValueError(
@@ -74,25 +82,26 @@ def run_chains(
                 "expected a step with one; or pass reversible=False"
             )
     log_det = zero_log_det(x)
-    for chain in chains:
-        x, part = _Reversible.apply(chain, x, context, *chain.distinct)
+    for segment in segments:
+        x, part = _Reversible.apply(segment, x, context, *segment.distinct)
         log_det = log_det + part
     return x, log_det
 
 
-def _given(steps: list[nn.Module], weights: Weights | None) -> list[tuple[Tensor, ...]]:
-    return [()] * len(steps) if weights is None else weights(steps)
+def _shared_args(steps: list[nn.Module], shared_args: SharedArgs | None) -> list[tuple[Tensor, ...]]:
+    """Arguments of each step after the context."""
+    return [()] * len(steps) if shared_args is None else shared_args(steps)
 
 
 class _Reversible(torch.autograd.Function):
-    """Autograd of one chain. Parameters are inputs, so that their hooks run."""
+    """Autograd of one segment. Parameters are inputs, so that their hooks run."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, chain: "_Chain", x: Tensor, context: Tensor | None, *parameters: Tensor
+        ctx: FunctionCtx, segment: "_Segment", x: Tensor, context: Tensor | None, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        z, log_det = chain.forward(x.detach(), None if context is None else context.detach())
-        ctx.chain = chain
+        z, log_det = segment.forward(x.detach(), None if context is None else context.detach())
+        ctx.segment = segment
         ctx.save_for_backward(z, context)
         return z, log_det
 
@@ -100,8 +109,8 @@ class _Reversible(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dz: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
         z, context = ctx.saved_tensors
         with torch.no_grad():
-            dx, dcontext, gradients = ctx.chain.backward(z, context, dz, dlog_det, ctx.needs_input_grad[1])
-        found = (dx, dcontext, *(gradients.get(p) for p in ctx.chain.distinct))
+            dx, dcontext, gradients = ctx.segment.backward(z, context, dz, dlog_det, ctx.needs_input_grad[1])
+        found = (dx, dcontext, *(gradients.get(p) for p in ctx.segment.distinct))
         if torch.is_grad_enabled():  # create_graph=True
             found = _Once.apply(*(None if g is None else g.detach().requires_grad_() for g in found))
         return None, *found
@@ -122,11 +131,11 @@ class _Once(torch.autograd.Function):
         )
 
 
-class _Chain:
+class _Segment:
     """One pass through consecutive steps, with the state that backward restores to run them again."""
 
-    def __init__(self, steps: list[nn.Module], weights: Weights | None, start: int) -> None:
-        self.steps, self.weights, self.start = steps, weights, start
+    def __init__(self, steps: list[nn.Module], shared_args: SharedArgs | None, start: int) -> None:
+        self.steps, self.shared_args, self.start = steps, shared_args, start
         self.modules = [tuple(step.modules()) for step in steps]
         self.rules = [
             has_its_own_rule(step, modules) for step, modules in zip(steps, self.modules, strict=True)
@@ -149,10 +158,11 @@ class _Chain:
         log_det = zero_log_det(x)
         with same_autocast(self.autocast), no_parametrization_cache():
             states = [get() for get, _ in self.generators]
-            for i, (step, given) in enumerate(zip(self.steps, _given(self.steps, self.weights), strict=True)):
+            shared = _shared_args(self.steps, self.shared_args)
+            for i, (step, args) in enumerate(zip(self.steps, shared, strict=True)):
                 buffers = copied_buffers(self.modules[i], self.rules[i])
                 parameters = ChangeDetector(self.parameters[i]) if buffers else None
-                x, step_log_det = step(x, context, *given)
+                x, step_log_det = step(x, context, *args)
                 if not isinstance(step_log_det, Tensor) or step_log_det.shape != log_det.shape:
                     got = (
                         list(step_log_det.shape)
@@ -198,8 +208,8 @@ class _Chain:
 
         with self._as_it_was():
             with torch.enable_grad():
-                given = _given(self.steps, self.weights)
-            leaves = [tuple(v.detach().requires_grad_(v.requires_grad) for v in each) for each in given]
+                shared = _shared_args(self.steps, self.shared_args)
+            leaves = [tuple(v.detach().requires_grad_(v.requires_grad) for v in each) for each in shared]
             for i in reversed(range(0 if need_dx else self._first(context), len(self.steps))):
                 args = (context, *leaves[i])
                 wanted = [v for v in (*self.parameters[i], *args) if v is not None and v.requires_grad]
@@ -207,10 +217,10 @@ class _Chain:
                 self.replays[i].restore(self.generators)
                 z, dz, found = rule(z, dz, dlog_det, wanted, *args)
                 add(gradients, found)
-            if self.weights is not None:
+            if self.shared_args is not None:
                 pairs = [
                     (v, gradients.pop(leaf, None))
-                    for vs, ls in zip(given, leaves, strict=True)
+                    for vs, ls in zip(shared, leaves, strict=True)
                     for v, leaf in zip(vs, ls, strict=True)
                 ]
                 pairs = [(v, g) for v, g in pairs if g is not None]
@@ -226,7 +236,7 @@ class _Chain:
 
     def _first(self, context: Tensor | None) -> int:
         """Index of the first step that needs a gradient."""
-        if self.weights is not None or (context is not None and context.requires_grad):
+        if self.shared_args is not None or (context is not None and context.requires_grad):
             return 0
         wanting = (
             i for i, parameters in enumerate(self.parameters) if any(p.requires_grad for p in parameters)
