@@ -1,4 +1,4 @@
-"""Former names of arguments, attributes, methods and classes. They work for one more release, with a DeprecationWarning."""
+"""Former names of arguments, attributes, methods and classes; they work for one more release and warn."""
 
 import functools
 import warnings

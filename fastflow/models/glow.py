@@ -61,8 +61,8 @@ class Glow(Model):
         reversible: recompute activations in backward instead of storing them. Memory then does not grow with
             ``steps``, and a training step takes up to a third longer (docs/memory.md). Set it to False to
             compile the whole model with torch.compile.
-        activation_checkpoint_every: store the activation after every this many steps of a reversible chain. Rounding
-            errors then accumulate over no more steps than these.
+        activation_checkpoint_every: store the activation after every this many steps of a reversible chain.
+            Rounding errors then accumulate over no more steps than these.
 
     Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
     Raises ValueError for any other argument; for too many levels, the message names the largest number that

@@ -135,10 +135,12 @@ class GlowLevel(Flow):
     Args:
         steps: the K steps, applied in order.
         reversible: recompute activations in backward instead of storing them, see docs/memory.md.
-        activation_checkpoint_every: with ``reversible``, also store the activation after every this many steps.
+        activation_checkpoint_every: with ``reversible``, also store the activation after every this many
+            steps.
 
     Shape: x ``[N, C, H, W]``; z ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
-    Raises ValueError for another shape, and if ``activation_checkpoint_every`` is neither None nor a positive integer.
+    Raises ValueError for another shape, and if ``activation_checkpoint_every`` is neither None nor a positive
+    integer.
     """
 
     @renamed_arguments(checkpoint_every="activation_checkpoint_every")

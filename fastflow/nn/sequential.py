@@ -20,8 +20,8 @@ class Sequential(Flow):
         flows: flows, applied in order. Nested Sequentials are flattened if their options agree.
         reversible: recompute activations in backward. Set it to False to store them, which flows without an
             inverse and torch.compile of the whole chain require.
-        activation_checkpoint_every: also store the activation after every this many flows; rounding errors then
-            accumulate over no more flows than these.
+        activation_checkpoint_every: also store the activation after every this many flows; rounding errors
+            then accumulate over no more flows than these.
 
     Shape: x, z as the first flow takes and the last one returns them; log_det ``[N]``, nats.
     Raises TypeError for a module that is not a :class:`Flow` (:class:`Split` has three outputs and belongs in

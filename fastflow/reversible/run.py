@@ -20,18 +20,18 @@ def run_reversible(
 ) -> tuple[Tensor, Tensor]:
     """``(z, log_det)`` of a chain of flows, differentiable in x, context and parameters; only z is stored.
 
-    If gradients are disabled, this is :func:`run_storing`. Backward restores autocast, training mode, RNG state
-    and buffers to their forward values; running statistics are not updated twice. A step that draws random
-    numbers must draw the same numbers in its inverse. Tensors that reach a step other than as x, context or a
-    parameter receive no gradient.
+    If gradients are disabled, this is :func:`run_storing`. Backward restores autocast, training mode, RNG
+    state and buffers to their forward values; running statistics are not updated twice. A step that draws
+    random numbers must draw the same numbers in its inverse. Tensors that reach a step other than as x,
+    context or a parameter receive no gradient.
 
     Args:
         steps: flows, applied in order.
-        shared_args: function that returns the arguments of each step after the context, for work that the steps
-            share. It is called with the steps once in forward and once in backward, where it is
+        shared_args: function that returns the arguments of each step after the context, for work that the
+            steps share. It is called with the steps once in forward and once in backward, where it is
             differentiated.
-        activation_checkpoint_every: also store the activation after every this many steps, so that rounding errors
-            accumulate over fewer.
+        activation_checkpoint_every: also store the activation after every this many steps, so that rounding
+            errors accumulate over fewer.
 
     Raises ValueError for a step without an inverse or with a log_det that is not ``[N]``, TypeError for a
     context that is not a tensor. Backward raises RuntimeError if a parameter or buffer changed since, for
