@@ -20,15 +20,18 @@ def renamed_arguments(**new_names: str) -> Callable[[Callable[P, T]], Callable[P
     Raises TypeError for a call with both names of an argument.
     """
 
+    former = frozenset(new_names)
+
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def with_old_names(*args: P.args, **kwargs: P.kwargs) -> T:
-            for old in new_names.keys() & kwargs.keys():
-                new = new_names[old]
-                if new in kwargs:
-                    raise TypeError(f"{new}: got {old}, its former name, as well; expected one of them")
-                _warn(f"argument {old}", new)
-                kwargs[new] = kwargs.pop(old)
+            if not former.isdisjoint(kwargs):
+                for old in former & kwargs.keys():
+                    new = new_names[old]
+                    if new in kwargs:
+                        raise TypeError(f"{new}: got {old}, its former name, as well; expected one of them")
+                    _warn(f"argument {old}", new)
+                    kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)
 
         return with_old_names

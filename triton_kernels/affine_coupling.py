@@ -347,7 +347,7 @@ def affine_coupling_backward_kernel(
 
 
 def _variant(
-    x: Tensor, mask: str, flip: bool, scale: str, order: str, h_order: str
+    x: Tensor, mask: str, swap_halves: bool, scale: str, affine_order: str, params_layout: str
 ) -> tuple[int, tuple[int, int], dict]:
     """(transformed channels, (W, H), constants) of a coupling."""
     if mask == "checkerboard" and x.ndim > 5:
@@ -362,10 +362,10 @@ def _variant(
         parity = "single"
     constants = {
         "MASK": mask,
-        "FLIP": flip,
+        "FLIP": swap_halves,
         "SCALE": scale,
-        "ORDER": order,
-        "H_ORDER": h_order,
+        "ORDER": affine_order,
+        "H_ORDER": params_layout,
         "PARITY": parity,
     }
     return k, (width, height), constants
@@ -381,13 +381,13 @@ def affine_coupling(
     h: Tensor,
     factor: Tensor | None,
     mask: str,
-    flip: bool,
+    swap_halves: bool,
     scale: str,
-    order: str,
-    h_order: str,
+    affine_order: str,
+    params_layout: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    k, size, variant = _variant(x, mask, flip, scale, order, h_order)
+    k, size, variant = _variant(x, mask, swap_halves, scale, affine_order, params_layout)
     acc, triton_acc = accumulator(x.dtype)
     y, out = allocate_output(x)
     x, h = with_position_stride(x), with_position_stride(h)
@@ -402,8 +402,10 @@ def affine_coupling(
     return finalize(y, out), sum_parts(log_det, x.shape[0])
 
 
-def _backward(x, h, factor, dy, dlog_det, mask, flip, scale, order, h_order, inverse, from_output):
-    k, size, variant = _variant(x, mask, flip, scale, order, h_order)
+def _backward(
+    x, h, factor, dy, dlog_det, mask, swap_halves, scale, affine_order, params_layout, inverse, from_output
+):
+    k, size, variant = _variant(x, mask, swap_halves, scale, affine_order, params_layout)
     acc, triton_acc = accumulator(x.dtype)
     dx, dx_out = allocate_output(dy)
     dh, dh_out = allocate_output(h)
@@ -427,13 +429,17 @@ def _backward(x, h, factor, dy, dlog_det, mask, flip, scale, order, h_order, inv
 
 def affine_coupling_backward(
     x: Tensor, h: Tensor, factor: Tensor | None, dy: Tensor, dlog_det: Tensor,
-    mask: str, flip: bool, scale: str, order: str, h_order: str, inverse: bool,
+    mask: str, swap_halves: bool, scale: str, affine_order: str, params_layout: str, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(x, h, factor, dy, dlog_det, mask, flip, scale, order, h_order, inverse, False)[1:]
+    return _backward(
+        x, h, factor, dy, dlog_det, mask, swap_halves, scale, affine_order, params_layout, inverse, False
+    )[1:]
 
 
 def affine_coupling_inverse_backward(
     y: Tensor, h: Tensor, factor: Tensor | None, dy: Tensor, dlog_det: Tensor,
-    mask: str, flip: bool, scale: str, order: str, h_order: str,
+    mask: str, swap_halves: bool, scale: str, affine_order: str, params_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(y, h, factor, dy, dlog_det, mask, flip, scale, order, h_order, False, True)
+    return _backward(
+        y, h, factor, dy, dlog_det, mask, swap_halves, scale, affine_order, params_layout, False, True
+    )

@@ -30,7 +30,7 @@ def settle(step: GlowStep, coupling: str) -> None:
     """Gives a step a coupling, and weights that nflows can represent: no permutation, positive diagonals."""
     if coupling == SHIFT_FIRST:
         step.coupling = AffineCoupling(
-            step.coupling.net, scale="sigmoid", order="shift_first", h_order="interleaved"
+            step.coupling.net, scale="sigmoid", affine_order="shift_first", params_layout="interleaved"
         )
     conv = step.conv1x1
     conv.perm.copy_(torch.arange(conv.num_features))

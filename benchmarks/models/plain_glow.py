@@ -116,7 +116,7 @@ class ShiftFirstCoupling(nn.Module):
 class Step(nn.Module):
     def __init__(self, like):
         super().__init__()
-        coupling = ShiftFirstCoupling if like.coupling.order == "shift_first" else Coupling
+        coupling = ShiftFirstCoupling if like.coupling.affine_order == "shift_first" else Coupling
         self.layers = nn.ModuleList([ActNorm(like.actnorm), Conv1x1(like.conv1x1), coupling(like.coupling)])
 
     def forward(self, x):

@@ -26,7 +26,9 @@ def layers(c: int) -> list[nn.Flow]:
         nn.ActNorm(c),
         nn.InvertibleConv1x1(c),
         nn.AffineCoupling(net),
-        nn.AffineCoupling(net, flip=True, scale="sigmoid", order="shift_first", h_order="interleaved"),
+        nn.AffineCoupling(
+            net, swap_halves=True, scale="sigmoid", affine_order="shift_first", params_layout="interleaved"
+        ),
         nn.AffineCoupling(wide, mask="checkerboard", scale="tanh"),
         nn.BatchNorm(c),
     ]

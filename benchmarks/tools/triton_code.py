@@ -175,7 +175,10 @@ def _train(model: Glow, images: Tensor) -> list[tuple[AffineCoupling, Tensor]]:
 def _from_output(coupling: AffineCoupling, y: Tensor) -> None:
     """Launches the kernels of backprop without stored activations."""
     h = coupling.net(coupling.network_input(y))
-    variant = {name: getattr(coupling, name) for name in ("mask", "flip", "scale", "order", "h_order")}
+    variant = {
+        name: getattr(coupling, name)
+        for name in ("mask", "swap_halves", "scale", "affine_order", "params_layout")
+    }
     dlog_det = y.new_empty(y.shape[0])
     ops.affine_coupling_inverse_backward(y, h, coupling.factor(y), torch.empty_like(y), dlog_det, **variant)
     channel = y.new_empty(y.shape[1])

@@ -93,38 +93,40 @@ def mnist_flow(variant: Variant = "multiscale", reversible: bool = True) -> MNIS
     return MNISTFlow(variant, reversible)
 
 
-_FORM = {"scale": "soft_clamp", "order": "shift_first", "h_order": "scale_shift"}
+_FORM = {"scale": "soft_clamp", "affine_order": "shift_first", "params_layout": "scale_shift"}
 
 
-def _checkerboard(hidden: int, flip: bool, seen: int = 1) -> AffineCoupling:
-    return AffineCoupling(GatedNetwork(seen, 2, hidden), mask="checkerboard", flip=flip, **_FORM)
+def _checkerboard(hidden: int, swap_halves: bool, seen: int = 1) -> AffineCoupling:
+    return AffineCoupling(
+        GatedNetwork(seen, 2, hidden), mask="checkerboard", swap_halves=swap_halves, **_FORM
+    )
 
 
 class _ChannelCoupling(AffineCoupling):
     """Coupling of halves with the tutorial's parameters, which cover all channels."""
 
-    def __init__(self, channels: int, hidden: int, flip: bool) -> None:
+    def __init__(self, channels: int, hidden: int, swap_halves: bool) -> None:
         super().__init__(
-            _Masked(GatedNetwork(channels, 2 * channels, hidden), channels, flip),
-            flip=flip,
+            _Masked(GatedNetwork(channels, 2 * channels, hidden), channels, swap_halves),
+            swap_halves=swap_halves,
             num_scale_factors=channels,
             **_FORM,
         )
 
     def factor(self, x: Tensor) -> Tensor:
         """Factors of the transformed half."""
-        return self.log_factor.exp().chunk(2)[0 if self.flip else 1]
+        return self.log_factor.exp().chunk(2)[0 if self.swap_halves else 1]
 
 
 class _Masked(nn.Module):
     """Apply a network over all channels to one half: pad its input with zeros, select its outputs."""
 
-    def __init__(self, net: nn.Module, channels: int, flip: bool) -> None:
+    def __init__(self, net: nn.Module, channels: int, swap_halves: bool) -> None:
         super().__init__()
-        self.net, self.flip = net, flip
+        self.net, self.swap_halves = net, swap_halves
         half = channels // 2
-        self.padding = (0, 0, 0, 0, half, 0) if flip else (0, 0, 0, 0, 0, half)
-        first = 0 if flip else half
+        self.padding = (0, 0, 0, 0, half, 0) if swap_halves else (0, 0, 0, 0, 0, half)
+        first = 0 if swap_halves else half
         self.register_buffer(
             "out",
             torch.tensor([*range(first, first + half), *range(channels + first, channels + first + half)]),

@@ -80,7 +80,7 @@ class NICE(Model):
         flow = Sequential(
             *([Flatten(config.shape)] if len(config.shape) > 1 else []),
             Permute(dimensions, "interleaved"),
-            *(AdditiveCoupling(net, flip=i % 2 == 1) for i, net in enumerate(networks)),
+            *(AdditiveCoupling(net, swap_halves=i % 2 == 1) for i, net in enumerate(networks)),
             Scale(dimensions),
             reversible=config.reversible,
         )

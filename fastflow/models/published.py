@@ -94,7 +94,7 @@ def _mask(coupling: nn.Module) -> Tensor:
         return coupling.network_input(torch.ones(1, 1, 28, 28, dtype=factor.dtype, device=factor.device))
     c = factor.shape[0]
     return (
-        (torch.arange(c, device=factor.device) // (c // 2) == int(coupling.flip))
+        (torch.arange(c, device=factor.device) // (c // 2) == int(coupling.swap_halves))
         .to(factor.dtype)
         .view(1, c, 1, 1)
     )

@@ -90,7 +90,12 @@ class RealNVP(Model):
             net = ResidualNetwork(seen, 2 * changed, hidden, config.blocks)
             return [
                 AffineCoupling(
-                    net, mask=mask, flip=flip, scale="tanh", h_order="scale_shift", num_scale_factors=changed
+                    net,
+                    mask=mask,
+                    swap_halves=flip,
+                    scale="tanh",
+                    params_layout="scale_shift",
+                    num_scale_factors=changed,
                 ),
                 BatchNorm(channels, config.momentum),
             ]

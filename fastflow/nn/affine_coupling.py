@@ -5,12 +5,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastflow import check, ops
-from fastflow.deprecation import renamed_arguments
+from fastflow import check
+from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.flow import Flow
 from fastflow.ops import checkerboard_transformed
-from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
+from fastflow.ops.affine_coupling import (
+    AFFINE_ORDERS,
+    MASKS,
+    PARAMS_LAYOUTS,
+    SCALES,
+    WITH_FACTOR,
+    affine_coupling,
+    affine_coupling_inverse_backward,
+)
 from fastflow.reversible import Gradients, vjp
+
+_RENAMED = {"flip": "swap_halves", "order": "affine_order", "h_order": "params_layout"}
 
 
 class AffineCoupling(Flow):
@@ -23,7 +33,7 @@ class AffineCoupling(Flow):
             is given. With ``mask="halves"`` it maps ``[N, C/2, ...]`` to ``[N, C, ...]``. With
             ``"checkerboard"`` it maps ``[N, C, ...]``, zero at the transformed positions, to
             ``[N, 2C, ...]``.
-        mask, flip, order, h_order: see :func:`fastflow.ops.affine_coupling`.
+        mask, swap_halves, affine_order, params_layout: see :func:`fastflow.ops.affine_coupling`.
         scale: scale function s, see :func:`fastflow.ops.affine_coupling`. ``"soft_clamp"`` and ``"tanh"``
             bound s by their factor. ``"exp"`` and ``"sigmoid"`` have no lower bound: on data unlike the
             training data, s can be so near zero that the inverse loses digits.
@@ -34,40 +44,45 @@ class AffineCoupling(Flow):
     Raises ValueError for other shapes, and if the shape of the network's output does not match.
     """
 
-    @renamed_arguments(num_features="num_scale_factors")
+    @renamed_arguments(num_features="num_scale_factors", **_RENAMED)
     def __init__(
         self,
         net: nn.Module,
         *,
         mask: str = "halves",
-        flip: bool = False,
+        swap_halves: bool = False,
         scale: str = "soft_clamp",
-        order: str = "scale_first",
-        h_order: str = "shift_scale",
+        affine_order: str = "scale_first",
+        params_layout: str = "shift_scale",
         num_scale_factors: int = 1,
     ) -> None:
         super().__init__()
         check.one_of("mask", mask, MASKS)
         check.one_of("scale", scale, SCALES)
-        check.one_of("order", order, ORDERS)
-        check.one_of("h_order", h_order, H_ORDERS)
+        check.one_of("affine_order", affine_order, AFFINE_ORDERS)
+        check.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
         self.net = net
-        self.mask, self.flip, self.scale, self.order, self.h_order = mask, flip, scale, order, h_order
+        self.mask, self.swap_halves, self.scale = mask, swap_halves, scale
+        self.affine_order, self.params_layout = affine_order, params_layout
         # the logarithm is the parameter, so that the factor is positive
         # None is the default of the former name, num_features
         factors = torch.zeros(num_scale_factors or 1)
         self.log_factor = nn.Parameter(factors) if scale in WITH_FACTOR else None
 
+    flip = renamed_property("flip", "swap_halves")
+    order = renamed_property("order", "affine_order")
+    h_order = renamed_property("h_order", "params_layout")
+
     def network_input(self, x: Tensor) -> Tensor:
         """Input of the network: the part of x that passes through, which y has as well."""
         check.floating_point("x", x)
         if self.mask == "checkerboard":
-            return x.masked_fill(checkerboard_transformed(x, self.flip), 0)
+            return x.masked_fill(checkerboard_transformed(x, self.swap_halves), 0)
         if x.shape[1] % 2:
             raise check.argument_error(
                 "x", check.shape_of(x), "an even number of channels, to split into halves"
             )
-        return x.chunk(2, dim=1)[1 if self.flip else 0]
+        return x.chunk(2, dim=1)[1 if self.swap_halves else 0]
 
     def factor(self, x: Tensor) -> Tensor | None:
         """Factor of the scale function per transformed channel of x; None if the function has none."""
@@ -83,19 +98,19 @@ class AffineCoupling(Flow):
     def _variant(self) -> dict:
         return {
             "mask": self.mask,
-            "flip": self.flip,
+            "swap_halves": self.swap_halves,
             "scale": self.scale,
-            "order": self.order,
-            "h_order": self.h_order,
+            "affine_order": self.affine_order,
+            "params_layout": self.params_layout,
         }
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h = self._network(self.network_input(x), context)
-        return ops.affine_coupling(x, h, self.factor(x), **self._variant())
+        return affine_coupling(x, h, self.factor(x), **self._variant())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h = self._network(self.network_input(z), context)
-        return ops.affine_coupling(z, h, self.factor(z), **self._variant(), inverse=True)
+        return affine_coupling(z, h, self.factor(z), **self._variant(), inverse=True)
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
@@ -104,7 +119,7 @@ class AffineCoupling(Flow):
             x_a = self.network_input(z).detach().requires_grad_()
             # a view, because hooks on a module's input do not accept a leaf
             h, factor = self._network(x_a.view_as(x_a), context), self.factor(z)
-        x, dx, dh, dfactor = ops.affine_coupling_inverse_backward(
+        x, dx, dh, dfactor = affine_coupling_inverse_backward(
             z, h.detach(), None if factor is None else factor.detach(), dz, dlog_det, **self._variant()
         )
         gradients = vjp((h, factor), (dh, dfactor), [x_a, *wanted])
@@ -117,7 +132,7 @@ class AffineCoupling(Flow):
         return x, dx, gradients
 
     def extra_repr(self) -> str:
-        return f"mask={self.mask!r}, flip={self.flip}, scale={self.scale!r}"
+        return f"mask={self.mask!r}, swap_halves={self.swap_halves}, scale={self.scale!r}"
 
 
 class AdditiveCoupling(AffineCoupling):
@@ -125,11 +140,12 @@ class AdditiveCoupling(AffineCoupling):
 
     Args:
         net: coupling network as for :class:`AffineCoupling`, with half as many output channels.
-        mask, flip: see :func:`fastflow.ops.affine_coupling`.
+        mask, swap_halves: see :func:`fastflow.ops.affine_coupling`.
 
     Shape: x, y ``[N, C, ...]``, C even for ``mask="halves"``; log_det ``[N]``, zeros.
     Raises ValueError for other shapes, and if the shape of the network's output does not match.
     """
 
-    def __init__(self, net: nn.Module, *, mask: str = "halves", flip: bool = False) -> None:
-        super().__init__(net, mask=mask, flip=flip, scale="none")
+    @renamed_arguments(flip="swap_halves")
+    def __init__(self, net: nn.Module, *, mask: str = "halves", swap_halves: bool = False) -> None:
+        super().__init__(net, mask=mask, swap_halves=swap_halves, scale="none")

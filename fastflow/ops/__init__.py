@@ -1,8 +1,9 @@
 """The ops: checked functions over ``torch.ops.fastflow.*``, which are differentiable and which torch.compile traces as one node."""
 
 from fastflow.check import SingularError
+from fastflow.deprecation import renamed_arguments
 from fastflow.ops.actnorm import actnorm, actnorm_inverse_backward, actnorm_statistics
-from fastflow.ops.affine_coupling import affine_coupling, affine_coupling_inverse_backward
+from fastflow.ops.affine_coupling import op as _affine_coupling
 from fastflow.ops.affine_coupling.reference import checkerboard_transformed
 from fastflow.ops.conv1x1 import conv1x1, conv1x1_inverse_backward
 from fastflow.ops.dequantize import dequantize, dequantize_inverse
@@ -13,6 +14,13 @@ from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
 from fastflow.ops.squeeze import squeeze, unsqueeze
 from fastflow.ops.triangular_solve import raise_singular, triangular_solve
+
+# here and not in op.py, so that layers do not pay for it
+_with_former_names = renamed_arguments(
+    h="params", flip="swap_halves", order="affine_order", h_order="params_layout"
+)
+affine_coupling = _with_former_names(_affine_coupling.affine_coupling)
+affine_coupling_inverse_backward = _with_former_names(_affine_coupling.affine_coupling_inverse_backward)
 
 __all__ = [
     "SingularError",

@@ -41,8 +41,8 @@ REFERENCE = [
     Fault(
         "the other half is transformed",
         "fastflow/ops/affine_coupling/reference.py",
-        "x.chunk(2, dim=1)[0 if flip else 1].to(acc)",
-        "x.chunk(2, dim=1)[1 if flip else 0].to(acc)",
+        "x.chunk(2, dim=1)[0 if swap_halves else 1].to(acc)",
+        "x.chunk(2, dim=1)[1 if swap_halves else 0].to(acc)",
         "tests/ops/test_affine_coupling.py -k reference",
     ),
     Fault(
@@ -601,7 +601,7 @@ MODELS = [
     Fault(
         "couplings of vectors do not alternate",
         "fastflow/models/nice.py",
-        "AdditiveCoupling(net, flip=i % 2 == 1)",
+        "AdditiveCoupling(net, swap_halves=i % 2 == 1)",
         "AdditiveCoupling(net, flip=False)",
         "tests/models/test_models.py -k nice",
     ),

@@ -96,7 +96,7 @@ def test_inverse_takes_back_the_last_pass_in_training_mode(momentum):
 
 
 def chain(momentum=0.9):
-    couplings = [AffineCoupling(mlp(2, 4), flip=flip) for flip in (False, True)]
+    couplings = [AffineCoupling(mlp(2, 4), swap_halves=flip) for flip in (False, True)]
     return Sequential(
         BatchNorm(4, momentum), couplings[0], BatchNorm(4, momentum), couplings[1], BatchNorm(4, momentum)
     ).double()

@@ -45,7 +45,7 @@ FLOWS = {
     "Flatten": (lambda: Flatten(IMAGE[1:]), IMAGE),
     "AffineCoupling": (lambda: AffineCoupling(nn.Conv2d(2, 4, 1), num_scale_factors=2), IMAGE),
     "AffineCoupling of vectors": (
-        lambda: AffineCoupling(nn.Linear(2, 4), scale="sigmoid", flip=True),
+        lambda: AffineCoupling(nn.Linear(2, 4), scale="sigmoid", swap_halves=True),
         VECTOR,
     ),
     "AffineCoupling, checkerboard": (

@@ -127,7 +127,7 @@ def test_coupling_with_context(scale):
 @pytest.mark.parametrize("flip", [False, True])
 def test_what_the_network_sees_passes_through(mask, flip):
     flow = trained(
-        lambda: AffineCoupling(conv(2, 4) if mask == "halves" else conv(4, 8), mask=mask, flip=flip)
+        lambda: AffineCoupling(conv(2, 4) if mask == "halves" else conv(4, 8), mask=mask, swap_halves=flip)
     )
     x = batch(IMAGE)
     z, _ = flow(x)

@@ -19,8 +19,8 @@ def layer(n_bits=8, reversible=True, alpha=1e-5, channels=1):
         AffineCoupling(
             GatedNetwork(2 * channels, 2 * channels, hidden=4, blocks=1),
             mask="checkerboard",
-            flip=flip,
-            order="shift_first",
+            swap_halves=flip,
+            affine_order="shift_first",
         )
         for flip in (False, True)
     ]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from fastflow import ops, reference
-from fastflow.ops.affine_coupling import H_ORDERS, MASKS, ORDERS, SCALES, WITH_FACTOR
+from fastflow.ops.affine_coupling import AFFINE_ORDERS, MASKS, PARAMS_LAYOUTS, SCALES, WITH_FACTOR
 from tests.support.cases import (
     CUDA,
     KERNELS,
@@ -32,10 +32,10 @@ pytestmark = [
 
 AXES = {
     "mask": MASKS,
-    "flip": [False, True],
+    "swap_halves": [False, True],
     "scale": SCALES,
-    "order": ORDERS,
-    "h_order": H_ORDERS,
+    "affine_order": AFFINE_ORDERS,
+    "params_layout": PARAMS_LAYOUTS,
     "inverse": [False, True],
 }
 FULL = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
@@ -61,12 +61,12 @@ def log_s(raw, f, scale):
     return f * torch.tanh(raw / f) if scale == "soft_clamp" else f * torch.tanh(raw)
 
 
-def by_hand(x, h, factor, mask, flip, scale, order, h_order):
+def by_hand(x, h, factor, mask, swap_halves, scale, affine_order, params_layout):
     """The textbook's formula, element by element, forward."""
     y, log_det = x.clone(), torch.zeros(x.shape[0], dtype=x.dtype)
     n, c, height, width = x.shape
     for i, k, a, b in product(range(n), range(c), range(height), range(width)):
-        transformed = ((k < c // 2) == flip) if mask == "halves" else (a + b) % 2 == flip
+        transformed = ((k < c // 2) == swap_halves) if mask == "halves" else (a + b) % 2 == swap_halves
         if not transformed:
             continue
         k_h = k % (c // 2) if mask == "halves" else k
@@ -75,14 +75,14 @@ def by_hand(x, h, factor, mask, flip, scale, order, h_order):
             "shift_scale": (k_h, k_h + count),
             "scale_shift": (k_h + count, k_h),
             "interleaved": (2 * k_h, 2 * k_h + 1),
-        }[h_order]
+        }[params_layout]
         if scale == "none":
             y[i, k, a, b] += h[i, k_h, a, b]
             continue
         t, raw = h[i, at_t, a, b], h[i, at_raw, a, b]
         f = None if factor is None else factor[k_h]
         s = torch.exp(log_s(raw, f, scale))
-        y[i, k, a, b] = s * x[i, k, a, b] + t if order == "scale_first" else s * (x[i, k, a, b] + t)
+        y[i, k, a, b] = s * x[i, k, a, b] + t if affine_order == "scale_first" else s * (x[i, k, a, b] + t)
         log_det[i] += s.log()
     return y, log_det
 

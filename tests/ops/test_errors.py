@@ -70,27 +70,27 @@ OPS = {
     ),
     "h of another size": (
         coupling(x_(2, 4), x_(2, 5)),
-        r"h: got shape \[2, 5\], expected \[2, 4\] \(x is \[2, 4\], halves, shift and scale of 2",
+        r"params: got shape \[2, 5\], expected \[2, 4\] \(x is \[2, 4\], halves, shift and scale of 2",
     ),
     "h of an additive coupling": (
         coupling(x_(2, 4), x_(2, 4), scale="none"),
-        r"h: got shape \[2, 4\], expected \[2, 2\] .*halves, shift of 2",
+        r"params: got shape \[2, 4\], expected \[2, 2\] .*halves, shift of 2",
     ),
     "h of a checkerboard": (
         coupling(x_(2, 4), x_(2, 4), mask="checkerboard"),
-        r"h: got shape \[2, 4\], expected \[2, 8\]",
+        r"params: got shape \[2, 4\], expected \[2, 8\]",
     ),
     "h's dtype": (
         coupling(x_(2, 4), x_(2, 4, dtype=F64)),
-        r"h: got dtype torch.float64, expected torch.float32, the dtype of x",
+        r"params: got dtype torch.float64, expected torch.float32, the dtype of x",
     ),
     "h of integers": (
         coupling(x_(2, 4), x_(2, 4, dtype=torch.int64)),
-        r"h: got dtype torch.int64, expected torch.float32",
+        r"params: got dtype torch.int64, expected torch.float32",
     ),
     "h's device": (
         coupling(x_(2, 4), x_(2, 4, device=META)),
-        r"h: got device meta, expected cpu, where x is",
+        r"params: got device meta, expected cpu, where x is",
     ),
     "x of integers": (
         coupling(u8(2, 4), x_(2, 4)),
@@ -115,7 +115,7 @@ OPS = {
     ),
     **{
         f"name of {k}": (coupling(x_(2, 4), x_(2, 4), **{k: "other"}), f"{k}: got 'other', expected one of '")
-        for k in ("mask", "scale", "order", "h_order")
+        for k in ("mask", "scale", "affine_order", "params_layout")
     },
     "dy's shape": (
         lambda: ops.affine_coupling_inverse_backward(x_(2, 4), x_(2, 4), None, x_(2, 3), x_(2)),
@@ -319,11 +319,11 @@ MODULES = {
     ),
     "coupling's network": (
         lambda: AffineCoupling(nn.Linear(2, 3))(x_(2, 4)),
-        r"h: got shape \[2, 3\], expected \[2, 4\]",
+        r"params: got shape \[2, 3\], expected \[2, 4\]",
     ),
     "additive's network": (
         lambda: AdditiveCoupling(nn.Linear(2, 4))(x_(2, 4)),
-        r"h: got shape \[2, 4\], expected \[2, 2\]",
+        r"params: got shape \[2, 4\], expected \[2, 2\]",
     ),
     "coupling of integers": (
         lambda: AffineCoupling(nn.Linear(2, 4))(u8(2, 4)),

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "seeds": {"numpy"},
     "distributed": {"torch"},
     "archive": {"torch"},
-    "ops": {"torch", "check", "triton_kernels"},
+    "ops": {"torch", "check", "deprecation", "triton_kernels"},
     "reference": {"ops"},
     "reversible": {"torch", "deprecation"},
     "nn": {"torch", "ops", "check", "deprecation", "distributed", "reversible"},

@@ -68,7 +68,7 @@ def test_glow(case):
 def chain(k=4, context=False):
     """Steps of vectors, of each kind, with random parameters."""
     couplings = [
-        AffineCoupling(WithContext(2, 4) if context else mlp(2, 4), flip=i % 2 == 1) for i in range(k)
+        AffineCoupling(WithContext(2, 4) if context else mlp(2, 4), swap_halves=i % 2 == 1) for i in range(k)
     ]
     return [
         s
@@ -126,7 +126,7 @@ def test_nothing_wants_a_gradient():
 
 def test_shared_steps_networks_and_parameters():
     net, step = mlp(2, 4), trained(lambda: ActNorm(4))
-    couplings = [trained(lambda f=f: AffineCoupling(net, flip=f)) for f in (False, True)]
+    couplings = [trained(lambda f=f: AffineCoupling(net, swap_halves=f)) for f in (False, True)]
     couplings[1].log_factor = couplings[0].log_factor
     assert_as_stored(
         [step, *couplings, step, couplings[0]], batch((4,)).requires_grad_(), activation_checkpoint_every=3
@@ -155,7 +155,8 @@ def test_batches_of_none_and_one(n):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_and_layouts(dtype, layout):
     steps = [
-        trained(lambda flip=flip: AffineCoupling(conv(2, 4), flip=flip)).to(dtype) for flip in (False, True)
+        trained(lambda flip=flip: AffineCoupling(conv(2, 4), swap_halves=flip)).to(dtype)
+        for flip in (False, True)
     ]
     x = batch((4, 2, 4)).to(dtype).contiguous(memory_format=layout).requires_grad_()
     (z, _), _ = found = assert_as_stored(steps, x, tolerance=1e-4 if dtype == torch.float32 else 0.1)
@@ -481,7 +482,7 @@ def test_batch_norm_and_dropout_within_networks(kind, momentum):
 
 def test_a_shared_network_with_batch_norm():
     net = Noisy()
-    steps = [randomize(AffineCoupling(net, flip=f)).double() for f in (False, True)]
+    steps = [randomize(AffineCoupling(net, swap_halves=f)).double() for f in (False, True)]
     x, results = batch((4, 2, 4), 5), []
     for run in (run_storing, run_reversible):
         own = copy.deepcopy(steps)
@@ -510,7 +511,7 @@ def test_a_network_that_moves_its_buffers_before_it_uses_them(kind):
 
 def test_eval_between_forward_and_backward():
     """Backward runs the steps in the mode of the forward pass, and leaves the new one."""
-    steps = [randomize(AffineCoupling(Noisy(), flip=f)).double() for f in (False, True)]
+    steps = [randomize(AffineCoupling(Noisy(), swap_halves=f)).double() for f in (False, True)]
     x, results = batch((4, 2, 4), 5), []
     for run in (run_storing, run_reversible):
         torch.manual_seed(7)
@@ -549,7 +550,7 @@ class Dtypes(nn.Module):
 
 
 def test_autocast_is_that_of_the_forward_pass():
-    steps = [randomize(AffineCoupling(Dtypes(), flip=f)) for f in (False, True)]
+    steps = [randomize(AffineCoupling(Dtypes(), swap_halves=f)) for f in (False, True)]
     x, parameters = torch.randn(3, 4, 2, 4), [p for s in steps for p in s.parameters()]
     results = []
     for run in (run_storing, run_reversible):
@@ -956,7 +957,7 @@ def test_on_a_gpu(networks):
 
 @pytest.mark.gpu
 def test_dropout_on_a_gpu():
-    steps = [randomize(AffineCoupling(Noisy(), flip=f)).cuda() for f in (False, True)]
+    steps = [randomize(AffineCoupling(Noisy(), swap_halves=f)).cuda() for f in (False, True)]
     x, results = torch.randn(5, 4, 2, 4, device="cuda"), []
     for run in (run_storing, run_reversible):
         torch.manual_seed(7)

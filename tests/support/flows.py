@@ -79,13 +79,15 @@ ANY_SHAPE = {
 }
 OF_VECTORS = {
     **{scale: partial(affine, mlp, scale=scale) for scale in SCALES if scale != "none"},
-    "checkerboard": partial(affine, mlp, 4, mask="checkerboard", h_order="scale_shift"),
-    "additive": partial(additive, mlp, flip=True),
+    "checkerboard": partial(affine, mlp, 4, mask="checkerboard", params_layout="scale_shift"),
+    "additive": partial(additive, mlp, swap_halves=True),
 }
 OF_IMAGES = {
-    **{scale: partial(affine, conv, scale=scale, flip=True) for scale in SCALES if scale != "none"},
-    "checkerboard": partial(affine, conv, 4, mask="checkerboard", order="shift_first", num_scale_factors=4),
-    "checkerboard, flipped": partial(affine, conv, 4, mask="checkerboard", flip=True, scale="tanh"),
+    **{scale: partial(affine, conv, scale=scale, swap_halves=True) for scale in SCALES if scale != "none"},
+    "checkerboard": partial(
+        affine, conv, 4, mask="checkerboard", affine_order="shift_first", num_scale_factors=4
+    ),
+    "checkerboard, flipped": partial(affine, conv, 4, mask="checkerboard", swap_halves=True, scale="tanh"),
     "factor for each channel": partial(affine, conv, num_scale_factors=2),
     "additive": partial(additive, conv),
     "additive checkerboard": partial(additive, conv, 4, mask="checkerboard"),

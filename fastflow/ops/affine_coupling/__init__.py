@@ -1,7 +1,7 @@
 from fastflow.ops.affine_coupling.op import (
-    H_ORDERS,
+    AFFINE_ORDERS,
     MASKS,
-    ORDERS,
+    PARAMS_LAYOUTS,
     SCALES,
     WITH_FACTOR,
     affine_coupling,
@@ -9,9 +9,9 @@ from fastflow.ops.affine_coupling.op import (
 )
 
 __all__ = [
-    "H_ORDERS",
+    "PARAMS_LAYOUTS",
     "MASKS",
-    "ORDERS",
+    "AFFINE_ORDERS",
     "SCALES",
     "WITH_FACTOR",
     "affine_coupling",

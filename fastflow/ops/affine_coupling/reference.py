@@ -7,28 +7,31 @@ from torch import Tensor
 from fastflow.ops.layout import acc_dtype, channel_sum, channel_view, dense_like, sample_view
 
 
-def checkerboard_transformed(x: Tensor, flip: bool) -> Tensor:
-    """Boolean mask of what a checkerboard coupling transforms: even parity, odd with ``flip`` (RealNVP, arXiv:1605.08803, fig. 3)."""
+def checkerboard_transformed(x: Tensor, swap_halves: bool) -> Tensor:
+    """Mask of the positions that a checkerboard coupling transforms: even parity, odd with ``swap_halves``.
+
+    Source: RealNVP, arXiv:1605.08803, fig. 3.
+    """
     spatial = x.shape[2:] or x.shape[1:]
     parity = torch.zeros((), dtype=torch.int64, device=x.device)
     for d, size in enumerate(spatial):
         index = torch.arange(size, device=x.device)
         parity = parity + index.view(-1, *[1] * (len(spatial) - 1 - d))
-    return (parity % 2 == int(flip)).expand(x.shape)
+    return (parity % 2 == int(swap_halves)).expand(x.shape)
 
 
-def split_h(h: Tensor, h_order: str) -> tuple[Tensor, Tensor]:
+def split_h(params: Tensor, params_layout: str) -> tuple[Tensor, Tensor]:
     """The network's raw output as (shift, raw scale)."""
-    if h_order == "interleaved":
-        return h[:, 0::2], h[:, 1::2]
-    first, second = h.chunk(2, dim=1)
-    return (first, second) if h_order == "shift_scale" else (second, first)
+    if params_layout == "interleaved":
+        return params[:, 0::2], params[:, 1::2]
+    first, second = params.chunk(2, dim=1)
+    return (first, second) if params_layout == "shift_scale" else (second, first)
 
 
-def join_h(shift: Tensor, raw: Tensor, h_order: str) -> Tensor:
-    if h_order == "interleaved":
+def join_h(shift: Tensor, raw: Tensor, params_layout: str) -> Tensor:
+    if params_layout == "interleaved":
         return torch.stack([shift, raw], dim=2).flatten(1, 2)
-    return torch.cat([shift, raw] if h_order == "shift_scale" else [raw, shift], dim=1)
+    return torch.cat([shift, raw] if params_layout == "shift_scale" else [raw, shift], dim=1)
 
 
 def log_scale_of(raw: Tensor, factor: Tensor | None, scale: str) -> Tensor:
@@ -58,16 +61,22 @@ def log_scale_vjp(g: Tensor, raw: Tensor, factor: Tensor | None, scale: str) -> 
 
 
 def _coupling_parts(
-    x: Tensor, h: Tensor, factor: Tensor | None, mask: str, flip: bool, scale: str, h_order: str
+    x: Tensor,
+    params: Tensor,
+    factor: Tensor | None,
+    mask: str,
+    swap_halves: bool,
+    scale: str,
+    params_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(v, shift, raw, factor, transformed): the transformed part of x, and what transforms it, in the accumulation dtype."""
     acc = acc_dtype(x.dtype)
-    shift, raw = (h, None) if scale == "none" else split_h(h, h_order)
+    shift, raw = (params, None) if scale == "none" else split_h(params, params_layout)
     shift, raw = shift.to(acc), None if raw is None else raw.to(acc)
     factor = None if factor is None else factor.to(acc)
     if mask == "halves":
-        return x.chunk(2, dim=1)[0 if flip else 1].to(acc), shift, raw, factor, None
-    transformed = checkerboard_transformed(x, flip)
+        return x.chunk(2, dim=1)[0 if swap_halves else 1].to(acc), shift, raw, factor, None
+    transformed = checkerboard_transformed(x, swap_halves)
     zero = torch.zeros((), dtype=acc, device=x.device)
     shift = torch.where(transformed, shift, zero)
     # what lies under the mask must not reach a tanh or an exp, whose gradients would turn an infinity into NaN
@@ -75,11 +84,11 @@ def _coupling_parts(
     return x.to(acc), shift, raw, factor, transformed
 
 
-def _coupling_join(x: Tensor, v: Tensor, mask: str, flip: bool) -> Tensor:
+def _coupling_join(x: Tensor, v: Tensor, mask: str, swap_halves: bool) -> Tensor:
     if mask == "halves":
-        x_a = x.chunk(2, dim=1)[1 if flip else 0]
+        x_a = x.chunk(2, dim=1)[1 if swap_halves else 0]
         v = v.to(x.dtype)
-        v = torch.cat([v, x_a] if flip else [x_a, v], dim=1)
+        v = torch.cat([v, x_a] if swap_halves else [x_a, v], dim=1)
     return dense_like(v, x)
 
 
@@ -90,66 +99,70 @@ def _masked_log_scale(raw: Tensor, factor: Tensor | None, scale: str, transforme
 
 def affine_coupling(
     x: Tensor,
-    h: Tensor,
+    params: Tensor,
     factor: Tensor | None,
     mask: str,
-    flip: bool,
+    swap_halves: bool,
     scale: str,
-    order: str,
-    h_order: str,
+    affine_order: str,
+    params_layout: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    v, t, raw, factor, transformed = _coupling_parts(x, h, factor, mask, flip, scale, h_order)
+    v, t, raw, factor, transformed = _coupling_parts(
+        x, params, factor, mask, swap_halves, scale, params_layout
+    )
     if scale == "none":
         out = v - t if inverse else v + t
-        return _coupling_join(x, out, mask, flip), v.new_zeros(x.shape[0])
+        return _coupling_join(x, out, mask, swap_halves), v.new_zeros(x.shape[0])
     log_s = _masked_log_scale(raw, factor, scale, transformed)
     if inverse:
         inverse_s = torch.exp(-log_s)
-        out = (v - t) * inverse_s if order == "scale_first" else v * inverse_s - t
+        out = (v - t) * inverse_s if affine_order == "scale_first" else v * inverse_s - t
     else:
         s = torch.exp(log_s)
-        out = v * s + t if order == "scale_first" else (v + t) * s
+        out = v * s + t if affine_order == "scale_first" else (v + t) * s
     log_det = log_s.flatten(1).sum(1)
-    return _coupling_join(x, out, mask, flip), -log_det if inverse else log_det
+    return _coupling_join(x, out, mask, swap_halves), -log_det if inverse else log_det
 
 
 def affine_coupling_backward(
-    x: Tensor, h: Tensor, factor: Tensor | None, dy: Tensor, dlog_det: Tensor,
-    mask: str, flip: bool, scale: str, order: str, h_order: str, inverse: bool,
+    x: Tensor, params: Tensor, factor: Tensor | None, dy: Tensor, dlog_det: Tensor,
+    mask: str, swap_halves: bool, scale: str, affine_order: str, params_layout: str, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dh, dfactor) from the direction's own input; dfactor has no elements where there is no factor."""
-    v, t, raw, f, transformed = _coupling_parts(x, h, factor, mask, flip, scale, h_order)
-    g = (dy if mask == "checkerboard" else dy.chunk(2, dim=1)[0 if flip else 1]).to(v.dtype)
+    """(dx, dparams, dfactor) from the direction's own input; dfactor has no elements where there is no factor."""
+    v, t, raw, f, transformed = _coupling_parts(x, params, factor, mask, swap_halves, scale, params_layout)
+    g = (dy if mask == "checkerboard" else dy.chunk(2, dim=1)[0 if swap_halves else 1]).to(v.dtype)
     dfactor = v.new_empty(0) if factor is None else None
     if scale == "none":
         dt = -g if inverse else g.clone()  # an op must not return its input
         if transformed is not None:
             dt = torch.where(transformed, dt, torch.zeros_like(dt))
-        return _coupling_join(dy, g.clone(), mask, flip), dense_like(dt, h), dfactor
+        return _coupling_join(dy, g.clone(), mask, swap_halves), dense_like(dt, params), dfactor
     log_s = _masked_log_scale(raw, f, scale, transformed)
     dl = sample_view(dlog_det.to(v.dtype), v)
     if inverse:
         dv = g * torch.exp(-log_s)
-        if order == "scale_first":
+        if affine_order == "scale_first":
             dt, dlog_s = -dv, -dv * (v - t) - dl
         else:
             dt, dlog_s = -g, -dv * v - dl
     else:
         dv = g * torch.exp(log_s)
-        dt, dlog_s = (g, dv * v + dl) if order == "scale_first" else (dv, dv * (v + t) + dl)
+        dt, dlog_s = (g, dv * v + dl) if affine_order == "scale_first" else (dv, dv * (v + t) + dl)
     if transformed is not None:
         dt = torch.where(transformed, dt, torch.zeros_like(dt))
         dlog_s = torch.where(transformed, dlog_s, torch.zeros_like(dlog_s))
     draw, df = log_scale_vjp(dlog_s, raw, f, scale)
-    dh = dense_like(join_h(dt, draw, h_order), h)
-    return _coupling_join(dy, dv, mask, flip), dh, dfactor if df is None else df.to(factor.dtype)
+    dparams = dense_like(join_h(dt, draw, params_layout), params)
+    return _coupling_join(dy, dv, mask, swap_halves), dparams, dfactor if df is None else df.to(factor.dtype)
 
 
 def affine_coupling_inverse_backward(
-    y: Tensor, h: Tensor, factor: Tensor | None, dy: Tensor, dlog_det: Tensor,
-    mask: str, flip: bool, scale: str, order: str, h_order: str,
+    y: Tensor, params: Tensor, factor: Tensor | None, dy: Tensor, dlog_det: Tensor,
+    mask: str, swap_halves: bool, scale: str, affine_order: str, params_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x, dx, dh, dfactor) of the forward direction, from its output."""
-    x, _ = affine_coupling(y, h, factor, mask, flip, scale, order, h_order, True)
-    return x, *affine_coupling_backward(x, h, factor, dy, dlog_det, mask, flip, scale, order, h_order, False)
+    """(x, dx, dparams, dfactor) of the forward direction, from its output."""
+    x, _ = affine_coupling(y, params, factor, mask, swap_halves, scale, affine_order, params_layout, True)
+    return x, *affine_coupling_backward(
+        x, params, factor, dy, dlog_det, mask, swap_halves, scale, affine_order, params_layout, False
+    )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from fastflow.ops.affine_coupling.op import WITH_FACTOR
 from fastflow.ops.spec import Case, Make
 
-# mask, flip, scale, order, h_order; bytes of forward, backward, inverse + backward
+# mask, swap_halves, scale, affine_order, params_layout; bytes of forward, backward, inverse + backward
 VARIANTS = (
     ("halves", False, "sigmoid", "scale_first", "shift_scale", 12, 18, 24),
     ("halves", True, "soft_clamp", "shift_first", "scale_shift", 12, 18, 24),
@@ -20,14 +20,14 @@ VARIANTS = (
 def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
     n, c, *size = shape
     for *variant, forward, backward, inverse_backward in VARIANTS:
-        mask, flip, scale, *_ = variant
+        mask, swap_halves, scale, *_ = variant
         transformed = c // (2 if mask == "halves" else 1)
         x, h = make(*shape), make(n, transformed * (1 if scale == "none" else 2), *size)
         factor = make.per_channel(transformed).abs() + 0.5 if scale in WITH_FACTOR else None
         given = x, h, factor, make(*shape), make.per_sample(n)
         # the gradient of a factor, and the log-det of a checkerboard with one, are sums over programs
         launches = 2 if factor is not None else 1
-        name = f"{mask} {scale}{' flipped' if flip else ''}"
+        name = f"{mask} {scale}{' flipped' if swap_halves else ''}"
         count = None if (mask, scale) == ("checkerboard", "none") else forward
         yield Case("affine_coupling", name, (*given[:3], *variant, False), count)
         yield Case("affine_coupling", f"{name} inverse", (*given[:3], *variant, True), count)
