@@ -1,4 +1,4 @@
-"""Checks of arguments: shapes, dtypes and devices. Of values, only matrices on the CPU: not singular."""
+"""Checks of arguments: shapes, dtypes, devices, and that matrices on the CPU are not singular."""
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def gradients(x_name: str, x: Tensor, dy: Tensor | None, dlog_det: Tensor | None
     if dy is not None:
         same_shape("dy", dy, x.shape, f"like {x_name}")
     if dlog_det is not None:
-        same_shape("dlog_det", dlog_det, x.shape[:1], "one value for each sample")
+        same_shape("dlog_det", dlog_det, x.shape[:1], "one value per sample")
 
 
 def diagonal(op: str, d: Tensor) -> None:

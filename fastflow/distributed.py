@@ -8,7 +8,7 @@ from torch import Tensor
 def merge_statistics(
     count: int, mean: Tensor, var: Tensor, group: "dist.ProcessGroup | None" = None
 ) -> tuple[int, Tensor, Tensor]:
-    r"""Count, mean and biased variance over all ranks, from those of each rank; bit-identical on every rank.
+    r"""Merge count, mean and biased variance of all ranks; the result is bit-identical on every rank.
 
     With :math:`n = \sum_r n_r`, the mean is :math:`\mu = \sum_r n_r \mu_r / n` and the variance
     :math:`\sum_r n_r (v_r + (\mu_r - \mu)^2) / n`. If torch.distributed is not initialized, returns the

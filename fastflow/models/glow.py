@@ -50,9 +50,8 @@ class Glow(Model):
         conv1x1: channel mixing of a step: a learned 1x1 convolution (``"lu"``: LU-factored, ``"plain"``) or a
             fixed permutation (``"reverse"``, ``"shuffle"``).
         n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``.
-        classes: number of classes; the prior of the last latent then has a learned mean and scale for each
-            class.
-        learned_prior: learn the mean and scale of the last latent's prior for each channel (`learntop` in the
+        classes: number of classes; the prior of the last latent then has a learned mean and scale per class.
+        learned_prior: learn the mean and scale of the last latent's prior per channel (`learntop` in the
             paper's code); otherwise they are 0 and 1. Class-conditional models always learn them.
         logit: dequantize through RealNVP's logit (alpha 0.05) instead of to [-1/2, 1/2).
         scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`. The paper's

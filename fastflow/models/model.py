@@ -112,7 +112,7 @@ class Model(nn.Module):
         return [m.g for m in self.modules() if isinstance(m, WeightNormConv2d)]
 
     def compile_networks(self, **options: Any) -> None:
-        """Compile every coupling network in place; ``options`` are those of torch.compile.
+        """Compile every coupling network in place with torch.compile, which takes ``options``.
 
         All networks of a level share one compiled program. It is compiled again for every new batch size, and
         for training, evaluation and sampling.
@@ -131,7 +131,7 @@ class Model(nn.Module):
 
         Discrete samples are dequantized at the bin center. With a ``seed``, they are dequantized with noise
         computed from ``(seed, sample, element)``, as in training. The latents are then distributed as in
-        training, which those of bin centers need not be. Decoded values may differ by 1 if the noise is
+        training; latents of bin centers need not be. Decoded values may differ by 1 if the noise is
         within rounding error of a bin edge.
         """
         self._check_samples(x)
@@ -145,7 +145,7 @@ class Model(nn.Module):
         return *latents, y
 
     def decode(self, latents: tuple[Tensor, ...], context: Tensor | None = None) -> Tensor:
-        """Samples from latents like those of :meth:`encode`; uint8 if the model's samples are.
+        """Samples from latents, which :meth:`encode` returns; uint8 if the model's samples are.
 
         Raises ValueError for latents of other shapes or dtypes, and for NaN.
         """

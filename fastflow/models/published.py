@@ -23,7 +23,7 @@ def load_published(path: str | os.PathLike[str], device: torch.device | str = "c
         device: device of the model.
 
     Raises CheckpointError, a ValueError with a one-line message, if the file is missing or damaged, if its
-    names are not those of a supported model, if a weight has another shape, or if its masks differ from the
+    names match no supported model, if a weight has another shape, or if its masks differ from the
     tutorial's.
     """
     contents = archive.read(path, device)

@@ -59,8 +59,7 @@ class RealNVP(Model):
         hidden: number of channels inside the networks of the first scale's checkerboard couplings.
         blocks: number of residual blocks per network.
         n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``.
-        classes: number of classes; the prior of the last latent then has a learned mean and scale for each
-            class.
+        classes: number of classes; the prior of the last latent then has a learned mean and scale per class.
         momentum: momentum of the batch normalizations between couplings, see :class:`fastflow.nn.BatchNorm`.
         reversible: recompute activations in backward instead of storing them. In training mode, call backward
             before the next forward pass, because a forward pass updates the statistics of the batch

@@ -98,8 +98,7 @@ class GlowStep(Flow):
 def folded(steps: list[GlowStep]) -> list[Linear]:
     """Fold ActNorm into the convolution of each step.
 
-    Returns for each step the weight and bias of forward, those of inverse, and the log-det per position,
-    nats.
+    Returns per step: weight and bias of forward, weight and bias of inverse, and log-det per position, nats.
     """
     weight, inverse, log_det = stacked_weights([step.conv1x1 for step in steps])
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])

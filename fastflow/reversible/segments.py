@@ -3,7 +3,7 @@ r"""Autograd of segments of a chain of invertible steps. Memory for backward doe
 Forward stores the output of a segment. Backward goes from there to its input: each step computes
 :math:`(x, \partial x, \text{gradients})` from :math:`(z, \partial z, \partial \log\det)`. The general rule
 inverts the step, runs it again and differentiates that; a step can have its own rule, the method
-``inverse_backward``. The idea is that of RevNet (arXiv:1707.04585, section 3.2).
+``inverse_backward``. The idea is from RevNet (arXiv:1707.04585, section 3.2).
 """
 
 from collections.abc import Callable, Iterator, Sequence

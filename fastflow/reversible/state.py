@@ -100,7 +100,7 @@ def rng_restored(generators: Sequence[Generator]) -> Iterator[None]:
 
 @contextmanager
 def buffers_restored(buffers: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Restore the named buffers after the block: the same tensors, with what the block wrote into them."""
+    """Put the same tensors back into the named buffers after the block; values written to them stay."""
     kept = {(m, name): m._buffers[name] for m, name in buffers}
     try:
         yield

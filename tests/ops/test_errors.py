@@ -123,7 +123,7 @@ OPS = {
     ),
     "dlog_det's shape": (
         lambda: ops.actnorm_inverse_backward(x_(2, 4), x_(4), x_(4), x_(2, 4), x_()),
-        r"dlog_det: got shape \[\], expected \[2\] \(one value for each sample\)",
+        r"dlog_det: got shape \[\], expected \[2\] \(one value per sample\)",
     ),
     # the rest, channel by channel
     "actnorm's bias": (

@@ -43,7 +43,7 @@ class GatedNetwork(nn.Module):
     Source: the UvA tutorial on image flows, after Flow++ (arXiv:1902.00275, section 3.3).
 
     Args:
-        in_channels: number of channels of x, plus those of the context if one is given.
+        in_channels: number of channels of x and, if one is given, of the context together.
         out_channels: number of output channels.
         hidden: number of channels inside.
         blocks: number of gated blocks.

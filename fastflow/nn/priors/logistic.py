@@ -11,7 +11,7 @@ from fastflow.ops.noise import random_seed
 
 
 class LogisticPrior(Prior):
-    r"""Standard logistic distribution, :math:`\log p(z) = -\sum_i \log(1 + e^{z_i}) + \log(1 + e^{-z_i})`.
+    r"""Standard logistic distribution, :math:`\log p(z) = -\sum_i [\log(1 + e^{z_i}) + \log(1 + e^{-z_i})]`.
 
     Source: NICE, arXiv:1410.8516, section 3.4. Its standard deviation is :math:`\pi / \sqrt 3`;
     ``temperature`` scales samples.
@@ -42,6 +42,6 @@ class LogisticPrior(Prior):
         high, low = (
             ops.uniform_noise((n, *self.shape), random_seed(like.device, generator), **about) for _ in "ab"
         )
-        # 16 bits from each, so that the tails reach as far as those of a float32 uniform
+        # 16 bits from each, so that the tails reach as far as with a float32 uniform
         u = high + (low + 2**-17) * 2**-16
         return (temperature * torch.logit(u)).to(like.dtype)
