@@ -12,6 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MODULES = {
+    "fastflow.check": "fastflow.validation",
     **{
         f"fastflow.{name}": f"fastflow.trainer.{name}"
         for name in ("build", "config", "data", "evaluate", "picture", "progress", "ranks", "step", "train")
@@ -27,6 +28,10 @@ MODULES = {
 }
 # names that have left their module, or have another name there
 NAMES = {
+    "fastflow.check.beside": "fastflow.validation.same_device_and_precision",
+    "fastflow.check.count": "fastflow.validation.positive_int",
+    "fastflow.check.error": "fastflow.validation.argument_error",
+    "fastflow.check.floating": "fastflow.validation.floating_point",
     "fastflow.config.check": "fastflow.trainer.config.validate_config",
     "fastflow.data.derive": "fastflow.seeds.derive",
     "fastflow.ranks.join": "fastflow.trainer.ranks.init_process_group",

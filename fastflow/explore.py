@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.models.model import Model, in_mode
 from fastflow.seeds import Stream, derive
 
@@ -43,11 +43,11 @@ def interpolate(
     Raises ValueError for another method, for fewer than 2 steps, and for samples that
     :meth:`~fastflow.models.model.Model.encode` rejects.
     """
-    check.one_of("method", method, METHODS)
+    validation.one_of("method", method, METHODS)
     if steps < 2:
-        raise check.argument_error("steps", steps, "2 or more, including both ends")
+        raise validation.argument_error("steps", steps, "2 or more, including both ends")
     if len(x0) != len(x1):
-        raise check.argument_error("x1", f"{len(x1)} samples", f"{len(x0)}, like x0")
+        raise validation.argument_error("x1", f"{len(x1)} samples", f"{len(x0)}, like x0")
     mix = _arc if method == "spherical" else _line
     with in_mode(model, training=False):
         seeds = (
@@ -113,13 +113,13 @@ def resample(
     """
     coarse = len(model.latent_shapes()) - 1
     if not coarse:
-        raise check.argument_error(
+        raise validation.argument_error(
             "model", "one latent", "a multi-scale model, so that coarse latents are kept"
         )
     levels = coarse if levels is None else levels
     if not 1 <= levels <= coarse:
-        raise check.argument_error("levels", levels, f"1 to {coarse}, so that the last latent is kept")
-    check.positive_int("n", n)
+        raise validation.argument_error("levels", levels, f"1 to {coarse}, so that the last latent is kept")
+    validation.positive_int("n", n)
     kept = [None if i < levels else z.repeat_interleave(n, 0) for i, z in enumerate(latents)]
     context = None if context is None else context.repeat_interleave(n, 0)
     generator = torch.Generator(latents[-1].device).manual_seed(seed)
@@ -143,10 +143,10 @@ def dequantized(model: Model, x: Tensor, seed: int = 0, draws: int = 8) -> Tenso
     Raises ValueError for a model of continuous samples.
     """
     if model.n_bits is None:
-        raise check.argument_error(
+        raise validation.argument_error(
             "model", "continuous samples", "a model of uint8 samples, which it dequantizes"
         )
-    check.positive_int("draws", draws)
+    validation.positive_int("draws", draws)
     with in_mode(model, training=False):
         return torch.stack(
             [model.dequantize(x, seed=derive(seed, Stream.EXPLORE, k))[0] for k in range(draws)]
@@ -176,10 +176,10 @@ def density(
     Raises ValueError for a model of other samples.
     """
     if model.shape != (2,) or model.n_bits is not None:
-        raise check.argument_error(
+        raise validation.argument_error(
             "model", f"samples of shape {list(model.shape)}", "continuous vectors [N, 2]"
         )
-    check.positive_int("size", size)
+    validation.positive_int("size", size)
     like, middle = model.dequantize.like, (torch.arange(size, dtype=torch.float64) + 0.5) / size
     (x, y), cell = (
         (low + (high - low) * middle for low, high in limits),

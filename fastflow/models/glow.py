@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from fastflow import check
+from fastflow import validation
 from fastflow.deprecation import renamed_arguments
 from fastflow.models.model import Model
 from fastflow.models.options import FORMER_NAMES, ModelConfig, check_image_shape, takes_fields_of
@@ -110,7 +110,7 @@ def _check_levels(image_shape: tuple[int, ...], levels: int) -> None:
             if fitting
             else "an even height and width"
         )
-        raise check.argument_error(
+        raise validation.argument_error(
             "levels",
             f"{levels} for image_shape {image_shape}",
             f"{fits}, or images padded to {padded[0]}x{padded[1]}",

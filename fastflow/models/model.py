@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastflow import check
+from fastflow import validation
 from fastflow.nn import AffineCoupling, BatchNorm, Dequantize, Flow, IdentityDequantize, Prior, Split
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 
@@ -183,9 +183,9 @@ class Model(nn.Module):
         dtypes.
         """
         if n < 0:
-            raise check.argument_error("n", n, "0 or more")
+            raise validation.argument_error("n", n, "0 or more")
         if temperature < 0:
-            raise check.argument_error("temperature", temperature, "0 or more")
+            raise validation.argument_error("temperature", temperature, "0 or more")
         self._check_context(context, n)
         if latents is None:
             latents = (None,) * len(self.flows)
@@ -217,47 +217,49 @@ class Model(nn.Module):
         values = f"{str(dtype).removeprefix('torch.')} {kind} [N, {', '.join(map(str, self.shape))}]"
         values += "" if self.n_bits is None else f" with values in [0, {2**self.n_bits})"
         if x.dtype != dtype:
-            raise check.argument_error("x", f"dtype {x.dtype}", values)
+            raise validation.argument_error("x", f"dtype {x.dtype}", values)
         if tuple(x.shape[1:]) != self.shape or x.ndim != 1 + len(self.shape):
-            raise check.argument_error("x", check.shape_of(x), values)
+            raise validation.argument_error("x", validation.shape_of(x), values)
         self._check_device("x", x)
         if self.n_bits is None:
             if _values_are_free(x) and not x.isfinite().all():
-                raise check.argument_error("x", "inf or NaN", values)
+                raise validation.argument_error("x", "inf or NaN", values)
         elif (
             self.n_bits < 8
             and _values_are_free(x)
             and x.numel()
             and (largest := int(x.max())) >= 2**self.n_bits
         ):
-            raise check.argument_error("x", f"a value of {largest}", values)
+            raise validation.argument_error("x", f"a value of {largest}", values)
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
         if self.classes is None:
             if context is not None:
-                raise check.argument_error(
-                    "context", f"a tensor of {check.shape_of(context)}", "None, the model has no classes"
+                raise validation.argument_error(
+                    "context", f"a tensor of {validation.shape_of(context)}", "None, the model has no classes"
                 )
             return
         expected = f"int64 classes [{n}] in [0, {self.classes})"
         if context is None:
-            raise check.argument_error("context", "None", expected)
+            raise validation.argument_error("context", "None", expected)
         if context.dtype != torch.int64 or tuple(context.shape) != (n,):
-            raise check.argument_error("context", f"{context.dtype} of {check.shape_of(context)}", expected)
+            raise validation.argument_error(
+                "context", f"{context.dtype} of {validation.shape_of(context)}", expected
+            )
         self._check_device("context", context)
         if (
             _values_are_free(context)
             and n
             and not (0 <= int(context.min()) and int(context.max()) < self.classes)
         ):
-            raise check.argument_error(
+            raise validation.argument_error(
                 "context", f"values from {int(context.min())} to {int(context.max())}", expected
             )
 
     def _check_latents(self, latents: tuple[Tensor | None, ...], n: int | None = None) -> None:
         shapes = self.latent_shapes()
         if len(latents) != len(shapes):
-            raise check.argument_error(
+            raise validation.argument_error(
                 "latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them"
             )
         like = self.dequantize.like
@@ -265,23 +267,23 @@ class Model(nn.Module):
             if z is None and n is not None:  # sample draws it
                 continue
             if z is None:
-                raise check.argument_error(f"latents[{i}]", "None", "a tensor")
+                raise validation.argument_error(f"latents[{i}]", "None", "a tensor")
             if tuple(z.shape) != (len(latents[-1]) if n is None else n, *shape):
                 samples = "N" if n is None else n
-                raise check.argument_error(
-                    f"latents[{i}]", check.shape_of(z), f"[{samples}, {', '.join(map(str, shape))}]"
+                raise validation.argument_error(
+                    f"latents[{i}]", validation.shape_of(z), f"[{samples}, {', '.join(map(str, shape))}]"
                 )
             self._check_device(f"latents[{i}]", z)
             if z.dtype != like.dtype:
-                raise check.argument_error(
+                raise validation.argument_error(
                     f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's dtype"
                 )
             if _values_are_free(z) and z.isnan().any():
-                raise check.argument_error(f"latents[{i}]", "NaN", "numbers")
+                raise validation.argument_error(f"latents[{i}]", "NaN", "numbers")
 
     def _check_device(self, argument: str, t: Tensor) -> None:
         if t.device != self.dequantize.like.device:
-            raise check.argument_error(
+            raise validation.argument_error(
                 argument, f"device {t.device}", f"{self.dequantize.like.device}, where the model is"
             )
 

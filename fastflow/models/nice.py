@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from fastflow import check
+from fastflow import validation
 from fastflow.models.model import Model
 from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
@@ -37,7 +37,7 @@ class NICEConfig(ModelConfig):
         shape = self.shape
         if not shape or min(shape) < 1 or math.prod(shape) % 2:
             expected = "an even number of dimensions, or the shape of an image that has one"
-            raise check.argument_error("features", self.features, expected)
+            raise validation.argument_error("features", self.features, expected)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
 
-from fastflow import check
+from fastflow import validation
 
 P = ParamSpec("P")
 Self = TypeVar("Self")
@@ -27,9 +27,9 @@ class ModelConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if get_origin(field.type) is Literal:
-                check.one_of(field.name, value, get_args(field.type))
+                validation.one_of(field.name, value, get_args(field.type))
             elif field.type in (int, int | None):
-                check.positive_int(field.name, value, optional=field.type is not int)
+                validation.positive_int(field.name, value, optional=field.type is not int)
             elif isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
 
@@ -37,7 +37,7 @@ class ModelConfig:
 def check_image_shape(image_shape: tuple[int, ...]) -> None:
     """Raise ValueError unless ``image_shape`` is ``(C, H, W)``."""
     if len(image_shape) != 3 or min(image_shape) < 1:
-        raise check.argument_error("image_shape", image_shape, "(C, H, W)")
+        raise validation.argument_error("image_shape", image_shape, "(C, H, W)")
 
 
 def takes_fields_of(

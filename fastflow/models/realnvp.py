@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from fastflow import check
+from fastflow import validation
 from fastflow.deprecation import renamed_arguments
 from fastflow.models.model import Model
 from fastflow.models.options import FORMER_NAMES, ModelConfig, check_image_shape, takes_fields_of
@@ -40,7 +40,7 @@ class RealNVPConfig(ModelConfig):
         multiple = 2 ** (self.scales - 1)
         if h % multiple or w % multiple:
             got = f"{self.scales} for image_shape {self.image_shape}"
-            raise check.argument_error("scales", got, f"a height and width that {multiple} divides")
+            raise validation.argument_error("scales", got, f"a height and width that {multiple} divides")
 
 
 class RealNVP(Model):

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from fastflow import check
+from fastflow import validation
 from fastflow.models.model import Model
 from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
@@ -35,7 +35,7 @@ class VectorGlowConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.features % 2:
-            raise check.argument_error("features", self.features, "an even number, to split into halves")
+            raise validation.argument_error("features", self.features, "an even number, to split into halves")
 
 
 class VectorGlow(Model):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastflow import check
+from fastflow import validation
 from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.flow import Flow
 from fastflow.ops import checkerboard_transformed
@@ -57,10 +57,10 @@ class AffineCoupling(Flow):
         num_scale_factors: int = 1,
     ) -> None:
         super().__init__()
-        check.one_of("mask", mask, MASKS)
-        check.one_of("scale", scale, SCALES)
-        check.one_of("affine_order", affine_order, AFFINE_ORDERS)
-        check.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
+        validation.one_of("mask", mask, MASKS)
+        validation.one_of("scale", scale, SCALES)
+        validation.one_of("affine_order", affine_order, AFFINE_ORDERS)
+        validation.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
         self.net = net
         self.mask, self.swap_halves, self.scale = mask, swap_halves, scale
         self.affine_order, self.params_layout = affine_order, params_layout
@@ -75,12 +75,12 @@ class AffineCoupling(Flow):
 
     def network_input(self, x: Tensor) -> Tensor:
         """Input of the network: the part of x that passes through, which y has as well."""
-        check.floating_point("x", x)
+        validation.floating_point("x", x)
         if self.mask == "checkerboard":
             return x.masked_fill(checkerboard_transformed(x, self.swap_halves), 0)
         if x.shape[1] % 2:
-            raise check.argument_error(
-                "x", check.shape_of(x), "an even number of channels, to split into halves"
+            raise validation.argument_error(
+                "x", validation.shape_of(x), "an even number of channels, to split into halves"
             )
         return x.chunk(2, dim=1)[1 if self.swap_halves else 0]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastflow import check, ops
+from fastflow import ops, validation
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.ops import positions
 from fastflow.ops.layout import all_but_channels, channel_view
@@ -39,7 +39,7 @@ class BatchNorm(Flow):
     def __init__(self, num_features: int, momentum: float = 0.9, eps: float = 1e-5) -> None:
         super().__init__()
         if not 0 <= momentum < 1:
-            raise check.argument_error("momentum", momentum, "a number from 0 to below 1")
+            raise validation.argument_error("momentum", momentum, "a number from 0 to below 1")
         self.num_features, self.momentum, self.eps = num_features, momentum, eps
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("var", torch.ones(num_features))
@@ -47,12 +47,14 @@ class BatchNorm(Flow):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(x, self.num_features)
-        check.floating_point("x", x)
+        validation.floating_point("x", x)
         if not self.training:
             return ops.actnorm(x, *self._log_scale_and_bias(self.mean, self.var))
-        check.same_device_and_precision("mean", self.mean, "x", x)
+        validation.same_device_and_precision("mean", self.mean, "x", x)
         if not x.numel():
-            raise check.argument_error("x", check.shape_of(x), "a batch that is not empty, in training mode")
+            raise validation.argument_error(
+                "x", validation.shape_of(x), "a batch that is not empty, in training mode"
+            )
         batch_var, batch_mean = torch.var_mean(x.to(self.mean.dtype), all_but_channels(x), correction=0)
         with torch.no_grad():
             self.batches.add_(1)

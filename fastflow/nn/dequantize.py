@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import check, ops
+from fastflow import ops, validation
 from fastflow.deprecation import renamed_attributes, renamed_method
 from fastflow.nn.flow import Flow
 from fastflow.ops.noise import random_seed
@@ -32,7 +32,7 @@ class Dequantize(Flow):
     def __init__(self, n_bits: int = 8) -> None:
         super().__init__()
         if not 1 <= n_bits <= 8:
-            raise check.argument_error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
+            raise validation.argument_error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
         self.n_bits = n_bits
         # carries the dtype and device of the outputs
         self.register_buffer("like", torch.empty(0), persistent=False)
@@ -90,9 +90,9 @@ class LogitDequantize(Dequantize):
 
     def __init__(self, n_bits: int = 8, alpha: float = 0.05, preset: str = "realnvp") -> None:
         super().__init__(n_bits)
-        check.one_of("preset", preset, ("realnvp", "tutorial"))
+        validation.one_of("preset", preset, ("realnvp", "tutorial"))
         if not 0 < alpha < 1:
-            raise check.argument_error("alpha", alpha, "a number between 0 and 1")
+            raise validation.argument_error("alpha", alpha, "a number between 0 and 1")
         self.alpha, self.preset = alpha, preset
         self.scale = 1 - alpha
         self.shift = alpha if preset == "realnvp" else alpha / 2

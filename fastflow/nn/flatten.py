@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.nn.flow import Flow
 from fastflow.reversible import Gradients, zero_log_det
 
@@ -25,11 +25,11 @@ class Flatten(Flow):
         self.shape = tuple(shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check.same_shape("x", x, (x.shape[0], *self.shape), "the layer's shape")
+        validation.same_shape("x", x, (x.shape[0], *self.shape), "the layer's shape")
         return x.flatten(1), zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check.same_shape("z", z, (z.shape[0], math.prod(self.shape)), "the values of the layer's shape")
+        validation.same_shape("z", z, (z.shape[0], math.prod(self.shape)), "the values of the layer's shape")
         return z.reshape(z.shape[0], *self.shape), zero_log_det(z)
 
     def inverse_backward(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastflow import check
+from fastflow import validation
 from fastflow.reversible import has_its_own_rule
 
 
@@ -139,8 +139,8 @@ class Flow(nn.Module):
         with torch.no_grad():
             z, log_det = flow(x, context)
             if log_det.shape != (x.shape[0],):
-                raise check.argument_error(
-                    "log_det", check.shape_of(log_det), f"[{x.shape[0]}], one value per sample"
+                raise validation.argument_error(
+                    "log_det", validation.shape_of(log_det), f"[{x.shape[0]}], one value per sample"
                 )
             back, log_det_back = flow.inverse(z, context)
         report = FlowReport(
@@ -167,8 +167,8 @@ def _jacobian_error(flow: Flow, x: Tensor, context: Tensor | None) -> float:
     z, log_det = flow(x, context)
     columns = z.flatten(1)
     if columns.shape[1] != x.flatten(1).shape[1]:
-        raise check.argument_error(
-            "z", check.shape_of(z), f"as many elements per sample as x, {list(x.shape)}"
+        raise validation.argument_error(
+            "z", validation.shape_of(z), f"as many elements per sample as x, {list(x.shape)}"
         )
     rows = [
         torch.autograd.grad(
@@ -226,6 +226,6 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
 def check_channels(x: Tensor, num_features: int) -> None:
     """Raise ValueError unless x has the shape ``[N, num_features, ...]``."""
     if x.ndim < 2 or x.shape[1] != num_features:
-        raise check.argument_error(
-            "x", check.shape_of(x), f"[N, {num_features}, ...], the layer's number of channels"
+        raise validation.argument_error(
+            "x", validation.shape_of(x), f"[N, {num_features}, ...], the layer's number of channels"
         )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastflow import check, ops
+from fastflow import ops, validation
 from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
@@ -147,7 +147,7 @@ class GlowLevel(Flow):
         self, steps: list[GlowStep], reversible: bool = True, activation_checkpoint_every: int | None = None
     ) -> None:
         super().__init__()
-        check.positive_int("activation_checkpoint_every", activation_checkpoint_every, optional=True)
+        validation.positive_int("activation_checkpoint_every", activation_checkpoint_every, optional=True)
         self.squeeze = Squeeze()
         self.steps = nn.ModuleList(steps)
         self.reversible, self.activation_checkpoint_every = reversible, activation_checkpoint_every

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.reversible import Gradients, zero_log_det
 
@@ -28,14 +28,14 @@ class Permute(Flow):
         self.num_features, self.order = num_features, order
         index = torch.arange(num_features)
         if isinstance(order, str):
-            check.one_of("order", order, ("reverse", "random", "interleaved"))
+            validation.one_of("order", order, ("reverse", "random", "interleaved"))
             if order == "random":
                 perm = torch.randperm(num_features)
             else:
                 perm = index.flip(0) if order == "reverse" else torch.cat([index[::2], index[1::2]])
         else:
             if not all(isinstance(i, int) for i in order) or sorted(order) != list(range(num_features)):
-                raise check.argument_error("order", list(order), f"each of 0 to {num_features - 1} once")
+                raise validation.argument_error("order", list(order), f"each of 0 to {num_features - 1} once")
             perm = torch.tensor(order)
         self.register_buffer("perm", perm)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from fastflow import check
+from fastflow import validation
 from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.flow import Flow
 from fastflow.reversible import has_hooks, run_reversible, run_storing, zero_log_det
@@ -39,7 +39,7 @@ class Sequential(Flow):
         self, *flows: Flow, reversible: bool = True, activation_checkpoint_every: int | None = None
     ) -> None:
         super().__init__()
-        check.positive_int("activation_checkpoint_every", activation_checkpoint_every, optional=True)
+        validation.positive_int("activation_checkpoint_every", activation_checkpoint_every, optional=True)
         for i, flow in enumerate(flows):
             if not isinstance(flow, Flow):
                 raise TypeError(f"flows[{i}]: got {type(flow).__name__}, expected a Flow")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastflow import check, ops
+from fastflow import ops, validation
 from fastflow.deprecation import renamed_method
 from fastflow.nn.flow import check_channels
 from fastflow.nn.networks.glow_network import ZeroConv2d
@@ -28,9 +28,9 @@ class Split(nn.Module):
 
     def __init__(self, num_features: int, prior: str = "learned") -> None:
         super().__init__()
-        check.one_of("prior", prior, ("standard", "learned"))
+        validation.one_of("prior", prior, ("standard", "learned"))
         if num_features % 2:
-            raise check.argument_error("num_features", num_features, "an even number of channels")
+            raise validation.argument_error("num_features", num_features, "an even number of channels")
         self.num_features, self.prior = num_features, prior
         self.net = ZeroConv2d(num_features // 2, num_features) if prior == "learned" else None
 
@@ -48,7 +48,7 @@ class Split(nn.Module):
     def inverse(self, kept: Tensor, z: Tensor) -> Tensor:
         """x from its two halves."""
         if z.shape != kept.shape:
-            raise check.argument_error("z", check.shape_of(z), f"{list(kept.shape)}, like kept")
+            raise validation.argument_error("z", validation.shape_of(z), f"{list(kept.shape)}, like kept")
         return torch.cat([kept, z], dim=1)
 
     def sample(

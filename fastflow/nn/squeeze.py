@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastflow import check, ops
+from fastflow import ops, validation
 from fastflow.nn.flow import Flow
 from fastflow.ops.squeeze import ORDERS
 from fastflow.reversible import Gradients, zero_log_det
@@ -23,7 +23,7 @@ class Squeeze(Flow):
 
     def __init__(self, order: str = "channel") -> None:
         super().__init__()
-        check.one_of("order", order, ORDERS)
+        validation.one_of("order", order, ORDERS)
         self.order = order
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow import check, ops
+from fastflow import ops, validation
 from fastflow.nn.dequantize import LogitDequantize
 from fastflow.nn.flow import Flow
 from fastflow.ops.noise import random_seed
@@ -61,9 +61,9 @@ class VariationalDequantize(LogitDequantize):
             seed = random_seed(x.device) if seed is None else seed
             noise = ops.uniform_noise(tuple(x.shape), seed, offset, self.like.dtype, x.device)
         elif seed is not None:
-            raise check.argument_error("noise, seed", "both", "one of them")
-        check.floating_point("noise", noise)
-        check.same_shape("noise", noise, x.shape, "like x")
+            raise validation.argument_error("noise, seed", "both", "one of them")
+        validation.floating_point("noise", noise)
+        validation.same_shape("noise", noise, x.shape, "like x")
         u, log_det_noise = self.noise(x, noise)
         y, log_det = super().forward(x, noise=u)
         return y, log_det + log_det_noise

@@ -1,6 +1,5 @@
 """The ops: checked functions over ``torch.ops.fastflow.*``, which are differentiable and which torch.compile traces as one node."""
 
-from fastflow.check import SingularError
 from fastflow.deprecation import renamed_arguments
 from fastflow.ops.actnorm import actnorm, actnorm_inverse_backward, actnorm_statistics
 from fastflow.ops.affine_coupling import op as _affine_coupling
@@ -14,6 +13,7 @@ from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
 from fastflow.ops.squeeze import squeeze, unsqueeze
 from fastflow.ops.triangular_solve import raise_singular, triangular_solve
+from fastflow.validation import SingularError
 
 # here and not in op.py, so that layers do not pay for it
 _with_former_names = renamed_arguments(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops import extension
 
 BACKENDS = ("auto", "reference", "triton", "emulated")
@@ -136,7 +136,7 @@ def call_compiled(op: torch._ops.OpOverload, *args: object) -> object:
         return op(*args)
     except RuntimeError as error:
         if singular := re.search(r"\w+( \(an earlier call\))?: diagonal of matrix \d+: .*", str(error)):
-            raise check.SingularError(singular[0]) from None
+            raise validation.SingularError(singular[0]) from None
         if perm := re.search(r"\w+( \(an earlier call\))?: perm of matrix \d+: .*", str(error)):
             raise ValueError(perm[0]) from None
         raise

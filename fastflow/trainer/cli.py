@@ -14,7 +14,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_memory()
         argv = sys.argv[1:]
     try:
-        from fastflow.check import SingularError
         from fastflow.checkpoint import CheckpointError
         from fastflow.trainer.commands import run_command
         from fastflow.trainer.config import ConfigError
@@ -22,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastflow.trainer.nonfinite import NonFiniteError
         from fastflow.trainer.ranks import DeviceError, LostRankError
         from fastflow.trainer.train import Interrupted
+        from fastflow.validation import SingularError
     except ModuleNotFoundError as error:
         return _missing(error)
     errors_of_a_user = (CheckpointError, ConfigError, DataError, DeviceError)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fastflow import checkpoint
-from fastflow.check import SingularError
 from fastflow.checkpoint import CheckpointError
 from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
@@ -26,6 +25,7 @@ from fastflow.trainer.nonfinite import NonFiniteError, diagnose
 from fastflow.trainer.progress import Metrics, Progress, open_tensorboard
 from fastflow.trainer.ranks import Ranks, shard_bounds
 from fastflow.trainer.step import Step, autocast
+from fastflow.validation import SingularError
 
 
 @dataclass

@@ -12,18 +12,18 @@ FILES = sorted([*ROOT.glob("fastflow/**/*.py"), *ROOT.glob("triton_kernels/**/*.
 # What a layer may import besides itself and the standard library.
 MAY_IMPORT = {
     "triton_kernels": {"torch", "triton"},
-    "check": {"torch"},
+    "validation": {"torch"},
     "deprecation": set(),
     "seeds": {"numpy"},
     "distributed": {"torch"},
     "archive": {"torch"},
-    "ops": {"torch", "check", "deprecation", "triton_kernels"},
+    "ops": {"torch", "validation", "deprecation", "triton_kernels"},
     "reference": {"ops"},
     "reversible": {"torch", "deprecation"},
-    "nn": {"torch", "ops", "check", "deprecation", "distributed", "reversible"},
-    "models": {"torch", "nn", "check", "deprecation", "archive"},
+    "nn": {"torch", "ops", "validation", "deprecation", "distributed", "reversible"},
+    "models": {"torch", "nn", "validation", "deprecation", "archive"},
     "checkpoint": {"torch", "models", "archive", "facade"},
-    "explore": {"torch", "check", "models", "seeds", "sklearn"},
+    "explore": {"torch", "validation", "models", "seeds", "sklearn"},
 }
 FORBIDDEN_ABOVE = {
     "trainer": {"triton", "triton_kernels", "ops", "reference", "reversible", "nn"},

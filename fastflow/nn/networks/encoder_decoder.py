@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastflow import check
+from fastflow import validation
 from fastflow.nn.flow import Flow, FlowReport
 
 
@@ -27,7 +27,7 @@ class EncoderDecoder(nn.Module):
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         if not isinstance(flow, Flow):
-            raise check.argument_error("flow", type(flow).__name__, "a Flow")
+            raise validation.argument_error("flow", type(flow).__name__, "a Flow")
         self.flow = flow
 
     def encoder(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from fastflow import check
+from fastflow import validation
 
 
 class MLP(nn.Module):
@@ -28,7 +28,7 @@ class MLP(nn.Module):
             "hidden": hidden,
             "layers": layers,
         }.items():
-            check.positive_int(name, value)
+            validation.positive_int(name, value)
         widths = [in_features, *[hidden] * layers]
         body = [
             m

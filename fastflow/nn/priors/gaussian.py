@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastflow import check, ops
+from fastflow import ops, validation
 from fastflow.deprecation import renamed_method
 from fastflow.nn.priors.prior import Prior
 from fastflow.ops.noise import random_seed
@@ -29,7 +29,7 @@ class GaussianPrior(Prior):
 
     def __init__(self, shape: tuple[int, ...], classes: int | None = None, learned: bool = False) -> None:
         super().__init__(shape)
-        check.positive_int("classes", classes, optional=True)
+        validation.positive_int("classes", classes, optional=True)
         self.classes, self.learned = classes, learned or classes is not None
         if self.learned:
             size = (shape[0],) if classes is None else (classes, shape[0])
@@ -43,8 +43,8 @@ class GaussianPrior(Prior):
         if self.classes is None:
             return self.mean, self.log_scale
         if context is None or context.dtype != torch.int64 or tuple(context.shape) != (n,):
-            got = "None" if context is None else f"{context.dtype} of {check.shape_of(context)}"
-            raise check.argument_error("context", got, f"int64 classes [{n}] in [0, {self.classes})")
+            got = "None" if context is None else f"{context.dtype} of {validation.shape_of(context)}"
+            raise validation.argument_error("context", got, f"int64 classes [{n}] in [0, {self.classes})")
         columns = [1] * (len(self.shape) - 1)
         return tuple(
             v[context].view(n, self.shape[0], *columns).expand(n, *self.shape)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastflow import check, ops
+from fastflow import ops, validation
 from fastflow.nn.priors.prior import Prior
 from fastflow.ops.noise import random_seed
 
@@ -27,8 +27,8 @@ class GaussianMixturePrior(Prior):
         super().__init__(shape)
         means = torch.as_tensor(means, dtype=torch.get_default_dtype())
         if means.ndim != 2 or means.shape[1] != shape[0] or not means.shape[0]:
-            raise check.argument_error(
-                "means", check.shape_of(means), f"[K, {shape[0]}], one mean per component and channel"
+            raise validation.argument_error(
+                "means", validation.shape_of(means), f"[K, {shape[0]}], one mean per component and channel"
             )
         self.learned = learned
         values = {

@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from fastflow import check
+from fastflow import validation
 
 
 class Prior(nn.Module):
@@ -46,8 +46,8 @@ class Prior(nn.Module):
 
     def check_latent(self, z: Tensor) -> None:
         """Raise ValueError unless z is floating point with the shape ``[N, *shape]``."""
-        check.floating_point("z", z)
-        check.same_shape("z", z, (z.shape[0], *self.shape), "the prior's shape")
+        validation.floating_point("z", z)
+        validation.same_shape("z", z, (z.shape[0], *self.shape), "the prior's shape")
 
     def extra_repr(self) -> str:
         return f"{self.shape}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops.actnorm import reference
 from fastflow.ops.registry import register
 
@@ -16,17 +16,17 @@ def _check(
     dy: Tensor | None = None,
     dlog_det: Tensor | None = None,
 ) -> None:
-    check.floating_point(argument, x)
+    validation.floating_point(argument, x)
     for name, v in (("log_scale", log_scale), ("bias", bias)):
-        check.same_device_and_precision(name, v, argument, x)
-        check.channels(name, v, x.shape[1], f"one for each channel of {argument}")
-    check.gradients(argument, x, dy, dlog_det)
+        validation.same_device_and_precision(name, v, argument, x)
+        validation.channels(name, v, x.shape[1], f"one for each channel of {argument}")
+    validation.gradients(argument, x, dy, dlog_det)
 
 
 kernels = {"triton": True, "compiled": ("cpu",)}
 register(reference.actnorm_backward, **kernels)
 register(reference.actnorm_inverse_backward, **kernels, check=_check)
-register(reference.actnorm_statistics, **kernels, check=check.floating_point)
+register(reference.actnorm_statistics, **kernels, check=validation.floating_point)
 register(
     reference.actnorm,
     **kernels,

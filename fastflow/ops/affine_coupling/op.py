@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops.affine_coupling import reference
 from fastflow.ops.registry import register
 
@@ -26,34 +26,34 @@ def _check(
     dy: Tensor | None = None,
     dlog_det: Tensor | None = None,
 ) -> None:
-    check.one_of("mask", mask, MASKS)
-    check.one_of("scale", scale, SCALES)
-    check.one_of("affine_order", affine_order, AFFINE_ORDERS)
-    check.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
-    check.floating_point(argument, x)
+    validation.one_of("mask", mask, MASKS)
+    validation.one_of("scale", scale, SCALES)
+    validation.one_of("affine_order", affine_order, AFFINE_ORDERS)
+    validation.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
+    validation.floating_point(argument, x)
     c = x.shape[1]
     if mask == "halves" and c % 2:
-        raise check.argument_error(
-            argument, check.shape_of(x), "an even number of channels, to split into halves"
+        raise validation.argument_error(
+            argument, validation.shape_of(x), "an even number of channels, to split into halves"
         )
-    check.same_device_and_precision("params", params, argument, x)
+    validation.same_device_and_precision("params", params, argument, x)
     transformed = c // 2 if mask == "halves" else c
-    check.same_shape(
+    validation.same_shape(
         "params",
         params,
         (x.shape[0], transformed if scale == "none" else 2 * transformed, *x.shape[2:]),
         f"{argument} is {list(x.shape)}, {mask}, {'shift' if scale == 'none' else 'shift and scale'} of {transformed} channels",
     )
     if (factor is not None) != (scale in WITH_FACTOR):
-        raise check.argument_error(
+        raise validation.argument_error(
             "factor",
             "None" if factor is None else "a tensor",
             f"one for {' and '.join(WITH_FACTOR)} only, scale is {scale!r}",
         )
     if factor is not None:
-        check.same_device_and_precision("factor", factor, argument, x)
-        check.channels("factor", factor, transformed, "one for each transformed channel")
-    check.gradients(argument, x, dy, dlog_det)
+        validation.same_device_and_precision("factor", factor, argument, x)
+        validation.channels("factor", factor, transformed, "one for each transformed channel")
+    validation.gradients(argument, x, dy, dlog_det)
 
 
 kernels = {"triton": True, "compiled": ("cpu",)}

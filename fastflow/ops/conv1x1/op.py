@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops.conv1x1 import reference
 from fastflow.ops.layout import acc_dtype
 from fastflow.ops.registry import register
@@ -19,18 +19,18 @@ def _check(
     bias: Tensor | None = None,
     dy: Tensor | None = None,
 ) -> None:
-    check.floating_point(argument, x)
+    validation.floating_point(argument, x)
     c = x.shape[1]
     for name, v in (("weight", weight), ("weight_inverse", weight_inverse)):
         if v is not None:
-            check.same_device_and_precision(name, v, argument, x)
-            check.same_shape(name, v, (c, c), f"{argument} has {c} channels")
+            validation.same_device_and_precision(name, v, argument, x)
+            validation.same_shape(name, v, (c, c), f"{argument} has {c} channels")
     if bias is not None:
-        check.same_device_and_precision("bias", bias, argument, x)
-        check.channels("bias", bias, c, f"one for each channel of {argument}")
+        validation.same_device_and_precision("bias", bias, argument, x)
+        validation.channels("bias", bias, c, f"one for each channel of {argument}")
     if dy is not None:
-        check.same_device_and_precision("dy", dy, argument, x)
-        check.gradients(argument, x, dy)
+        validation.same_device_and_precision("dy", dy, argument, x)
+        validation.gradients(argument, x, dy)
 
 
 def _eligible(x: Tensor, *_: object) -> bool:

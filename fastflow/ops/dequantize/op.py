@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops.dequantize import reference
 from fastflow.ops.noise import as_seed
 from fastflow.ops.registry import register
@@ -12,17 +12,17 @@ from fastflow.ops.squeeze import ORDERS, check_even, check_image
 
 def _check_map(n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None) -> None:
     if not 1 <= n_bits <= 8:
-        raise check.argument_error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
+        raise validation.argument_error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
     if not scale > 0:
-        raise check.argument_error("scale", scale, "a positive number")
+        raise validation.argument_error("scale", scale, "a positive number")
     if logit and not (shift > 0 and scale + shift <= 1):
-        raise check.argument_error(
+        raise validation.argument_error(
             "shift",
             f"{shift} with scale {scale}",
             "0 < shift and scale + shift <= 1, so that the logit is finite",
         )
     if squeeze_order is not None:
-        check.one_of("squeeze_order", squeeze_order, ORDERS)
+        validation.one_of("squeeze_order", squeeze_order, ORDERS)
 
 
 def _check(
@@ -37,30 +37,34 @@ def _check(
     seed: Tensor | None,
 ) -> None:
     if x.dtype != torch.uint8:
-        raise check.argument_error(argument, f"dtype {x.dtype}", "uint8 images")
+        raise validation.argument_error(argument, f"dtype {x.dtype}", "uint8 images")
     if x.ndim < 2:
-        raise check.argument_error(argument, check.shape_of(x), "a batch [N, ...]")
+        raise validation.argument_error(argument, validation.shape_of(x), "a batch [N, ...]")
     _check_map(n_bits, scale, shift, logit, squeeze_order)
     if squeeze_order is not None:
         check_even(x)
     if (noise is None) == (seed is None):
-        raise check.argument_error("noise, seed", "both" if seed is not None else "neither", "one of them")
+        raise validation.argument_error(
+            "noise, seed", "both" if seed is not None else "neither", "one of them"
+        )
     if noise is not None:
-        check.floating_point("noise", noise)
-        check.same_shape("noise", noise, x.shape, "like x")
+        validation.floating_point("noise", noise)
+        validation.same_shape("noise", noise, x.shape, "like x")
         if noise.device != x.device:
-            raise check.argument_error("noise", f"device {noise.device}", f"{x.device}, where x is")
+            raise validation.argument_error("noise", f"device {noise.device}", f"{x.device}, where x is")
 
 
 def _check_inverse(
     argument: str, y: Tensor, n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None
 ) -> None:
-    check.floating_point(argument, y)
+    validation.floating_point(argument, y)
     _check_map(n_bits, scale, shift, logit, squeeze_order)
     if squeeze_order is not None:
         check_image(y)
         if y.shape[1] % 4:
-            raise check.argument_error(argument, check.shape_of(y), "a number of channels that 4 divides")
+            raise validation.argument_error(
+                argument, validation.shape_of(y), "a number of channels that 4 divides"
+            )
 
 
 register(reference.dequantize_backward, triton=True, compiled=("cpu",))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops.gaussian import reference
 from fastflow.ops.noise import as_seed, normal_noise
 from fastflow.ops.registry import register
@@ -11,16 +11,16 @@ from fastflow.ops.registry import register
 
 def _check_term(argument: str, v: Tensor, size: tuple[int, ...]) -> None:
     if tuple(v.shape) not in (tuple(size), (size[1],)):
-        raise check.argument_error(
-            argument, check.shape_of(v), f"{list(size)} like z, or [{size[1]}], one for each channel"
+        raise validation.argument_error(
+            argument, validation.shape_of(v), f"{list(size)} like z, or [{size[1]}], one for each channel"
         )
 
 
 def _check(argument: str, z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> None:
-    check.floating_point(argument, z)
+    validation.floating_point(argument, z)
     for name, v in (("mean", mean), ("log_scale", log_scale)):
         if v is not None:
-            check.same_device_and_precision(name, v, argument, z)
+            validation.same_device_and_precision(name, v, argument, z)
             _check_term(name, v, z.shape)
 
 
@@ -31,7 +31,7 @@ def _check_sample(
         if v is not None:
             _check_term(name, v, size)
             if v.device != seed.device:
-                raise check.argument_error(
+                raise validation.argument_error(
                     name, f"device {v.device}", f"{seed.device}, where the sample is drawn"
                 )
 

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops.lu_weight import reference
 from fastflow.ops.registry import register
 
@@ -14,23 +14,23 @@ MAX_COMPILED = 64  # rows: a multiprocessor of a GPU does not hold four larger m
 
 def _check(argument: str, perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> None:
     if lower.ndim != 3 or lower.shape[1] != lower.shape[2]:
-        raise check.argument_error("lower", check.shape_of(lower), "a stack [K, C, C]")
+        raise validation.argument_error("lower", validation.shape_of(lower), "a stack [K, C, C]")
     if lower.dtype not in (torch.float32, torch.float64):
-        raise check.argument_error("lower", f"dtype {lower.dtype}", "float32 or float64")
-    check.same_shape("upper", upper, lower.shape, "like lower")
+        raise validation.argument_error("lower", f"dtype {lower.dtype}", "float32 or float64")
+    validation.same_shape("upper", upper, lower.shape, "like lower")
     for name, v in (("perm", perm), ("log_s", log_s), ("sign_s", sign_s)):
-        check.same_shape(name, v, lower.shape[:2], f"lower is {list(lower.shape)}")
+        validation.same_shape(name, v, lower.shape[:2], f"lower is {list(lower.shape)}")
     if perm.dtype != torch.int64:
-        raise check.argument_error("perm", f"dtype {perm.dtype}", "int64")
+        raise validation.argument_error("perm", f"dtype {perm.dtype}", "int64")
     for name, v in (("perm", perm), ("upper", upper), ("log_s", log_s), ("sign_s", sign_s)):
         if v.device != lower.device or (v is not perm and v.dtype != lower.dtype):
-            raise check.argument_error(
+            raise validation.argument_error(
                 name, f"{v.dtype} on {v.device}", f"{lower.dtype} on {lower.device}, like lower"
             )
 
 
 def _checking_values(perm, lower, upper, log_s, sign_s):
-    check.diagonal("lu_weight", sign_s * torch.exp(log_s))
+    validation.diagonal("lu_weight", sign_s * torch.exp(log_s))
     # large matrices come from here too, with the triangular solve that the device has
     solve = torch.ops.fastflow.triangular_solve.default
     return reference.lu_weight_by(solve, perm, lower, upper, log_s, sign_s)

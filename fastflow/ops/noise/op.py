@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops.dispatch import Implementations
 from fastflow.ops.layout import acc_dtype
 from fastflow.ops.noise import reference
@@ -32,7 +32,7 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     """``seed`` as the int64 tensor without dimensions that ops take, so that no op waits for its value."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim:
-            raise check.argument_error(
+            raise validation.argument_error(
                 "seed",
                 f"{seed.dtype} of shape {list(seed.shape)}",
                 "an int, or an int64 tensor without dimensions",

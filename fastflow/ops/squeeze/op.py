@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops.registry import register
 from fastflow.ops.squeeze import reference
 
@@ -17,22 +17,24 @@ def squeezed_shape(x: Tensor, inverse: bool) -> tuple[int, int, int, int]:
 
 def check_image(x: Tensor) -> None:
     if x.ndim != 4:
-        raise check.argument_error("x", check.shape_of(x), "images [N, C, H, W]")
+        raise validation.argument_error("x", validation.shape_of(x), "images [N, C, H, W]")
 
 
 def check_even(x: Tensor) -> None:
     check_image(x)
     if x.shape[2] % 2 or x.shape[3] % 2:
-        raise check.argument_error("x", check.shape_of(x), "an even height and width")
+        raise validation.argument_error("x", validation.shape_of(x), "an even height and width")
 
 
 def _check(argument: str, x: Tensor, order: str, inverse: bool) -> None:
-    check.one_of("order", order, ORDERS)
+    validation.one_of("order", order, ORDERS)
     if not inverse:
         return check_even(x)
     check_image(x)
     if x.shape[1] % 4:
-        raise check.argument_error(argument, check.shape_of(x), "a number of channels that 4 divides")
+        raise validation.argument_error(
+            argument, validation.shape_of(x), "a number of channels that 4 divides"
+        )
 
 
 def _backward(dy: Tensor, order: str, inverse: bool) -> Tensor:

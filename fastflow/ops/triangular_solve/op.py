@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastflow import check
+from fastflow import validation
 from fastflow.ops import dispatch
 from fastflow.ops.registry import register
 from fastflow.ops.triangular_solve import reference
@@ -11,18 +11,18 @@ from fastflow.ops.triangular_solve import reference
 
 def _check(argument: str, A: Tensor, B: Tensor) -> None:
     if A.ndim != 3 or A.shape[1] != A.shape[2]:
-        raise check.argument_error("A", check.shape_of(A), "a stack of square matrices [K, n, n]")
+        raise validation.argument_error("A", validation.shape_of(A), "a stack of square matrices [K, n, n]")
     if A.dtype not in (torch.float32, torch.float64):
-        raise check.argument_error("A", f"dtype {A.dtype}", "float32 or float64")
+        raise validation.argument_error("A", f"dtype {A.dtype}", "float32 or float64")
     if B.ndim != 3 or B.shape[:2] != A.shape[:2]:
-        raise check.argument_error("B", check.shape_of(B), f"[{A.shape[0]}, {A.shape[1]}, m]")
+        raise validation.argument_error("B", validation.shape_of(B), f"[{A.shape[0]}, {A.shape[1]}, m]")
     if B.dtype != A.dtype or B.device != A.device:
-        raise check.argument_error("B", f"{B.dtype} on {B.device}", f"{A.dtype} on {A.device}, like A")
+        raise validation.argument_error("B", f"{B.dtype} on {B.device}", f"{A.dtype} on {A.device}, like A")
 
 
 def _checking_values(A, B, upper, unit_diagonal, transpose):
     if not unit_diagonal and B.numel():
-        check.diagonal("triangular_solve", A.diagonal(dim1=1, dim2=2))
+        validation.diagonal("triangular_solve", A.diagonal(dim1=1, dim2=2))
     return reference.triangular_solve(A, B, upper, unit_diagonal, transpose)
 
 
