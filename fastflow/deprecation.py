@@ -1,4 +1,4 @@
-"""Former names of arguments, attributes, methods and classes; they work for one more release and warn."""
+"""Former names of arguments, attributes, functions and classes; they work for one more release and warn."""
 
 import functools
 import warnings
@@ -37,6 +37,17 @@ def renamed_arguments(**new_names: str) -> Callable[[Callable[P, T]], Callable[P
         return with_old_names
 
     return decorate
+
+
+def renamed_function(old: str, function: Callable[P, T]) -> Callable[P, T]:
+    """The function under its former name ``old``."""
+
+    @functools.wraps(function)
+    def under_old_name(*args: P.args, **kwargs: P.kwargs) -> T:
+        _warn(old, function.__name__)
+        return function(*args, **kwargs)
+
+    return under_old_name
 
 
 def renamed_method(old: str, new: str) -> Callable[..., Any]:

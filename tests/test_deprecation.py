@@ -110,6 +110,15 @@ def test_arguments_of_the_coupling_s_op():
     assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
 
 
+def test_squeeze_and_unsqueeze():
+    x = torch.randn(2, 4, 6, 6)
+    with pytest.warns(DeprecationWarning, match="fastflow.ops.squeeze is now squeeze2d") as seen:
+        assert torch.equal(ops.squeeze(x, "space"), ops.squeeze2d(x, "space"))
+    assert seen[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match="fastflow.ops.unsqueeze is now unsqueeze2d"):
+        assert torch.equal(ops.unsqueeze(x), ops.unsqueeze2d(x))
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -44,8 +44,8 @@ def of_size(n: int, c: int, side: int, layout: str, order: str) -> list[harness.
 
     found = []
     for name, eager, ours, size in (
-        ("squeeze", squeeze, ops.squeeze, (c, side)),
-        ("unsqueeze", unsqueeze, ops.unsqueeze, (4 * c, side // 2)),
+        ("squeeze", squeeze, ops.squeeze2d, (c, side)),
+        ("unsqueeze", unsqueeze, ops.unsqueeze2d, (4 * c, side // 2)),
     ):
         found.append(
             harness.Case(

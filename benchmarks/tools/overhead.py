@@ -54,14 +54,14 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
         "gaussian_log_prob": (ops.gaussian_log_prob, (x,), (0,)),
         "gaussian_sample": (lambda seed: ops.gaussian_sample(x.shape, seed=seed), (seed,), ()),
         "lu_weight": (ops.lu_weight, (perm, eye[None], eye[None], signs, signs), (1, 2, 3)),
-        "squeeze": (ops.squeeze, (x,), (0,)),
+        "squeeze": (ops.squeeze2d, (x,), (0,)),
         "triangular_solve": (
             lambda A, B: ops.triangular_solve(A, B, upper=True),
             (eye[None], x[0].flatten(1)[None]),
             (0, 1),
         ),
         "uniform_noise": (lambda seed: ops.uniform_noise(x.shape, seed=seed), (seed,), ()),
-        "unsqueeze": (ops.unsqueeze, (x,), (0,)),
+        "unsqueeze": (ops.unsqueeze2d, (x,), (0,)),
     }
 
 

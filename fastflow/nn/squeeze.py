@@ -15,7 +15,7 @@ class Squeeze(Flow):
 
     Args:
         order: order of the new channels, ``"channel"``, ``"space"`` or ``"realnvp"``; see
-            :func:`fastflow.ops.squeeze`.
+            :func:`fastflow.ops.squeeze2d`.
 
     Shape: x ``[N, C, H, W]`` with even H and W; z ``[N, 4C, H/2, W/2]``; log_det ``[N]``, zeros.
     Raises ValueError for other shapes and orders.
@@ -27,10 +27,10 @@ class Squeeze(Flow):
         self.order = order
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.squeeze(x, self.order), zero_log_det(x)
+        return ops.squeeze2d(x, self.order), zero_log_det(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.unsqueeze(z, self.order), zero_log_det(z)
+        return ops.unsqueeze2d(z, self.order), zero_log_det(z)
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None

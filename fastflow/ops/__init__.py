@@ -1,6 +1,6 @@
 """The ops: checked functions over ``torch.ops.fastflow.*``, which are differentiable and which torch.compile traces as one node."""
 
-from fastflow.deprecation import renamed_arguments
+from fastflow.deprecation import renamed_arguments, renamed_function
 from fastflow.ops.actnorm import actnorm, actnorm_inverse_backward, actnorm_statistics
 from fastflow.ops.affine_coupling import op as _affine_coupling
 from fastflow.ops.affine_coupling.reference import checkerboard_transformed
@@ -11,7 +11,7 @@ from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.layout import acc_dtype, positions
 from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
-from fastflow.ops.squeeze import squeeze, unsqueeze
+from fastflow.ops.squeeze import squeeze2d, unsqueeze2d
 from fastflow.ops.triangular_solve import raise_singular, triangular_solve
 from fastflow.validation import SingularError
 
@@ -21,6 +21,9 @@ _with_former_names = renamed_arguments(
 )
 affine_coupling = _with_former_names(_affine_coupling.affine_coupling)
 affine_coupling_inverse_backward = _with_former_names(_affine_coupling.affine_coupling_inverse_backward)
+
+squeeze = renamed_function("fastflow.ops.squeeze", squeeze2d)
+unsqueeze = renamed_function("fastflow.ops.unsqueeze", unsqueeze2d)
 
 __all__ = [
     "SingularError",
@@ -41,8 +44,8 @@ __all__ = [
     "lu_weight",
     "positions",
     "raise_singular",
-    "squeeze",
+    "squeeze2d",
     "triangular_solve",
     "uniform_noise",
-    "unsqueeze",
+    "unsqueeze2d",
 ]

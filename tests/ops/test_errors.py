@@ -143,23 +143,23 @@ OPS = {
         r"x: got dtype torch.uint8, expected a floating point tensor",
     ),
     "odd height": (
-        lambda: ops.squeeze(x_(2, 3, 5, 4)),
+        lambda: ops.squeeze2d(x_(2, 3, 5, 4)),
         r"x: got shape \[2, 3, 5, 4\], expected an even height and width",
     ),
     "odd width": (
-        lambda: ops.squeeze(x_(2, 3, 4, 5)),
+        lambda: ops.squeeze2d(x_(2, 3, 4, 5)),
         r"x: got shape \[2, 3, 4, 5\], expected an even height and width",
     ),
     "squeeze of vectors": (
-        lambda: ops.squeeze(x_(2, 4)),
+        lambda: ops.squeeze2d(x_(2, 4)),
         r"x: got shape \[2, 4\], expected images \[N, C, H, W\]",
     ),
     "unsqueeze of 6 channels": (
-        lambda: ops.unsqueeze(x_(2, 6, 2, 2)),
+        lambda: ops.unsqueeze2d(x_(2, 6, 2, 2)),
         r"x: got shape \[2, 6, 2, 2\], expected a number of channels that 4",
     ),
     "squeeze order": (
-        lambda: ops.squeeze(x_(2, 3, 4, 4), "rows"),
+        lambda: ops.squeeze2d(x_(2, 3, 4, 4), "rows"),
         r"order: got 'rows', expected one of 'channel', 'space', 'realnvp'",
     ),
     "weight's shape": (

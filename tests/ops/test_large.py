@@ -95,9 +95,9 @@ def test_actnorm(shape, layout, each_backend):
 def test_squeeze(shape, layout, each_backend):
     x = lay_out(torch.randn(shape), layout)
     for order in ("channel", "space", "realnvp"):
-        y = ops.squeeze(x, order)
-        assert torch.equal(y, exactly(ops.squeeze, x, order).float()) and torch.equal(
-            ops.unsqueeze(y, order), x
+        y = ops.squeeze2d(x, order)
+        assert torch.equal(y, exactly(ops.squeeze2d, x, order).float()) and torch.equal(
+            ops.unsqueeze2d(y, order), x
         )
 
 
@@ -275,8 +275,10 @@ def test_past_32_bits(count, samples, layout, each_backend):
     assert torch.equal(last(y), ops.actnorm(last(x), s, b)[0])
     mean, var = ops.actnorm_statistics(x)
     assert mean.abs().max() < 0.5 and (var - 1).abs().max() < 0.5
-    z = ops.squeeze(y)
-    assert torch.equal(z[-1:, :, -3:], ops.squeeze(last(y))) and torch.equal(last(ops.unsqueeze(z)), last(y))
+    z = ops.squeeze2d(y)
+    assert torch.equal(z[-1:, :, -3:], ops.squeeze2d(last(y))) and torch.equal(
+        last(ops.unsqueeze2d(z)), last(y)
+    )
     log_prob = ops.gaussian_log_prob(y)
     assert log_prob.shape == (n,) and log_prob.isfinite().all()
     del y, z, x
@@ -325,4 +327,4 @@ def test_dequantize_many_rows(height, each_backend):
     x = torch.randint(0, 256, (1, 4, height, 2), dtype=torch.uint8)
     y, _ = ops.dequantize(x, seed=1, squeeze_order="channel", dtype=SHARE)
     unsqueezed, _ = ops.dequantize(x, seed=1, dtype=SHARE)
-    assert torch.equal(ops.unsqueeze(y)[:, :, -50:], unsqueezed[:, :, -50:])
+    assert torch.equal(ops.unsqueeze2d(y)[:, :, -50:], unsqueezed[:, :, -50:])

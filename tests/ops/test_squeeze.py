@@ -43,16 +43,16 @@ def by_hand(x, order):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_order(shape, order, layout):
     x = lay_out(torch.randn(shape), layout)
-    y = ops.squeeze(x, order)
+    y = ops.squeeze2d(x, order)
     assert torch.equal(y, by_hand(x, order))
-    assert torch.equal(ops.unsqueeze(lay_out(y, layout), order)[:1], x[:1])
-    assert torch.equal(ops.unsqueeze(y, order), x)
+    assert torch.equal(ops.unsqueeze2d(lay_out(y, layout), order)[:1], x[:1])
+    assert torch.equal(ops.unsqueeze2d(y, order), x)
 
 
 def test_channel_order_is_pixel_unshuffle():
     x = torch.randn(2, 3, 8, 6)
-    assert torch.equal(ops.squeeze(x), torch.pixel_unshuffle(x, 2))
-    assert torch.equal(ops.unsqueeze(ops.squeeze(x)), torch.pixel_shuffle(ops.squeeze(x), 2))
+    assert torch.equal(ops.squeeze2d(x), torch.pixel_unshuffle(x, 2))
+    assert torch.equal(ops.unsqueeze2d(ops.squeeze2d(x)), torch.pixel_shuffle(ops.squeeze2d(x), 2))
 
 
 @both_directions
@@ -98,16 +98,16 @@ def test_result_is_new_memory(order, inverse, channels_last):
 @any_order
 def test_channels_last_stays(order):
     x = torch.randn(2, 4, 4, 4).contiguous(memory_format=torch.channels_last)
-    y = ops.squeeze(x, order)
+    y = ops.squeeze2d(x, order)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert ops.unsqueeze(y, order).is_contiguous(memory_format=torch.channels_last)
-    assert ops.squeeze(x.contiguous(), order).is_contiguous()
+    assert ops.unsqueeze2d(y, order).is_contiguous(memory_format=torch.channels_last)
+    assert ops.squeeze2d(x.contiguous(), order).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float64, torch.int64])
 def test_any_dtype(dtype):
     x = torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).to(dtype)
-    assert torch.equal(ops.squeeze(x), torch.pixel_unshuffle(x, 2))
+    assert torch.equal(ops.squeeze2d(x), torch.pixel_unshuffle(x, 2))
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,8 +120,8 @@ def test_any_dtype(dtype):
 )
 def test_shapes(n, c, h, w, order):
     x = torch.randn(n, c, 2 * h, 2 * w)
-    y = ops.squeeze(x, order)
-    assert y.shape == (n, 4 * c, h, w) and torch.equal(ops.unsqueeze(y, order), x)
+    y = ops.squeeze2d(x, order)
+    assert y.shape == (n, 4 * c, h, w) and torch.equal(ops.unsqueeze2d(y, order), x)
 
 
 DTYPES = ("float64", "float32", "bfloat16", "float16", "uint8", "bool", "complex64", "complex128")
@@ -203,8 +203,8 @@ def test_more_than_32_bits_of_elements(each_backend, channels_last):
     x = torch.empty((1, 4, *size), dtype=torch.uint8)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     x.random_()
-    y = ops.squeeze(x)
+    y = ops.squeeze2d(x)
     assert each_backend != "cuda" or x.numel() > 2**31
     for k, i, j in product(range(4), range(2), range(2)):
         assert torch.equal(y[:, 4 * k + 2 * i + j], x[:, k, i::2, j::2])
-    assert torch.equal(ops.unsqueeze(y), x)
+    assert torch.equal(ops.unsqueeze2d(y), x)

@@ -112,7 +112,7 @@ def dequantize(
         noise: u in [0, 1) of x's shape (differentiable, for variational dequantization), or
         seed: Philox noise (:func:`fastflow.ops.uniform_noise`) keyed by (seed, ``offset`` + sample, element).
         scale, shift: :math:`\alpha_1, \alpha_0`; Glow 1, -1/2; RealNVP's logit 1 - α, α; the tutorial's 1 - α, α/2.
-        squeeze_order: also squeezes the result, see :func:`fastflow.ops.squeeze`.
+        squeeze_order: also squeezes the result, see :func:`fastflow.ops.squeeze2d`.
         dtype: of y; the noise's where noise is given.
 
     Shape: x, noise ``[N, ...]``; y like x (squeezed ``[N, 4C, H/2, W/2]``); log_det ``[N]``, nats,

@@ -54,21 +54,25 @@ register(
 )
 
 
-def squeeze(x: Tensor, order: str = "channel") -> Tensor:
-    """Moves each 2x2 block of pixels into channels (RealNVP, arXiv:1605.08803, section 3.6); its log-det is 0.
+def squeeze2d(x: Tensor, order: str = "channel") -> Tensor:
+    """Squeeze, 2x2 blocks of pixels to channels (RealNVP, arXiv:1605.08803, section 3.6); its log-det is 0.
 
     Args:
-        x: any dtype.
-        order: of the new channels for input channel c and pixel (i, j) of the block: ``"channel"``: (c, i, j), as
-            ``torch.pixel_unshuffle`` and openai/glow; ``"space"``: (i, j, c); ``"realnvp"``: (k, c) with the pixels k in the order
-            00, 11, 01, 10, so that halves of the channels are diagonals.
+        x: images of any dtype.
+        order: order of the new channels, for input channel c and pixel (i, j) of the block. ``"channel"``:
+            (c, i, j), like ``torch.pixel_unshuffle`` and openai/glow; ``"space"``: (i, j, c); ``"realnvp"``:
+            (k, c) with the pixels k in the order 00, 11, 01, 10, so that halves of the channels are diagonals.
 
     Shape: ``[N, C, H, W]`` with even H and W to ``[N, 4C, H/2, W/2]``; channels_last stays channels_last.
-    Raises ValueError for other shapes and names.
+    Raises ValueError for other shapes and orders.
     """
     return torch.ops.fastflow.squeeze.default(x, order, False)
 
 
-def unsqueeze(x: Tensor, order: str = "channel") -> Tensor:
-    """The inverse of :func:`squeeze`: ``[N, 4C, H, W]`` to ``[N, C, 2H, 2W]``. Raises ValueError for other shapes and names."""
+def unsqueeze2d(x: Tensor, order: str = "channel") -> Tensor:
+    """Inverse of :func:`squeeze2d`.
+
+    Shape: ``[N, 4C, H, W]`` to ``[N, C, 2H, 2W]``.
+    Raises ValueError for other shapes and orders.
+    """
     return torch.ops.fastflow.squeeze.default(x, order, True)
