@@ -602,7 +602,7 @@ MODELS = [
         "couplings of vectors do not alternate",
         "fastflow/models/nice.py",
         "AdditiveCoupling(net, swap_halves=i % 2 == 1)",
-        "AdditiveCoupling(net, flip=False)",
+        "AdditiveCoupling(net, swap_halves=False)",
         "tests/models/test_models.py -k nice",
     ),
     Fault(
