@@ -11,8 +11,12 @@ import fastflow
 MODULES = [m.name for m in pkgutil.walk_packages(fastflow.__path__, "fastflow.") if "triton" not in m.name]
 
 
+# a command line, and the compiled extensions, which torch loads
+NOT_IMPORTED = ("fastflow.__main__", "fastflow._C", "fastflow._cuda")
+
+
 def examples(name: str) -> list[doctest.DocTest]:
-    if name in ("fastflow.__main__", "fastflow._C"):
+    if name in NOT_IMPORTED:
         return []
     found = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), globs={})
     return [test for test in found if test.examples]
