@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import fastflow
 from fastflow import ops
 from fastflow.models import Glow
 from fastflow.nn import ActNorm, AffineCoupling
+from fastflow.ops import dispatch
+from fastflow.ops.dispatch import Implementations
 from tests.support import interpreter
 from tests.support.cases import KERNELS, randomize
 
@@ -68,6 +71,39 @@ def test_without_triton():
     assert run(NO_TRITON + COUPLE, FASTFLOW_BACKEND="triton").startswith(
         'RuntimeError: backend: got "triton", which needs the package triton'
     )
+
+# What Triton raises where it cannot build a kernel's launcher: no compiler, or one that fails.
+NO_COMPILER = [
+    RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+    subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+]
+
+
+def on_a_gpu(error: Exception, monkeypatch) -> tuple[Implementations, SimpleNamespace]:
+    """An op whose Triton launcher raises ``error``, and a stand-in for a CUDA tensor."""
+
+    def launcher(x):
+        raise error
+
+    monkeypatch.setattr(dispatch, "_triton_works", True)
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda module: SimpleNamespace(double=launcher))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    op = Implementations("double", fallback=lambda x: "reference", triton="double")
+    return op, SimpleNamespace(device=torch.device("cuda:0"), numel=lambda: 3)
+
+
+@pytest.mark.parametrize("error", NO_COMPILER, ids=lambda error: type(error).__name__)
+def test_triton_without_a_c_compiler_falls_back_with_one_warning(error, monkeypatch):
+    op, x = on_a_gpu(error, monkeypatch)
+    with fastflow.backend("auto"), pytest.warns(UserWarning, match="Install a C compiler") as caught:
+        assert [op(x), op(x)] == ["reference", "reference"]
+    assert len(caught) == 1
+
+
+def test_other_errors_of_a_launcher_are_raised(monkeypatch):
+    op, x = on_a_gpu(RuntimeError("CUDA error: an illegal memory access"), monkeypatch)
+    with fastflow.backend("auto"), pytest.raises(RuntimeError, match="illegal memory access"):
+        op(x)
 
 
 def trained_glow(**kwargs) -> Glow:
