@@ -1,4 +1,4 @@
-"""Two moons: Glow's steps on vectors learn the density, with either prior, better than a mixture of 10 Gaussians does."""
+"""Two moons: Glow's steps on vectors learn the density, with a mixture as the prior, better than a mixture of 10 Gaussians does."""
 
 import runpy
 from pathlib import Path
@@ -27,9 +27,8 @@ def ten_gaussians(held_out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prior", ["gaussian", "mixture"])
-def test_the_density_is_one_and_above_a_mixture_of_gaussians(prior, held_out, ten_gaussians):
-    model = trained(prior, steps=400, batch=1024)
+def test_the_density_is_one_and_above_a_mixture_of_gaussians(held_out, ten_gaussians):
+    model = trained("mixture", steps=400, batch=1024)
     _, integral = explore.density(model, EXAMPLE["LIMITS"], size=400)
     assert integral == pytest.approx(1, abs=0.01)
     with torch.no_grad():

@@ -49,6 +49,17 @@ WAYS = {
 }
 
 
+def untrained(source: data.Source, k: int, hidden: int) -> Glow:
+    torch.manual_seed(0)
+    return Glow(image_shape=source.image_shape, levels=3, steps=k, hidden=hidden)
+
+
+def test_and_noise(test: Tensor) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, test.shape, dtype=torch.uint8, generator=generator)
+    return {"test images": test, "uniform noise": noise}
+
+
 def gradient(model: Glow, x: Tensor, networks: torch.dtype | None) -> Tensor:
     model.zero_grad()
     with torch.autocast("cpu", dtype=networks or torch.bfloat16, enabled=networks is not None):
@@ -76,16 +87,21 @@ def reversed_by(model: Glow, reversible: bool, activation_checkpoint_every: int 
 
 
 def measure(
-    model: Glow, images: dict[str, Tensor], batch: int, ways: Iterable[str] = tuple(WAYS)
+    model: Glow,
+    images: dict[str, Tensor],
+    batch: int,
+    numbers: Iterable[str] = tuple(KINDS),
+    ways: Iterable[str] = tuple(WAYS),
+    with_drift: bool = True,
 ) -> list[dict]:
     """A row for each kind of numbers, kind of images, batch and way to backprop; the model stays as it is."""
     rows = []
-    models = {kind: copy.deepcopy(model).to(state) for kind, (state, _) in KINDS.items()}
+    models = {kind: copy.deepcopy(model).to(KINDS[kind][0]) for kind in ("float64", *numbers)}
     for name, several in images.items():
         for number, x in enumerate(tqdm(several.split(batch), desc=name)):
             truth = gradient(reversed_by(models["float64"], False), x, None)
-            for kind, (_, networks) in KINDS.items():
-                one, stored = models[kind], None
+            for kind in numbers:
+                networks, one, stored = KINDS[kind][1], models[kind], None
                 for way in ways if kind == "float32" else [w for w in ways if w != "plain inverse"]:
                     reversible, every = WAYS[way]
                     with (
@@ -93,8 +109,12 @@ def measure(
                         if way == "plain inverse"
                         else nullcontext()
                     ):
-                        off = drift(one, x, networks) if reversible and every is None else None
-                        found = gradient(reversed_by(one, reversible, every), x, networks)
+                        of_drift = with_drift and reversible and every is None
+                        off = drift(one, x, networks) if of_drift else None
+                        is_truth = kind == "float64" and way == "stored"
+                        found = (
+                            truth if is_truth else gradient(reversed_by(one, reversible, every), x, networks)
+                        )
                     error = ((found - truth).norm() / truth.norm()).item()
                     stored = error if way == "stored" else stored
                     row = {"images": name, "batch": number, "numbers": kind, "backprop": way, "error": error}
@@ -154,28 +174,18 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to backprop")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
     parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of memory.md")
     options = parser.parse_args(argv)
 
     source = data.load(options.data, options.data_dir)
-    test = source.test[: options.batch * options.batches]
-    noise = torch.randint(0, 256, test.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    model = Glow(
-        image_shape=source.image_shape, levels=3, steps=options.steps_per_level, hidden=options.hidden
-    )
+    images = test_and_noise(source.test[: options.batch * options.batches])
+    model = untrained(source, options.steps_per_level, options.hidden)
     size = {"data": source.name, "steps_per_level": options.steps_per_level, "hidden": options.hidden}
     about, rows = harness.metadata("cpu"), []
     for step, _ in enumerate(training.train(model, source, max(options.after), desc="training"), start=1):
         if step in options.after:
-            rows += [
-                {"after": step} | row
-                for row in measure(
-                    model, {"test images": test, "uniform noise": noise}, options.batch, options.ways
-                )
-            ]
+            rows += [{"after": step} | row for row in measure(model, images, options.batch)]
 
     def text(value: object) -> object:
         return "" if value is None else f"{value:.3e}" if isinstance(value, float) else value

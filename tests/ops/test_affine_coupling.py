@@ -250,11 +250,18 @@ def test_every_body_is_the_reference(case):
     assert_all_three(x, h, factor, dy, dlog_det, [case[k] for k in list(AXES)[:-1]], case["inverse"])
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("h_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 12, 16, 16), (2, 24, 8, 8), (2, 48, 4, 4)], ids=str)
-def test_as_glow_calls_them(shape, layout, h_dtype, scale):
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        scale=SCALES,
+        h_dtype=["float32", "bfloat16"],
+        layout=["contiguous", "channels_last"],
+        shape=[(2, 12, 16, 16), (2, 24, 8, 8), (2, 48, 4, 4)],
+    ),
+    ids=lambda c: name(c).replace(" ", ""),
+)
+def test_as_glow_calls_them(case):
+    shape, layout, h_dtype, scale = (case[axis] for axis in ("shape", "layout", "h_dtype", "scale"))
     x, h, factor = inputs("halves", scale, shape, torch.float32, getattr(torch, h_dtype))
     x, h, dy = (lay_out(v, layout) for v in (x, h, torch.randn(shape)))
     factor = None if factor is None else factor[:1].expand(shape[1] // 2)

@@ -130,19 +130,25 @@ def test_layouts(case):
         mean_layout=LAYOUTS,
         log_scale_layout=LAYOUTS,
         shape=[(1, 1), (5, 7), (3, 5, 9), (2, 3, 5, 7), (2, 6, 16, 16), (2, 48, 4, 4), (1, 2, 70, 33)],
-    )
-    + [
-        {"dtype": dtype, "mean": mean, "log_scale": s, "shape": (300, 3)}
-        | dict.fromkeys(("z_layout", "mean_layout", "log_scale_layout"), "contiguous")
-        for dtype, mean, s in (
-            ("float32", "channel", "channel"),
-            ("float64", "full", "channel"),
-            ("bfloat16", "none", "full"),
-        )
-    ],  # more vectors than a thread takes
+    ),
     ids=lambda c: name(c).replace(" ", ""),
 )
 def test_every_body_is_the_reference(case):
+    assert_every_body_is_the_reference(case)
+
+
+@pytest.mark.bodies("reference", "compiled", CUDA)
+@pytest.mark.parametrize(
+    "dtype, mean, log_scale",
+    [("float32", "channel", "channel"), ("float64", "full", "channel"), ("bfloat16", "none", "full")],
+)
+def test_more_vectors_than_a_thread_of_the_cpu_takes(dtype, mean, log_scale):
+    case = {"dtype": dtype, "mean": mean, "log_scale": log_scale, "shape": (300, 3)}
+    layouts = dict.fromkeys(("z_layout", "mean_layout", "log_scale_layout"), "contiguous")
+    assert_every_body_is_the_reference(case | layouts)
+
+
+def assert_every_body_is_the_reference(case):
     dtype, shape = getattr(torch, case["dtype"]), case["shape"]
     z, m, s = (None if v is None else v.to(dtype) for v in inputs(case["mean"], case["log_scale"], shape))
     z = lay_out(z, case["z_layout"])

@@ -51,6 +51,14 @@ build_meta.build_wheel(out)
 """
 
 
+def unoptimized_compiler(folder):
+    """The C++ compiler with -O0 after the build's own -O3, in a third of the time: `make setup` compiles at -O3."""
+    script = folder / "c++"
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+    script.chmod(0o755)
+    return script
+
+
 def pack(out):
     """An sdist, and the wheel built from that sdist; without CUDA, whose compilation alone takes half a minute."""
     skip = shutil.ignore_patterns(
@@ -58,6 +66,8 @@ def pack(out):
     )
     shutil.copytree(ROOT, out / "tree", ignore=skip)
     env = {**os.environ, "FASTFLOW_CUDA": "0"}
+    if extension.cpu:
+        env["CXX"] = str(unoptimized_compiler(out))
     done = subprocess.run(
         [sys.executable, "-c", PACK, out], cwd=out / "tree", env=env, capture_output=True, text=True
     )
