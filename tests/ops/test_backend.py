@@ -72,6 +72,7 @@ def test_without_triton():
         'RuntimeError: backend: got "triton", which needs the package triton'
     )
 
+
 # What Triton raises where it cannot build a kernel's launcher: no compiler, or one that fails.
 NO_COMPILER = [
     RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
