@@ -4,10 +4,10 @@
 // FASTFLOW_MULTIVERSION(NAME, ARGUMENT, BODY) defines `void NAME(const ARGUMENT& a)`. It runs BODY<B>(a)
 // compiled for the instruction set found at run time, with vectors of B bytes. BODY and the functions that it
 // calls must be FASTFLOW_INLINE; others are compiled for SSE2. This was only tried with g++ on x86-64; other
-// compilers and machines get one version.
+// compilers and machines get one version, and so does a build with -DFASTFLOW_ONE_VERSION.
 #define FASTFLOW_INLINE inline __attribute__((always_inline))
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && !defined(FASTFLOW_ONE_VERSION)
 #define FASTFLOW_CPU_TARGETS "avx512 avx2 default"
 #define FASTFLOW_AVX2 "avx2,fma,f16c"
 #define FASTFLOW_AVX512 FASTFLOW_AVX2 ",avx512f,avx512vl,avx512bw,avx512dq"

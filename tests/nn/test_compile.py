@@ -113,6 +113,19 @@ def test_flows(make, shape):
     assert_same(lambda v: flow.inverse(v), flow, flow(x)[0])
 
 
+@pytest.mark.parametrize("name", ["Sequential", "GlowLevel"])
+def test_dynamic_shapes(name):
+    """With dynamic=True, one graph serves every batch size and image size."""
+    flow = trained(FLOWS[name][0]())
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda v: flow(v), fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, height, width in ((3, 6, 10), (5, 6, 10), (2, 8, 12)):  # no 4: dynamo takes equal sizes to be one
+        x = torch.randn(n, 4, height, width)
+        found, expected = (outputs_and_gradients(call, flow, x) for call in (compiled, flow))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_batch_norm_in_training_mode(backend):
     eager, other = BatchNorm(4), BatchNorm(4)

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,24 @@ def test_glow(kwargs, memory_format, each_backend):
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
     assert (sample.int() - expected_sample.int()).abs().max() <= 1  # where rounding meets a bin's edge
     assert torch.equal(images, x)
+
+
+def test_python_threads_share_the_ops_and_the_setting(monkeypatch):
+    """Forward and backward in eight threads at once give the bits of one; a setting holds in each of them."""
+    model = trained_glow(reversible=True)
+    batches = [torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8) for _ in range(8)]
+
+    def gradients(x):
+        loss = model(x, seed=3).mean()
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    alone = [gradients(x) for x in batches]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(gradients, batches))
+        torch.testing.assert_close(together, alone, rtol=0, atol=0)
+        monkeypatch.setattr(dispatch, "_compiled_op", None)  # a compiled op would be an error
+        with fastflow.backend("reference"):
+            torch.testing.assert_close(list(threads.map(gradients, batches)), alone, rtol=2e-5, atol=2e-5)
 
 
 @kernels

@@ -1,0 +1,77 @@
+"""The public names with their parameters and defaults are those of public_api.txt: no name is lost unnoticed.
+
+A deliberate change rewrites the page, and CHANGELOG.md names it:
+
+    python -m tests.project.test_public_api
+"""
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+
+PAGE = Path(__file__).with_name("public_api.txt")
+MODULES = (
+    "fastflow",
+    "fastflow.distributed",
+    "fastflow.explore",
+    "fastflow.models",
+    "fastflow.nn",
+    "fastflow.ops",
+    "fastflow.reference",
+    "fastflow.reversible",
+)
+
+
+def parameters(function: object) -> str:
+    """``(x, n_bits=8)``: names and defaults. Annotations are printed differently by other versions of Python."""
+    found = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
+    text = str(inspect.Signature(found))
+    return re.sub(r"<(?:function|class|object) '?([\w.]+)[^>]*>", r"\1", text)
+
+
+def is_ours(value: object) -> bool:
+    return (getattr(value, "__module__", None) or "").startswith("fastflow")
+
+
+def defined(module: ModuleType) -> list[str]:
+    """Names without a leading underscore that the module defines, for modules without ``__all__``."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def methods(cls: type) -> list[str]:
+    found = []
+    for name in sorted(dir(cls)):
+        value = inspect.getattr_static(cls, name)
+        function = getattr(value, "__func__", value)
+        if inspect.isfunction(function) and is_ours(function) and (name == "__init__" or name[0] != "_"):
+            found.append(f"{name}{parameters(function)}")
+        elif isinstance(value, property) and is_ours(value.fget):
+            found.append(name)
+    return found
+
+
+def public_api() -> str:
+    lines = []
+    for module in MODULES:
+        names = importlib.import_module(module)
+        for name in sorted(getattr(names, "__all__", defined(names))):
+            value = getattr(names, name)
+            if inspect.isclass(value):
+                lines += [f"{module}.{name}", *(f"    {method}" for method in methods(value))]
+            else:
+                lines.append(f"{module}.{name}{parameters(value) if inspect.isfunction(value) else ''}")
+    return "\n".join(lines) + "\n"
+
+
+def test_public_names_are_those_of_the_page():
+    assert public_api() == PAGE.read_text(), "python -m tests.project.test_public_api rewrites the page"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(public_api())
