@@ -51,7 +51,7 @@ def methods(cls: type) -> list[str]:
         function = getattr(value, "__func__", value)
         if inspect.isfunction(function) and is_ours(function) and (name == "__init__" or name[0] != "_"):
             found.append(f"{name}{parameters(function)}")
-        elif isinstance(value, property) and is_ours(value.fget):
+        elif isinstance(value, property) and is_ours(value.fget) and name[0] != "_":
             found.append(name)
     return found
 
