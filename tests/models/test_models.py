@@ -9,9 +9,10 @@ import torch
 from torch.distributions import Normal
 
 import fastflow
+from fastflow import ops
 from fastflow.models import NICE, Glow, RealNVP, VectorGlow, mnist_flow
 from fastflow.models.mnist_flow import VARIANTS
-from fastflow.nn import BatchNorm
+from fastflow.nn import AffineCoupling, BatchNorm, Permute
 from tests.support.cases import jacobian_log_det, randomize
 from tests.support.gradients import outputs_and_gradients
 
@@ -263,6 +264,21 @@ def test_one_batch_is_learned_by_heart(make):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) / 5 < losses[0] - 1
+
+
+def test_order_of_pixels_in_realnvp():
+    """The half that leaves at a scale holds pixels 01 and 10 of each block (arXiv:1605.08803, figure 3)."""
+    x = torch.randn(2, 3, 4, 4)
+    (permute,) = [m for m in realnvp(image_shape=(3, 4, 4)).modules() if isinstance(m, Permute)]
+    expected = ops.squeeze(x, order="realnvp")
+    assert torch.equal(permute(ops.squeeze(x, order="space"))[0], expected)
+
+
+def test_couplings_of_realnvp_alternate():
+    first, last = realnvp().flows
+    couplings = [(m.mask, m.flip) for m in (*first, *last) if isinstance(m, AffineCoupling)]
+    masks = ["checkerboard"] * 3 + ["halves"] * 3 + ["checkerboard"] * 4
+    assert couplings == list(zip(masks, [False, True, False] * 2 + [False, True] * 2, strict=True))
 
 
 def test_two_passes_of_realnvp_before_backward():
