@@ -87,6 +87,17 @@ def test_inputs_that_need_gradients(wants, activation_checkpoint_every):
     assert_as_stored(chain(context=True), x, context, activation_checkpoint_every=activation_checkpoint_every)
 
 
+def test_a_context_reaches_steps_before_the_first_parameter():
+    class Shift(Flow):
+        def forward(self, x, context=None):
+            return x + context.square(), x.new_zeros(x.shape[0])
+
+        def inverse(self, z, context=None):
+            return z - context.square(), z.new_zeros(z.shape[0])
+
+    assert_as_stored([Shift(), trained(lambda: ActNorm(4))], batch((4,)), batch((4,)).requires_grad_())
+
+
 def test_a_context_of_labels():
     class Embedding(nn.Module):
         def __init__(self):

@@ -121,3 +121,13 @@ def test_replay_restores_what_a_step_changed():
     replay.restore(generators)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert not norm.running_mean.any() and norm.num_batches_tracked == 0
+
+
+def test_replay_leaves_a_flag_set():
+    """A step that has initialized itself does not do so again."""
+    module = nn.Module()
+    module.register_buffer("initialized", torch.tensor(False))
+    buffers = state.copied_buffers([module], by_rule=False)
+    module.initialized.fill_(True)
+    state.Replay([], [], buffers).restore([])
+    assert module.initialized
