@@ -124,6 +124,17 @@ def test_an_update_that_is_not_finite_is_left_out(device, capture):
         assert all(torch.equal(v, before[1][i][k]) for k, v in state.items())
 
 
+def test_a_loss_that_is_not_finite_updates_and_clips_nothing():
+    trained = model()
+    step = Step(trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6, clip=1e-3)
+    trained.register_forward_hook(lambda *args: args[-1] + torch.inf)
+    before = copy.deepcopy(trained.state_dict())
+    bits, norm = step(*batch(0), 0, 1e-3)[:2]
+    assert bits == torch.inf and 1e-3 < norm < torch.inf
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+    assert torch.nn.utils.get_total_norm([p.grad for p in trained.parameters()]).item() == norm
+
+
 @pytest.mark.parametrize("micro_batches", [2, 4, 6])
 def test_accumulated_parts_are_the_whole(micro_batches):
     whole = model().double()
