@@ -1,11 +1,15 @@
-"""Bits/dim as a score of anomaly, and why typicality is the better one: images simpler than the data need fewer bits than the data.
+r"""Anomaly scores: bits/dim and typicality.
+
+Bits/dim fails for images that are simpler than the data, because they need fewer bits than the data.
 
 From a clean clone, after `make setup` (some minutes on 2 cores):
 
-    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/multiscale
+    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 \
+        --lr 2e-3 --clip 1 --out runs/multiscale
     .venv/bin/python docs/examples/anomaly.py runs/multiscale --out anomaly.png
 
-A run folder of `fastflow train`, with its --data, or weights that fastflow.models.load_published knows, will do as well.
+Any run folder of `fastflow train` (with its --data) and any weights that
+fastflow.models.load_published supports work too.
 """
 
 import argparse
@@ -20,7 +24,7 @@ from fastflow.trainer.evaluate import evaluate
 
 
 def unlike(images):
-    """Images of the same shape that are none of the data."""
+    """Outliers: images of the same shape that are not from the data set."""
     n, c, h, w = images.shape
     photos = data.load("photos").test[:, :, :h, :w]
     gray = photos.float().mean(1, keepdim=True).byte().expand(-1, c, -1, -1)

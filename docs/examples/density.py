@@ -1,4 +1,4 @@
-"""Two moons: data, density and samples of Glow's steps on vectors, with a Gaussian and with a mixture prior.
+"""Two moons: data, density and samples of a VectorGlow with a Gaussian prior and with a mixture prior.
 
 From a clean clone, after `make setup` (a minute on 2 cores):
 

@@ -1,12 +1,14 @@
-"""Histograms of what the flow sees after dequantization: by uniform noise, and by noise that a flow has learned.
+r"""Histograms of the inputs of a flow after dequantization with uniform noise and with learned noise.
 
 From a clean clone, after `make setup` (some minutes on 2 cores):
 
-    .venv/bin/python -m fastflow train --model mnist-simple --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/simple
-    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/multiscale
+    .venv/bin/python -m fastflow train --model mnist-simple --data mnist --minutes 20 \
+        --lr 2e-3 --clip 1 --out runs/simple
+    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 \
+        --lr 2e-3 --clip 1 --out runs/multiscale
     .venv/bin/python docs/examples/dequantization.py runs/simple runs/multiscale --out dequantization.png
 
-Weights that fastflow.models.load_published knows will do as well.
+Weights that fastflow.models.load_published supports work too.
 """
 
 import argparse

@@ -1,11 +1,13 @@
-"""Pairs of test images and what lies between their latents, along a line and along an arc.
+r"""Interpolations between the latents of pairs of test images, along lines and along arcs.
 
 From a clean clone, after `make setup` (some minutes on 2 cores):
 
-    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/multiscale
+    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 \
+        --lr 2e-3 --clip 1 --out runs/multiscale
     .venv/bin/python docs/examples/interpolation.py runs/multiscale --out interpolation.png
 
-A run folder of `fastflow train`, with its --data, or weights that fastflow.models.load_published knows, will do as well.
+Any run folder of `fastflow train` (with its --data) and any weights that
+fastflow.models.load_published supports work too.
 """
 
 import argparse

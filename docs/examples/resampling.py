@@ -1,11 +1,13 @@
-"""What the early latents of a multi-scale model hold: in each row the last latent stays and the others are drawn anew.
+r"""The early latents of a multi-scale model: each row keeps the last latent and resamples the others.
 
 From a clean clone, after `make setup` (some minutes on 2 cores):
 
-    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/multiscale
+    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 \
+        --lr 2e-3 --clip 1 --out runs/multiscale
     .venv/bin/python docs/examples/resampling.py runs/multiscale --out resampling.png
 
-A run folder of `fastflow train`, with its --data, or weights that fastflow.models.load_published knows, will do as well.
+Any run folder of `fastflow train` (with its --data) and any weights that
+fastflow.models.load_published supports work too.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Samples at several temperatures, a row each, all of the same noise.
+r"""Samples at several temperatures, one row per temperature, all from the same noise.
 
 From a clean clone, after `make setup` (some minutes on 2 cores):
 
-    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 --lr 2e-3 --clip 1 --out runs/multiscale
+    .venv/bin/python -m fastflow train --model mnist-multiscale --data mnist --minutes 20 \
+        --lr 2e-3 --clip 1 --out runs/multiscale
     .venv/bin/python docs/examples/temperature.py runs/multiscale --out temperature.png
 
-A run folder of `fastflow train`, or weights that fastflow.models.load_published knows, will do as well.
+Any run folder of `fastflow train` and any weights that fastflow.models.load_published supports work too.
 """
 
 import argparse
