@@ -1,6 +1,6 @@
-"""Import paths of 0.1.0 that have moved: they work for one more release, with a DeprecationWarning.
+"""Import paths of version 0.1.0 that have moved. They work for one more release, with a DeprecationWarning.
 
-The table holds names only; a new module is imported when its old path is.
+The table has names only. A new module is imported when its old path is imported.
 """
 
 import importlib
@@ -26,7 +26,7 @@ MODULES = {
         for name in ("gaussian", "logistic", "mixture", "prior")
     },
 }
-# names that have left their module, or have another name there
+# names that moved to another module or were renamed
 NAMES = {
     "fastflow.check.beside": "fastflow.validation.same_device_and_precision",
     "fastflow.check.count": "fastflow.validation.positive_int",
@@ -45,7 +45,7 @@ NAMES = {
 
 
 class _MovedModule(Loader, MetaPathFinder):
-    """Finds the old paths, and makes modules of them that take their attributes from the new ones."""
+    """Finds the old paths and makes modules whose attributes are those of the new modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -55,7 +55,7 @@ class _MovedModule(Loader, MetaPathFinder):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
         new = MODULES[old]
-        # the level counts no frames of the import system: it is the line of the import
+        # stacklevel skips frames of the import system, so 2 is the line of the import
         warnings.warn(
             f"{old} has moved to {new}; the old path will be removed", DeprecationWarning, stacklevel=2
         )
@@ -70,6 +70,6 @@ class _MovedModule(Loader, MetaPathFinder):
 
 
 def install() -> None:
-    """Make the old paths importable."""
+    """Makes the old paths importable."""
     if not any(isinstance(finder, _MovedModule) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModule())

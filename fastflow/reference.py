@@ -1,9 +1,9 @@
-"""The references of all ops under one name: what a device without a kernel runs, and the oracle of the tests.
+"""Plain PyTorch references of all ops: the fallback on devices without a kernel, and the oracle of the tests.
 
-An op's reference is ``fastflow/ops/NAME/reference.py``; this module passes on what those define, with the helpers of
-:mod:`fastflow.ops.layout`. Functions bear their op's name and take its arguments in the schema's order; formulas and
-vector-Jacobian products are derived in docs/maths.md. Everything computes in the accumulation dtype and returns the
-dtype and the dense layout of its input. Arguments are checked by the ops, not here.
+The references are in ``fastflow/ops/NAME/reference.py``. This module exports them and the helpers of
+:mod:`fastflow.ops.layout`. A reference has the name of its op and the arguments of its schema, in that
+order. It computes in the accumulation dtype and returns the dtype and dense layout of its input. The ops
+check arguments; the references do not. docs/maths.md derives the formulas and vector-Jacobian products.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Seeds derived from one seed, a stream for each purpose, so that no two purposes draw the same noise."""
+"""Derives seeds from one seed, with one stream per purpose, so that no two purposes draw the same noise."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """First integer of the path of :func:`derive`. Values are part of what a run reproduces: they never change."""
+    """First integer of the path of :func:`derive`. Values never change: runs depend on them."""
 
     PERMUTATION = 1
     BATCH = 2
@@ -18,7 +18,7 @@ class Stream(IntEnum):
 
 
 def derive(seed: int, *path: int) -> int:
-    """A seed in ``[0, 2^63)`` for one purpose: a hash of ``seed`` and the integers of ``path``."""
+    """Returns a seed in ``[0, 2^63)`` for one purpose: a hash of ``seed`` and the integers of ``path``."""
     return int(
         np.random.SeedSequence((seed, *map(int, path))).generate_state(1, np.uint64)[0] >> np.uint64(1)
     )

@@ -1,4 +1,8 @@
-"""The ops: checked functions over ``torch.ops.fastflow.*``, which are differentiable and which torch.compile traces as one node."""
+"""Public functions of the ops.
+
+They call ``torch.ops.fastflow.*``, which check their arguments, are differentiable, and are traced by
+torch.compile as one node.
+"""
 
 from fastflow.deprecation import renamed_arguments, renamed_function
 from fastflow.ops.actnorm import actnorm, actnorm_inverse_backward, actnorm_statistics

@@ -1,4 +1,4 @@
-"""Chooses the implementation of an op for a device: a Triton kernel, a compiled op of the C++ extension, or the reference."""
+"""Chooses the implementation of an op: a Triton kernel, a compiled op of the extension, or the reference."""
 
 import functools
 import importlib
@@ -30,13 +30,16 @@ _backend = _checked(os.environ.get("FASTFLOW_BACKEND", "auto"), "FASTFLOW_BACKEN
 class backend:
     """Selects the implementation of every op within a block.
 
-    - ``"auto"`` (default): Triton kernels and CUDA C++ for CUDA tensors, C++ for CPU tensors, otherwise PyTorch.
+    - ``"auto"`` (default): Triton and CUDA C++ kernels for CUDA tensors, C++ for CPU tensors, otherwise
+      PyTorch.
     - ``"reference"``: plain PyTorch.
-    - ``"triton"``: every op that has a Triton kernel runs it. CPU tensors run in Triton's interpreter, which requires
-      ``TRITON_INTERPRET=1`` in the environment before Python starts; it is for tests. Other ops run as in ``"auto"``.
-    - ``"emulated"``: ops with a CUDA C++ kernel run it on CPU tensors, block by block; also for tests.
+    - ``"triton"`` (for tests): every op with a Triton kernel runs it, other ops run as in ``"auto"``. CPU
+      tensors run in Triton's interpreter, which requires ``TRITON_INTERPRET=1`` in the environment before
+      Python starts.
+    - ``"emulated"`` (for tests): every op with a CUDA C++ kernel runs it on CPU tensors, block by block.
 
-    The environment variable ``FASTFLOW_BACKEND`` sets the default of a process. The setting applies to all threads.
+    The environment variable ``FASTFLOW_BACKEND`` sets the default of a process. The setting applies to all
+    threads.
     Raises ValueError for any other name.
 
     Example:
@@ -59,16 +62,16 @@ class backend:
 
 @dataclass(frozen=True)
 class Implementations:
-    """What an op runs on which device. This class is the table of docs/backends.md.
+    """Implementations of an op on each device. This class computes the table of docs/backends.md.
 
     Attributes:
-        name: the op; also the names of its reference, its Triton launcher and its compiled op.
+        name: name of the op, its reference, its Triton launcher and its compiled op.
         fallback: plain PyTorch, for every device.
         device_of: position of the argument whose device decides.
-        triton: module of :mod:`fastflow.triton_kernels` with the op's launcher; None if it has no Triton kernel.
-        compiled: devices that have a compiled op in the extension: ``()``, ``("cpu",)`` or ``("cpu", "cuda")``.
-        eligible: says whether the kernels take these arguments; the fallback runs if not.
-        call: calls the compiled op, given first, if its arguments are not the op's own.
+        triton: module of :mod:`fastflow.triton_kernels` with the launcher; None without a Triton kernel.
+        compiled: devices with a compiled op in the extension: ``()``, ``("cpu",)`` or ``("cpu", "cuda")``.
+        eligible: whether the kernels support the arguments; the fallback runs otherwise.
+        call: calls the compiled op, its first argument, if the signature of the compiled op differs.
     """
 
     name: str
@@ -121,7 +124,7 @@ class Implementations:
 
 
 def compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
-    """``torch.ops.NAMESPACE.NAME.default``, looked up once."""
+    """Returns ``torch.ops.NAMESPACE.NAME.default``, from a cache."""
     return _compiled_op(namespace, name)
 
 
@@ -131,7 +134,10 @@ def _compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
 
 
 def call_compiled(op: torch._ops.OpOverload, *args: object) -> object:
-    """Calls a compiled op. Its errors about argument values become ValueErrors, without the C++ file, line and trace."""
+    """Calls a compiled op.
+
+    Re-raises its errors about argument values as ValueError, without the C++ file, line and trace.
+    """
     try:
         return op(*args)
     except RuntimeError as error:
@@ -144,7 +150,7 @@ def call_compiled(op: torch._ops.OpOverload, *args: object) -> object:
 
 @functools.cache
 def has_code_for(device: torch.device) -> bool:
-    """Whether the CUDA extension was compiled for this GPU: for its generation, or for an earlier one with PTX."""
+    """Whether the CUDA extension was compiled for this GPU, or for an older architecture with PTX."""
     if not extension.cuda:
         return False
     oldest = min(re.findall(r"\d+\.\d+", extension.build["cuda_archs"]), key=float, default=None)
@@ -157,7 +163,9 @@ def raise_singular() -> None:
     """See :func:`fastflow.ops.raise_singular`."""
     if extension.cuda and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
-            if torch._C._cuda_hasPrimaryContext(device):  # synchronizing would create one, of hundreds of MB
+            if torch._C._cuda_hasPrimaryContext(
+                device
+            ):  # synchronizing would create a context of hundreds of MB
                 torch.cuda.synchronize(device)
         call_compiled(torch.ops.fastflow_C.raise_singular.default)
     if extension.cpu:
@@ -169,7 +177,10 @@ _triton_works = True  # False once a kernel could not be built: there is no C co
 
 @functools.cache
 def triton_kernels(module: str):
-    """``fastflow.triton_kernels.MODULE``; None if triton is not installed. Imported on first use: triton takes a second."""
+    """Returns ``fastflow.triton_kernels.MODULE``, or None if triton is not installed.
+
+    The module is imported on first use, because importing triton takes a second.
+    """
     try:
         return importlib.import_module(f"fastflow.triton_kernels.{module}")
     except ModuleNotFoundError as error:
@@ -179,7 +190,10 @@ def triton_kernels(module: str):
 
 
 def _runs_kernels(device: torch.device) -> bool:
-    """Whether the backend runs Triton kernels on this device. Raises RuntimeError if it must and cannot."""
+    """Whether the backend runs Triton kernels on this device.
+
+    Raises RuntimeError if the backend is ``"triton"`` and Triton cannot run.
+    """
     if _backend == "auto":
         return device.type == "cuda" and _triton_works and triton_kernels("tiles") is not None
     if _backend == "triton":
@@ -190,14 +204,14 @@ def _runs_kernels(device: torch.device) -> bool:
             )
         if device.type == "cpu" and not triton_kernels("tiles").INTERPRETED:
             raise RuntimeError(
-                'backend: got "triton" with tensors on the CPU, expected TRITON_INTERPRET=1 in the environment before '
-                'Python starts, which runs kernels in Triton\'s interpreter; or the backend "auto" or "reference"'
+                'backend: got "triton" with tensors on the CPU, expected TRITON_INTERPRET=1 in the '
+                'environment before Python starts, or the backend "auto" or "reference"'
             )
     return _backend == "triton"
 
 
 def _needs_c_compiler(error: Exception) -> bool:
-    """Whether Triton failed to build its launcher: no C compiler, or one that fails (for example without Python.h)."""
+    """Whether Triton failed to build its launcher: no C compiler, or it failed (e.g. without Python.h)."""
     return isinstance(error, subprocess.CalledProcessError) or "Failed to find C compiler" in str(error)
 
 

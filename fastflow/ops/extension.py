@@ -1,7 +1,8 @@
-"""The compiled ops, where they were built: importing this registers ``torch.ops.fastflow_C``.
+"""Loads the C++ and CUDA extensions, whose ops are ``torch.ops.fastflow_C``.
 
-``cpu`` and ``cuda`` tell which bodies are there, ``build`` with what they were built.  One that is absent is left out
-in silence, since FastFlow is whole without it; one that is there and does not load gives one warning with the reason.
+``cpu`` and ``cuda`` are True if the extension is loaded; ``build`` has its build settings. A missing
+extension is not an error, because every op has a PyTorch fallback. An extension that is present but does not
+load gives one warning with the reason.
 """
 
 import importlib
@@ -46,7 +47,6 @@ def _warn(name: str, error: Exception) -> None:
 
 
 _load_cpu()
-if (
-    cpu and build["cuda"]
-):  # _C registers the schemas of the CUDA bodies, and knows whether a library is only left over
+# without CUDA in the build of _C, a CUDA library is left over from an earlier build
+if cpu and build["cuda"]:
     _load_cuda()

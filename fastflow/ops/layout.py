@@ -1,4 +1,4 @@
-"""What the references share: accumulation dtype, memory layout, broadcasting over channels and samples."""
+"""Helpers of the references: accumulation dtype, memory layout, broadcasting over channels and samples."""
 
 import math
 
@@ -12,7 +12,10 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def dense_like(y: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``y`` in the dtype and the strides of ``torch.empty_like(x)``, so that every body and the fake agree on the layout."""
+    """Returns ``y`` with the dtype and strides of ``torch.empty_like(x)``.
+
+    With it, all implementations of an op and its fake return the same strides.
+    """
     y = y.to(dtype or x.dtype)
     if y.stride() == x.stride() or y.stride() == torch.empty_like(x, device="meta").stride():
         return y
@@ -20,12 +23,12 @@ def dense_like(y: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 def channel_view(v: Tensor, x: Tensor) -> Tensor:
-    """``v`` of shape ``[C]`` as ``[1, C, 1, ...]``, to broadcast against ``x``."""
+    """Views ``v`` of shape ``[C]`` as ``[1, C, 1, ...]``, broadcastable to ``x``."""
     return v.view(1, -1, *[1] * (x.ndim - 2))
 
 
 def sample_view(v: Tensor, x: Tensor) -> Tensor:
-    """``v`` of shape ``[N]`` as ``[N, 1, ...]``, to broadcast against ``x``."""
+    """Views ``v`` of shape ``[N]`` as ``[N, 1, ...]``, broadcastable to ``x``."""
     return v.view(-1, *[1] * (x.ndim - 1))
 
 
@@ -40,11 +43,11 @@ def channel_sum(v: Tensor) -> Tensor:
 
 
 def positions(x: Tensor) -> int:
-    """How many vectors of channels a sample holds: ``H * W`` of an image, 1 of a vector."""
+    """Number of positions per sample: ``H * W`` for an image, 1 for a vector."""
     return math.prod(x.shape[2:])
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The layout of a squeezed or unsqueezed ``x``: channels_last when channels are what lies side by side in ``x``."""
+    """Memory format of a squeezed or unsqueezed ``x``: channels_last if channels of ``x`` are contiguous."""
     side_by_side = x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if side_by_side else torch.contiguous_format

@@ -16,7 +16,7 @@ OPS: dict[str, Implementations] = {}  # every registered op by name
 
 
 def folders() -> list[str]:
-    """The folders of ops, which are also the names of their files in csrc/, triton_kernels/ and benchmarks/ops/."""
+    """Names of the folders of ops, also used in csrc/, triton_kernels/ and benchmarks/ops/."""
     return sorted({op.fallback.__module__.split(".")[-2] for op in OPS.values()})
 
 
@@ -36,34 +36,37 @@ def register(
     differentiable_backward: bool = False,
     integers: str = "",
 ) -> Implementations:
-    """Defines ``torch.ops.fastflow.NAME`` from ``reference``, a function of plain PyTorch of that name.
+    """Defines ``torch.ops.fastflow.NAME`` from ``reference``, a plain PyTorch function named NAME.
 
-    The schema is the reference's signature. The reference is also the fake: it runs on fake tensors, so shapes, dtypes
-    and strides agree by construction. The gradient is an ``autograd.Function`` under the Autograd key, generated from
-    ``backward``: the op itself is differentiable, ``opcheck`` holds for inputs that require grad, and torch.compile
-    traces one node. (``torch.library.register_autograd`` was measured and rejected: slower per call, and a second
-    derivative is silently wrong.)
+    The schema is the signature of the reference. The reference is also the fake: it runs on fake tensors, so
+    shapes, dtypes and strides agree by construction. The gradient is an ``autograd.Function`` under the
+    Autograd key, generated from ``backward``. The op itself is therefore differentiable, ``opcheck`` passes
+    for inputs that require grad, and torch.compile traces one node. (``torch.library.register_autograd`` was
+    measured and rejected: it is slower per call, and a second derivative is silently wrong.)
 
     Args:
-        reference: ``fastflow/ops/FOLDER/reference.py``'s function; FOLDER names the Triton module.
-        check: raises ValueError for bad arguments, before every call and every trace. A backward has none: autograd
-            calls it with arguments that the op has checked. It takes the name of the op's
-            first argument, that argument, and any others of the op's arguments by their names; those that the op has
-            not take the check's defaults.
-        triton: whether ``triton_kernels/FOLDER.py`` has a launcher of the op's name, with its arguments.
-        compiled: devices with a compiled op in the extension, ``("cpu",)`` or ``("cpu", "cuda")``; see
-            :class:`~fastflow.ops.dispatch.Implementations` for ``eligible`` and ``call``.
-        compiled_schema: arguments and results of the compiled op if they are not the op's.
+        reference: function of ``fastflow/ops/FOLDER/reference.py``; FOLDER is also the name of the Triton
+            module.
+        check: raises ValueError for invalid arguments, before every call and every trace. Its arguments are
+            the name of the op's first argument, that argument, and other arguments of the op by name.
+            Arguments that the op does not have keep their defaults. A backward needs no check: autograd
+            calls it with checked arguments.
+        triton: whether ``triton_kernels/FOLDER.py`` has a launcher with the name and arguments of the op.
+        compiled: devices with a compiled op in the extension, ``("cpu",)`` or ``("cpu", "cuda")``.
+        eligible, call: see :class:`~fastflow.ops.dispatch.Implementations`.
+        compiled_schema: schema of the compiled op if it differs from the op's.
         fallback: plain PyTorch that runs instead of the reference, if it must check values or call other ops.
         outputs: names of the results, for ``backward``.
-        backward: the vector-Jacobian product: the reference of another op, or a function. Its arguments are the op's
-            arguments, its outputs, and ``dNAME`` for the gradient of output NAME, in any order; what it names is saved.
-        gradients: the arguments whose gradients ``backward`` returns, in order. None is returned for an argument that
-            is None.
-        integers: the outputs that are integers and have no gradient.
-        differentiable_backward: whether ``backward`` may be differentiated itself; otherwise that is an error.
+        backward: the vector-Jacobian product: the reference of another op, or a function. Its arguments are
+            any of the op's arguments, its outputs, and ``dNAME`` for the gradient of output NAME. The
+            arguments and outputs in its signature are saved.
+        gradients: names of the arguments whose gradients ``backward`` returns, in order. The gradient of an
+            argument that is None is None.
+        integers: names of the outputs that are integers and have no gradient.
+        differentiable_backward: whether ``backward`` is differentiable; otherwise double backward raises an
+            error.
 
-    Returns the implementations, for ops that are built from others.
+    Returns the implementations, for ops that call this op.
     """
     name, folder = reference.__name__, reference.__module__.split(".")[-2]
     schema = torch.library.infer_schema(reference, mutates_args=())
@@ -101,22 +104,20 @@ def register(
 
 
 def define_compiled(name: str, schema: str, emulated: bool = False) -> None:
-    """Defines the op of the C++ extension, whose bodies register themselves: ``fastflow_C::NAME``.
+    """Defines ``fastflow_C::NAME``, the op of the C++ extension. The extension registers its implementations.
 
-    Its namespace differs from ``fastflow``, whose implementation chooses between these bodies and others. With
-    ``emulated``, also ``fastflow_emulated::NAME``, the CUDA kernel run on the CPU.
+    The namespace differs from ``fastflow`` because ``fastflow::NAME`` chooses between these implementations
+    and others. ``emulated`` also defines ``fastflow_emulated::NAME``, which runs the CUDA kernel on the CPU.
     """
     for namespace in ("fastflow_C", *(["fastflow_emulated"] if emulated else [])):
         torch.library.define(f"{namespace}::{name}", schema.replace("SymInt", "int"))
 
 
 def _checking(check: Callable[..., None] | None, names: list[str]) -> Callable[[Callable], Callable]:
-    """Decorator that runs ``check`` on an op's arguments first."""
+    """Decorator that runs ``check`` on the arguments of an op before its body."""
     if check is None:
         return lambda body: body
-    expected = list(inspect.signature(check).parameters.values())[
-        2:
-    ]  # after the first argument's name and value
+    _, _, *expected = inspect.signature(check).parameters.values()  # without the first argument and its name
     missing = [p.name for p in expected if p.name not in names and p.default is p.empty]
     if missing:
         raise TypeError(
@@ -139,14 +140,14 @@ def _checking(check: Callable[..., None] | None, names: list[str]) -> Callable[[
 
 
 def _getter(places: list[int]) -> Callable[[tuple], tuple]:
-    """The elements of a tuple at these places; itemgetter, but a tuple for any number of them."""
+    """Like ``itemgetter(*places)``, but the result is a tuple for any number of places."""
     if len(places) > 1:
         return itemgetter(*places)
     return (lambda values: (values[places[0]],)) if places else (lambda values: ())
 
 
 def _without_autocast(body: Callable) -> Callable:
-    """An op computes in the dtypes of its contract: autocast would round the matrix products in it to half precision."""
+    """Disables autocast in an op, which would compute its matrix products in half precision."""
 
     def exact(*args: object) -> object:
         if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
@@ -166,7 +167,7 @@ def _function(
     differentiable_backward: bool,
     integers: list[str],
 ) -> type[torch.autograd.Function]:
-    """The op's autograd.Function. It saves the arguments and outputs that ``backward`` names."""
+    """Makes the autograd.Function of an op, which saves the tensors in the signature of ``backward``."""
     op = getattr(torch.ops.fastflow, name).default
     arguments = [p.name for p in parameters]
     values = [*arguments, *outputs]  # of a call, in this order
@@ -182,7 +183,7 @@ def _function(
     arguments_of_backward = _getter([order.index(p) for p in wanted])
     targets = [arguments.index(p) for p in gradients]
     optional = [i for i in targets if parameters[i].annotation == Tensor | None]
-    # the op of that name if there is one, whatever its implementation
+    # prefer the op of that name, which chooses its implementation
     vjp = getattr(torch.ops.fastflow, backward.__name__).default if _is_op(backward.__name__) else backward
 
     class Function(torch.autograd.Function):
@@ -219,9 +220,10 @@ def _is_op(name: str) -> bool:
 
 
 def _skipping(function: type[torch.autograd.Function], name: str) -> Callable:
-    """Calls ``function.apply``, or the op below it if gradients are disabled: apply takes 7 us, half of a small op.
+    """Calls ``function.apply``, or the op below autograd if gradients are disabled.
 
-    Forward-mode AD stays enabled under ``no_grad``, so there ``apply`` is called, which raises that it has no jvp.
+    ``apply`` takes 7 us, half the time of a small op. Forward-mode AD stays enabled under ``no_grad``, so
+    ``apply`` is still called there and raises an error, because it has no jvp.
     """
     op = getattr(torch.ops.fastflow, name).default
 

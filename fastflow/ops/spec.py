@@ -1,7 +1,8 @@
-"""Cases of the ops, which drive the generic tests, the sanitizer's run and the tables: an op cannot be forgotten there.
+"""Cases of the ops, which drive the generic tests, the sanitizer's run and the tables.
 
-``fastflow/ops/NAME/spec.py`` has a function ``cases(make, shape)`` for the ops of its folder, as PyTorch's OpInfo has
-sample inputs. ``make`` decides dtype, layout and device, so one function serves every test.
+``fastflow/ops/NAME/spec.py`` has a function ``cases(make, shape)`` for the ops of its folder, similar to the
+sample inputs of PyTorch's OpInfo. ``make`` sets dtype, layout and device, so all tests use the same
+function.
 """
 
 import importlib
@@ -20,13 +21,14 @@ class Case:
     """A call of ``torch.ops.fastflow.OP``.
 
     Attributes:
-        op: the op's name.
-        variant: tells the cases of an op apart.
-        args: the arguments.
-        bytes_moved: bytes per element of x that the Triton kernels move in float32, each tensor once; None if there is
-            no kernel that the interpreter can count.
-        launches: kernels launched; the second of two adds up what the programs of the first have summed.
-        tolerance: factor on ``bytes_moved`` for what a value per channel, sample or program adds.
+        op: name of the op.
+        variant: name of the case, unique for the op.
+        args: arguments of the call.
+        bytes_moved: bytes per element of x that the Triton kernels move in float32, counting each tensor
+            once; None if the interpreter cannot count them.
+        launches: number of kernel launches. If it is 2, the second kernel adds the sums of the first one's
+            programs.
+        tolerance: factor on ``bytes_moved`` that allows for values per channel, sample or program.
     """
 
     op: str
@@ -48,15 +50,15 @@ class Make:
     """Makes the tensors of cases.
 
     Attributes:
-        dtype: of tensors like x. Gradients of log-dets and log-densities have its accumulation dtype.
-        lay_out: puts a tensor like x into a memory layout.
+        dtype: dtype of tensors like x. Gradients of log-dets and log-densities have its accumulation dtype.
+        lay_out: converts a tensor like x to a memory layout.
     """
 
     dtype: torch.dtype = torch.float32
     lay_out: Callable[[Tensor], Tensor] = torch.Tensor.contiguous
 
     def __call__(self, *shape: int) -> Tensor:
-        """Standard normal, in dtype and layout."""
+        """Standard normal tensor in this dtype and layout."""
         return self.lay_out(torch.randn(shape).to(self.dtype))
 
     def per_channel(self, channels: int) -> Tensor:
@@ -70,6 +72,9 @@ class Make:
 
 
 def cases(make: Make, shape: tuple[int, ...], folder: str | None = None) -> Iterator[Case]:
-    """The cases of every op (of one folder), for an x of ``shape`` ``[N, C, H, W]`` with C a multiple of 4 and even H, W."""
+    """Cases of every op, or of one folder.
+
+    ``shape`` is the shape ``[N, C, H, W]`` of x; C must be a multiple of 4, H and W even.
+    """
     for name in folders() if folder is None else [folder]:
         yield from importlib.import_module(f"fastflow.ops.{name}.spec").cases(make, shape)

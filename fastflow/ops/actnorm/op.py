@@ -1,4 +1,4 @@
-"""fastflow::actnorm, its backward, its inverse + backward, and the statistics that initialize it."""
+"""fastflow::actnorm, its backward, its inverse + backward, and the statistics of its initialization."""
 
 import torch
 from torch import Tensor
@@ -38,16 +38,19 @@ register(
 
 
 def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    r"""Activation normalization :math:`y = e^{s} (x + b)` per channel, with its log-det (Glow, arXiv:1807.03039, section 3.1).
+    r"""Activation normalization :math:`y = e^{s} (x + b)` per channel, with its log-det.
+
+    Source: Glow, arXiv:1807.03039, section 3.1.
 
     Args:
-        x: input; the output y with ``inverse=True``, which gives :math:`x = e^{-s} y - b`.
+        x: input; the output y with ``inverse=True``.
         log_scale, bias: :math:`s` and :math:`b`.
+        inverse: compute :math:`x = e^{-s} y - b` and the log-det of that direction.
 
-    Shape: x, y ``[N, C, ...]``; log_scale, bias ``[C]``; log_det ``[N]``, nats, :math:`\pm P \sum_c s_c` with P the positions of a
-    sample (H W of an image, 1 of a vector), float32 (float64 for float64 x).
+    Shape: x, y ``[N, C, ...]``; log_scale, bias ``[C]``; log_det ``[N]``, nats, :math:`\pm P \sum_c s_c`
+    with P positions per sample (H W for an image, 1 for a vector), float32 (float64 for float64 x).
 
-    Raises ValueError for other shapes, dtypes or devices. Double backward is an error.
+    Raises ValueError for other shapes, dtypes or devices. Double backward raises an error.
     """
     return torch.ops.fastflow.actnorm.default(x, log_scale, bias, inverse)
 
@@ -55,13 +58,20 @@ def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor, *, inverse: bool = False
 def actnorm_inverse_backward(
     y: Tensor, log_scale: Tensor, bias: Tensor, dy: Tensor, dlog_det: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(x, dx, dlog_scale, dbias)`` of :func:`actnorm` from its output y. Arguments, shapes and errors as there."""
+    """Input and gradients of :func:`actnorm` from its output y: ``(x, dx, dlog_scale, dbias)``.
+
+    Reversible backprop uses it. Arguments, shapes and errors are those of :func:`actnorm`; dy has the shape
+    of y, dlog_det ``[N]``.
+    """
     return torch.ops.fastflow.actnorm_inverse_backward.default(y, log_scale, bias, dy, dlog_det)
 
 
 def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel over batch and positions, ``[C]`` each, float32 (float64 for float64 x).
+    """Mean and biased variance of each channel over batch and positions.
 
-    Not differentiable: it serves ActNorm's initialization (Glow, section 3.1). Raises ValueError for x that is no batch ``[N, C, ...]``.
+    ActNorm uses them to initialize its parameters (Glow, arXiv:1807.03039, section 3.1). Not differentiable.
+
+    Shape: x ``[N, C, ...]``; both results ``[C]``, float32 (float64 for float64 x).
+    Raises ValueError for other shapes and for integers.
     """
     return torch.ops.fastflow.actnorm_statistics.default(x.detach())

@@ -17,7 +17,7 @@ def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool) -> tuple[
 def actnorm_backward(
     x: Tensor, log_scale: Tensor, bias: Tensor, dy: Tensor, dlog_det: Tensor, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dlog_scale, dbias) from the direction's own input."""
+    """Gradients ``(dx, dlog_scale, dbias)`` from the input of the given direction."""
     acc = acc_dtype(x.dtype)
     s, b, g = channel_view(log_scale.to(acc), x), channel_view(bias.to(acc), x), dy.to(acc)
     dlog_scale = positions(x) * dlog_det.to(acc).sum()
@@ -35,7 +35,7 @@ def actnorm_backward(
 def actnorm_inverse_backward(
     y: Tensor, log_scale: Tensor, bias: Tensor, dy: Tensor, dlog_det: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, dx, dlog_scale, dbias) of the forward direction, from its output."""
+    """Input and gradients ``(x, dx, dlog_scale, dbias)`` of the forward direction, from its output."""
     x, _ = actnorm(y, log_scale, bias, True)
     return x, *actnorm_backward(x, log_scale, bias, dy, dlog_det, False)
 

@@ -13,5 +13,5 @@ def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
     yield Case("actnorm_backward", "forward", (x, log_scale, bias, *gradients, False), 12, launches=2)
     yield Case("actnorm_backward", "inverse", (x, log_scale, bias, *gradients, True), 12, launches=2)
     yield Case("actnorm_inverse_backward", "", (x, log_scale, bias, *gradients), 16, launches=2)
-    # each program leaves three numbers per channel, which are read twice
+    # each program writes three numbers per channel, which are read twice
     yield Case("actnorm_statistics", "", (x,), 4, launches=2, tolerance=1.07)

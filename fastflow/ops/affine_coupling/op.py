@@ -42,7 +42,8 @@ def _check(
         "params",
         params,
         (x.shape[0], transformed if scale == "none" else 2 * transformed, *x.shape[2:]),
-        f"{argument} is {list(x.shape)}, {mask}, {'shift' if scale == 'none' else 'shift and scale'} of {transformed} channels",
+        f"{argument} is {list(x.shape)}, {mask}, "
+        f"{'shift' if scale == 'none' else 'shift and scale'} of {transformed} channels",
     )
     if (factor is not None) != (scale in WITH_FACTOR):
         raise validation.argument_error(
@@ -88,7 +89,7 @@ def affine_coupling(
     Args:
         x: input; the output y with ``inverse=True``.
         params: raw output h of the coupling network for :math:`x_a`: shift and raw scale along the channels.
-        factor: factor :math:`f > 0` of the scale functions that have one, a value per transformed channel.
+        factor: factor :math:`f > 0` of the scale functions that have one, one value per transformed channel.
         mask: ``"halves"``: the first half of the channels passes through. ``"checkerboard"``: the positions
             with odd :math:`i + j` pass through, and ``params`` covers all channels and positions.
         swap_halves: swap the part that passes through and the part that is transformed: the halves of the

@@ -21,7 +21,7 @@ def checkerboard_transformed(x: Tensor, swap_halves: bool) -> Tensor:
 
 
 def split_h(params: Tensor, params_layout: str) -> tuple[Tensor, Tensor]:
-    """The network's raw output as (shift, raw scale)."""
+    """Splits the raw output of the network into ``(shift, raw scale)``."""
     if params_layout == "interleaved":
         return params[:, 0::2], params[:, 1::2]
     first, second = params.chunk(2, dim=1)
@@ -35,7 +35,7 @@ def join_h(shift: Tensor, raw: Tensor, params_layout: str) -> Tensor:
 
 
 def log_scale_of(raw: Tensor, factor: Tensor | None, scale: str) -> Tensor:
-    """log s of a scale function applied to the network's raw output."""
+    """log s of a scale function, applied to the raw scale."""
     if scale == "exp":
         return raw
     if scale == "sigmoid":
@@ -45,7 +45,7 @@ def log_scale_of(raw: Tensor, factor: Tensor | None, scale: str) -> Tensor:
 
 
 def log_scale_vjp(g: Tensor, raw: Tensor, factor: Tensor | None, scale: str) -> tuple[Tensor, Tensor | None]:
-    """Gradients of :func:`log_scale_of` for the upstream ``g``: (raw, factor)."""
+    """Gradients ``(draw, dfactor)`` of :func:`log_scale_of` for the upstream gradient ``g``."""
     if scale == "exp":
         return g, None
     if scale == "sigmoid":
@@ -69,7 +69,11 @@ def _coupling_parts(
     scale: str,
     params_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(v, shift, raw, factor, transformed): the transformed part of x, and what transforms it, in the accumulation dtype."""
+    """The transformed part v of x and its parameters, in the accumulation dtype.
+
+    Returns ``(v, shift, raw, factor, transformed)``; ``transformed`` is the mask of a checkerboard, None for
+    halves.
+    """
     acc = acc_dtype(x.dtype)
     shift, raw = (params, None) if scale == "none" else split_h(params, params_layout)
     shift, raw = shift.to(acc), None if raw is None else raw.to(acc)
@@ -79,7 +83,7 @@ def _coupling_parts(
     transformed = checkerboard_transformed(x, swap_halves)
     zero = torch.zeros((), dtype=acc, device=x.device)
     shift = torch.where(transformed, shift, zero)
-    # what lies under the mask must not reach a tanh or an exp, whose gradients would turn an infinity into NaN
+    # masked values must not reach tanh or exp: their gradients would turn an infinity into NaN
     raw = None if raw is None else torch.where(transformed, raw, zero)
     return x.to(acc), shift, raw, factor, transformed
 
@@ -129,7 +133,7 @@ def affine_coupling_backward(
     x: Tensor, params: Tensor, factor: Tensor | None, dy: Tensor, dlog_det: Tensor,
     mask: str, swap_halves: bool, scale: str, affine_order: str, params_layout: str, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dparams, dfactor) from the direction's own input; dfactor has no elements where there is no factor."""
+    """Gradients ``(dx, dparams, dfactor)`` from the input; dfactor is empty without a factor."""
     v, t, raw, f, transformed = _coupling_parts(x, params, factor, mask, swap_halves, scale, params_layout)
     g = (dy if mask == "checkerboard" else dy.chunk(2, dim=1)[0 if swap_halves else 1]).to(v.dtype)
     dfactor = v.new_empty(0) if factor is None else None
@@ -161,7 +165,7 @@ def affine_coupling_inverse_backward(
     y: Tensor, params: Tensor, factor: Tensor | None, dy: Tensor, dlog_det: Tensor,
     mask: str, swap_halves: bool, scale: str, affine_order: str, params_layout: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x, dx, dparams, dfactor) of the forward direction, from its output."""
+    """Input and gradients ``(x, dx, dparams, dfactor)`` of the forward direction, from its output."""
     x, _ = affine_coupling(y, params, factor, mask, swap_halves, scale, affine_order, params_layout, True)
     return x, *affine_coupling_backward(
         x, params, factor, dy, dlog_det, mask, swap_halves, scale, affine_order, params_layout, False

@@ -25,7 +25,7 @@ def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
         x, h = make(*shape), make(n, transformed * (1 if scale == "none" else 2), *size)
         factor = make.per_channel(transformed).abs() + 0.5 if scale in WITH_FACTOR else None
         given = x, h, factor, make(*shape), make.per_sample(n)
-        # the gradient of a factor, and the log-det of a checkerboard with one, are sums over programs
+        # the gradient of a factor is a sum over programs; so is the log-det of a checkerboard with a factor
         launches = 2 if factor is not None else 1
         name = f"{mask} {scale}{' flipped' if swap_halves else ''}"
         count = None if (mask, scale) == ("checkerboard", "none") else forward

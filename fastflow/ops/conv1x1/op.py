@@ -8,7 +8,8 @@ from fastflow.ops.conv1x1 import reference
 from fastflow.ops.layout import acc_dtype
 from fastflow.ops.registry import register
 
-MAX_COMPILED = 64  # channels: a GPU thread holds a pixel's in registers; wider products are torch.matmul's
+# channels: a GPU thread keeps the channels of a pixel in registers; torch.matmul computes wider products
+MAX_COMPILED = 64
 
 
 def _check(
@@ -38,7 +39,7 @@ def _eligible(x: Tensor, *_: object) -> bool:
     return 0 < x.shape[1] <= MAX_COMPILED and not double_on_gpu
 
 
-# The compiled ops take weights in the dtype that sums are computed in; gradients come back in the weights' own.
+# The compiled ops take weights in the accumulation dtype; gradients have the dtype of the weights.
 def _forward(op, x, weight, bias):
     acc = acc_dtype(x.dtype)
     return op(x, weight.to(acc), None if bias is None else bias.to(acc))
@@ -71,13 +72,15 @@ register(
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""Invertible 1x1 convolution :math:`y = W x + b` at every position (Glow, arXiv:1807.03039, section 3.2).
+    r"""Invertible 1x1 convolution :math:`y = W x + b` at every position.
 
-    Its log-det, :math:`P \log|\det W|` with P positions, comes with the weight from :func:`fastflow.ops.lu_weight`. The inverse is the
-    same op with :math:`W^{-1}` and :math:`-W^{-1} b`.
+    Source: Glow, arXiv:1807.03039, section 3.2. Its log-det is :math:`P \log|\det W|` with P positions;
+    :func:`fastflow.ops.lu_weight` returns :math:`\log|\det W|` with the weight. The inverse is the same op
+    with the weight :math:`W^{-1}` and the bias :math:`-W^{-1} b`.
 
-    Shape: x, y ``[N, C, ...]``; weight ``[C, C]``; bias ``[C]``. Raises ValueError for other shapes, dtypes or devices.
-    Double backward is an error.
+    Shape: x, y ``[N, C, ...]``; weight ``[C, C]``; bias ``[C]``.
+
+    Raises ValueError for other shapes, dtypes or devices. Double backward raises an error.
     """
     return torch.ops.fastflow.conv1x1.default(x, weight, bias)
 
@@ -85,7 +88,11 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def conv1x1_inverse_backward(
     y: Tensor, weight: Tensor, weight_inverse: Tensor, bias: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``(x, dx, dweight, dbias)`` of :func:`conv1x1` from its output y. Arguments, shapes and errors as there; ``dy`` like y."""
+    """Input and gradients of :func:`conv1x1` from its output y: ``(x, dx, dweight, dbias)``.
+
+    Reversible backprop uses it. Arguments, shapes and errors are those of :func:`conv1x1`; weight_inverse
+    has the shape of weight, dy the shape of y.
+    """
     x, dx, dweight, dbias = torch.ops.fastflow.conv1x1_inverse_backward.default(
         y, weight, weight_inverse, bias, dy
     )

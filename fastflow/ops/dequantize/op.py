@@ -102,23 +102,30 @@ def dequantize(
     squeeze_order: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    r"""Dequantization :math:`p = \alpha_1 (x + u) / 2^{n} + \alpha_0`, :math:`y = p` or :math:`\operatorname{logit} p`, with its log-det.
+    r"""Dequantization with its log-det: :math:`p = \alpha_1 (x + u) / 2^{n} + \alpha_0`, y = p or logit p.
 
-    Sources: uniform dequantization, Theis et al., arXiv:1511.01844, section 3.1; the logit map, RealNVP, arXiv:1605.08803, section 4.1.
-    :math:`1 - p` is computed from :math:`2^n - x - u`, so the logit is finite and exact up to the largest pixel.
+    Sources: uniform dequantization, Theis et al., arXiv:1511.01844, section 3.1; the logit map, RealNVP,
+    arXiv:1605.08803, section 4.1. :math:`1 - p` is computed from :math:`2^n - x - u`, so the logit is finite
+    and accurate up to the largest pixel.
 
     Args:
         x: uint8 images or vectors with values below ``2 ** n_bits``.
-        noise: u in [0, 1) of x's shape (differentiable, for variational dequantization), or
-        seed: Philox noise (:func:`fastflow.ops.uniform_noise`) keyed by (seed, ``offset`` + sample, element).
-        scale, shift: :math:`\alpha_1, \alpha_0`; Glow 1, -1/2; RealNVP's logit 1 - α, α; the tutorial's 1 - α, α/2.
-        squeeze_order: also squeezes the result, see :func:`fastflow.ops.squeeze2d`.
-        dtype: of y; the noise's where noise is given.
+        noise: noise u in [0, 1), differentiable for variational dequantization. Pass either noise or seed.
+        seed: seed of Philox noise, keyed by (seed, ``offset`` + sample, element); see
+            :func:`fastflow.ops.uniform_noise`.
+        offset: index of the first sample.
+        n_bits: bit depth n of the pixels, 1 to 8.
+        scale, shift: :math:`\alpha_1` and :math:`\alpha_0`. Glow: 1 and -1/2; RealNVP (logit): 1 - α and α;
+            UvA tutorial (logit): 1 - α and α/2.
+        logit: apply the logit.
+        squeeze_order: also squeeze the result; see :func:`fastflow.ops.squeeze2d`.
+        dtype: dtype of y; ignored if noise is given, whose dtype is used.
 
-    Shape: x, noise ``[N, ...]``; y like x (squeezed ``[N, 4C, H/2, W/2]``); log_det ``[N]``, nats,
+    Shape: x, noise ``[N, ...]``; y the same (squeezed ``[N, 4C, H/2, W/2]``); log_det ``[N]``, nats,
     :math:`\sum \log(\alpha_1 2^{-n}) - [\mathrm{logit}] \sum (\log p + \log(1 - p))`.
 
-    Raises ValueError when x is not uint8, when neither or both of noise and seed are given, for a map whose logit is infinite.
+    Raises ValueError if x is not uint8, if neither or both of noise and seed are given, and if the logit
+    could be infinite.
     """
     if noise is not None:
         dtype = noise.dtype
@@ -137,9 +144,15 @@ def dequantize_inverse(
     logit: bool = False,
     squeeze_order: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""The inverse of :func:`dequantize`: :math:`x = \lfloor 2^n (p - \alpha_0) / \alpha_1 \rfloor` clamped to the bit depth.
+    r"""Inverse of :func:`dequantize`.
 
-    Shape: y floating point; x uint8; log_det ``[N]``, nats, of the continuous map from y to x + u (differentiable; x is not).
-    Raises ValueError as :func:`dequantize` does.
+    It is :math:`x = \lfloor 2^n (p - \alpha_0) / \alpha_1 \rfloor`, clamped to the bit depth. Arguments as
+    in :func:`dequantize`.
+
+    Shape: y floating point; x uint8, not differentiable; log_det ``[N]``, nats, of the continuous map from y
+    to x + u, differentiable.
+
+    Raises ValueError if y is not floating point, for a y that cannot be unsqueezed, and for maps that
+    :func:`dequantize` rejects.
     """
     return torch.ops.fastflow.dequantize_inverse.default(y, n_bits, scale, shift, logit, squeeze_order)

@@ -12,10 +12,13 @@ from fastflow.ops.squeeze.reference import squeeze
 
 
 def _dequantized(
-    x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int, n_bits: int, scale: float, shift: float, logit: bool,
-    dtype: torch.dtype,
+    x: Tensor, noise: Tensor | None, seed: Tensor | None, offset: int,
+    n_bits: int, scale: float, shift: float, logit: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """p = scale v + shift, v = (x + u) / 2^n_bits, and for the logit 1 - p from 1 - v, so that it keeps its digits where p is near 1."""
+    """``(p, 1 - p)`` with p = scale v + shift, v = (x + u) / 2^n_bits; 1 - p is None without the logit.
+
+    1 - p is computed from 1 - v, so that it is accurate for p near 1.
+    """
     acc = acc_dtype(dtype)
     u = uniform_noise(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
     bins = 2.0**n_bits
@@ -45,7 +48,7 @@ def dequantize_backward(
     x: Tensor, noise: Tensor, dy: Tensor, dlog_det: Tensor,
     n_bits: int, scale: float, shift: float, logit: bool, squeeze_order: str | None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of given noise, as variational dequantization (arXiv:1902.00275) needs it."""
+    """Gradient of the noise, for variational dequantization (arXiv:1902.00275)."""
     g = (dy if squeeze_order is None else squeeze(dy, squeeze_order, True)).to(acc_dtype(noise.dtype))
     if logit:
         p, q = _dequantized(x, noise, None, 0, n_bits, scale, shift, logit, noise.dtype)
@@ -67,7 +70,7 @@ def dequantize_inverse(
 
 
 def dequantize_inverse_backward(y: Tensor, dlog_det: Tensor, logit: bool) -> Tensor:
-    """dy: the log-det's, since the pixels are integers."""
+    """Gradient dy of the log-det; pixels are integers and have no gradient."""
     dy = torch.zeros_like(y)
     if not logit:
         return dy

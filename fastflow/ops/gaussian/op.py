@@ -62,10 +62,18 @@ register(
 
 
 def gaussian_log_prob(z: Tensor, mean: Tensor | None = None, log_scale: Tensor | None = None) -> Tensor:
-    r"""Log-density of a diagonal Gaussian, :math:`-\sum \tfrac12 (z - \mu)^2 e^{-2 s} + s + \tfrac12 \log 2\pi` over each sample.
+    r"""Log-density of a diagonal Gaussian.
 
-    Shape: z ``[N, C, ...]``; mean :math:`\mu` and log_scale :math:`s` like z or ``[C]``, 0 where None; the result ``[N]``, nats, float32
-    (float64 for float64 z). Raises ValueError for other shapes, dtypes or devices. Double backward is an error.
+    It is :math:`-\sum \tfrac12 (z - \mu)^2 e^{-2 s} + s + \tfrac12 \log 2\pi`, summed over each sample.
+
+    Args:
+        z: latents.
+        mean, log_scale: :math:`\mu` and :math:`s`; None means 0.
+
+    Shape: z ``[N, C, ...]``; mean, log_scale the same or ``[C]``; the result ``[N]``, nats, float32 (float64
+    for float64 z).
+
+    Raises ValueError for other shapes, dtypes or devices. Double backward raises an error.
     """
     return torch.ops.fastflow.gaussian_log_prob.default(z, mean, log_scale)
 
@@ -81,12 +89,19 @@ def gaussian_sample(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    r"""A sample :math:`z = \mu + T e^{s} \varepsilon`, :math:`\varepsilon` standard normal by Box and Muller from Philox words.
+    r"""Samples a diagonal Gaussian.
+
+    The sample is :math:`z = \mu + T e^{s} \varepsilon` with standard normal :math:`\varepsilon`. The
+    Box-Muller transform makes :math:`\varepsilon` from Philox words.
 
     Args:
-        size: ``[N, C, ...]``; mean and log_scale like it or ``[C]``, differentiable.
-        seed, offset: noise keyed by (seed, ``offset`` + sample, element), see :func:`fastflow.ops.uniform_noise`.
+        size: shape ``[N, C, ...]`` of z.
+        mean, log_scale: :math:`\mu` and :math:`s`, of that shape or ``[C]``, differentiable; None means 0.
+        seed, offset: the noise is keyed by (seed, ``offset`` + sample, element); see
+            :func:`fastflow.ops.uniform_noise`.
         temperature: T; 0 gives the mean.
+        dtype: dtype of z.
+        device: device of z; by default the device of mean, log_scale or seed, else torch's default device.
 
     Raises ValueError for other shapes or devices.
     """

@@ -15,7 +15,7 @@ LOG_2PI = math.log(2 * math.pi)
 def gaussian_terms(
     z: Tensor, mean: Tensor | None, log_scale: Tensor | None, acc: torch.dtype
 ) -> tuple[Tensor | float, Tensor | float]:
-    """Mean and log scale in the accumulation dtype, broadcast against ``z``; 0 where there is none."""
+    """Mean and log scale in the accumulation dtype, broadcastable to ``z``; 0 for None."""
     per_channel = [v is not None and v.ndim == 1 and z.ndim > 1 for v in (mean, log_scale)]
     return tuple(
         0.0 if v is None else channel_view(v.to(acc), z) if channel else v.to(acc)
@@ -38,7 +38,7 @@ def gaussian_log_prob(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) 
 def gaussian_log_prob_backward(
     z: Tensor, mean: Tensor | None, log_scale: Tensor | None, dlog_prob: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz, dmean, dlog_scale); no elements for an argument that is None."""
+    """Gradients ``(dz, dmean, dlog_scale)``; empty for an argument that is None."""
     acc = acc_dtype(z.dtype)
     m, s = gaussian_terms(z, mean, log_scale, acc)
     g = sample_view(dlog_prob.to(acc), z)
@@ -78,7 +78,7 @@ def gaussian_sample_by(
     offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The sample from the standard normal noise of ``normal``, with the arguments of :func:`normal_noise`."""
+    """Computes :func:`gaussian_sample` with the noise ``normal``, called as :func:`normal_noise`."""
     acc = acc_dtype(dtype)
     z = normal(size, seed, offset, acc)
     m, s = gaussian_terms(z, mean, log_scale, acc)
@@ -94,7 +94,7 @@ def gaussian_sample_by(
 def gaussian_sample_backward(
     z: Tensor, mean: Tensor | None, log_scale: Tensor | None, dz: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dmean, dlog_scale) from the sample; None for an argument that is None."""
+    """Gradients ``(dmean, dlog_scale)`` from the sample; None for an argument that is None."""
 
     def gradient(v: Tensor | None, dv: Tensor) -> Tensor | None:
         if v is None:

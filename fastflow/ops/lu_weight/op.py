@@ -1,4 +1,4 @@
-"""fastflow::lu_weight: the weights of a stack of LU-parameterized 1x1 convolutions."""
+"""fastflow::lu_weight: weights of a stack of LU-parameterized 1x1 convolutions."""
 
 import functools
 
@@ -9,7 +9,7 @@ from fastflow import validation
 from fastflow.ops.lu_weight import reference
 from fastflow.ops.registry import register
 
-MAX_COMPILED = 64  # rows: a multiprocessor of a GPU does not hold four larger matrices
+MAX_COMPILED = 64  # rows: the shared memory of a GPU multiprocessor is too small for four larger matrices
 
 
 def _check(argument: str, perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor) -> None:
@@ -31,7 +31,7 @@ def _check(argument: str, perm: Tensor, lower: Tensor, upper: Tensor, log_s: Ten
 
 def _checking_values(perm, lower, upper, log_s, sign_s):
     validation.diagonal("lu_weight", sign_s * torch.exp(log_s))
-    # large matrices come from here too, with the triangular solve that the device has
+    # large matrices run here too, so use the triangular solve of the device
     solve = torch.ops.fastflow.triangular_solve.default
     return reference.lu_weight_by(solve, perm, lower, upper, log_s, sign_s)
 
@@ -65,18 +65,22 @@ register(
 def lu_weight(
     perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""``(W, W_inverse, log_det)`` of a stack of matrices :math:`W = P L (U + \operatorname{diag}(\pm e^{\log s}))`.
+    r"""Weights of a stack of LU-parameterized 1x1 convolutions: ``(W, W_inverse, log_det)``.
 
-    Source: Glow, arXiv:1807.03039, eq. 10. Only the strict triangles of ``lower`` and ``upper`` are read; L has a unit diagonal.
-    The inverse comes from the triangles, not from a general solve. All three are differentiable in lower, upper and log_s.
+    :math:`W = P L (U + \operatorname{diag}(\pm e^{\log s}))` (Glow, arXiv:1807.03039, eq. 10). Only the
+    strict triangles of ``lower`` and ``upper`` are read; L has a unit diagonal. The inverse is computed from
+    the triangles, not by a general solve. All three results are differentiable in lower, upper and log_s.
 
     Args:
         perm: int64; row i of W is row ``perm[i]`` of L (U + diag s).
-        lower, upper, log_s: the parameters; ``sign_s``: fixed signs, 1 or -1.
+        lower, upper, log_s: the parameters.
+        sign_s: fixed signs, 1 or -1.
 
-    Shape: lower, upper, W, W_inverse ``[K, C, C]``; perm, log_s, sign_s ``[K, C]``; log_det ``[K]``, nats, :math:`\sum \log s`, that of
-    one position. float32 or float64. Raises ValueError for other shapes, dtypes or devices, and SingularError, a ValueError that names
-    the matrix of the stack, where :math:`e^{\log s}` is 0, inf or NaN; on a CUDA device that one comes late, see
-    :func:`raise_singular`. Double backward is an error.
+    Shape: lower, upper, W, W_inverse ``[K, C, C]``; perm, log_s, sign_s ``[K, C]``; log_det ``[K]``, nats,
+    :math:`\sum \log s`, for one position. float32 or float64.
+
+    Raises ValueError for other shapes, dtypes or devices. Raises SingularError, a ValueError with the index
+    of the matrix, if :math:`e^{\log s}` is 0, inf or NaN; on a CUDA device a later call raises it, see
+    :func:`raise_singular`. Double backward raises an error.
     """
     return torch.ops.fastflow.lu_weight.default(perm, lower, upper, log_s, sign_s)

@@ -20,7 +20,7 @@ def lu_weight(
 def lu_weight_by(
     solve: Solve, perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight, weight_inverse, log_det), the inverse by ``solve``."""
+    """Computes :func:`lu_weight` with the triangular solver ``solve``."""
     L, U = _lu_factors(lower, upper, log_s, sign_s)
     unit = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(L)
     inverse = solve(U, solve(L, unit, False, True, False), True, False, False)
@@ -32,7 +32,7 @@ def lu_weight_backward(
     perm: Tensor, lower: Tensor, upper: Tensor, log_s: Tensor, sign_s: Tensor, weight_inverse: Tensor,
     dweight: Tensor, dweight_inverse: Tensor, dlog_det: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dlower, dupper, dlog_s)."""
+    """Gradients ``(dlower, dupper, dlog_s)``."""
     L, U = _lu_factors(lower, upper, log_s, sign_s)
     dweight = dweight - weight_inverse.mT @ dweight_inverse @ weight_inverse.mT
     dA = torch.zeros_like(dweight).scatter(1, perm.unsqueeze(-1).expand_as(dweight), dweight)  # W = A[perm]

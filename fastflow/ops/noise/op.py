@@ -1,4 +1,4 @@
-"""fastflow::uniform_noise: counter-based noise, a function of (seed, sample index, element) only."""
+"""fastflow::uniform_noise: counter-based noise that depends only on (seed, sample index, element)."""
 
 import math
 
@@ -15,13 +15,13 @@ ROWS = "(int n, int d, Tensor seed, int offset, bool as_double) -> Tensor"
 
 
 def _rows(op, size, seed, offset, dtype):
-    """The compiled ops draw rows in the dtype that is computed in."""
+    """Calls a compiled op, which draws one row per sample in the accumulation dtype."""
     rows = op(size[0], math.prod(size[1:]), seed, offset, acc_dtype(dtype) == torch.float64)
     return rows.to(dtype).reshape(size)
 
 
 register(reference.uniform_noise, triton=True, compiled=("cpu",), compiled_schema=ROWS, call=_rows)
-# not an op: gaussian_sample draws it
+# not an op: only gaussian_sample uses it
 define_compiled("normal_noise", ROWS)
 normal_noise = Implementations(
     "normal_noise", reference.normal_noise, device_of=1, compiled=("cpu",), call=_rows
@@ -29,7 +29,7 @@ normal_noise = Implementations(
 
 
 def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
-    """``seed`` as the int64 tensor without dimensions that ops take, so that no op waits for its value."""
+    """Converts ``seed`` to a 0-dimensional int64 tensor, so that no op synchronizes to read its value."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim:
             raise validation.argument_error(
@@ -38,13 +38,12 @@ def as_seed(seed: int | Tensor, device: torch.device) -> Tensor:
                 "an int, or an int64 tensor without dimensions",
             )
         return seed.to(device)
-    return torch.full(
-        (), seed, dtype=torch.int64, device=device
-    )  # filled there: a copy would wait, and fail in a captured graph
+    # filled on the device: a copy would synchronize, and fail in a captured graph
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def random_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """A seed from torch's own generator (of ``generator``'s device where one is given), so that torch.manual_seed governs the noise."""
+    """Draws a seed from ``generator`` or torch's default generator, which torch.manual_seed seeds."""
     source = device if generator is None else generator.device
     return torch.randint(2**63 - 1, (), generator=generator, device=source).to(device)
 
@@ -56,13 +55,20 @@ def uniform_noise(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform noise on [0, 1), multiples of 2⁻¹⁶, from Philox4x32-10 (Salmon et al., SC'11) keyed by (seed, sample, element).
+    """Uniform noise on [0, 1), multiples of 2⁻¹⁶, that depends only on (seed, sample, element).
+
+    Source: Philox4x32-10 (Salmon et al., SC'11).
 
     Args:
-        size: ``[N, ...]``.
-        seed: an int, or an int64 tensor without dimensions.
-        offset: index of the first sample: samples ``offset ... offset + N - 1`` of a batch, however it is split.
-        device: the seed's where that is a tensor, else torch's default device.
+        size: shape ``[N, ...]`` of the noise.
+        seed: an int, or a 0-dimensional int64 tensor.
+        offset: index of the first sample. The result is the noise of samples ``offset ... offset + N - 1``
+            of a batch, for any split of the batch.
+        dtype: dtype of the noise.
+        device: device of the noise; by default the device of seed if it is a tensor, else torch's default
+            device.
+
+    Raises ValueError for a seed that is a tensor of another shape or dtype.
 
     Example:
         >>> from fastflow.ops import uniform_noise

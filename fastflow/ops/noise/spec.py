@@ -1,4 +1,4 @@
-"""Cases of the noise."""
+"""Cases of uniform noise."""
 
 from collections.abc import Iterator
 

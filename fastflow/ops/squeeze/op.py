@@ -1,4 +1,4 @@
-"""fastflow::squeeze, both directions; each is the other's gradient."""
+"""fastflow::squeeze in both directions; each direction is the gradient of the other."""
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ def squeeze2d(x: Tensor, order: str = "channel") -> Tensor:
         x: images of any dtype.
         order: order of the new channels, for input channel c and pixel (i, j) of the block. ``"channel"``:
             (c, i, j), like ``torch.pixel_unshuffle`` and openai/glow; ``"space"``: (i, j, c); ``"realnvp"``:
-            (k, c) with the pixels k in the order 00, 11, 01, 10, so that halves of the channels are diagonals.
+            (k, c) with the pixels k in the order 00, 11, 01, 10, so that halves of the channels are
+            diagonals.
 
     Shape: ``[N, C, H, W]`` with even H and W to ``[N, 4C, H/2, W/2]``; channels_last stays channels_last.
     Raises ValueError for other shapes and orders.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastflow.ops.layout import memory_format
 
-REALNVP_PIXELS = (0, 3, 1, 2)  # of a 2x2 block (00, 01, 10, 11): the main diagonal first
+REALNVP_PIXELS = (0, 3, 1, 2)  # indices in a 2x2 block (00, 01, 10, 11): the main diagonal first
 
 
 def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
@@ -14,7 +14,7 @@ def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
     layout = memory_format(x)
     if order == "realnvp" and inverse:
         x = x.reshape(n, 4, c, h, w)[:, [REALNVP_PIXELS.index(k) for k in range(4)]].flatten(1, 2)
-    # a copy into new memory: of 2x2 pixels and the like the reshaped x would be a view, and an op must not return its input
+    # copy into new memory: for some sizes (2x2) reshape returns a view, and an op must not return its input
     y = torch.empty(
         (n, c, 2 * h, 2 * w) if inverse else (n, 4 * c, h, w),
         dtype=x.dtype,

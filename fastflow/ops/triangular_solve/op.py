@@ -1,4 +1,4 @@
-"""fastflow::triangular_solve, batched."""
+"""fastflow::triangular_solve, for a stack of matrices."""
 
 import torch
 from torch import Tensor
@@ -48,22 +48,29 @@ def triangular_solve(
     r"""Solves :math:`A X = B` (:math:`A^T X = B` with ``transpose``) for a stack of triangular matrices.
 
     Args:
-        upper: which triangle of A as stored is read; the other is ignored.
-        unit_diagonal: the diagonal is taken to be 1 and is not read.
+        A: triangular matrices.
+        B: right-hand sides.
+        upper: read the upper triangle of A instead of the lower one; the other triangle is ignored.
+        unit_diagonal: use a diagonal of ones; the diagonal of A is not read.
+        transpose: solve with the transpose of A. ``upper`` still refers to A, not to its transpose.
 
-    Shape: A ``[K, n, n]``; B, X ``[K, n, m]``; float32 or float64; K and m may be 0. Differentiable in A and B.
-    Raises ValueError for other shapes, dtypes or devices, and SingularError, a ValueError that names the matrix of the stack, for a
-    diagonal that holds 0, inf or NaN; on a CUDA device that one comes late, see :func:`raise_singular`. Double backward is an error.
+    Shape: A ``[K, n, n]``; B, X ``[K, n, m]``; float32 or float64; K and m may be 0. Differentiable in A and
+    B.
+
+    Raises ValueError for other shapes, dtypes or devices. Raises SingularError, a ValueError with the index
+    of the matrix, if a diagonal contains 0, inf or NaN; on a CUDA device a later call raises it, see
+    :func:`raise_singular`. Double backward raises an error.
     """
     return torch.ops.fastflow.triangular_solve.default(A, B, upper, unit_diagonal, transpose)
 
 
 def raise_singular() -> None:
-    """Waits for the CUDA devices; raises SingularError where a kernel has met a matrix with 0, inf or NaN on its diagonal since last asked.
+    """Synchronizes the CUDA devices and raises SingularError if a kernel found a singular matrix.
 
-    Kernels cannot raise: they leave word in memory that the host reads without waiting, and a later call of
-    :func:`triangular_solve` or :func:`~fastflow.ops.lu_weight` raises it. This function raises it now. Results of the singular matrix are
-    worthless meanwhile, most of them inf or NaN. Kernels that were queued before the error was raised may leave word again, and so does
-    a captured graph each time that it is replayed.
+    A matrix is singular if its diagonal contains 0, inf or NaN. A kernel cannot raise: it writes a flag that
+    the host reads without synchronizing, and a later call of :func:`triangular_solve` or
+    :func:`~fastflow.ops.lu_weight` raises the error. This function raises it now and clears the flag. Until
+    then, results for the singular matrix are invalid, usually inf or NaN. Kernels that were queued before
+    the error may set the flag again, as does each replay of a captured graph.
     """
     dispatch.raise_singular()

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Solve = Callable[
-    [Tensor, Tensor, bool, bool, bool], Tensor
-]  # triangular_solve, or another that does the same
+# triangular_solve, or another function with its arguments
+Solve = Callable[[Tensor, Tensor, bool, bool, bool], Tensor]
 
 
 def triangular_solve(A: Tensor, B: Tensor, upper: bool, unit_diagonal: bool, transpose: bool) -> Tensor:
@@ -18,7 +17,7 @@ def triangular_solve(A: Tensor, B: Tensor, upper: bool, unit_diagonal: bool, tra
 def triangular_solve_backward(
     A: Tensor, X: Tensor, dX: Tensor, upper: bool, unit_diagonal: bool, transpose: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB)."""
+    """Gradients ``(dA, dB)``."""
     return triangular_solve_backward_by(triangular_solve, A, X, dX, upper, unit_diagonal, transpose)
 
 
