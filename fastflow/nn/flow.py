@@ -21,8 +21,8 @@ class FlowReport:
     log_det_sum: float
     """Largest |log_det + log_det of the inverse|, relative to 1 + |log_det|."""
     log_det_error: float | None
-    """Largest difference between log_det and the log-det of autograd's Jacobian, relative to 1 + the size of the
-    latter."""
+    """Largest difference between log_det and the log-det of autograd's Jacobian, relative to 1 + the latter's
+    magnitude."""
     gradient_errors: dict[str, float] = field(default_factory=dict)
     """Relative error of the gradient of x, of each parameter and of the context, against a central difference
     along a random direction. Keys that end in "by inverse_backward" compare that method with autograd,
