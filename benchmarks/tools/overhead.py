@@ -37,6 +37,10 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
     pixels = torch.zeros(n, c, side, side, dtype=torch.uint8, device=device)
     seed = torch.tensor(0, device=device)
     perm = torch.arange(c, device=device)[None]
+    # 0.1.0 names them squeeze and unsqueeze
+    squeeze2d, unsqueeze2d = (
+        getattr(ops, f"{name}2d", None) or getattr(ops, name) for name in ("squeeze", "unsqueeze")
+    )
     return {
         "actnorm": (ops.actnorm, (x, channel, channel), (0, 1, 2)),
         "actnorm_inverse_backward": (ops.actnorm_inverse_backward, (x, channel, channel, dy, dlog_det), ()),
@@ -54,14 +58,14 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
         "gaussian_log_prob": (ops.gaussian_log_prob, (x,), (0,)),
         "gaussian_sample": (lambda seed: ops.gaussian_sample(x.shape, seed=seed), (seed,), ()),
         "lu_weight": (ops.lu_weight, (perm, eye[None], eye[None], signs, signs), (1, 2, 3)),
-        "squeeze": (ops.squeeze2d, (x,), (0,)),
+        "squeeze2d": (squeeze2d, (x,), (0,)),
         "triangular_solve": (
             lambda A, B: ops.triangular_solve(A, B, upper=True),
             (eye[None], x[0].flatten(1)[None]),
             (0, 1),
         ),
         "uniform_noise": (lambda seed: ops.uniform_noise(x.shape, seed=seed), (seed,), ()),
-        "unsqueeze": (ops.unsqueeze2d, (x,), (0,)),
+        "unsqueeze2d": (unsqueeze2d, (x,), (0,)),
     }
 
 
