@@ -45,7 +45,7 @@ NAMES = {
 
 
 class _MovedModule(Loader, MetaPathFinder):
-    """Finds the old paths and makes modules whose attributes are those of the new modules."""
+    """Finds the old paths and makes modules that forward to the new ones."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

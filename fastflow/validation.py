@@ -54,7 +54,7 @@ def same_device_and_precision(argument: str, t: Tensor, x_name: str, x: Tensor) 
     Half precision and float32 can be mixed: kernels compute both in float32.
     """
     if t.device != x.device:
-        raise argument_error(argument, f"device {t.device}", f"{x.device}, where {x_name} is")
+        raise argument_error(argument, f"device {t.device}", f"{x.device}, the device of {x_name}")
     double = torch.float64
     if t.dtype not in FLOATING or (t.dtype == double) != (x.dtype == double):
         raise argument_error(argument, f"dtype {t.dtype}", f"{x.dtype}, the dtype of {x_name}")

@@ -284,7 +284,7 @@ class Model(nn.Module):
     def _check_device(self, argument: str, t: Tensor) -> None:
         if t.device != self.dequantize.like.device:
             raise validation.argument_error(
-                argument, f"device {t.device}", f"{self.dequantize.like.device}, where the model is"
+                argument, f"device {t.device}", f"{self.dequantize.like.device}, the device of the model"
             )
 
 

@@ -163,16 +163,15 @@ def raise_singular() -> None:
     """See :func:`fastflow.ops.raise_singular`."""
     if extension.cuda and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
-            if torch._C._cuda_hasPrimaryContext(
-                device
-            ):  # synchronizing would create a context of hundreds of MB
+            # without a context, synchronizing would create one, which takes hundreds of MB
+            if torch._C._cuda_hasPrimaryContext(device):
                 torch.cuda.synchronize(device)
         call_compiled(torch.ops.fastflow_C.raise_singular.default)
     if extension.cpu:
         call_compiled(torch.ops.fastflow_emulated.raise_singular.default)
 
 
-_triton_works = True  # False once a kernel could not be built: there is no C compiler
+_triton_works = True  # False after a kernel could not be built, for lack of a C compiler
 
 
 @functools.cache

@@ -41,9 +41,7 @@ def _load_cuda() -> None:
 
 
 def _warn(name: str, error: Exception) -> None:
-    warnings.warn(
-        f"{name} is installed but does not load, so its ops run from PyTorch: {error}", stacklevel=3
-    )
+    warnings.warn(f"{name} is installed but does not load, so its ops run in PyTorch: {error}", stacklevel=3)
 
 
 _load_cpu()

@@ -90,7 +90,7 @@ OPS = {
     ),
     "h's device": (
         coupling(x_(2, 4), x_(2, 4, device=META)),
-        r"params: got device meta, expected cpu, where x is",
+        r"params: got device meta, expected cpu, the device of x",
     ),
     "x of integers": (
         coupling(u8(2, 4), x_(2, 4)),
@@ -136,7 +136,7 @@ OPS = {
     ),
     "actnorm's devices": (
         lambda: ops.actnorm(x_(2, 4), x_(4), x_(4, device=META)),
-        r"bias: got device meta, expected cpu, where x is",
+        r"bias: got device meta, expected cpu, the device of x",
     ),
     "statistics of integers": (
         lambda: ops.actnorm_statistics(u8(2, 4)),
@@ -156,7 +156,7 @@ OPS = {
     ),
     "unsqueeze of 6 channels": (
         lambda: ops.unsqueeze2d(x_(2, 6, 2, 2)),
-        r"x: got shape \[2, 6, 2, 2\], expected a number of channels that 4",
+        r"x: got shape \[2, 6, 2, 2\], expected a number of channels divisible by 4",
     ),
     "squeeze order": (
         lambda: ops.squeeze2d(x_(2, 3, 4, 4), "rows"),
@@ -188,7 +188,7 @@ OPS = {
     ),
     "mean's device": (
         lambda: ops.gaussian_log_prob(x_(2, 3), x_(3, device=META)),
-        r"mean: got device meta, expected cpu, where z is",
+        r"mean: got device meta, expected cpu, the device of z",
     ),
     "sample's mean": (
         lambda: ops.gaussian_sample((2, 3), x_(4), seed=1),
@@ -269,7 +269,7 @@ OPS = {
     ),
     "noise's device": (
         lambda: ops.dequantize(u8(2, 3), noise=x_(2, 3, device=META)),
-        r"noise: got device meta, expected cpu, where x is",
+        r"noise: got device meta, expected cpu, the device of x",
     ),
     "n_bits": (lambda: ops.dequantize(u8(2, 3), seed=1, n_bits=9), r"n_bits: got 9, expected 1 to 8"),
     "a scale of zero": (
@@ -290,7 +290,7 @@ OPS = {
     ),
     "inverse of 6 channels": (
         lambda: ops.dequantize_inverse(x_(2, 6, 2, 2), squeeze_order="channel"),
-        r"y: got shape \[2, 6, 2, 2\], expected a number of channels that 4 divides",
+        r"y: got shape \[2, 6, 2, 2\], expected a number of channels divisible by 4",
     ),
 }
 
@@ -458,7 +458,7 @@ GLOW = {
     ),
     "images elsewhere": (
         lambda: glow()(u8(2, 3, 4, 4, device=META)),
-        r"x: got device meta, expected cpu, where the model is",
+        r"x: got device meta, expected cpu, the device of the model",
     ),
     "superfluous context": (
         lambda: glow()(u8(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64)),
@@ -487,7 +487,7 @@ GLOW = {
     },
     "context elsewhere": (
         lambda: glow(classes=3)(u8(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64, device=META)),
-        r"context: got device meta, expected cpu, where the model is",
+        r"context: got device meta, expected cpu, the device of the model",
     ),
     "NaN in a latent": (latents(glow(), NAN), r"latents\[0\]: got NaN, expected numbers"),
     "too few latents": (

@@ -60,7 +60,7 @@ def actnorm_inverse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Input and gradients of :func:`actnorm` from its output y: ``(x, dx, dlog_scale, dbias)``.
 
-    Reversible backprop uses it. Arguments, shapes and errors are those of :func:`actnorm`; dy has the shape
+    Reversible backprop uses it. Arguments, shapes and errors are as in :func:`actnorm`; dy has the shape
     of y, dlog_det ``[N]``.
     """
     return torch.ops.fastflow.actnorm_inverse_backward.default(y, log_scale, bias, dy, dlog_det)

@@ -128,7 +128,7 @@ def affine_coupling_inverse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Input and gradients of :func:`affine_coupling` from its output y: ``(x, dx, dparams, dfactor)``.
 
-    Reversible backprop uses it. Arguments, shapes and errors are those of :func:`affine_coupling`; dy has the
+    Reversible backprop uses it. Arguments, shapes and errors are as in :func:`affine_coupling`; dy has the
     shape of y, dlog_det ``[N]``. dx excludes the gradient that reaches x through the network.
     """
     x, dx, dparams, dfactor = torch.ops.fastflow.affine_coupling_inverse_backward.default(

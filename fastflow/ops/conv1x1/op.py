@@ -90,7 +90,7 @@ def conv1x1_inverse_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Input and gradients of :func:`conv1x1` from its output y: ``(x, dx, dweight, dbias)``.
 
-    Reversible backprop uses it. Arguments, shapes and errors are those of :func:`conv1x1`; weight_inverse
+    Reversible backprop uses it. Arguments, shapes and errors are as in :func:`conv1x1`; weight_inverse
     has the shape of weight, dy the shape of y.
     """
     x, dx, dweight, dbias = torch.ops.fastflow.conv1x1_inverse_backward.default(

@@ -51,7 +51,7 @@ def _check(
         validation.floating_point("noise", noise)
         validation.same_shape("noise", noise, x.shape, "like x")
         if noise.device != x.device:
-            raise validation.argument_error("noise", f"device {noise.device}", f"{x.device}, where x is")
+            raise validation.argument_error("noise", f"device {noise.device}", f"{x.device}, the device of x")
 
 
 def _check_inverse(
@@ -63,7 +63,7 @@ def _check_inverse(
         check_image(y)
         if y.shape[1] % 4:
             raise validation.argument_error(
-                argument, validation.shape_of(y), "a number of channels that 4 divides"
+                argument, validation.shape_of(y), "a number of channels divisible by 4"
             )
 
 

@@ -32,7 +32,7 @@ def _check_sample(
             _check_term(name, v, size)
             if v.device != seed.device:
                 raise validation.argument_error(
-                    name, f"device {v.device}", f"{seed.device}, where the sample is drawn"
+                    name, f"device {v.device}", f"{seed.device}, the device of the sample"
                 )
 
 

@@ -33,7 +33,7 @@ def _check(argument: str, x: Tensor, order: str, inverse: bool) -> None:
     check_image(x)
     if x.shape[1] % 4:
         raise validation.argument_error(
-            argument, validation.shape_of(x), "a number of channels that 4 divides"
+            argument, validation.shape_of(x), "a number of channels divisible by 4"
         )
 
 
