@@ -72,6 +72,23 @@ def test_batches_are_a_function_of_seed_and_step():
     assert not all(torch.equal(x, other[step][0]) for step, x in enumerate(forward))
 
 
+def test_flips_do_not_depend_on_the_crop():
+    class Gradient:
+        """Images that grow from left to right; keeps the numbers that choose the crop."""
+
+        length, horizontal_flip = 100, True
+
+        def draw(self, indices, uniform):
+            self.uniform = uniform
+            return torch.arange(4, dtype=torch.uint8).expand(len(indices), 1, 4, 4), None
+
+    source = Gradient()
+    x, _ = Batches(source, 100, seed=0)[0]
+    flipped = (x[:, 0, 0, 0] > 0).numpy()
+    assert 30 < flipped.sum() < 70
+    assert all(30 < (flipped == (numbers < 0.5)).sum() < 70 for numbers in source.uniform.T)
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 10, 25])
 def test_each_epoch_is_a_permutation_of_its_own(size):
     batches = Batches(numbered(10), size, seed=0)
@@ -139,6 +156,15 @@ def test_folder_without_classes_holds_out_by_name(tmp_path):
     assert kept == again & set(names)
     x, labels = Batches(source, 5, seed=0)[0]
     assert x.shape == (5, 3, 8, 8) and labels is None
+
+
+def test_held_out_files_do_not_depend_on_the_place_of_the_folder(tmp_path):
+    sources = []
+    for place in ("here", "there/in/another/place"):
+        save_images(tmp_path / place, [f"{i}.png" for i in range(40)], size=(4, 4))
+        sources.append(data.load(str(tmp_path / place), image_size=4))
+    first, second = sources
+    assert [f.name for f in first._files] == [f.name for f in second._files]
 
 
 def test_folder_is_resized_and_cropped_in_the_middle(tmp_path):
