@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from fastflow.trainer import budget, train
 from fastflow.trainer import progress as progress_module
 from fastflow.trainer import run as run_module
 from fastflow.trainer.cli import main
-from fastflow.trainer.config import Config, ConfigError, validate_config
+from fastflow.trainer.config import Config, ConfigError, check_changes, validate_config
 from fastflow.trainer.evaluate import evaluate, sample
 from fastflow.trainer.nonfinite import diagnose
 from fastflow.trainer.progress import Metrics, Progress, read_metrics
@@ -316,6 +316,13 @@ def test_what_a_resumed_run_may_change(finished, capsys, tmp_path, arrays):
     assert "data: got data of sizes" in failed(capsys, ["train", "--resume", str(tmp_path)])
 
 
+@pytest.mark.parametrize("name, value", [("batch_size", 7), ("seed", 5), ("n_bits", 4), ("float64", True)])
+def test_a_resumed_run_keeps_what_its_numbers_depend_on(name, value):
+    training = {"config": asdict(Config()), "step": 0}
+    with pytest.raises(ConfigError, match=f"{name}: got {value}, expected .* as in the run"):
+        check_changes(training, replace(Config(), **{name: value}))
+
+
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.csv"
     metrics = Metrics(path, 0)
@@ -385,6 +392,11 @@ def test_a_config_validates_choices_too():
         (name, value), *_ = options.items()
         with pytest.raises(ConfigError, match=re.escape(f"{name}: got {value!r}, expected one of ")):
             validate_config(Config(**options))
+
+
+def test_a_config_refuses_averages_that_never_move():
+    with pytest.raises(ConfigError, match="ema: got 1"):
+        validate_config(Config(ema=1.0))
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "interpolate"])
