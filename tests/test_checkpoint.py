@@ -43,6 +43,13 @@ def refused(path, *words):
     assert isinstance(caught.value, ValueError)
 
 
+def test_round_trip_keeps_the_dtype_of_each_weight(tmp_path):
+    model = tiny()
+    model.flows[0].double()
+    fastflow.save(tmp_path / "model.pt", model)
+    assert same_state(model, fastflow.load(tmp_path / "model.pt"))
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_round_trip_keeps_every_bit_and_the_model_in_eval_mode(tmp_path, double):
     model = tiny(classes=2, n_bits=5)

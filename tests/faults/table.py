@@ -18,11 +18,19 @@ def table(rows: list[dict], before: list[dict]) -> str:
     cells = [head, ["---"] * len(head)]
     for area, faults in AREAS.items():
         for fault in faults:
-            now = next((row for row in rows if same(row, fault)), None)
-            cells.append([area, f"`{fault.file}`", fault.name, _cell(now)])
-            if before:
-                cells[-1].append(_cell(next((row for row in before if row["name"] == fault.name), None)))
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+            found = [_named(results, fault.name) for results in ([rows, before] if before else [rows])]
+            cells.append([area, f"`{fault.file}`", fault.name, *map(_cell, found)])
+    lines = [_counts(rows), *([f"Before: {_counts(before)}"] if before else []), ""]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in cells])
+
+
+def _named(rows: list[dict], name: str) -> dict | None:
+    """A fault keeps its name when code that it changes is renamed."""
+    return next((row for row in rows if row["name"] == name), None)
+
+
+def _counts(rows: list[dict]) -> str:
+    return f"{sum(row['verdict'] == CAUGHT for row in rows)} of {len(rows)} faults were caught."
 
 
 def _cell(row: dict | None) -> str:
