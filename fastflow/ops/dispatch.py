@@ -86,31 +86,37 @@ class Implementations:
         if _backend == "reference" or not (self.eligible is None or self.eligible(*args)):
             return self.fallback(*args)
         tensor = args[self.device_of]
-        device = tensor.device
-        on_gpu_or_told = device.type == "cuda" or _backend == "triton"
-        if self.triton and on_gpu_or_told and tensor.numel() and _runs_kernels(device):
-            return self._launch(device, *args)
-        return self._compiled(device, *args)
+        on_gpu_or_told = tensor.is_cuda or _backend == "triton"
+        if self.triton and on_gpu_or_told and tensor.numel() and _runs_kernels(tensor.device):
+            return self._launch(tensor, args)
+        return self._compiled(tensor, args)
 
-    def _compiled(self, device: torch.device, *args: object) -> object:
-        namespace = self._namespace(device)
-        if namespace is None:
+    def _compiled(self, tensor: torch.Tensor, args: tuple) -> object:
+        op = None
+        if tensor.is_cpu and extension.cpu:  # reading device.type takes 0.8 us
+            op = self._ops["emulated" if _backend == "emulated" else "cpu"]
+        elif tensor.is_cuda and has_code_for(tensor.device):
+            op = self._ops["cuda"]
+        if op is None:
             return self.fallback(*args)
-        op = compiled_op(namespace, self.name)
-        return call_compiled(op, *args) if self.call is None else self.call(op, *args)
+        try:
+            return op(*args) if self.call is None else self.call(op, *args)
+        except RuntimeError as error:
+            raise_argument_error(error)
+            raise
 
-    def _namespace(self, device: torch.device) -> str | None:
-        kind = device.type
-        if kind not in self.compiled:
-            return None
-        if kind == "cuda":
-            return "fastflow_C" if has_code_for(device) else None
-        if not extension.cpu:
-            return None
-        return "fastflow_emulated" if _backend == "emulated" and "cuda" in self.compiled else "fastflow_C"
+    @functools.cached_property  # attribute lookups in torch.ops are slow
+    def _ops(self) -> dict[str, torch._ops.OpOverload | None]:
+        """The compiled op of each device, and its emulation, the CUDA kernel run on the CPU."""
 
-    def _launch(self, device: torch.device, *args: object) -> object:
-        launcher = getattr(triton_kernels(self.triton), self.name)
+        def op(namespace: str) -> torch._ops.OpOverload:
+            return getattr(getattr(torch.ops, namespace), self.name).default
+
+        cpu, cuda = (op("fastflow_C") if device in self.compiled else None for device in ("cpu", "cuda"))
+        return {"cpu": cpu, "cuda": cuda, "emulated": op("fastflow_emulated") if cuda and cpu else cpu}
+
+    def _launch(self, tensor: torch.Tensor, args: tuple) -> object:
+        launcher, device = getattr(triton_kernels(self.triton), self.name), tensor.device
         try:
             if device.type != "cuda" or device.index == torch.cuda.current_device():
                 return launcher(*args)
@@ -120,32 +126,15 @@ class Implementations:
             if _backend == "triton" or not _needs_c_compiler(error):
                 raise
             _disable_triton(error)
-            return self._compiled(device, *args)
+            return self._compiled(tensor, args)
 
 
-def compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
-    """Returns ``torch.ops.NAMESPACE.NAME.default``, from a cache."""
-    return _compiled_op(namespace, name)
-
-
-@functools.cache
-def _compiled_op(namespace: str, name: str) -> torch._ops.OpOverload:
-    return getattr(getattr(torch.ops, namespace), name).default
-
-
-def call_compiled(op: torch._ops.OpOverload, *args: object) -> object:
-    """Calls a compiled op.
-
-    Re-raises its errors about argument values as ValueError, without the C++ file, line and trace.
-    """
-    try:
-        return op(*args)
-    except RuntimeError as error:
-        if singular := re.search(r"\w+( \(an earlier call\))?: diagonal of matrix \d+: .*", str(error)):
-            raise validation.SingularError(singular[0]) from None
-        if perm := re.search(r"\w+( \(an earlier call\))?: perm of matrix \d+: .*", str(error)):
-            raise ValueError(perm[0]) from None
-        raise
+def raise_argument_error(error: RuntimeError) -> None:
+    """Raises a compiled op's error about argument values as a ValueError, without the C++ file, line and trace."""
+    if singular := re.search(r"\w+( \(an earlier call\))?: diagonal of matrix \d+: .*", str(error)):
+        raise validation.SingularError(singular[0]) from None
+    if perm := re.search(r"\w+( \(an earlier call\))?: perm of matrix \d+: .*", str(error)):
+        raise ValueError(perm[0]) from None
 
 
 @functools.cache
@@ -166,9 +155,17 @@ def raise_singular() -> None:
             # without a context, synchronizing would create one, which takes hundreds of MB
             if torch._C._cuda_hasPrimaryContext(device):
                 torch.cuda.synchronize(device)
-        call_compiled(torch.ops.fastflow_C.raise_singular.default)
+        _raise_singular("fastflow_C")
     if extension.cpu:
-        call_compiled(torch.ops.fastflow_emulated.raise_singular.default)
+        _raise_singular("fastflow_emulated")
+
+
+def _raise_singular(namespace: str) -> None:
+    try:
+        getattr(torch.ops, namespace).raise_singular.default()
+    except RuntimeError as error:
+        raise_argument_error(error)
+        raise
 
 
 _triton_works = True  # False after a kernel could not be built, for lack of a C compiler
