@@ -15,6 +15,7 @@ import torch
 from benchmarks.ops.conv1x1 import LAYOUTS
 from benchmarks.tools import harness
 from fastflow import ops, reference
+from fastflow.ops.spec import bytes_per_element
 
 
 def actnorm(x, log_scale, bias):
@@ -46,7 +47,7 @@ def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
     inputs = {
         "inputs": lambda: (image(), *parameters()),
         "gradients_of": (0, 1, 2),
-        "bytes_moved": 8 * elements,
+        "bytes_moved": bytes_per_element("actnorm", "forward") * elements,
     }
     return [
         harness.Case("actnorm", providers={"eager": actnorm, "fastflow": ops.actnorm}, **inputs, **about),
@@ -60,14 +61,14 @@ def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
             "inverse_backward",
             inputs=lambda: (image(), *parameters(), image(), torch.randn(n)),
             providers={"eager": reference.actnorm_inverse_backward, "fastflow": ops.actnorm_inverse_backward},
-            bytes_moved=16 * elements,
+            bytes_moved=bytes_per_element("actnorm_inverse_backward") * elements,
             **about,
         ),
         harness.Case(
             "statistics",
             inputs=lambda: (image(),),
             providers={"eager": statistics, "fastflow": ops.actnorm_statistics},
-            bytes_moved=4 * elements,
+            bytes_moved=bytes_per_element("actnorm_statistics") * elements,
             **about,
         ),
     ]

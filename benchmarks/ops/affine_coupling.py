@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from benchmarks.ops.conv1x1 import LAYOUTS
 from benchmarks.tools import harness
 from fastflow import ops, reference
+from fastflow.ops.spec import bytes_per_element
 
 SCALES = ("soft_clamp", "sigmoid", "exp")
 
@@ -60,7 +61,7 @@ def of_size(n: int, c: int, side: int, layout: str, scale: str) -> list[harness.
             inputs=lambda: (image(), image(), *factor()),
             providers=providers,
             gradients_of=(0, 1, 2) if factor() else (0, 1),
-            bytes_moved=12 * elements,
+            bytes_moved=bytes_per_element("affine_coupling", "halves exp") * elements,
             **about,
         ),
         harness.Case(
@@ -73,7 +74,7 @@ def of_size(n: int, c: int, side: int, layout: str, scale: str) -> list[harness.
                     ("fastflow", ops.affine_coupling_inverse_backward),
                 )
             },
-            bytes_moved=24 * elements,
+            bytes_moved=bytes_per_element("affine_coupling_inverse_backward", "halves exp") * elements,
             **about,
         ),
     ]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from benchmarks.tools import harness
 from fastflow import ops, reference
+from fastflow.ops.spec import bytes_per_element
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -40,14 +41,14 @@ def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
             inputs=lambda: (image(), rotation(), torch.randn(c)),
             providers={"eager": conv2d, "fastflow": ops.conv1x1},
             gradients_of=(0, 1, 2),
-            bytes_moved=8 * elements,
+            bytes_moved=bytes_per_element("conv1x1", "bias") * elements,
             **about,
         ),
         harness.Case(
             name="inverse_backward",
             inputs=inverse_inputs,
             providers={"eager": reference.conv1x1_inverse_backward, "fastflow": ops.conv1x1_inverse_backward},
-            bytes_moved=16 * elements,
+            bytes_moved=bytes_per_element("conv1x1_inverse_backward") * elements,
             **about,
         ),
     ]

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 from benchmarks.tools import harness
 from fastflow import ops
+from fastflow.ops.spec import bytes_per_element
 
+VARIANTS = {"glow": "affine", "logit": "logit"}  # names in the op's spec
 MAPS = {"glow": {"scale": 1.0, "shift": -0.5}, "logit": {"scale": 0.95, "shift": 0.05, "logit": True}}
 
 
@@ -63,7 +65,7 @@ def of_size(n: int, c: int, side: int, name: str) -> list[harness.Case]:
     noise = {
         "inputs": lambda: (image(), torch.rand(n, c, side, side)),
         "gradients_of": (1,),
-        "bytes_moved": 9 * elements,
+        "bytes_moved": bytes_per_element("dequantize", f"{VARIANTS[name]} noise") * elements,
     }
     return [
         harness.Case(name, providers=forward, **noise, **about),
@@ -71,7 +73,7 @@ def of_size(n: int, c: int, side: int, name: str) -> list[harness.Case]:
             f"{name}, inverse",
             inputs=lambda: (latent(),),
             providers=backward,
-            bytes_moved=5 * elements,
+            bytes_moved=bytes_per_element("dequantize_inverse", VARIANTS[name]) * elements,
             **about,
         ),
     ]

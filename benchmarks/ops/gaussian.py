@@ -15,6 +15,7 @@ import torch
 from benchmarks.ops.conv1x1 import LAYOUTS
 from benchmarks.tools import harness
 from fastflow import ops
+from fastflow.ops.spec import bytes_per_element
 
 
 def standard(z):
@@ -34,14 +35,17 @@ def of_size(n: int, c: int, side: int, layout: str) -> list[harness.Case]:
     elements = n * c * side * side
     about = {"shape": f"{n}x{c}x{side}x{side}", "dtype": torch.float32, "layout": layout}
     found = []
-    for name, eager, tensors in (("standard", standard, 1), ("conditional", conditional, 3)):
+    for name, variant, eager, tensors in (
+        ("standard", "standard", standard, 1),
+        ("conditional", "full", conditional, 3),
+    ):
         found.append(
             harness.Case(
                 name,
                 inputs=lambda tensors=tensors: tuple(0.3 * image() for _ in range(tensors)),
                 providers={"eager": eager, "fastflow": ops.gaussian_log_prob},
                 gradients_of=tuple(range(tensors)),
-                bytes_moved=4 * tensors * elements,
+                bytes_moved=bytes_per_element("gaussian_log_prob", variant) * elements,
                 **about,
             )
         )

@@ -12,25 +12,36 @@ import torch
 
 from benchmarks.tools import harness
 from fastflow import ops, reference
+from fastflow.ops.spec import bytes_per_element
 
 
 def of_size(*size: int) -> list[harness.Case]:
     about = {
         "shape": "x".join(map(str, size)),
         "dtype": torch.float32,
-        "bytes_moved": 4 * torch.Size(size).numel(),
     }
 
-    def case(name, eager, ours):
+    def case(name, eager, ours, moved):
         providers = {
             "eager": lambda seed: eager(list(size), seed, 0, torch.float32),
             "fastflow": lambda seed: ours(size, seed=seed),
         }
-        return harness.Case(name, inputs=lambda: (torch.randint(2**62, ()),), providers=providers, **about)
+        return harness.Case(
+            name,
+            inputs=lambda: (torch.randint(2**62, ()),),
+            providers=providers,
+            bytes_moved=moved * torch.Size(size).numel(),
+            **about,
+        )
 
     return [
-        case("uniform", reference.uniform_noise, ops.uniform_noise),
-        case("normal", reference.normal_noise, ops.gaussian_sample),
+        case("uniform", reference.uniform_noise, ops.uniform_noise, bytes_per_element("uniform_noise")),
+        case(
+            "normal",
+            reference.normal_noise,
+            ops.gaussian_sample,
+            bytes_per_element("gaussian_sample", "standard"),
+        ),
     ]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from benchmarks.ops.conv1x1 import LAYOUTS
 from benchmarks.tools import harness
 from fastflow import ops
+from fastflow.ops.spec import bytes_per_element
 from fastflow.ops.squeeze import ORDERS
 
 
@@ -43,9 +44,9 @@ def of_size(n: int, c: int, side: int, layout: str, order: str) -> list[harness.
         return torch.randn(n, c, side, side).contiguous(memory_format=LAYOUTS[layout])
 
     found = []
-    for name, eager, ours, size in (
-        ("squeeze", squeeze, ops.squeeze2d, (c, side)),
-        ("unsqueeze", unsqueeze, ops.unsqueeze2d, (4 * c, side // 2)),
+    for name, variant, eager, ours, size in (
+        ("squeeze", order, squeeze, ops.squeeze2d, (c, side)),
+        ("unsqueeze", f"{order} inverse", unsqueeze, ops.unsqueeze2d, (4 * c, side // 2)),
     ):
         found.append(
             harness.Case(
@@ -59,7 +60,7 @@ def of_size(n: int, c: int, side: int, layout: str, order: str) -> list[harness.
                     "fastflow": functools.partial(ours, order=order),
                 },
                 gradients_of=(0,),
-                bytes_moved=8 * n * c * side * side,
+                bytes_moved=bytes_per_element("squeeze", variant) * n * c * side * side,
             )
         )
     return found

@@ -3,8 +3,12 @@
 ``fastflow/ops/NAME/spec.py`` has a function ``cases(make, shape)`` for the ops of its folder, similar to the
 sample inputs of PyTorch's OpInfo. ``make`` sets dtype, layout and device, so all tests use the same
 function.
+
+The file may also have ``LIMITS``, a dict. For an op and a device (``"cuda"`` or ``"cpu"``) it describes the
+arguments that the kernel takes, for the table in docs/backends.md.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastflow.ops.layout import acc_dtype
-from fastflow.ops.registry import folders
+from fastflow.ops.registry import OPS, folders
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Case:
         op: name of the op.
         variant: name of the case, unique for the op.
         args: arguments of the call.
-        bytes_moved: bytes per element of x that the Triton kernels move in float32, counting each tensor
-            once; None if the interpreter cannot count them.
+        bytes_moved: bytes per element of x that the kernels move in float32, counting each tensor once; None
+            if there is no fixed number. The interpreter counts the bytes of Triton kernels.
         launches: number of kernel launches. If it is 2, the second kernel adds the sums of the first one's
             programs.
         tolerance: factor on ``bytes_moved`` that allows for values per channel, sample or program.
@@ -34,7 +38,7 @@ class Case:
     op: str
     variant: str
     args: tuple
-    bytes_moved: float | None = None
+    bytes_moved: int | None = None
     launches: int = 1
     tolerance: float = 1.05
 
@@ -78,3 +82,13 @@ def cases(make: Make, shape: tuple[int, ...], folder: str | None = None) -> Iter
     """
     for name in folders() if folder is None else [folder]:
         yield from importlib.import_module(f"fastflow.ops.{name}.spec").cases(make, shape)
+
+
+@functools.cache
+def bytes_per_element(op: str, variant: str = "") -> int:
+    """``bytes_moved`` of a case. Raises ValueError if there is no such case, or if it has no such number."""
+    folder = OPS[op].fallback.__module__.split(".")[-2]
+    known = {(case.op, case.variant): case.bytes_moved for case in cases(Make(), (2, 4, 2, 2), folder)}
+    if known.get((op, variant)) is None:
+        raise ValueError(f"variant: got {variant!r} of {op}, expected a case with bytes_moved: {known}")
+    return known[op, variant]

@@ -368,7 +368,7 @@ DISPATCH = [
     Fault(
         "autocast of the CPU reaches an op's products",
         "fastflow/ops/registry.py",
-        'if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):',
+        "if not torch._C._is_any_autocast_enabled():",
         'if not torch.is_autocast_enabled("cuda"):',
         "tests/ops/test_conv1x1.py tests/ops/test_backend.py -k 'autocast or test_backend'",
     ),
@@ -382,8 +382,8 @@ DISPATCH = [
     Fault(
         "kernels launched for an empty batch",
         "fastflow/ops/dispatch.py",
-        "if self.triton and on_gpu_or_told and tensor.numel() and _runs_kernels(device):",
-        "if self.triton and on_gpu_or_told and _runs_kernels(device):",
+        "if self.triton and on_gpu_or_told and tensor.numel() and _runs_kernels(tensor.device):",
+        "if self.triton and on_gpu_or_told and _runs_kernels(tensor.device):",
         op(INTERPRETER, "actnorm"),
     ),
     Fault(

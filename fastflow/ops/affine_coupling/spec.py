@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from fastflow.ops.affine_coupling.op import WITH_FACTOR
 from fastflow.ops.spec import Case, Make
 
+LIMITS = {
+    (op, "cuda"): "for at most 3 spatial dimensions with a checkerboard"
+    for op in ("affine_coupling", "affine_coupling_backward", "affine_coupling_inverse_backward")
+}
 # mask, swap_halves, scale, affine_order, params_layout; bytes of forward, backward, inverse + backward
 VARIANTS = (
     ("halves", False, "sigmoid", "scale_first", "shift_scale", 12, 18, 24),

@@ -6,6 +6,8 @@ import torch
 
 from fastflow.ops.spec import Case, Make
 
+LIMITS = {("gaussian_sample", "cpu"): "with noise from C++"}
+
 
 def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
     z, dlog_prob, seed = make(*shape), make.per_sample(shape[0]), torch.tensor(5)

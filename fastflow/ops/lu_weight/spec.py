@@ -5,7 +5,14 @@ from collections.abc import Iterator
 import torch
 
 from fastflow.ops.layout import acc_dtype
+from fastflow.ops.lu_weight.op import MAX_COMPILED
 from fastflow.ops.spec import Case, Make
+
+LIMITS = {
+    (op, device): f"for at most {MAX_COMPILED} channels; else PyTorch"
+    for op in ("lu_weight", "lu_weight_backward")
+    for device in ("cuda", "cpu")
+}
 
 
 def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:

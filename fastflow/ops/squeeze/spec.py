@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from fastflow.ops.spec import Case, Make
 from fastflow.ops.squeeze.op import ORDERS
 
+LIMITS = {("squeeze", device): "for every dtype but complex128; else PyTorch" for device in ("cuda", "cpu")}
+
 
 def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
     x = make(*shape)
