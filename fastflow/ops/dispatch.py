@@ -95,7 +95,7 @@ class Implementations:
         op = None
         if tensor.is_cpu and extension.cpu:  # reading device.type takes 0.8 us
             op = self._ops["emulated" if _backend == "emulated" else "cpu"]
-        elif tensor.is_cuda and has_code_for(tensor.device):
+        elif tensor.is_cuda and "cuda" in self.compiled and has_code_for(tensor.device):
             op = self._ops["cuda"]
         if op is None:
             return self.fallback(*args)

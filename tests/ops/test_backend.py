@@ -91,7 +91,7 @@ def on_a_gpu(error: Exception, monkeypatch) -> tuple[Implementations, SimpleName
     monkeypatch.setattr(dispatch, "triton_kernels", lambda module: SimpleNamespace(double=launcher))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     op = Implementations("double", fallback=lambda x: "reference", triton="double")
-    return op, SimpleNamespace(device=torch.device("cuda:0"), numel=lambda: 3)
+    return op, SimpleNamespace(device=torch.device("cuda:0"), is_cuda=True, is_cpu=False, numel=lambda: 3)
 
 
 @pytest.mark.parametrize("error", NO_COMPILER, ids=lambda error: type(error).__name__)
