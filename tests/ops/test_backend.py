@@ -168,7 +168,7 @@ def test_python_threads_share_the_ops_and_the_setting(monkeypatch):
         alone = [gradients(x) for x in batches]
         together = list(threads.map(gradients, batches))
         torch.testing.assert_close(together, alone, rtol=0, atol=0)
-        monkeypatch.setattr(dispatch, "_compiled_op", None)  # a compiled op would be an error
+        monkeypatch.setattr(Implementations, "_compiled", None)  # a compiled op would be an error
         with fastflow.backend("reference"):
             torch.testing.assert_close(list(threads.map(gradients, batches)), alone, rtol=2e-5, atol=2e-5)
 
