@@ -793,7 +793,7 @@ TRAINER = [
         "fastflow/trainer/config.py",
         "if not 0 <= config.ema < 1:",
         "if not 0 <= config.ema <= 1:",
-        "tests/trainer/test_train.py -k 'config or settings'",
+        "tests/trainer/test_train.py -k test_a_config",
     ),
     Fault(
         "batches of an evaluation share their noise",
