@@ -55,8 +55,12 @@ def measured(model, images, numbers, ways) -> list[dict]:
 @pytest.mark.xdist_group("reversible gradients")
 @pytest.mark.parametrize("numbers", ["float64", "bfloat16 networks"])
 def test_after_20_steps(numbers, glow, images):
-    """Float64 to 1e-12; with bfloat16 networks hardly less exact than stored activations."""
-    rows = measured(glow, images, numbers, ["stored", "reversible"])
+    """Float64 to 1e-12; with bfloat16 networks hardly less exact than stored activations.
+
+    One batch: the ratio to stored activations is 0.91 to 1.11 in all 32 batches of docs/memory.md.
+    """
+    one_batch = {kind: several[:BATCH] for kind, several in images.items()}
+    rows = measured(glow, one_batch, numbers, ["stored", "reversible"])
     assert reversible_gradients.failures(rows) == []
     worse = [
         row | {"error": 3 * row["error"] + 1e-11} if row["backprop"] == "reversible" else row for row in rows
