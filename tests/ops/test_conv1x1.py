@@ -98,9 +98,7 @@ def test_every_body_is_the_reference(case):
     assert_as_reference(INVERSE_BACKWARD, x, weight, inverse, bias, dy)
 
 
-@pytest.mark.bodies(
-    "reference", "compiled", CUDA
-)  # a body changes only strides, which are compared elsewhere
+@pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
 @with_bias
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 2), (2, 3, 5)], ids=str)
 def test_opcheck(shape, bias):
