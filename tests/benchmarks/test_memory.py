@@ -18,7 +18,7 @@ def modeled_peak(way, k, options):
 @pytest.mark.parametrize("device", DEVICES)
 def test_memory_writes_rows_tables_and_picture(device, memory_page, tmp_path, monkeypatch):
     if device == "cpu":
-        monkeypatch.setattr(memory, "peak_of_its_own", modeled_peak)
+        monkeypatch.setattr(memory, "peak_in_a_process", modeled_peak)
     memory.main(["--quick", "--device", device, "--results", str(tmp_path), "--docs", str(tmp_path)])
     found = {name: rows_of(tmp_path / f"{name}.csv") for name in ("memory", "memory_time", "memory_batch")}
     for name, count in (("memory", 3), ("memory_time", 1)):  # of two depths and two batches one is the same

@@ -2,34 +2,14 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.models import reversible_gradients, training
 from benchmarks.models.reversible_gradients import MAY_BE
-from fastflow.models import Glow
 from fastflow.trainer import data
 from tests.support.rows import assert_tables, rows_of
 
 BATCH, BATCHES = 8, 2
-
-
-@pytest.fixture(scope="module")
-def photos():
-    return data.load("photos")
-
-
-@pytest.fixture(scope="module")
-def images(photos) -> dict[str, Tensor]:
-    return reversible_gradients.test_and_noise(photos.test[: BATCH * BATCHES])
-
-
-@pytest.fixture(scope="module")
-def glow(photos) -> Glow:
-    """Glow L=3 K=32 hidden 64 after 20 steps."""
-    model = reversible_gradients.untrained(photos, k=32, hidden=64)
-    for _ in training.train(model, photos, 20):
-        pass
-    return model
 
 
 def smooth(model: nn.Module) -> nn.Module:
@@ -52,15 +32,25 @@ def measured(model, images, numbers, ways) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("reversible gradients")
-@pytest.mark.parametrize("numbers", ["float64", "bfloat16 networks"])
-def test_after_20_steps(numbers, glow, images):
+def test_after_20_steps():
+    """Glow L=3 K=32 hidden 64; one test, since training takes as long as the rest."""
+    photos = data.load("photos")
+    images = reversible_gradients.test_and_noise(photos.test[: BATCH * BATCHES])
+    glow = reversible_gradients.untrained(photos, k=32, hidden=64)
+    for _ in training.train(glow, photos, 20):
+        pass
+    one_batch = {kind: several[:BATCH] for kind, several in images.items()}
+    for numbers in ("float64", "bfloat16 networks"):
+        hardly_less_exact(glow, one_batch, numbers)
+    hardly_less_exact_in_float32(smooth(glow), images)
+
+
+def hardly_less_exact(glow, images, numbers):
     """Float64 to 1e-12; with bfloat16 networks hardly less exact than stored activations.
 
     One batch: the ratio to stored activations is 0.91 to 1.11 in all 32 batches of docs/memory.md.
     """
-    one_batch = {kind: several[:BATCH] for kind, several in images.items()}
-    rows = measured(glow, one_batch, numbers, ["stored", "reversible"])
+    rows = measured(glow, images, numbers, ["stored", "reversible"])
     assert reversible_gradients.failures(rows) == []
     worse = [
         row | {"error": 3 * row["error"] + 1e-11} if row["backprop"] == "reversible" else row for row in rows
@@ -68,12 +58,10 @@ def test_after_20_steps(numbers, glow, images):
     assert len(reversible_gradients.failures(worse)) == len(images)
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("reversible gradients")
-def test_float32_after_20_steps(glow, images):
-    """Each batch is hardly less exact than with stored activations; without the corrected inverse it is worse."""
+def hardly_less_exact_in_float32(glow, images):
+    """Each batch is hardly less exact than with stored activations; without the corrected inverse noise is worse."""
     ways = ["stored", "reversible", "plain inverse"]
-    rows = measured(smooth(glow), images, "float32", ways)  # the last test that uses the model
+    rows = measured(glow, images, "float32", ways)
     ratios = {
         (kind, way): [r["over_stored"] for r in rows if r["images"] == kind and r["backprop"] == way]
         for kind in images

@@ -270,13 +270,13 @@ def test_order_of_pixels_in_realnvp():
     """The half that leaves at a scale holds pixels 01 and 10 of each block (arXiv:1605.08803, figure 3)."""
     x = torch.randn(2, 3, 4, 4)
     (permute,) = [m for m in realnvp(image_shape=(3, 4, 4)).modules() if isinstance(m, Permute)]
-    expected = ops.squeeze(x, order="realnvp")
-    assert torch.equal(permute(ops.squeeze(x, order="space"))[0], expected)
+    expected = ops.squeeze2d(x, order="realnvp")
+    assert torch.equal(permute(ops.squeeze2d(x, order="space"))[0], expected)
 
 
 def test_couplings_of_realnvp_alternate():
     first, last = realnvp().flows
-    couplings = [(m.mask, m.flip) for m in (*first, *last) if isinstance(m, AffineCoupling)]
+    couplings = [(m.mask, m.swap_halves) for m in (*first, *last) if isinstance(m, AffineCoupling)]
     masks = ["checkerboard"] * 3 + ["halves"] * 3 + ["checkerboard"] * 4
     assert couplings == list(zip(masks, [False, True, False] * 2 + [False, True] * 2, strict=True))
 
