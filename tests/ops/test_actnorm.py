@@ -288,3 +288,11 @@ def test_backward_keeps_the_inputs_alone():
         for inverse in (False, True):
             ops.actnorm(x, s, b, inverse=inverse)
     assert set(kept) == {x.data_ptr(), s.data_ptr(), b.data_ptr()}
+
+
+@pytest.mark.bodies("compiled", CUDA)
+def test_gradients_of_more_samples_than_one_sum_takes():
+    """On the CPU, 100 samples are summed in three parts, which are then added."""
+    x, dy = torch.randn(100, 3, 2, 2, dtype=torch.float64), torch.randn(100, 3, 2, 2, dtype=torch.float64)
+    s, b, dlog_det = torch.randn(3).double(), torch.randn(3).double(), torch.randn(100).double()
+    assert_as_reference(torch.ops.fastflow.actnorm_backward.default, x, s, b, dy, dlog_det, False)

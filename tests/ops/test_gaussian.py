@@ -207,3 +207,10 @@ def test_same_bits_twice():
         return torch.autograd.grad(ops.gaussian_log_prob(z, m, s).sum(), (z, m, s))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.bodies("compiled", CUDA)
+def test_gradients_of_more_samples_than_one_sum_takes():
+    """On the CPU, 100 samples are summed in three parts, which are then added."""
+    z, m, s = torch.randn(100, 3, 2, 2).double(), torch.randn(3).double(), torch.randn(3).double()
+    assert_as_reference(BACKWARD, z, m, s, torch.randn(100).double())
