@@ -29,7 +29,7 @@ train: $(STAMP) ## train a small Glow on real photographs; ARGS="..." goes to `f
 
 # One thread a worker: two workers with one each beat torch's own threads on tensors as small as those of tests.
 test: lint ## lint, then every test
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable --durations=10 $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable --durations=10 $(ARGS)
 
 lint: $(STAMP) ## ruff and clang-format, lint and format
 	@$(PY) -m ruff check .

@@ -63,9 +63,9 @@ install() {
 }
 
 tests() {
-  # They compile some 3,000 Triton kernels, which takes about 1,100 seconds of one core. Tests of 17 to 30 GB share a worker.
+  # They compile some 3,000 Triton kernels, which takes about 1,100 seconds of one core. Tests of 17 to 30 GB wait for each other.
   local workers=$(($(nproc) < 16 ? $(nproc) : 16))
-  exec "$PYTHON" -m pytest -m gpu -n "$workers" --dist loadgroup -q -rfE --durations=10 --benchmark-disable \
+  exec "$PYTHON" -m pytest -m gpu -n "$workers" --dist worksteal -q -rfE --durations=10 --benchmark-disable \
     --show-capture=no tests
 }
 

@@ -1,5 +1,7 @@
 """Every kernel at sizes that count on a device, and past 2^31 elements; the same bodies run small without one."""
 
+import contextlib
+import fcntl
 import math
 
 import pytest
@@ -226,16 +228,34 @@ def test_a_captured_graph(each_backend):
 # past 2^31 elements ------------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Waits until no other process or block holds the lock of this file, and holds it during the block."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture
-def empty_cache():
-    """Hands a large test's memory back to the device, which workers share."""
-    yield
-    torch.cuda.empty_cache()
+def the_only_large_test(tmp_path_factory):
+    """Runs the large tests of all workers one after the other, and frees a test's memory on the device.
+
+    A lock, because pytest-xdist's groups have no effect under pytest 9.2 (pytest-xdist issue 1386).
+    """
+    with locked(tmp_path_factory.getbasetemp().parent / "large.lock"):  # the folder that all workers share
+        yield
+        torch.cuda.empty_cache()
 
 
-def large(test):
-    """Marks a test of 17 to 30 GB: with ``--dist loadgroup`` one worker runs all of them, one after the other."""
-    return pytest.mark.xdist_group("large")(pytest.mark.usefixtures("empty_cache")(test))
+large = pytest.mark.usefixtures("the_only_large_test")  # for a test of 17 to 30 GB
+
+
+def test_large_tests_wait_for_each_other(tmp_path):
+    path = tmp_path / "lock"
+    with locked(path), open(path) as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(path) as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 MANY = on_both("count", [600], [2**31 + 600])  # elements
