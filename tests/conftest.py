@@ -67,10 +67,10 @@ def pytest_generate_tests(metafunc):
     named = [marker.args[0] for marker in metafunc.definition.iter_markers("parametrize")]
     if "each_backend" in metafunc.fixturenames and not any("each_backend" in names for names in named):
         bodies = metafunc.definition.get_closest_marker("bodies").args
-        metafunc.parametrize("each_backend", bodies, indirect=True, scope="module")
+        metafunc.parametrize("each_backend", bodies, indirect=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def each_backend(request):
     """Runs a test on each body of the ops that its marker ``bodies`` names.
 
@@ -81,7 +81,7 @@ def each_backend(request):
         pytest.skip("kernels are compiled here, not interpreted: the device runs them")
     if request.param in ("compiled", "emulated") and not extension.cpu:
         pytest.skip("the C++ extension was not built here: no compiler")
-    torch.set_default_device("cuda" if request.param == "cuda" else "cpu")
+    torch.set_default_device("cuda" if request.param == "cuda" else None)
     with fastflow.backend(BACKENDS.get(request.param, request.param)):
         yield request.param
     torch.set_default_device(None)

@@ -77,8 +77,9 @@ def test_paths_end_at_the_samples(method, glow, multiscale, plane):
 
 def test_all_latents_are_interpolated(multiscale):
     x = images(2)
-    ends = multiscale.encode(x)
-    halves = tuple((z[:1] + z[1:]) / 2 for z in ends)
+    # in batches of one, as interpolate has here: a convolution rounds differently in a larger batch
+    ends = zip(multiscale.encode(x[:1]), multiscale.encode(x[1:]), strict=True)
+    halves = tuple((z0 + z1) / 2 for z0, z1 in ends)
     assert torch.equal(explore.interpolate(multiscale, x[:1], x[1:], 3)[:, 1], multiscale.decode(halves))
 
 
