@@ -40,8 +40,7 @@ def implementations() -> str:
     known, lines = limits(), {}
     for name in sorted(OPS):
         cells = [implementation(OPS[name], d, known.get((name, d), "")) for d in ("cuda", "cpu")]
-        folder = OPS[name].fallback.__module__.split(".")[-2]
-        lines.setdefault((folder, *cells), []).append(name)
+        lines.setdefault((OPS[name].folder, *cells), []).append(name)
     rows = [[named(ops), *cells, "PyTorch"] for (_, *cells), ops in lines.items()]
     return page.table(["op", "CUDA tensors", "CPU tensors", "other devices"], rows)
 

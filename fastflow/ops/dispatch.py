@@ -66,18 +66,20 @@ class Implementations:
 
     Attributes:
         name: name of the op, its reference, its Triton launcher and its compiled op.
+        folder: folder of the op in ``fastflow/ops``; also the module of its Triton launcher.
         fallback: plain PyTorch, for every device.
         device_of: position of the argument whose device decides.
-        triton: module of :mod:`fastflow.triton_kernels` with the launcher; None without a Triton kernel.
+        triton: whether the op has a Triton launcher.
         compiled: devices with a compiled op in the extension: ``()``, ``("cpu",)`` or ``("cpu", "cuda")``.
         eligible: whether the kernels support the arguments; the fallback runs otherwise.
         call: calls the compiled op, its first argument, if the signature of the compiled op differs.
     """
 
     name: str
+    folder: str
     fallback: Callable
     device_of: int = 0
-    triton: str | None = None
+    triton: bool = False
     compiled: tuple[str, ...] = ()
     eligible: Callable[..., bool] | None = None
     call: Callable | None = None
@@ -116,7 +118,7 @@ class Implementations:
         return {"cpu": cpu, "cuda": cuda, "emulated": op("fastflow_emulated") if cuda and cpu else cpu}
 
     def _launch(self, tensor: torch.Tensor, args: tuple) -> object:
-        launcher, device = getattr(triton_kernels(self.triton), self.name), tensor.device
+        launcher, device = getattr(triton_kernels(self.folder), self.name), tensor.device
         try:
             if device.type != "cuda" or device.index == torch.cuda.current_device():
                 return launcher(*args)

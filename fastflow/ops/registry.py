@@ -17,7 +17,7 @@ OPS: dict[str, Implementations] = {}  # every registered op by name
 
 def folders() -> list[str]:
     """Names of the folders of ops, also used in csrc/, triton_kernels/ and benchmarks/ops/."""
-    return sorted({op.fallback.__module__.split(".")[-2] for op in OPS.values()})
+    return sorted({op.folder for op in OPS.values()})
 
 
 def register(
@@ -68,14 +68,15 @@ def register(
 
     Returns the implementations, for ops that call this op.
     """
-    name, folder = reference.__name__, reference.__module__.split(".")[-2]
+    name = reference.__name__
     schema = torch.library.infer_schema(reference, mutates_args=())
     parameters = list(inspect.signature(reference).parameters.values())
     implementations = Implementations(
         name,
+        reference.__module__.split(".")[-2],
         fallback or reference,
         next(i for i, p in enumerate(parameters) if p.annotation is Tensor),
-        folder if triton else None,
+        triton,
         tuple(compiled),
         eligible,
         call,

@@ -87,8 +87,8 @@ def cases(make: Make, shape: tuple[int, ...], folder: str | None = None) -> Iter
 @functools.cache
 def bytes_per_element(op: str, variant: str = "") -> int:
     """``bytes_moved`` of a case. Raises ValueError if there is no such case, or if it has no such number."""
-    folder = OPS[op].fallback.__module__.split(".")[-2]
-    known = {(case.op, case.variant): case.bytes_moved for case in cases(Make(), (2, 4, 2, 2), folder)}
+    found = cases(Make(), (2, 4, 2, 2), OPS[op].folder)
+    known = {(case.op, case.variant): case.bytes_moved for case in found}
     if known.get((op, variant)) is None:
         raise ValueError(f"variant: got {variant!r} of {op}, expected a case with bytes_moved: {known}")
     return known[op, variant]

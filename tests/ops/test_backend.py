@@ -90,7 +90,7 @@ def on_a_gpu(error: Exception, monkeypatch) -> tuple[Implementations, SimpleName
     monkeypatch.setattr(dispatch, "_triton_works", True)
     monkeypatch.setattr(dispatch, "triton_kernels", lambda module: SimpleNamespace(double=launcher))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    op = Implementations("double", fallback=lambda x: "reference", triton="double")
+    op = Implementations("double", "double", fallback=lambda x: "reference", triton=True)
     return op, SimpleNamespace(device=torch.device("cuda:0"), is_cuda=True, is_cpu=False, numel=lambda: 3)
 
 

@@ -24,7 +24,7 @@ register(reference.uniform_noise, triton=True, compiled=("cpu",), compiled_schem
 # not an op: only gaussian_sample uses it
 define_compiled("normal_noise", ROWS)
 normal_noise = Implementations(
-    "normal_noise", reference.normal_noise, device_of=1, compiled=("cpu",), call=_rows
+    "normal_noise", "noise", reference.normal_noise, device_of=1, compiled=("cpu",), call=_rows
 )
 
 
