@@ -61,11 +61,12 @@ class AffineCoupling(Flow):
         validation.one_of("scale", scale, SCALES)
         validation.one_of("affine_order", affine_order, AFFINE_ORDERS)
         validation.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
+        # None is the default of the former name, num_features
+        validation.positive_int("num_scale_factors", num_scale_factors, optional=True)
         self.net = net
         self.mask, self.swap_halves, self.scale = mask, swap_halves, scale
         self.affine_order, self.params_layout = affine_order, params_layout
         # the logarithm is the parameter, so that the factor is positive
-        # None is the default of the former name, num_features
         factors = torch.zeros(num_scale_factors or 1)
         self.log_factor = nn.Parameter(factors) if scale in WITH_FACTOR else None
 

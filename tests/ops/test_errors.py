@@ -333,6 +333,10 @@ MODULES = {
         lambda: AffineCoupling(nn.Linear(2, 4), num_scale_factors=3)(x_(2, 4)),
         r"factor: got shape \[3\], expected \[2\], one for each transformed channel",
     ),
+    "coupling's number of factors": (
+        lambda: AffineCoupling(nn.Linear(2, 4), num_scale_factors=0),
+        r"num_scale_factors: got 0, expected a positive integer",
+    ),
     "coupling's scale": (
         lambda: AffineCoupling(nn.Identity(), scale="relu"),
         r"scale: got 'relu', expected one of 'exp'",
