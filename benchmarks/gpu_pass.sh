@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds, tests and measures FastFlow on a CUDA machine, in under ten minutes, without downloading anything.
+# Builds, tests and measures FastFlow on a CUDA machine, without downloading anything. Stops after ten minutes.
 #
 #   bash benchmarks/gpu_pass.sh [FOLDER]
 #

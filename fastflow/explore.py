@@ -26,8 +26,8 @@ def interpolate(
 
     ``method="spherical"`` uses :math:`[\sin((1 - t) \Omega) z_0 + \sin(t \Omega) z_1] / \sin \Omega` instead
     (arXiv:1609.04468), where :math:`\Omega` is the angle between :math:`z_0` and :math:`z_1` of a level.
-    Halfway between two draws of a Gaussian, the straight line is nearer to 0 than the draws by a factor of
-    :math:`\sqrt 2`; the arc is not.
+    Halfway between two draws of a Gaussian, the norm of the straight line's point is smaller than the draws'
+    norm by a factor of :math:`\sqrt 2`. The arc keeps the norm.
 
     Args:
         model: model of the samples.
@@ -195,9 +195,9 @@ def typicality(scores: Tensor, train_scores: Tensor) -> Tensor:
     r"""Distance from the typical set, :math:`|s(x) - \bar s|`: bits/dim, and their mean in training.
 
     Source: the test of Nalisnick et al. (arXiv:1906.02994) for single samples. A sample is an outlier if its
-    typicality exceeds a quantile of the typicality of held-out data. A threshold on bits/dim only misses
-    samples that are simpler than the data, such as constant images, to which a flow assigns *higher* density
-    (arXiv:1810.09136).
+    typicality exceeds a quantile of the typicality of held-out data. A threshold that uses only bits/dim
+    misses samples that are simpler than the data, such as constant images: a flow assigns them *higher*
+    density (arXiv:1810.09136).
 
     Args:
         scores: bits/dim of the samples, see :func:`fastflow.trainer.evaluate.evaluate`.

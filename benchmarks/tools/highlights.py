@@ -3,6 +3,8 @@
 from benchmarks.models import memory
 from benchmarks.tools import page
 
+LABELS = {"stored": "stored activations", "checkpoint": "checkpointing"}
+
 
 def glow(rows: list[dict]) -> str:
     """Time over plain PyTorch's, one line per provider, of the newest size.
@@ -23,11 +25,11 @@ def grown(rows: list[dict]) -> str:
     """The peak memory that one more flow step per level adds, with the widest networks."""
     (side, batch, hidden), ways = max(memory.against("k", rows).items(), key=lambda found: found[0][2])
     mib = {way: memory.growth(points) for way, points in ways.items()}
-    others = ", ".join(f"{way} {mib[way]:.2f}" for way in mib if way != "reversible")
+    others = ", ".join(f"{LABELS.get(way, way)} {mib[way]:.2f}" for way in mib if way != "reversible")
     return (
-        "With reversible backprop, one more flow step per level (three levels, "
-        f"hidden {hidden}, batch {batch}, {side}x{side})\n"
-        f"adds {mib['reversible']:.2f} MiB to the peak memory ({others})."
+        f"Glow with three levels, hidden {hidden}, batch {batch}, {side}x{side}: one more flow step per level adds\n"
+        f"{mib['reversible']:.2f} MiB to the peak memory with reversible backprop.\n"
+        f"Others: {others} MiB."
     )
 
 
@@ -35,9 +37,12 @@ def took(rows: list[dict]) -> str:
     """The time of the ways that :func:`grown` compares."""
     widest = max((row["hidden"] for row in rows), key=int)
     ratio = {row["way"]: float(row["ratio"]) for row in rows if row["hidden"] == widest}
-    others = ", ".join(f"{way} {ratio[way]:.2f}" for way in ratio if way not in ("stored", "reversible"))
-    ours = ratio["reversible"]
-    return f"Forward and backward take {ours:.2f} times as long as with stored activations ({others})."
+    ways = [way for way in ratio if way not in ("stored", "reversible")]
+    others = ", ".join(f"{LABELS.get(way, way)} {ratio[way]:.2f}" for way in ways)
+    return (
+        f"Forward and backward take {ratio['reversible']:.2f} times as long as with stored activations.\n"
+        f"Others: {others}."
+    )
 
 
 def text(device: str, files: dict[str, list[dict]]) -> str:
@@ -48,7 +53,8 @@ def text(device: str, files: dict[str, list[dict]]) -> str:
     if "glow" in files:
         parts.append(
             f"{glow(files['glow'])}\n\n"
-            "(`python -m benchmarks.models.glow`; normflows is compared with plain PyTorch with its coupling)"
+            "(`python -m benchmarks.models.glow`. normflows has another coupling; its time is divided by the\n"
+            "time of a plain PyTorch Glow with that coupling.)"
         )
     if {"memory", "memory_time"} <= files.keys():
         parts.append(

@@ -55,13 +55,13 @@ class Glow(Model):
             paper's code); otherwise they are 0 and 1. Class-conditional models always learn them.
         logit: dequantize through RealNVP's logit (alpha 0.05) instead of to [-1/2, 1/2).
         scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`. The paper's
-            code uses ``"sigmoid"``. ``"soft_clamp"`` and ``"tanh"`` bound the scale, so that images unlike
-            the training data are also recovered from their latents.
+            code uses ``"sigmoid"``. ``"soft_clamp"`` and ``"tanh"`` bound the scale, so that more images
+            unlike the training data are recovered from their latents (docs/index.md has counts).
         reversible: recompute activations in backward instead of storing them. Memory then does not grow with
             ``steps``, and a training step takes up to a third longer (docs/memory.md). Set it to False to
             compile the whole model with torch.compile.
-        activation_checkpoint_every: store the activation after every this many steps of a reversible chain.
-            Rounding errors then accumulate over no more steps than these.
+        activation_checkpoint_every: number of steps of a reversible chain between two stored activations.
+            Rounding errors accumulate over at most this many steps.
 
     Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
     Raises ValueError for any other argument; for too many levels, the message names the largest number that

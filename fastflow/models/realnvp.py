@@ -64,7 +64,7 @@ class RealNVP(Model):
         reversible: recompute activations in backward instead of storing them. In training mode, call backward
             before the next forward pass, because a forward pass updates the statistics of the batch
             normalizations.
-        activation_checkpoint_every: store the activation after every this many layers of a reversible chain.
+        activation_checkpoint_every: number of layers of a reversible chain between two stored activations.
 
     In training mode, an image's result depends on the other images of its batch, also in ``encode``,
     ``decode`` and ``sample``; call ``eval()`` before these.

@@ -30,9 +30,9 @@ class AffineCoupling(Flow):
 
     Args:
         net: coupling network, any module. It is called as ``net(x_a)``, or ``net(x_a, context)`` if a context
-            is given. With ``mask="halves"`` it maps ``[N, C/2, ...]`` to ``[N, C, ...]``. With
-            ``"checkerboard"`` it maps ``[N, C, ...]``, zero at the transformed positions, to
-            ``[N, 2C, ...]``.
+            is given. With ``mask="halves"`` its input has the shape ``[N, C/2, ...]`` and its output
+            ``[N, C, ...]``. With ``"checkerboard"`` its input has the shape ``[N, C, ...]`` and is zero at
+            the transformed positions; its output has the shape ``[N, 2C, ...]``.
         mask, swap_halves, affine_order, params_layout: see :func:`fastflow.ops.affine_coupling`.
         scale: scale function s, see :func:`fastflow.ops.affine_coupling`. ``"soft_clamp"`` and ``"tanh"``
             bound s by their factor. ``"exp"`` and ``"sigmoid"`` have no lower bound: on data unlike the
@@ -75,7 +75,7 @@ class AffineCoupling(Flow):
     h_order = renamed_property("h_order", "params_layout")
 
     def network_input(self, x: Tensor) -> Tensor:
-        """Input of the network: the part of x that passes through, which y has as well."""
+        """Input of the network: the part of x that the coupling does not change."""
         validation.floating_point("x", x)
         if self.mask == "checkerboard":
             return x.masked_fill(checkerboard_transformed(x, self.swap_halves), 0)

@@ -134,8 +134,7 @@ class GlowLevel(Flow):
     Args:
         steps: the K steps, applied in order.
         reversible: recompute activations in backward instead of storing them, see docs/memory.md.
-        activation_checkpoint_every: with ``reversible``, also store the activation after every this many
-            steps.
+        activation_checkpoint_every: with ``reversible``, number of steps between two stored activations.
 
     Shape: x ``[N, C, H, W]``; z ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
     Raises ValueError for another shape, and if ``activation_checkpoint_every`` is neither None nor a positive

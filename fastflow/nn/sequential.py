@@ -18,10 +18,10 @@ class Sequential(Flow):
 
     Args:
         flows: flows, applied in order. Nested Sequentials are flattened if their options agree.
-        reversible: recompute activations in backward. Set it to False to store them, which flows without an
-            inverse and torch.compile of the whole chain require.
-        activation_checkpoint_every: also store the activation after every this many flows; rounding errors
-            then accumulate over no more flows than these.
+        reversible: recompute activations in backward. False stores them. Set it to False for flows without an
+            inverse, and to compile the whole chain with torch.compile.
+        activation_checkpoint_every: number of flows between two stored activations. Rounding errors
+            accumulate over at most this many flows.
 
     Shape: x, z as the first flow takes and the last one returns them; log_det ``[N]``, nats.
     Raises TypeError for a module that is not a :class:`Flow` (:class:`Split` has three outputs and belongs in

@@ -30,8 +30,8 @@ def run_reversible(
         shared_args: function that returns the arguments of each step after the context, for work that the
             steps share. It is called with the steps once in forward and once in backward, where it is
             differentiated.
-        activation_checkpoint_every: also store the activation after every this many steps, so that rounding
-            errors accumulate over fewer.
+        activation_checkpoint_every: number of steps between two stored activations. Rounding errors
+            accumulate over at most this many steps.
 
     Raises ValueError for a step without an inverse or with a log_det that is not ``[N]``, TypeError for a
     context that is not a tensor. Backward raises RuntimeError if a parameter or buffer changed since, for

@@ -146,11 +146,11 @@ def dequantize_inverse(
 ) -> tuple[Tensor, Tensor]:
     r"""Inverse of :func:`dequantize`.
 
-    It is :math:`x = \lfloor 2^n (p - \alpha_0) / \alpha_1 \rfloor`, clamped to the bit depth. Arguments as
-    in :func:`dequantize`.
+    Formula: :math:`x = \lfloor 2^n (p - \alpha_0) / \alpha_1 \rfloor`, clamped to the bit depth. The
+    arguments are the same as in :func:`dequantize`.
 
-    Shape: y floating point; x uint8, not differentiable; log_det ``[N]``, nats, of the continuous map from y
-    to x + u, differentiable.
+    Shape: y floating point; x uint8; log_det ``[N]``, nats. x is not differentiable. log_det is
+    differentiable: it is the log-det of the continuous map from y to x + u.
 
     Raises ValueError if y is not floating point, for a y that cannot be unsqueezed, and for maps that
     :func:`dequantize` rejects.
