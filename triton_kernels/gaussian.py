@@ -30,17 +30,17 @@ from fastflow.triton_kernels.tiles import (
 
 
 @triton.jit
-def load_term(
+def load_parameter(
     v, n, k, p, K, mask, v_n, v_k, v_p,
-    TERM: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIM: tl.constexpr, VEC_K: tl.constexpr,
+    KIND: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIM: tl.constexpr, VEC_K: tl.constexpr,
     VEC_P: tl.constexpr,
 ):  # fmt: skip
     """Mean or log scale of a tile: per element, per channel (with stride v_k), or 0."""
-    if TERM == "full":
+    if KIND == "full":
         return tl.load(
             v + offset(n, k, p, v_n, v_k, v_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
         ).to(ACC)
-    elif TERM == "channel":
+    elif KIND == "channel":
         return tl.load(v + k * v_k, mask=k < K, other=0.0).to(ACC)
     else:
         return tl.zeros([1, 1], ACC)
@@ -70,8 +70,10 @@ def gaussian_log_prob_kernel(
         k, p = tile_indices(part * tiles_per_program + i, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
         b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, DIM_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, DIM_MEAN, VEC_K, VEC_P)
-        b_s = load_term(
+        b_m = load_parameter(
+            mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, DIM_MEAN, VEC_K, VEC_P
+        )
+        b_s = load_parameter(
             log_scale,
             n,
             k,
@@ -109,7 +111,7 @@ def gaussian_log_prob_backward_kernel(
     VECTORS: tl.constexpr,
 ):  # fmt: skip
     # z, dz: [N, K, P];  mean, log_scale and their gradients: [N, K, P], [K] or none
-    # slots: [programs / k_blocks, number of terms of shape [K], K]
+    # slots: [programs / k_blocks, number of parameters of shape [K], K]
     DIM_Z: tl.constexpr = CONTIGUOUS_DIMS[0]
     DIM_MEAN: tl.constexpr = CONTIGUOUS_DIMS[1]
     DIM_LOG_SCALE: tl.constexpr = CONTIGUOUS_DIMS[2]
@@ -131,8 +133,10 @@ def gaussian_log_prob_backward_kernel(
         k, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
         mask = (k < K) & (p < P)
         b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, DIM_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-        b_m = load_term(mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, DIM_MEAN, VEC_K, VEC_P)
-        b_s = load_term(
+        b_m = load_parameter(
+            mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, DIM_MEAN, VEC_K, VEC_P
+        )
+        b_s = load_parameter(
             log_scale,
             n,
             k,
@@ -186,10 +190,10 @@ def gaussian_log_prob_backward_kernel(
 
 
 @triton.jit
-def load_drawn_term(
-    v, n, e, k, p, mask, v_n, v_k, v_p, TERM: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr
+def load_sample_parameter(
+    v, n, e, k, p, mask, v_n, v_k, v_p, KIND: tl.constexpr, FLAT: tl.constexpr, ACC: tl.constexpr
 ):
-    if TERM == "full":
+    if KIND == "full":
         at = n * v_n + (e if FLAT else k * v_k + p * v_p)
         return tl.load(v + at, mask=mask, other=0.0).to(ACC)
     else:
@@ -216,12 +220,12 @@ def gaussian_sample_kernel(
     b_z = normal(block, sample_offset + n, tl.load(seed), ACC)
     b_z = b_z * temperature + b_z * temperature_rest
     if LOG_SCALE != "none":
-        b_s = load_drawn_term(
+        b_s = load_sample_parameter(
             log_scale, n, e, k, p, mask, log_scale_n, log_scale_k, log_scale_p, LOG_SCALE, FLAT_LOG_SCALE, ACC
         )
         b_z = b_z * tl.exp(b_s)
     if MEAN != "none":
-        b_z += load_drawn_term(mean, n, e, k, p, mask, mean_n, mean_k, mean_p, MEAN, FLAT_MEAN, ACC)
+        b_z += load_sample_parameter(mean, n, e, k, p, mask, mean_n, mean_k, mean_p, MEAN, FLAT_MEAN, ACC)
     tl.store(out + n * D + e, b_z.to(out.dtype.element_ty), mask=mask)
 
 
@@ -229,12 +233,12 @@ def _kind(v: Tensor | None) -> str:
     return "none" if v is None else "channel" if v.ndim == 1 else "full"
 
 
-def _terms(
+def _parameters(
     z: Tensor, mean: Tensor | None, log_scale: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor], list[int], dict]:
-    """Tensors that the kernel reads, tensors that decide the tiles, strides of terms per channel, constants.
+    """Tensors that the kernel reads, tensors that decide the tiles, channel strides, constants.
 
-    z replaces absent terms.
+    z replaces absent parameters.
     """
     kinds = [_kind(v) for v in (mean, log_scale)]
     read = [
@@ -249,7 +253,7 @@ def _terms(
 def gaussian_log_prob(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> Tensor:
     acc, triton_acc = accumulator(z.dtype)
     z = with_position_stride(z)
-    read, tiled, channel, kinds = _terms(z, mean, log_scale)
+    read, tiled, channel, kinds = _parameters(z, mean, log_scale)
     t = tiles(z.shape[1], z, *tiled)
     log_prob = z.new_empty((z.shape[0] * (1 if t.constants["VECTORS"] else t.split),), dtype=acc)
     launch(
@@ -266,7 +270,7 @@ def gaussian_log_prob_backward(
     acc, triton_acc = accumulator(z.dtype)
     dz, dz_out = allocate_output(z)
     z = with_position_stride(z)
-    read, tiled, channel, kinds = _terms(z, mean, log_scale)
+    read, tiled, channel, kinds = _parameters(z, mean, log_scale)
     # gradients; buffers that the kernel writes; gradients that are summed over programs
     results, outs, summed = [], [], []
     for v in (mean, log_scale):

@@ -159,9 +159,9 @@ struct Parameters {
 template <typename acc>
 class TileParameter {
  public:
-  TileParameter(const Parameter<acc>& term, const Grid& grid, Buffers<acc>& buffers)
-      : channel_(pointer(term.channel), grid, buffers) {
-    if (term.each) each_.emplace(*term.each, buffers);
+  TileParameter(const Parameter<acc>& parameter, const Grid& grid, Buffers<acc>& buffers)
+      : channel_(pointer(parameter.channel), grid, buffers) {
+    if (parameter.each) each_.emplace(*parameter.each, buffers);
   }
   OperandView<acc> channel(const Tile& t) { return channel_(t); }
   OperandView<acc> each(const Tile& t) const {
@@ -178,9 +178,9 @@ template <typename acc>
 void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_,
                  const std::optional<Tensor>& log_scale_, const Grid& grid, const Tensor& log_prob) {
   const Channels z(z_, 0, 1, grid);
-  const Parameters<acc> terms(mean_, log_scale_, grid);
+  const Parameters<acc> parameters(mean_, log_scale_, grid);
   const double positions = grid.vectors ? 1 : grid.positions,
-               rest = positions * (grid.channels * LOG_2PI / 2 + terms.sum_of_channels);
+               rest = positions * (grid.channels * LOG_2PI / 2 + parameters.sum_of_channels);
   const auto from_sum = [&](double sum) { return static_cast<acc>(-sum / 2 - rest); };
   const int64_t tiles = grid.tiles();
   const Buffer<double> sums(grid.vectors ? 0 : tiles);
@@ -188,7 +188,7 @@ void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_,
   torch::stable::parallel_for(0, tiles, GRAIN, [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(6, grid);
     const Operand<acc> v(z, buffers);
-    TileParameter<acc> mean(terms.mean, grid, buffers), log_scale(terms.log_scale, grid, buffers);
+    TileParameter<acc> mean(parameters.mean, grid, buffers), log_scale(parameters.log_scale, grid, buffers);
     acc* of_elements = buffers.next();
     const Buffer<double> of_lines(grid.lines_per_tile);
     for (int64_t i = begin; i < end; ++i) {
@@ -217,11 +217,11 @@ void log_prob_of(const Tensor& z_, const std::optional<Tensor>& mean_,
 template <typename acc>
 class TileGradient {
  public:
-  TileGradient(const Parameter<acc>& term, const std::optional<Channels>& each, const Grid& grid,
+  TileGradient(const Parameter<acc>& parameter, const std::optional<Channels>& each, const Grid& grid,
                Buffers<acc>& buffers)
       : channels_(grid.channels) {
     if (each) each_.emplace(*each, buffers);
-    if (term.channel) sums_.emplace(grid), of_elements_ = buffers.next();
+    if (parameter.channel) sums_.emplace(grid), of_elements_ = buffers.next();
   }
   acc* output(const Tile& t) const { return each_ ? each_->output(t) : of_elements_; }
   void store(const Tile& t) {
@@ -246,9 +246,9 @@ class TileGradient {
 // The tensor of the gradient of a mean or log scale.
 class Gradient {
  public:
-  Gradient(const Tensor& z, const std::optional<Tensor>& term) {
-    if (term && term->dim() > 1) each_.emplace(*term);
-    else channel_ = term ? empty(*term, {term->size(0)}) : empty(z, {0});
+  Gradient(const Tensor& z, const std::optional<Tensor>& parameter) {
+    if (parameter && parameter->dim() > 1) each_.emplace(*parameter);
+    else channel_ = parameter ? empty(*parameter, {parameter->size(0)}) : empty(z, {0});
   }
   std::optional<Channels> each(const Grid& grid) const {
     return each_ ? std::optional(Channels(each_->kernel_output(), 0, 1, grid)) : std::nullopt;
@@ -271,15 +271,15 @@ void backward_of(const Tensor& z_, const std::optional<Tensor>& mean_,
                  const Slots& slots, const Tensor& dz_, const Gradient& dmean_, const Gradient& dlog_scale_,
                  double* sums) {
   const Channels z(z_, 0, 1, grid), dz(dz_, 0, 1, grid);
-  const Parameters<acc> terms(mean_, log_scale_, grid);
+  const Parameters<acc> parameters(mean_, log_scale_, grid);
   const std::optional<Channels> each_mean = dmean_.each(grid), each_log_scale = dlog_scale_.each(grid);
   const Buffer<acc> dlog_prob = values_of<acc>(dlog_prob_);
   torch::stable::parallel_for(0, slots.count, slots.grain(GRAIN), [&](int64_t begin, int64_t end) {
     Buffers<acc> buffers(9, grid);
     const Operand<acc> v(z, buffers), dv(dz, buffers);
-    TileParameter<acc> mean(terms.mean, grid, buffers), log_scale(terms.log_scale, grid, buffers);
-    TileGradient<acc> dmean(terms.mean, each_mean, grid, buffers),
-        dlog_scale(terms.log_scale, each_log_scale, grid, buffers);
+    TileParameter<acc> mean(parameters.mean, grid, buffers), log_scale(parameters.log_scale, grid, buffers);
+    TileGradient<acc> dmean(parameters.mean, each_mean, grid, buffers),
+        dlog_scale(parameters.log_scale, each_log_scale, grid, buffers);
     PerSample<acc> g(dlog_prob.get(), grid, buffers);
     for (int64_t slot = begin; slot < end; ++slot) {
       dmean.clear();
@@ -303,8 +303,9 @@ void backward_of(const Tensor& z_, const std::optional<Tensor>& mean_,
   add_slots(sums, slots.count, 2 * grid.channels);
 }
 
-std::optional<Tensor> with_position_stride(const std::optional<Tensor>& term) {
-  return term && term->dim() > 1 ? std::optional(fastflow::with_position_stride(*term)) : term;
+std::optional<Tensor> with_position_stride(const std::optional<Tensor>& parameter) {
+  return parameter && parameter->dim() > 1 ? std::optional(fastflow::with_position_stride(*parameter))
+                                           : parameter;
 }
 
 void check(const char* op, const Tensor& z, const std::optional<Tensor>& mean,
