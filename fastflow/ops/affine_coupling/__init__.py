@@ -9,9 +9,9 @@ from fastflow.ops.affine_coupling.op import (
 )
 
 __all__ = [
-    "PARAMS_LAYOUTS",
-    "MASKS",
     "AFFINE_ORDERS",
+    "MASKS",
+    "PARAMS_LAYOUTS",
     "SCALES",
     "WITH_FACTOR",
     "affine_coupling",
