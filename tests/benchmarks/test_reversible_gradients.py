@@ -9,7 +9,7 @@ from benchmarks.models.reversible_gradients import MAY_BE
 from fastflow.trainer import data
 from tests.support.rows import assert_tables, rows_of
 
-BATCH, BATCHES = 8, 2
+STEPS, BATCH = 10, 8
 
 
 def smooth(model: nn.Module) -> nn.Module:
@@ -17,7 +17,7 @@ def smooth(model: nn.Module) -> nn.Module:
 
     A ReLU that is on in float64 and off in float32 adds 1e-5 to a gradient's error, whichever way activations come
     back. Whether a batch has one depends on the CPU's rounding, and the error varies 50 times from batch to batch.
-    Without ReLUs the error varies by a tenth, so that two batches show what reversible backprop adds.
+    Without ReLUs the error varies by a tenth, so that one batch shows what reversible backprop adds.
     """
     for module in model.modules():
         for name, child in module._modules.items():
@@ -27,21 +27,25 @@ def smooth(model: nn.Module) -> nn.Module:
 
 
 def measured(model, images, numbers, ways) -> list[dict]:
-    rows = reversible_gradients.measure(model, images, BATCH, [numbers], ways, with_drift=False)
-    return [{"after": 20} | row for row in rows]
+    batch = len(next(iter(images.values())))
+    rows = reversible_gradients.measure(model, images, batch, numbers, ways, with_drift=False)
+    return [{"after": STEPS} | row for row in rows]
 
 
 @pytest.mark.slow
-def test_after_20_steps():
-    """Glow L=3 K=32 hidden 64; one test, since training takes as long as the rest."""
+def test_after_10_steps():
+    """Glow L=3 K=32 hidden 64; one test, since training takes as long as the rest.
+
+    Training keeps its activations, which takes less time. Smaller models, fewer levels and smaller images amplify
+    rounding in noise, which they did not learn, beyond the bounds of this model.
+    """
     photos = data.load("photos")
-    images = reversible_gradients.test_and_noise(photos.test[: BATCH * BATCHES])
+    images = reversible_gradients.test_and_noise(photos.test[:BATCH])
     glow = reversible_gradients.untrained(photos, k=32, hidden=64)
-    for _ in training.train(glow, photos, 20):
+    for _ in training.train(reversible_gradients.reversed_by(glow, False), photos, STEPS):
         pass
-    one_batch = {kind: several[:BATCH] for kind, several in images.items()}
-    for numbers in ("float64", "bfloat16 networks"):
-        hardly_less_exact(glow, one_batch, numbers)
+    few = {kind: several[:2] for kind, several in images.items()}
+    hardly_less_exact(glow, few, ["float64", "bfloat16 networks"])
     hardly_less_exact_in_float32(smooth(glow), images)
 
 
@@ -55,22 +59,22 @@ def hardly_less_exact(glow, images, numbers):
     worse = [
         row | {"error": 3 * row["error"] + 1e-11} if row["backprop"] == "reversible" else row for row in rows
     ]
-    assert len(reversible_gradients.failures(worse)) == len(images)
+    assert len(reversible_gradients.failures(worse)) == len(images) * len(numbers)
 
 
 def hardly_less_exact_in_float32(glow, images):
-    """Each batch is hardly less exact than with stored activations; without the corrected inverse noise is worse."""
-    ways = ["stored", "reversible", "plain inverse"]
-    rows = measured(glow, images, "float32", ways)
-    ratios = {
-        (kind, way): [r["over_stored"] for r in rows if r["images"] == kind and r["backprop"] == way]
-        for kind in images
-        for way in ways
-    }
+    """Hardly less exact than with stored activations; without the corrected inverse noise is worse."""
+    ratios = {}
+    for kind, ways in (
+        ("test images", ["stored", "reversible"]),
+        ("uniform noise", ["stored", "reversible", "plain inverse"]),
+    ):
+        for row in measured(glow, {kind: images[kind]}, ["float32"], ways):
+            ratios[kind, row["backprop"]] = row["over_stored"]
+    assert len(ratios) == 5
     for kind in images:
-        assert len(ratios[kind, "reversible"]) == BATCHES
-        assert max(ratios[kind, "reversible"]) <= MAY_BE["float32"], ratios
-    assert min(ratios["uniform noise", "plain inverse"]) > MAY_BE["float32"], ratios
+        assert ratios[kind, "reversible"] <= MAY_BE["float32"], ratios
+    assert ratios["uniform noise", "plain inverse"] > MAY_BE["float32"], ratios
 
 
 def test_rows_and_table(memory_page, tmp_path, capsys):

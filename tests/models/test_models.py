@@ -230,7 +230,8 @@ def test_reversible_gradients_are_the_stored_ones(make):
         )
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
         assert sum(bool(g.abs().sum() > 0) for g in expected[1]) > 0.5 * len(expected[1])
-    assert all(torch.equal(v, off.state_dict()[k]) for k, v in on.state_dict().items())
+    stored = off.state_dict()
+    assert all(torch.equal(v, stored[k]) for k, v in on.state_dict().items())
 
 
 @of(MODELS)
@@ -310,7 +311,8 @@ def test_saved_and_loaded(make, dtype, tmp_path):
     fastflow.save(tmp_path / "model.pt", model)
     loaded = fastflow.load(tmp_path / "model.pt")
     assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    found = loaded.state_dict()
+    assert all(torch.equal(v, found[k]) for k, v in model.state_dict().items())
     x, context = data(model, 2), labels(model, 2)
     with torch.no_grad():
         assert torch.equal(loaded(x, context, seed=1), model(x, context, seed=1))
@@ -406,6 +408,9 @@ def test_wrong_samples_are_named(call, message):
 def test_compiled(name, training):
     torch._dynamo.reset()
     eager = trained(MODELS[name], reversible=False).train(training)
+    if name == "RealNVP of one scale":  # the second half of its couplings compiles as the first
+        (chain,) = eager.flows
+        chain.flows = chain.flows[: len(chain.flows) // 2]
     other = copy.deepcopy(eager)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     for seed in (1, 2):

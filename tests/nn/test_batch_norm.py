@@ -114,7 +114,8 @@ def test_reversible_chain(momentum, activation_checkpoint_every):
             outputs_and_gradients(lambda f=f, x=x: f(x), [x, *f.parameters()]) for f in (on, off)
         )
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
-    assert all(torch.equal(v, off.state_dict()[k]) for k, v in on.state_dict().items())
+    found = off.state_dict()
+    assert all(torch.equal(v, found[k]) for k, v in on.state_dict().items())
 
 
 def hooked(layers):
