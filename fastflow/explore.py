@@ -26,8 +26,8 @@ def interpolate(
 
     ``method="spherical"`` uses :math:`[\sin((1 - t) \Omega) z_0 + \sin(t \Omega) z_1] / \sin \Omega` instead
     (arXiv:1609.04468), where :math:`\Omega` is the angle between :math:`z_0` and :math:`z_1` of a level.
-    Halfway between two draws of a Gaussian, the norm of the straight line's point is smaller than the draws'
-    norm by a factor of :math:`\sqrt 2`. The arc keeps the norm.
+    The linear midpoint of two draws from a Gaussian has about :math:`1 / \sqrt 2` of their norm; the
+    spherical midpoint has about their norm.
 
     Args:
         model: model of the samples.
@@ -37,7 +37,8 @@ def interpolate(
         method: ``"linear"`` or ``"spherical"``.
         seed: seed of the dequantization noise of uint8 samples. With noise, latents are distributed as in
             training and intermediate samples look more like the data, but single values of x0 and x1 may come
-            back off by 1. None: dequantize at bin centers; x0 and x1 come back exactly.
+            back off by 1. None: dequantize at bin centers; x0 and x1 are recovered, with the
+            exceptions in docs/index.md.
 
     Shape: x0, x1 ``[N, *shape]``; returns ``[N, steps, *shape]``.
     Raises ValueError for another method, for fewer than 2 steps, and for samples that

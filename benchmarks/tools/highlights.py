@@ -28,7 +28,7 @@ def grown(rows: list[dict]) -> str:
     others = ", ".join(f"{LABELS.get(way, way)} {mib[way]:.2f}" for way in mib if way != "reversible")
     return (
         f"Glow with three levels, hidden {hidden}, batch {batch}, {side}x{side}: one more flow step per level adds\n"
-        f"{mib['reversible']:.2f} MiB to the peak memory with reversible backprop.\n"
+        f"{mib['reversible']:.2f} MiB to the peak memory with reversible backprop, without weights and gradients.\n"
         f"Others: {others} MiB."
     )
 
@@ -47,8 +47,8 @@ def took(rows: list[dict]) -> str:
 
 def text(device: str, files: dict[str, list[dict]]) -> str:
     parts = [
-        f"Measured on {device}. Plain PyTorch is 1; above 1 is slower. Plain PyTorch is no slower than\n"
-        "nflows and normflows in the same run."
+        f"Measured on {device}. Plain PyTorch is 1; above 1 is slower. Runs in which nflows or normflows\n"
+        "is faster than plain PyTorch are discarded."
     ]
     if "glow" in files:
         parts.append(

@@ -58,8 +58,8 @@ class Glow(Model):
             code uses ``"sigmoid"``. ``"soft_clamp"`` and ``"tanh"`` bound the scale, so that more images
             unlike the training data are recovered from their latents (docs/index.md has counts).
         reversible: recompute activations in backward instead of storing them. Memory then does not grow with
-            ``steps``, and a training step takes up to a third longer (docs/memory.md). Set it to False to
-            compile the whole model with torch.compile.
+            ``steps``, but a training step takes longer (docs/memory.md). Set it to False to compile the whole
+            model with torch.compile.
         activation_checkpoint_every: number of steps of a reversible chain between two stored activations.
             Rounding errors accumulate over at most this many steps.
 

@@ -49,8 +49,8 @@ class RealNVP(Model):
     Each scale except the last has three checkerboard couplings, a squeeze, three channel couplings, and a
     split of half the dimensions with a standard Gaussian prior. The last scale has four checkerboard
     couplings. Networks are twice as wide after each squeeze, and a batch normalization follows every
-    coupling. Pixels are dequantized through the logit (alpha 0.05). The paper models CIFAR-10 with the
-    defaults, ImageNet 32x32 with ``scales=4, hidden=32, blocks=4``, and 64x64 images with
+    coupling. Pixels are dequantized through the logit (alpha 0.05). The defaults are the paper's
+    options for CIFAR-10. For ImageNet 32x32 they are ``scales=4, hidden=32, blocks=4``, for 64x64 images
     ``scales=5, hidden=32, blocks=2``.
 
     Args:

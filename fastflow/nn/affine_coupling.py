@@ -35,8 +35,8 @@ class AffineCoupling(Flow):
             the transformed positions; its output has the shape ``[N, 2C, ...]``.
         mask, swap_halves, affine_order, params_layout: see :func:`fastflow.ops.affine_coupling`.
         scale: scale function s, see :func:`fastflow.ops.affine_coupling`. ``"soft_clamp"`` and ``"tanh"``
-            bound s by their factor. ``"exp"`` and ``"sigmoid"`` have no lower bound: on data unlike the
-            training data, s can be so near zero that the inverse loses digits.
+            bound :math:`|\log s|` by a learned factor. ``"exp"`` and ``"sigmoid"`` have no lower bound: on
+            data unlike the training data, s can be so near zero that the inverse loses digits.
         num_scale_factors: number of learned factors of ``"soft_clamp"`` and ``"tanh"``: 1, or the number of
             transformed channels.
 

@@ -27,16 +27,16 @@ def run_reversible(
 
     Args:
         steps: flows, applied in order.
-        shared_args: function that returns the arguments of each step after the context, for work that the
-            steps share. It is called with the steps once in forward and once in backward, where it is
+        shared_args: function for work that the steps share. It takes the steps and returns, for each step,
+            the arguments that follow ``context``. It is called once in forward and once in backward, where it is
             differentiated.
         activation_checkpoint_every: number of steps between two stored activations. Rounding errors
             accumulate over at most this many steps.
 
     Raises ValueError for a step without an inverse or with a log_det that is not ``[N]``, TypeError for a
-    context that is not a tensor. Backward raises RuntimeError if a parameter or buffer changed since, for
-    second derivatives, and if an inverse is inaccurate (only for steps without their own rule and on the CPU,
-    where the check does not synchronize).
+    context that is not a tensor. Backward raises RuntimeError for second derivatives, and if a parameter or
+    buffer changed after forward. For steps without their own rule, backward on the CPU also raises
+    RuntimeError if the inverse is inaccurate; on a GPU this check would synchronize.
     """
     steps = list(steps)
     # torch 2.11 reports both while compiling
