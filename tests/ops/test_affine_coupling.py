@@ -13,16 +13,19 @@ from fastflow import ops, reference
 from fastflow.ops.affine_coupling import AFFINE_ORDERS, MASKS, PARAMS_LAYOUTS, SCALES, WITH_FACTOR
 from tests.support.cases import (
     CUDA,
-    KERNELS,
     LAYOUTS,
     STATIC,
+    TRACED,
     TRITON_AND_CPU,
     assert_as_reference,
     assert_no_worse,
+    every_value,
+    fewer_on_the_interpreter,
     lay_out,
     leaves,
     name,
     pairwise,
+    triples,
 )
 
 pytestmark = [
@@ -40,6 +43,11 @@ AXES = {
 }
 FULL = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
 PAIRWISE = pairwise(**AXES)
+# no branch of a kernel depends on more than three of these at once
+every_variant = fewer_on_the_interpreter(FULL, triples(**AXES))
+every_forward_variant = fewer_on_the_interpreter(
+    [case for case in FULL if not case["inverse"]], triples(**AXES | {"inverse": [False]})
+)
 OP = torch.ops.fastflow.affine_coupling.default
 BACKWARD = torch.ops.fastflow.affine_coupling_backward.default
 INVERSE_BACKWARD = torch.ops.fastflow.affine_coupling_inverse_backward.default
@@ -87,8 +95,8 @@ def by_hand(x, h, factor, mask, swap_halves, scale, affine_order, params_layout)
     return y, log_det
 
 
-@pytest.mark.parametrize("case", [c for c in FULL if not c["inverse"]], ids=name)
-def test_formula_and_inverse(case):
+@every_forward_variant
+def test_formula_and_inverse(each_backend, case):
     x, h, factor = inputs(case["mask"], case["scale"], shape=(2, 4, 2, 3))
     variant = {k: v for k, v in case.items() if k != "inverse"}
     y, log_det = ops.affine_coupling(x, h, factor, **variant)
@@ -98,16 +106,22 @@ def test_formula_and_inverse(case):
     torch.testing.assert_close(log_det_back, -log_det, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.bodies("reference", "compiled")
+@pytest.mark.bodies("reference")
 @pytest.mark.parametrize("case", FULL, ids=name)
 def test_gradients(case):
     check_gradients(case)
 
 
-@pytest.mark.bodies(*KERNELS)
-@pytest.mark.parametrize("case", PAIRWISE, ids=name)
+@pytest.mark.bodies("compiled", CUDA)
+@pytest.mark.parametrize("case", triples(**AXES), ids=name)
 def test_gradients_of_kernels(case):
-    """Pairwise: test_backward_is_that_of_the_reference compares the kernels' gradients in every case."""
+    """test_backward_is_that_of_the_reference compares the gradients of every case."""
+    check_gradients(case)
+
+
+@pytest.mark.bodies("interpreter")
+@pytest.mark.parametrize("case", every_value(PAIRWISE), ids=name)
+def test_gradients_of_interpreted_kernels(case):
     check_gradients(case)
 
 
@@ -116,8 +130,8 @@ def check_gradients(case):
     assert gradcheck(lambda *a: OP(*a, *case.values()), args, fast_mode=True)
 
 
-@pytest.mark.parametrize("case", FULL, ids=name)
-def test_backward_is_that_of_the_reference(case):
+@every_variant
+def test_backward_is_that_of_the_reference(each_backend, case):
     args = leaves(*inputs(case["mask"], case["scale"]))
     outputs = reference.affine_coupling(*args, *case.values())
     dy, dlog_det = (torch.randn_like(v) for v in outputs)
@@ -129,8 +143,8 @@ def test_backward_is_that_of_the_reference(case):
     torch.testing.assert_close(found[: len(given)], expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", [c for c in FULL if not c["inverse"]], ids=name)
-def test_inverse_backward(case):
+@every_forward_variant
+def test_inverse_backward(each_backend, case):
     variant = {k: v for k, v in case.items() if k != "inverse"}
     args = leaves(*inputs(case["mask"], case["scale"]))
     given = [a for a in args if a is not None]
@@ -148,7 +162,10 @@ def test_inverse_backward(case):
 @pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
 @pytest.mark.parametrize("case", PAIRWISE, ids=name)
 def test_opcheck(case):
-    torch.library.opcheck(OP, (*leaves(*inputs(case["mask"], case["scale"])), *case.values()))
+    tests = (*STATIC, *TRACED) if case in every_value(PAIRWISE) else STATIC
+    torch.library.opcheck(
+        OP, (*leaves(*inputs(case["mask"], case["scale"])), *case.values()), test_utils=tests
+    )
 
 
 @pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
@@ -199,8 +216,9 @@ def eager(x, h, factor, scale, inverse):
     "dtype, h_dtype", [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16"), ("float32", "float16")]
 )
 def test_half_precision(dtype, h_dtype, scale, inverse):
-    x, h, factor = inputs("halves", scale, (8, 8, 8, 8), getattr(torch, dtype), getattr(torch, h_dtype))
-    weights = torch.randn(8, 8, 8, 8, dtype=torch.float64)
+    shape = (2, 8, 16, 16)
+    x, h, factor = inputs("halves", scale, shape, getattr(torch, dtype), getattr(torch, h_dtype))
+    weights = torch.randn(shape, dtype=torch.float64)
 
     def run(coupling, *args):
         args = leaves(*args)
@@ -218,12 +236,13 @@ def test_half_precision(dtype, h_dtype, scale, inverse):
     assert_no_worse(ours, theirs, exact)
 
 
-def assert_all_three(x, h, factor, dy, dlog_det, variant, inverse):
-    """All three ops beside the reference."""
-    assert_as_reference(OP, x, h, factor, *variant, inverse)
-    assert_as_reference(BACKWARD, x, h, factor, dy, dlog_det, *variant, inverse)
+def assert_all_three(x, h, factor, dy, dlog_det, variant, inverse, body):
+    """Compares all three ops with the reference."""
+    twice = body != "interpreter"  # NumPy's bits repeat; test_specs.py runs twice in the interpreter, too
+    assert_as_reference(OP, x, h, factor, *variant, inverse, twice=twice)
+    assert_as_reference(BACKWARD, x, h, factor, dy, dlog_det, *variant, inverse, twice=twice)
     if not inverse:
-        assert_as_reference(INVERSE_BACKWARD, x, h, factor, dy, dlog_det, *variant)
+        assert_as_reference(INVERSE_BACKWARD, x, h, factor, dy, dlog_det, *variant, twice=twice)
 
 
 DTYPES = [("float64",) * 2, ("float32",) * 2, ("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")]
@@ -235,7 +254,7 @@ SHAPES = [(1, 2, 1, 1), (3, 6, 5, 7), (2, 12, 16, 16), (2, 2, 70, 33), (5, 10), 
     pairwise(**AXES, dtypes=DTYPES, x=LAYOUTS, h=LAYOUTS, dy=LAYOUTS, shape=SHAPES),
     ids=lambda c: name(c).replace(" ", ""),
 )
-def test_every_body_is_the_reference(case):
+def test_every_body_is_the_reference(case, each_backend):
     dtype, h_dtype = (getattr(torch, v) for v in case["dtypes"])
     x, h, factor = inputs(case["mask"], case["scale"], case["shape"], dtype, h_dtype)
     x, h, dy = (
@@ -243,7 +262,8 @@ def test_every_body_is_the_reference(case):
         for v, layout in ((x, "x"), (h, "h"), (torch.randn(case["shape"]).to(dtype), "dy"))
     )
     dlog_det = torch.randn(case["shape"][0], dtype=reference.acc_dtype(dtype))
-    assert_all_three(x, h, factor, dy, dlog_det, [case[k] for k in list(AXES)[:-1]], case["inverse"])
+    variant = [case[k] for k in list(AXES)[:-1]]
+    assert_all_three(x, h, factor, dy, dlog_det, variant, case["inverse"], each_backend)
 
 
 @pytest.mark.parametrize(
@@ -256,16 +276,15 @@ def test_every_body_is_the_reference(case):
     ),
     ids=lambda c: name(c).replace(" ", ""),
 )
-def test_as_glow_calls_them(case):
+def test_as_glow_calls_them(case, each_backend):
     shape, layout, h_dtype, scale = (case[axis] for axis in ("shape", "layout", "h_dtype", "scale"))
     x, h, factor = inputs("halves", scale, shape, torch.float32, getattr(torch, h_dtype))
     x, h, dy = (lay_out(v, layout) for v in (x, h, torch.randn(shape)))
     factor = None if factor is None else factor[:1].expand(shape[1] // 2)
     dlog_det = torch.randn(1).expand(shape[0])
+    variant = ["halves", False, scale, "scale_first", "shift_scale"]
     for inverse in (False, True):
-        assert_all_three(
-            x, h, factor, dy, dlog_det, ["halves", False, scale, "scale_first", "shift_scale"], inverse
-        )
+        assert_all_three(x, h, factor, dy, dlog_det, variant, inverse, each_backend)
 
 
 @settings(max_examples=40, deadline=None)
