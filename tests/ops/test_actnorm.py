@@ -120,14 +120,14 @@ def test_layout_changes_nothing(layout):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, parameters, inverse):
     dtype, parameters = getattr(torch, dtype), getattr(torch, parameters or dtype)
-    args = inputs((8, 6, 8, 8), dtype, parameters)
-    weights = torch.randn(8, 6, 8, 8, dtype=torch.float64)
+    args = inputs((2, 6, 16, 16), dtype, parameters)
+    weights = torch.randn(2, 6, 16, 16, dtype=torch.float64)
 
     def eager(x, s, b):
         s, b = s.view(1, -1, 1, 1), b.view(1, -1, 1, 1)
         y = x * torch.exp(-s) - b if inverse else (x + b) * torch.exp(s)
-        log_det = (-64 if inverse else 64) * s.sum()
-        return y.to(x.dtype), log_det.expand(8)
+        log_det = (-256 if inverse else 256) * s.sum()
+        return y.to(x.dtype), log_det.expand(2)
 
     def run(f, *args):
         args = [leaf(a) for a in args]
@@ -160,16 +160,20 @@ def test_half_precision(dtype, parameters, inverse):
     ),
     ids=lambda c: name(c).replace(" ", ""),
 )
-def test_every_body_is_the_reference(case):
+def test_every_body_is_the_reference(case, each_backend):
     dtype, shape = getattr(torch, case["dtype"]), case["shape"]
+    twice = (
+        each_backend != "interpreter"
+    )  # NumPy's bits repeat; test_specs.py runs twice in the interpreter, too
     x, s, b = inputs(shape, dtype)
     x, dy = lay_out(x, case["x"]), lay_out(torch.randn(shape).to(dtype), case["dy"])
     dlog_det = torch.randn(shape[0], dtype=reference.acc_dtype(dtype))
     ours = torch.ops.fastflow
-    assert_as_reference(OP, x, s, b, case["inverse"])
-    assert_as_reference(ours.actnorm_backward.default, x, s, b, dy, dlog_det, case["inverse"])
-    assert_as_reference(ours.actnorm_inverse_backward.default, x, s, b, dy, dlog_det)
-    assert_as_reference(ours.actnorm_statistics.default, x)
+    backward = ours.actnorm_backward.default
+    assert_as_reference(OP, x, s, b, case["inverse"], twice=twice)
+    assert_as_reference(backward, x, s, b, dy, dlog_det, case["inverse"], twice=twice)
+    assert_as_reference(ours.actnorm_inverse_backward.default, x, s, b, dy, dlog_det, twice=twice)
+    assert_as_reference(ours.actnorm_statistics.default, x, twice=twice)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -11,7 +11,18 @@ from torch.autograd import gradcheck
 import fastflow
 from fastflow import ops, reference
 from fastflow.ops.squeeze import ORDERS
-from tests.support.cases import CUDA, LAYOUTS, STATIC, TRITON_AND_CPU, lay_out, leaf, name, pairwise
+from tests.support.cases import (
+    CUDA,
+    LAYOUTS,
+    STATIC,
+    TRACED,
+    TRITON_AND_CPU,
+    every_value,
+    lay_out,
+    leaf,
+    name,
+    pairwise,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
@@ -74,13 +85,17 @@ def test_formula_and_log_det(preset, n_bits):
     torch.testing.assert_close(log_det_back, -log_det.detach(), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_bits", range(1, 9))
 @every_map
-def test_every_value_comes_back_from_its_bins_centre(preset, n_bits, dtype):
+def test_every_value_comes_back_from_its_bins_centre(preset, n_bits, each_backend):
     x = all_values(n_bits)
-    y, _ = ops.dequantize(x, noise=torch.full(x.shape, 0.5, dtype=dtype), n_bits=n_bits, **MAPS[preset])
-    assert y.dtype == dtype and torch.equal(ops.dequantize_inverse(y, n_bits=n_bits, **MAPS[preset])[0], x)
+    dtypes = torch.float32, torch.float64
+    if each_backend == "interpreter":  # one of the two, in turns
+        dtypes = dtypes[(n_bits + list(MAPS).index(preset)) % 2 :][:1]
+    for dtype in dtypes:
+        y, _ = ops.dequantize(x, noise=torch.full(x.shape, 0.5, dtype=dtype), n_bits=n_bits, **MAPS[preset])
+        back, _ = ops.dequantize_inverse(y, n_bits=n_bits, **MAPS[preset])
+        assert y.dtype == dtype and torch.equal(back, x)
 
 
 @pytest.mark.parametrize("preset", ["plain", "glow"])
@@ -148,26 +163,30 @@ def test_squeezed_at_once(order, each_backend):
 
 @pytest.mark.parametrize("case", pairwise(**AXES), ids=name)
 def test_gradients(case, each_backend):
-    x, v, fast = image(case["n_bits"]), variant(**case), each_backend == "interpreter"
+    x, v, interpreted = image(case["n_bits"]), variant(**case), each_backend == "interpreter"
     noise = leaf(torch.rand(x.shape, dtype=torch.float64) * 0.9 + 0.05)
-    assert gradcheck(lambda u: OP(x, u, None, 0, *v, torch.float64), noise, fast_mode=fast)
     y, log_det = reference.dequantize(x, noise, None, 0, *v, torch.float64)
     dy, dlog_det = torch.randn_like(y), torch.randn_like(log_det)
     (expected,) = torch.autograd.grad((y * dy).sum() + (log_det * dlog_det).sum(), noise)
     torch.testing.assert_close(
         BACKWARD(x, noise.detach(), dy, dlog_det, *v), expected, rtol=1e-11, atol=1e-11
     )
-    if v[3]:
-        assert gradcheck(lambda z: INVERSE(z, *v)[1], leaf(y), fast_mode=fast)
+    if not interpreted or case in every_value(pairwise(**AXES)):
+        assert gradcheck(lambda u: OP(x, u, None, 0, *v, torch.float64), noise, fast_mode=interpreted)
+        if v[3]:
+            assert gradcheck(lambda z: INVERSE(z, *v)[1], leaf(y), fast_mode=interpreted)
+
+
+OPCHECKED = pairwise(**AXES, given=[False, True])
 
 
 @pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
-@pytest.mark.parametrize("case", pairwise(**AXES, given=[False, True]), ids=name)
+@pytest.mark.parametrize("case", OPCHECKED, ids=name)
 def test_opcheck(case):
     given, v = case["given"], variant(case["preset"], case["n_bits"], case["squeeze_order"])
     x = image(case["n_bits"])
     noise, seed = (leaf(torch.rand(x.shape)), None) if given else (None, torch.tensor(3))
-    tests = STATIC if case["n_bits"] == 5 else (*STATIC, "test_aot_dispatch_dynamic")
+    tests = (*STATIC, *TRACED) if case in every_value(OPCHECKED) else STATIC
     torch.library.opcheck(OP, (x, noise, seed, 2, *v, torch.float32), test_utils=tests)
     y = OP(x, noise, seed, 2, *v, torch.float32)[0]
     # without gradients where it traces: opcheck adds up all outputs in place, and the first one is of integers
@@ -176,17 +195,18 @@ def test_opcheck(case):
 
 
 @pytest.mark.parametrize("case", pairwise(x=LAYOUTS, noise=LAYOUTS, squeeze_order=[None, *ORDERS]), ids=name)
-def test_layouts(case):
+def test_layouts(case, each_backend):
     x, noise = lay_out(image(shape=(2, 4, 4, 2)), case["x"]), lay_out(torch.rand(2, 4, 4, 2), case["noise"])
     v = variant("tutorial-0.05", 8, case["squeeze_order"])
-    torch.library.opcheck(OP, (x, leaf(noise), None, 0, *v, torch.float32), test_utils=STATIC)
     y, log_det = OP(x, noise, None, 0, *v, torch.float32)
     torch.testing.assert_close(
         (y, log_det), OP(x.contiguous(), noise.contiguous(), None, 0, *v, torch.float32), rtol=1e-6, atol=1e-6
     )
-    dy = lay_out(torch.randn(y.shape), case["noise"])
-    torch.library.opcheck(BACKWARD, (x, noise, dy, log_det, *v), test_utils=STATIC)
-    torch.library.opcheck(INVERSE, (leaf(lay_out(torch.randn(2, 4, 4, 2), case["x"])), *v), test_utils=STATIC)
+    dy, z = lay_out(torch.randn(y.shape), case["noise"]), lay_out(torch.randn(2, 4, 4, 2), case["x"])
+    if each_backend in ("compiled", "cuda"):  # the reference is the fake; a body changes only strides
+        torch.library.opcheck(OP, (x, leaf(noise), None, 0, *v, torch.float32), test_utils=STATIC)
+        torch.library.opcheck(BACKWARD, (x, noise, dy, log_det, *v), test_utils=STATIC)
+        torch.library.opcheck(INVERSE, (leaf(z), *v), test_utils=STATIC)
 
 
 @settings(max_examples=25, deadline=None)
@@ -269,29 +289,35 @@ def assert_as_reference(op, *args):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-def assert_all_as_reference(shape, preset, n_bits, squeeze_order, dtype, x_layout, layout):
+# drawn from a seed, in a layout, or one number for all
+NOISES = ["seed", "given", "number"]
+
+
+def assert_all_as_reference(noise, shape, preset, n_bits, squeeze_order, dtype, x_layout, layout):
     x, v, dtype = (
         lay_out(image(n_bits, shape), x_layout),
         variant(preset, n_bits, squeeze_order),
         getattr(torch, dtype),
     )
-    noise = lay_out(torch.rand(shape, dtype=torch.float64).to(dtype), layout)
-    assert_as_reference(OP, x, None, torch.tensor(2**40 + 7), 2**33 + 1, *v, dtype)
-    assert_as_reference(OP, x, noise, None, 0, *v, dtype)
+    drawn = lay_out(torch.rand(shape, dtype=torch.float64).to(dtype), layout)
     centre = torch.full((), 0.5, dtype=dtype).expand(shape)
-    y = OP(x, centre, None, 0, *v, dtype)[0]
-    assert_as_reference(OP, x, centre, None, 0, *v, dtype)
+    if noise == "seed":
+        assert_as_reference(OP, x, None, torch.tensor(2**40 + 7), 2**33 + 1, *v, dtype)
+    else:
+        assert_as_reference(OP, x, drawn if noise == "given" else centre, None, 0, *v, dtype)
+    with fastflow.backend("reference"):
+        y = OP(x, centre, None, 0, *v, dtype)[0]
     assert_as_reference(INVERSE, lay_out(y, layout), *v)
     dy, dlog_det = (
         lay_out(torch.randn(y.shape, dtype=torch.float64).to(dtype), layout),
         torch.randn(shape[0]).to(ops.acc_dtype(dtype)),
     )
-    assert_as_reference(BACKWARD, x, noise, dy, dlog_det, *v)
+    assert_as_reference(BACKWARD, x, centre if noise == "number" else drawn, dy, dlog_det, *v)
 
 
 KERNEL_AXES = {
     "preset": ["glow", "realnvp-0.05", "tutorial-1e-05"], "n_bits": [8, 5], "dtype": ["float64", "float32", "bfloat16", "float16"],
-    "x_layout": LAYOUTS, "layout": LAYOUTS,
+    "x_layout": LAYOUTS, "layout": LAYOUTS, "noise": NOISES,
 }  # fmt: skip
 STRIDED = ("contiguous", "sliced", "transposed", "expanded")
 
@@ -314,12 +340,19 @@ def test_others_as_reference(case):
     assert_all_as_reference(**case)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("squeeze_order", [None, "channel"])
-@pytest.mark.parametrize("preset", ["glow", "tutorial-0.05"])
-@pytest.mark.parametrize("shape", GLOW, ids=str)
-def test_glow_as_reference(shape, preset, squeeze_order, layout):
-    assert_all_as_reference(shape, preset, 8, squeeze_order, "float32", layout, layout)
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        shape=GLOW,
+        preset=["glow", "tutorial-0.05"],
+        squeeze_order=[None, "channel"],
+        layout=["contiguous", "channels_last"],
+        noise=NOISES,
+    ),
+    ids=name,
+)
+def test_glow_as_reference(case):
+    assert_all_as_reference(**case, n_bits=8, dtype="float32", x_layout=case["layout"])
 
 
 @settings(max_examples=12, deadline=None)
@@ -328,8 +361,10 @@ def test_glow_as_reference(shape, preset, squeeze_order, layout):
     squeeze_order=st.sampled_from(ORDERS),
     preset=st.sampled_from(["glow", "realnvp-0.05"]),
     layout=st.sampled_from(LAYOUTS),
+    noise=st.sampled_from(NOISES),
 )
-def test_shapes_as_reference(shape, squeeze_order, preset, layout):
+def test_shapes_as_reference(shape, squeeze_order, preset, layout, noise):
     n, c, h, w = shape
-    assert_all_as_reference((n, c, h, w), preset, 8, None, "float64", layout, layout)
-    assert_all_as_reference((n, c, 2 * h, 2 * w), preset, 8, squeeze_order, "float64", layout, layout)
+    rest = ("float64", layout, layout)
+    assert_all_as_reference(noise, (n, c, h, w), preset, 8, None, *rest)
+    assert_all_as_reference(noise, (n, c, 2 * h, 2 * w), preset, 8, squeeze_order, *rest)

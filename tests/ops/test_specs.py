@@ -16,7 +16,7 @@ from tests.support.cases import (
     lay_out,
 )
 
-SHAPE = (4, 12, 16, 16)  # Glow's first level; values per channel or sample are below the tolerance of traffic
+SHAPE = (2, 12, 16, 16)  # Glow's first level; values per channel or sample are below the tolerance of traffic
 SMALL = (2, 8, 6, 10)
 NAMES = [str(case) for case in spec.cases(spec.Make(), SMALL)]
 
@@ -64,8 +64,9 @@ def test_every_op_has_cases_whose_names_differ():
 )
 def test_matches_reference(name, body, dtype, layout):
     case = find(name, spec.Make(getattr(torch, dtype), laid_out(layout)), SMALL)
+    twice = body != "interpreter" or dtype == "float32"  # NumPy's bits repeat in every dtype if in one
     with on(name, body):
-        assert_as_reference(getattr(torch.ops.fastflow, case.op).default, *case.args)
+        assert_as_reference(getattr(torch.ops.fastflow, case.op).default, *case.args, twice=twice)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,13 +49,12 @@ def _covering(strength: int, axes: dict) -> list[dict]:
 
 
 def every_value(cases: list[dict]) -> list[dict]:
-    """The first of ``cases`` in which every value of every axis occurs."""
+    """A few of ``cases`` in which every value of every axis occurs."""
     missing = {item for case in cases for item in case.items()}
     found = []
-    for case in cases:
-        if missing & case.items():
-            missing -= case.items()
-            found.append(case)
+    while missing:
+        found.append(max(cases, key=lambda case: len(missing & case.items())))
+        missing -= found[-1].items()
     return found
 
 
