@@ -9,6 +9,7 @@ from fastflow.ops.registry import OPS
 from tests.conftest import BACKENDS
 from tests.support import interpreter
 from tests.support.cases import (
+    CUDA,
     STATIC,
     assert_as_reference,
     assert_same_bits_whatever_the_threads,
@@ -32,16 +33,17 @@ def laid_out(layout: str):
 
 
 def find(name: str, make: spec.Make, shape: tuple[int, ...]) -> spec.Case:
-    folder = OPS[name.split()[0]].fallback.__module__.split(".")[-2]
+    folder = OPS[name.split()[0]].folder
     return next(case for case in spec.cases(make, shape, folder) if str(case) == name)
 
 
-def bodies(name: str) -> list[str]:
-    """The implementations of an op besides its reference that run without a GPU."""
+def bodies(name: str) -> list:
+    """The implementations of an op besides its reference."""
     op = OPS[name.split()[0]]
     found = ["interpreter"] if op.triton else []
     found += ["compiled"] if "cpu" in op.compiled else []
-    return found + (["emulated"] if "cuda" in op.compiled else [])
+    found += ["emulated"] if "cuda" in op.compiled else []
+    return found + ([CUDA] if op.triton or "cuda" in op.compiled else [])
 
 
 def on(name: str, body: str) -> fastflow.backend:
@@ -58,12 +60,20 @@ def test_every_op_has_cases_whose_names_differ():
     assert len(set(NAMES)) == len(NAMES)
 
 
-@pytest.mark.parametrize("name, body", [(name, body) for name in NAMES for body in bodies(name)])
+@pytest.mark.parametrize(
+    "name, body",
+    [
+        pytest.param(name, *body.values, marks=body.marks) if body is CUDA else (name, body)
+        for name in NAMES
+        for body in bodies(name)
+    ],
+)
 @pytest.mark.parametrize(
     "dtype, layout", [("float32", "contiguous"), ("bfloat16", "channels_last"), ("float64", "sliced")]
 )
 def test_matches_reference(name, body, dtype, layout):
-    case = find(name, spec.Make(getattr(torch, dtype), laid_out(layout)), SMALL)
+    with torch.device("cuda" if body == "cuda" else "cpu"):
+        case = find(name, spec.Make(getattr(torch, dtype), laid_out(layout)), SMALL)
     twice = body != "interpreter" or dtype == "float32"  # NumPy's bits repeat in every dtype if in one
     with on(name, body):
         assert_as_reference(getattr(torch.ops.fastflow, case.op).default, *case.args, twice=twice)
