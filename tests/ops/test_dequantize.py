@@ -142,7 +142,10 @@ def test_seed_draws_the_library_noise(case, each_backend):
         image(case["n_bits"]),
         {"n_bits": case["n_bits"], "squeeze_order": case["squeeze_order"], **MAPS[case["preset"]]},
     )
-    for dtype in (torch.float32, torch.float64):
+    dtypes = torch.float32, torch.float64
+    if each_backend == "interpreter":  # one of the two, in turns
+        dtypes = dtypes[pairwise(**AXES).index(case) % 2 :][:1]
+    for dtype in dtypes:
         noise = ops.uniform_noise(x.shape, seed=7, offset=3, dtype=dtype, device=x.device)
         y, log_det = ops.dequantize(x, seed=7, offset=3, dtype=dtype, **kwargs)
         y_given, log_det_given = ops.dequantize(x, noise=noise, **kwargs)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastflow import ops, reference
 from fastflow.ops.noise import reference as plain_noise
-from tests.support.cases import CUDA, TRITON_AND_CPU
+from tests.support.cases import CUDA, TRITON_AND_CPU, assert_as_reference
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
@@ -86,14 +86,29 @@ NOISES = {
 each_noise = pytest.mark.parametrize("noise", NOISES.values(), ids=NOISES.keys())
 
 
+STARTS = [0, 7, 2**32 - 3, 2**40]
+
+
+@pytest.mark.bodies("reference", "compiled", CUDA)
 @each_noise
 @settings(max_examples=20, deadline=None)
 @given(
     parts=st.lists(st.integers(0, 4), min_size=1, max_size=4),
-    start=st.sampled_from([0, 7, 2**32 - 3, 2**40]),
+    start=st.sampled_from(STARTS),
     seed=st.integers(0, 2**62),
 )
 def test_split_over_offsets_is_the_whole_batch(noise, parts, start, seed):
+    check_split(noise, parts, start, seed)
+
+
+@pytest.mark.bodies("interpreter")
+@each_noise
+@pytest.mark.parametrize("start", STARTS)
+def test_interpreted_split_over_offsets_is_the_whole_batch(noise, start):
+    check_split(noise, [1, 0, 4], start, 2**61 + 5)
+
+
+def check_split(noise, parts, start, seed):
     whole = noise((sum(parts), 3, 5), seed, start)
     offsets = [start + sum(parts[:i]) for i in range(len(parts))]
     split = [noise((n, 3, 5), seed, offset) for n, offset in zip(parts, offsets, strict=True)]
@@ -115,6 +130,13 @@ def test_a_larger_sample_starts_with_the_same_numbers():
     assert torch.equal(ops.uniform_noise((3, 4, 10), seed=5).flatten(1), large)
 
 
+@pytest.mark.bodies("interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uniform_numbers_of_several_tiles(dtype):
+    assert_as_reference(OP, [2, 9001], torch.tensor(3), 2**33, dtype)
+
+
+@statistics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_uniform_is_a_multiple_below_one(dtype):
     u = ops.uniform_noise((64, 4096), seed=3, dtype=dtype)
