@@ -10,48 +10,21 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
+# one worker for all, which compiles once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compiled_code")]
 
-
-def run(script: str, cache: Path) -> str:
-    """What the script prints, with benchmarks.tools.triton_code imported; into an empty cache, so that all is compiled."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTFLOW_BACKEND")}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    script = f"from benchmarks.tools import triton_code\n{script}"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "capabilities",
-    [pytest.param((90,), id="sm_90"), pytest.param((80, 100), id="sm_80, sm_100", marks=pytest.mark.gpu)],
-)
-def test_no_kernel_spills_or_moves_less_than_16_bytes_at_a_time(tmp_path, capabilities):
-    """The other generations' run with the gpu tests; `python -m benchmarks.tools.triton_code` compiles for all three."""
-    found = run(
-        f"CAPABILITIES = {capabilities}"
-        + """
-for spec in triton_code.recorded():
+DEFECTS = """
+for spec in specs:
     for capability in CAPABILITIES:
         for fault in triton_code.defects(spec, triton_code.compiled(spec, capability)):
             print(f"sm_{capability}", *spec.row(), fault, sep=", ")
-""",
-        tmp_path,
-    )
-    assert not found, found
+"""
 
-
-def test_every_kernel_is_recorded_and_on_the_page(tmp_path):
-    found = run(
-        """
+RECORDED = """
 import importlib, pkgutil
 import fastflow.triton_kernels
 from triton.runtime.jit import JITFunction
 
-specs = triton_code.recorded()
 modules = [importlib.import_module(f"fastflow.triton_kernels.{m.name}") for m in pkgutil.iter_modules(fastflow.triton_kernels.__path__)]
 written = {name for m in modules for name, v in vars(m).items() if isinstance(v, JITFunction) and name.endswith("_kernel")}
 print("never launched:", written - {spec.kernel for spec in specs})
@@ -59,19 +32,11 @@ print("given no images:", *sorted({spec.kernel for spec in specs if not spec.ima
 recorded = {kernel: (shared, set(rows)) for kernel, (shared, rows) in triton_code.described(specs).items()}
 listed = triton_code.listed(triton_code.PAGE.read_text())
 print("not as on the page:", [kernel for kernel in recorded.keys() | listed.keys() if recorded.get(kernel) != listed.get(kernel)])
-""",
-        tmp_path,
-    )
-    # the width of loads is checked of images: only what sums over programs may be given none
-    expected = "never launched: set()\ngiven no images: merge_statistics_kernel sum_slots_kernel\nnot as on the page: []\n"
-    assert found == expected, "python -m benchmarks.tools.triton_code writes the page"
+"""
 
-
-def test_the_check_sees_a_misaligned_pointer_a_scalar_load_and_a_spill(tmp_path):
-    found = run(
-        """
+DEFECTS_OF_WORSE = """
 from dataclasses import replace
-spec = next(s for s in triton_code.recorded() if s.kernel == "affine_coupling_backward_kernel" and s.layout == "contiguous")
+spec = next(s for s in specs if s.kernel == "affine_coupling_backward_kernel" and s.layout == "contiguous")
 for changed in (
     spec,
     replace(spec, attrs=()),
@@ -79,7 +44,52 @@ for changed in (
     replace(spec, options=(*spec.options, ("maxnreg", 24))),
 ):
     print(len(triton_code.defects(changed, triton_code.compiled(changed, 90))))
-""",
-        tmp_path,
+"""
+
+BETWEEN = "--- the next part ---"
+
+
+def run(cache: Path, *parts: str) -> list[str]:
+    """Output of each part, in one process with ``triton_code`` and ``specs``; its cache is empty, so that all is compiled."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTFLOW_BACKEND")}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    between = f"print({BETWEEN!r}, end='')\n"
+    script = "from benchmarks.tools import triton_code\nspecs = triton_code.recorded()\n" + between.join(
+        parts
     )
-    assert found == "0\n2\n1\n1\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(BETWEEN)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, str]:
+    parts = {
+        "defects": "CAPABILITIES = (90,)" + DEFECTS,
+        "recorded": RECORDED,
+        "defects of worse kernels": DEFECTS_OF_WORSE,
+    }
+    return dict(zip(parts, run(tmp_path_factory.mktemp("cache"), *parts.values()), strict=True))
+
+
+def test_no_kernel_spills_or_moves_less_than_16_bytes_at_a_time(found):
+    """On sm_90; `python -m benchmarks.tools.triton_code` compiles for all three generations."""
+    assert not found["defects"], found["defects"]
+
+
+@pytest.mark.gpu
+def test_no_kernel_spills_on_other_generations(tmp_path):
+    (defects,) = run(tmp_path, "CAPABILITIES = (80, 100)" + DEFECTS)
+    assert not defects, defects
+
+
+def test_every_kernel_is_recorded_and_on_the_page(found):
+    # the width of loads is checked of images: only what sums over programs may be given none
+    expected = "never launched: set()\ngiven no images: merge_statistics_kernel sum_slots_kernel\nnot as on the page: []\n"
+    assert found["recorded"] == expected, "python -m benchmarks.tools.triton_code writes the page"
+
+
+def test_the_check_sees_a_misaligned_pointer_a_scalar_load_and_a_spill(found):
+    assert found["defects of worse kernels"] == "0\n2\n1\n1\n"
