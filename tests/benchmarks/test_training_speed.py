@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from benchmarks.models import training_speed
+from benchmarks.tools import harness
 from tests.support.rows import DEVICES, assert_tables, rows_of
 
 
 def speed_options(tmp_path, device: str) -> list[str]:
     return ["--quick", "--device", device, "--results", str(tmp_path), "--docs", str(tmp_path)]
+
+
+def measure_options(tmp_path) -> argparse.Namespace:
+    """For the models only, not the loader."""
+    return harness.arguments("tiny", ["--quick", "--device", "cpu", "--results", str(tmp_path)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -54,7 +60,7 @@ def test_what_is_worth_most_is_measured_first():
     assert compiled not in {way for _, way in measured[:-4]} and len(measured) == len(set(measured))
 
 
-def test_a_way_that_is_out_of_memory_has_no_row(training_page, tmp_path, monkeypatch, capsys):
+def test_a_way_that_is_out_of_memory_has_no_row(tmp_path, monkeypatch, capsys):
     def out_of_memory_at(batch, make):
         def made(shape, *rest):
             if shape[-1] == batch:
@@ -65,7 +71,7 @@ def test_a_way_that_is_out_of_memory_has_no_row(training_page, tmp_path, monkeyp
 
     for name, batch in (("ours", 2), ("plain", 8)):
         monkeypatch.setattr(training_speed, name, out_of_memory_at(batch, getattr(training_speed, name)))
-    rows = training_speed.main(speed_options(tmp_path, "cpu"))
+    rows = training_speed.measure(measure_options(tmp_path))
     assert {training_speed.batch_of(row) for row in rows} == {2, 4}
     assert [row["way"] for row in rows if training_speed.batch_of(row) == 2] == ["plain"]
     said = "".join(capsys.readouterr())
@@ -73,16 +79,19 @@ def test_a_way_that_is_out_of_memory_has_no_row(training_page, tmp_path, monkeyp
     assert re.search("batch 8, .*default here: .*to compare with; no row is written", said)
 
 
-def test_a_way_that_trains_otherwise_has_no_row(training_page, tmp_path, monkeypatch):
-    ours = training_speed.ours
+def test_a_way_that_trains_otherwise_has_no_row(tmp_path, monkeypatch):
+    ours, plan = training_speed.ours, training_speed.plan
 
     def made(*args):
         step = ours(*args)
         return lambda x, seed: 1.05 * step(x, seed)
 
     monkeypatch.setattr(training_speed, "ours", made)
+    monkeypatch.setattr(
+        training_speed, "plan", lambda given: [each for each in plan(given) if each[0][-1] == 2]
+    )
     with pytest.raises(ValueError, match="batch 2, channels_last, reversible: .*; no row is written"):
-        training_speed.main(speed_options(tmp_path, "cpu"))
+        training_speed.measure(measure_options(tmp_path))
     assert {row["way"] for row in rows_of(tmp_path / "training_speed.csv")} == {"plain"}
 
 
