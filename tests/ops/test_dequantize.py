@@ -257,7 +257,7 @@ def test_same_bits_twice():
 
 
 # without W a multiple of 8; with; in several tiles, of which some are idle in part; in more than one program a sample; channels_last with
-# more channels than a tile's; vectors and others than images, which squeeze none
+# more channels than a tile's; in tiles of C++ that start within a block of noise; vectors and others than images, which squeeze none
 SHAPES = [
     (2, 3, 6, 10),
     (1, 1, 2, 2),
@@ -266,6 +266,7 @@ SHAPES = [
     (1, 2, 70, 64),
     (2, 20, 4, 4),
     (2, 6, 16, 8),
+    (1, 18, 10, 14),
 ]
 OTHERS = [(3, 5), (2, 24), (2, 3, 7), (1, 1, 1, 1), (2, 3, 5, 7), (2, 2, 3, 2, 5), (1, 9001)]
 GLOW = [(2, 3, 32, 32), (2, 1, 28, 28)]  # CIFAR-10, MNIST
@@ -292,11 +293,17 @@ def assert_as_reference(op, *args):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-# drawn from a seed, in a layout, or one number for all
-NOISES = ["seed", "given", "number"]
+# in a layout, one number for all, or drawn from a seed
+NOISES = ["given", "number", "seed"]
 
 
-def assert_all_as_reference(noise, shape, preset, n_bits, squeeze_order, dtype, x_layout, layout):
+def with_noises(body, case):
+    """``case`` with all kinds of noise instead of its one, which suffices for Triton's interpreter."""
+    rest = {axis: value for axis, value in case.items() if axis != "noise"}
+    return {"noises": [case["noise"]] if body == "interpreter" else NOISES, **rest}
+
+
+def assert_all_as_reference(noises, shape, preset, n_bits, squeeze_order, dtype, x_layout, layout):
     x, v, dtype = (
         lay_out(image(n_bits, shape), x_layout),
         variant(preset, n_bits, squeeze_order),
@@ -304,10 +311,11 @@ def assert_all_as_reference(noise, shape, preset, n_bits, squeeze_order, dtype, 
     )
     drawn = lay_out(torch.rand(shape, dtype=torch.float64).to(dtype), layout)
     centre = torch.full((), 0.5, dtype=dtype).expand(shape)
-    if noise == "seed":
-        assert_as_reference(OP, x, None, torch.tensor(2**40 + 7), 2**33 + 1, *v, dtype)
-    else:
-        assert_as_reference(OP, x, drawn if noise == "given" else centre, None, 0, *v, dtype)
+    for noise in noises:
+        if noise == "seed":
+            assert_as_reference(OP, x, None, torch.tensor(2**40 + 7), 2**33 + 1, *v, dtype)
+        else:
+            assert_as_reference(OP, x, drawn if noise == "given" else centre, None, 0, *v, dtype)
     with fastflow.backend("reference"):
         y = OP(x, centre, None, 0, *v, dtype)[0]
     assert_as_reference(INVERSE, lay_out(y, layout), *v)
@@ -315,7 +323,7 @@ def assert_all_as_reference(noise, shape, preset, n_bits, squeeze_order, dtype, 
         lay_out(torch.randn(y.shape, dtype=torch.float64).to(dtype), layout),
         torch.randn(shape[0]).to(ops.acc_dtype(dtype)),
     )
-    assert_as_reference(BACKWARD, x, centre if noise == "number" else drawn, dy, dlog_det, *v)
+    assert_as_reference(BACKWARD, x, centre if noises == ["number"] else drawn, dy, dlog_det, *v)
 
 
 KERNEL_AXES = {
@@ -328,8 +336,8 @@ STRIDED = ("contiguous", "sliced", "transposed", "expanded")
 @pytest.mark.parametrize(
     "case", pairwise(shape=SHAPES, squeeze_order=[None, *ORDERS], **KERNEL_AXES), ids=name
 )
-def test_images_as_reference(case):
-    assert_all_as_reference(**case)
+def test_images_as_reference(case, each_backend):
+    assert_all_as_reference(**with_noises(each_backend, case))
 
 
 @pytest.mark.parametrize(
@@ -339,8 +347,8 @@ def test_images_as_reference(case):
     ),
     ids=name,
 )
-def test_others_as_reference(case):
-    assert_all_as_reference(**case)
+def test_others_as_reference(case, each_backend):
+    assert_all_as_reference(**with_noises(each_backend, case))
 
 
 @pytest.mark.parametrize(
@@ -354,20 +362,35 @@ def test_others_as_reference(case):
     ),
     ids=name,
 )
-def test_glow_as_reference(case):
-    assert_all_as_reference(**case, n_bits=8, dtype="float32", x_layout=case["layout"])
+def test_glow_as_reference(case, each_backend):
+    rest = {"n_bits": 8, "dtype": "float32", "x_layout": case["layout"]}
+    assert_all_as_reference(**with_noises(each_backend, case), **rest)
 
 
+DRAWN = {
+    "shape": st.tuples(st.integers(1, 3), st.integers(1, 18), st.integers(1, 5), st.integers(1, 20)),
+    "squeeze_order": st.sampled_from(ORDERS),
+    "preset": st.sampled_from(["glow", "realnvp-0.05"]),
+    "layout": st.sampled_from(LAYOUTS),
+}
+
+
+@pytest.mark.bodies("reference", "compiled", CUDA)
 @settings(max_examples=12, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 18), st.integers(1, 5), st.integers(1, 20)),
-    squeeze_order=st.sampled_from(ORDERS),
-    preset=st.sampled_from(["glow", "realnvp-0.05"]),
-    layout=st.sampled_from(LAYOUTS),
-    noise=st.sampled_from(NOISES),
-)
-def test_shapes_as_reference(shape, squeeze_order, preset, layout, noise):
+@given(**DRAWN)
+def test_shapes_as_reference(shape, squeeze_order, preset, layout):
+    assert_shape_as_reference(NOISES, shape, squeeze_order, preset, layout)
+
+
+@pytest.mark.bodies("interpreter")
+@settings(max_examples=12, deadline=None)
+@given(noise=st.sampled_from(NOISES), **DRAWN)
+def test_interpreted_shapes_as_reference(noise, shape, squeeze_order, preset, layout):
+    assert_shape_as_reference([noise], shape, squeeze_order, preset, layout)
+
+
+def assert_shape_as_reference(noises, shape, squeeze_order, preset, layout):
     n, c, h, w = shape
     rest = ("float64", layout, layout)
-    assert_all_as_reference(noise, (n, c, h, w), preset, 8, None, *rest)
-    assert_all_as_reference(noise, (n, c, 2 * h, 2 * w), preset, 8, squeeze_order, *rest)
+    assert_all_as_reference(noises, (n, c, h, w), preset, 8, None, *rest)
+    assert_all_as_reference(noises, (n, c, 2 * h, 2 * w), preset, 8, squeeze_order, *rest)
