@@ -403,8 +403,16 @@ def test_wrong_samples_are_named(call, message):
 # torch.compile ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["RealNVP of one scale", "NICE", "VectorGlow, mixture"])
+# the modes of RealNVP differ; the layers of the other two compute the same in both
+@pytest.mark.parametrize(
+    "name, training",
+    [
+        ("RealNVP of one scale", False),
+        ("RealNVP of one scale", True),
+        ("NICE", True),
+        ("VectorGlow, mixture", False),
+    ],
+)
 def test_compiled(name, training):
     torch._dynamo.reset()
     eager = trained(MODELS[name], reversible=False).train(training)

@@ -17,7 +17,7 @@ def trained(source: str, steps: int, hidden: int) -> tuple[Glow, torch.Tensor]:
     torch.manual_seed(0)
     images = data.load(source, str(CIFAR10.parent))
     model = Glow(levels=3, steps=8, hidden=hidden)
-    losses = list(training.train(model, images, steps))
+    losses = list(training.train(model, images, steps, batch_size=8))
     assert losses[-1] < losses[0] - 0.5, "the model did not train"
     return model.eval(), images.test
 

@@ -1,5 +1,7 @@
 """The trainer and the command line: what a run leaves, what it refuses, how it stops."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -50,9 +52,9 @@ def finished(tmp_path_factory, arrays):
     """A run of the command line, its folder and what it printed."""
     run = tmp_path_factory.mktemp("runs") / "run"
     argv = ["train", "--data", arrays, "--out", str(run), *SMALL, "--steps", "12", "--eval-every", "5"]
-    done = subprocess.run([sys.executable, "-m", "fastflow", *argv], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return run, done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(argv) == 0
+    return run, printed.getvalue()
 
 
 def failed(capsys, argv, code=1):
@@ -520,28 +522,25 @@ def test_config_errors_are_value_errors():
 
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from fastflow.trainer.cli import keep_memory
 
-if "keep" in sys.argv:
-    keep_memory()
-for i in range(30):
-    if i == 10:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    x = [torch.ones(2**k, dtype=torch.uint8) for k in (22, 24, 26)]
-    del x
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    for i in range(30):
+        if i == 10:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        x = [torch.ones(2**k, dtype=torch.uint8) for k in (22, 24, 26)]
+        del x
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+given_back = faults()
+keep_memory()
+print(given_back, faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is another than glibc")
 def test_the_command_line_keeps_memory_that_tensors_free():
-    def faults(*argv):
-        return int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS, *argv], capture_output=True, text=True, check=True
-            ).stdout
-        )
-
-    kept, given_back = faults("keep"), faults()
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
     assert kept < 1000 < given_back, (kept, given_back)
