@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -17,8 +18,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here
 
 SCRIPT = harness.ROOT / "benchmarks" / "gpu_pass.sh"
 # In place of Python. A stage's command line is written to $STARTED; $FAILING fails, and pytest ends when small_cases
-# has started. The script's own lines of Python, of which each imports torch, are run if $RUN_LINES is set and $GPU is
-# not; else the stub answers for them.
+# has started. The stub answers for the script's own lines of Python, of which each would import torch, and writes them
+# to $LINES, each followed by a null byte: a test runs them in its process.
 STUB = """#!/usr/bin/env bash
 case "$1 $2" in
   "-m "*)
@@ -28,11 +29,11 @@ case "$1 $2" in
     [ "$2" != "$FAILING" ]
     exit ;;
 esac
-[ -n "$RUN_LINES" ] && [ -z "$GPU" ] && exec {python} "$@"
+{{ if [ "$1" = - ]; then cat; else printf %s "$2"; fi; printf '\\0'; }} >>"$LINES"
 case "$1 $2" in
   *is_available*) echo "${{GPU:-0}}" ;;
   *with_cases*) echo {others} ;;
-  "- ") cat >/dev/null ;;
+  "- ") ;;
   *) exec {python} "$@" ;;
 esac
 """
@@ -58,7 +59,7 @@ def run(
         "STARTED": str(started),
         "FAILING": failing,
         "GPU": "",
-        "RUN_LINES": "",
+        "LINES": str(tmp_path / "lines"),
     }
     command = ["bash", str(script), *([] if folder is None else [folder])]
     done = subprocess.run(command, env=os.environ | given | more, capture_output=True, text=True)
@@ -83,7 +84,7 @@ def test_without_a_gpu_it_takes_a_folder(tmp_path):
 
 
 def test_every_stage_starts_with_options_that_its_program_takes(tmp_path, capsys):
-    done, started = run(tmp_path, str(tmp_path / "out"), RUN_LINES="1")
+    done, started = run(tmp_path, str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "out" / "gpu_pass" / "summary.txt").read_text()
     for stage in STAGES:
@@ -95,6 +96,17 @@ def test_every_stage_starts_with_options_that_its_program_takes(tmp_path, capsys
         with pytest.raises(SystemExit):
             importlib.import_module(module).main([*options, "--unknown"])
         assert capsys.readouterr().err.strip().endswith("unrecognized arguments: --unknown"), module
+
+
+def test_the_lines_of_python_print_what_the_stub_prints(tmp_path, capsys):
+    done, _ = run(tmp_path, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = []
+    for line in (tmp_path / "lines").read_text().split("\0")[:-1]:
+        exec(compile(line, "gpu_pass.sh", "exec"), {})
+        printed.append(capsys.readouterr().out)
+    about = f"no GPU, torch {torch.__version__}, Python {platform.python_version()}\n"
+    assert printed == ["0\n", "360\n", " ".join(OTHERS) + "\n", about]
 
 
 def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):

@@ -472,17 +472,18 @@ def glow_size(levels, steps, hidden, c=3, additive=False, mixing="lu", learned=0
     return total + 2 * c * learned
 
 
+TWO = {"steps": 2}  # an option counts in each step
 GLOWS = {
     "the paper's of CIFAR-10": ({}, glow_size(3, 32, 512)),
     "the exercise's": ({"steps": 16}, glow_size(3, 16, 512)),
-    "additive": ({"coupling": "additive"}, glow_size(3, 32, 512, additive=True)),
-    "of 256x256": ({"image_shape": (3, 256, 256), "levels": 6}, glow_size(6, 32, 512)),
-    "reverse": ({"conv1x1": "reverse"}, glow_size(3, 32, 512, mixing=None)),
-    "shuffle": ({"conv1x1": "shuffle"}, glow_size(3, 32, 512, mixing=None)),
-    "plain": ({"conv1x1": "plain"}, glow_size(3, 32, 512, mixing="plain")),
-    "without a factor": ({"scale": "sigmoid"}, glow_size(3, 32, 512, factor=False)),
-    "class-conditional": ({"classes": 10}, glow_size(3, 32, 512, learned=10)),
-    "with a learned prior": ({"learned_prior": True}, glow_size(3, 32, 512, learned=1)),
+    "of 256x256": ({"image_shape": (3, 256, 256), "levels": 6, **TWO}, glow_size(6, 2, 512)),
+    "additive": ({"coupling": "additive", **TWO}, glow_size(3, 2, 512, additive=True)),
+    "reverse": ({"conv1x1": "reverse", **TWO}, glow_size(3, 2, 512, mixing=None)),
+    "shuffle": ({"conv1x1": "shuffle", **TWO}, glow_size(3, 2, 512, mixing=None)),
+    "plain": ({"conv1x1": "plain", **TWO}, glow_size(3, 2, 512, mixing="plain")),
+    "without a factor": ({"scale": "sigmoid", **TWO}, glow_size(3, 2, 512, factor=False)),
+    "class-conditional": ({"classes": 10, **TWO}, glow_size(3, 2, 512, learned=10)),
+    "with a learned prior": ({"learned_prior": True, **TWO}, glow_size(3, 2, 512, learned=1)),
 }
 
 
