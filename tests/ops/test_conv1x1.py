@@ -12,6 +12,7 @@ from tests.support.cases import (
     EXTENSION,
     LAYOUTS,
     STATIC,
+    TRACED,
     assert_as_reference,
     lay_out,
     leaves,
@@ -102,7 +103,9 @@ def test_every_body_is_the_reference(case):
 @with_bias
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 2), (2, 3, 5)], ids=str)
 def test_opcheck(shape, bias):
-    torch.library.opcheck(OP, leaves(*inputs(shape, bias)))
+    traced = bias == (len(shape) == 4)  # images with a bias, others without
+    tests = (*STATIC, *TRACED) if traced else STATIC
+    torch.library.opcheck(OP, leaves(*inputs(shape, bias)), test_utils=tests)
 
 
 @with_bias

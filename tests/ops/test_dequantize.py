@@ -180,7 +180,7 @@ def test_gradients(case, each_backend):
             assert gradcheck(lambda z: INVERSE(z, *v)[1], leaf(y), fast_mode=interpreted)
 
 
-OPCHECKED = pairwise(**AXES, given=[False, True])
+OPCHECKED = pairwise(given=[True, False], **AXES)
 
 
 @pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
