@@ -10,8 +10,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-# one worker for all, which compiles once
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compiled_code")]
+pytestmark = pytest.mark.slow
 
 DEFECTS = """
 for spec in specs:

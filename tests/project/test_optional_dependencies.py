@@ -68,8 +68,6 @@ SCRIPTS = {
     "broken CUDA": BROKEN_CUDA + IMPORT,
 }
 
-pytestmark = pytest.mark.xdist_group("optional_dependencies")  # so that one worker runs the scripts for all
-
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, tuple[list[str], list[str], list[float]]]:
