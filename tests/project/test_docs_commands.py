@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from tests.project.test_docs_links import FENCE, PAGES, ROOT
+from tests.support.pages import FENCE, PAGES, ROOT
 
 pytest.importorskip("tyro")
 pytest.importorskip("tqdm")

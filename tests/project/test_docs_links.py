@@ -6,14 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")),
-]
-FENCE = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
+from tests.support.pages import FENCE, PAGES, ROOT
+
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 MODULE = re.compile(r"(?:\bpython[\d.]*|\btorchrun [^`\n]*?) -m ([\w.]+)")
 REPOSITORY_PATH = re.compile(r"(?:fastflow|tests|csrc|triton_kernels|benchmarks|docs)/[\w./*-]*")
