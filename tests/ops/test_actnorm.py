@@ -162,9 +162,8 @@ def test_half_precision(dtype, parameters, inverse):
 )
 def test_every_body_is_the_reference(case, each_backend):
     dtype, shape = getattr(torch, case["dtype"]), case["shape"]
-    twice = (
-        each_backend != "interpreter"
-    )  # NumPy's bits repeat; test_specs.py runs twice in the interpreter, too
+    # NumPy's bits repeat; test_specs.py runs twice in the interpreter, too
+    twice = each_backend != "interpreter"
     x, s, b = inputs(shape, dtype)
     x, dy = lay_out(x, case["x"]), lay_out(torch.randn(shape).to(dtype), case["dy"])
     dlog_det = torch.randn(shape[0], dtype=reference.acc_dtype(dtype))
