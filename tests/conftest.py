@@ -19,6 +19,7 @@ from tests.support import interpreter  # noqa: E402
 interpreter.round_to_nearest()
 interpreter.count_loops()
 interpreter.patch_once_a_launch()
+interpreter.skip_repeated_work()
 
 
 deselected = pytest.StashKey[int]()
