@@ -248,9 +248,10 @@ def test_every_parameter_gets_a_gradient(make):
 
 @of({name: make for name, make in MODELS.items() if "three" not in name})
 def test_one_batch_is_learned_by_heart(make):
-    """Two samples, many times each: in 40 steps of Adam it takes at least a bit less for each value.
+    """Two samples, many times each: within 40 steps of Adam each value takes at least a bit less.
 
-    In 100 of vectors, where the first batch has set the scales already.
+    Within 100 steps for vectors, whose scales the first batch has set already. It stops as soon as five steps in
+    a row average a bit less.
     """
     model = make()
     x = data(model, 2).repeat(4, *[1] * len(model.shape))
@@ -264,7 +265,9 @@ def test_one_batch_is_learned_by_heart(make):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-5:]) / 5 < losses[0] - 1
+        if step >= 5 and sum(losses[-5:]) / 5 < losses[0] - 1:
+            return
+    pytest.fail(f"the losses are {losses}")
 
 
 def test_order_of_pixels_in_realnvp():
@@ -305,9 +308,17 @@ def test_an_evaluation_leaves_realnvp_as_it_was():
 
 
 @of(MODELS, {"MNIST, vardeq": MNIST["MNIST, vardeq"]})
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_saved_and_loaded(make, dtype, tmp_path):
-    model = trained(make, n=4).to(dtype)
+def test_saved_and_loaded(make, tmp_path):
+    saved_and_loaded(trained(make, n=4), tmp_path)
+
+
+# batch normalization's running statistics, one scale for each dimension, labels, a prior that is a layer
+@of({name: MODELS[name] for name in ("RealNVP", "NICE", "Glow, shuffle, classes", "VectorGlow, mixture")})
+def test_saved_and_loaded_in_float64(make, tmp_path):
+    saved_and_loaded(trained(make, n=4).double(), tmp_path)
+
+
+def saved_and_loaded(model, tmp_path):
     fastflow.save(tmp_path / "model.pt", model)
     loaded = fastflow.load(tmp_path / "model.pt")
     assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 DEFECTS = """
-for spec in specs:
+for spec in chosen(specs):
     for capability in CAPABILITIES:
         for fault in triton_code.defects(spec, triton_code.compiled(spec, capability)):
             print(f"sm_{capability}", *spec.row(), fault, sep=", ")
@@ -33,6 +33,15 @@ listed = triton_code.listed(triton_code.PAGE.read_text())
 print("not as on the page:", [kernel for kernel in recorded.keys() | listed.keys() if recorded.get(kernel) != listed.get(kernel)])
 """
 
+# Kernels that differ in nothing but the shapes of Glow's levels are compiled at one of these, each in its turn.
+CHOSEN = """
+def chosen(specs):
+    levels = {}
+    for spec in specs:
+        levels.setdefault(spec.row()[:-1], []).append(spec)
+    return [of_one[i % len(of_one)] for i, of_one in enumerate(levels.values())]
+"""
+
 DEFECTS_OF_WORSE = """
 from dataclasses import replace
 spec = next(s for s in specs if s.kernel == "affine_coupling_backward_kernel" and s.layout == "contiguous")
@@ -43,6 +52,11 @@ for changed in (
     replace(spec, options=(*spec.options, ("maxnreg", 24))),
 ):
     print(len(triton_code.defects(changed, triton_code.compiled(changed, 90))))
+"""
+
+EVERY = """
+def chosen(specs):
+    return specs
 """
 
 BETWEEN = "--- the next part ---"
@@ -66,7 +80,7 @@ def run(cache: Path, *parts: str) -> list[str]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, str]:
     parts = {
-        "defects": "CAPABILITIES = (90,)" + DEFECTS,
+        "defects": "CAPABILITIES = (90,)" + CHOSEN + DEFECTS,
         "recorded": RECORDED,
         "defects of worse kernels": DEFECTS_OF_WORSE,
     }
@@ -74,13 +88,13 @@ def found(tmp_path_factory) -> dict[str, str]:
 
 
 def test_no_kernel_spills_or_moves_less_than_16_bytes_at_a_time(found):
-    """On sm_90; `python -m benchmarks.tools.triton_code` compiles for all three generations."""
+    """On sm_90, at one level of Glow each; `python -m benchmarks.tools.triton_code` compiles all for three generations."""
     assert not found["defects"], found["defects"]
 
 
 @pytest.mark.gpu
 def test_no_kernel_spills_on_other_generations(tmp_path):
-    (defects,) = run(tmp_path, "CAPABILITIES = (80, 100)" + DEFECTS)
+    (defects,) = run(tmp_path, "CAPABILITIES = (80, 100)" + EVERY + DEFECTS)
     assert not defects, defects
 
 
