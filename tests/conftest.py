@@ -89,6 +89,10 @@ def each_backend(request):
     torch.set_default_device(None)
 
 
+# torch.manual_seed also asks for each kind of device that torch knows, which takes as long as a short test
+seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def poison_and_seed():
     """Fills what ``torch.empty`` returns, in C++ too, with NaN (integers: the largest value), and seeds torch.
@@ -96,6 +100,6 @@ def poison_and_seed():
     torch offers the filling only together with deterministic algorithms; an operation that has none warns at most.
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(0)
+    seed(0)
     yield
     torch.use_deterministic_algorithms(False)
