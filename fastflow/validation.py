@@ -66,6 +66,21 @@ def channels(argument: str, t: Tensor, count: int, why: str) -> None:
         raise argument_error(argument, shape_of(t), f"[{count}], {why}")
 
 
+def writable(argument: str, t: Tensor) -> None:
+    """Raise ValueError if elements of t share memory, so that it cannot be written in place."""
+    if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
+        raise argument_error(argument, "an expanded tensor", "one without shared memory, to write in place")
+
+
+def not_a_leaf(argument: str, t: Tensor) -> None:
+    """Raise ValueError if t is a leaf that requires a gradient, or a view of one: autograd forbids a write."""
+    base = t if t._base is None else t._base
+    if base.is_leaf and base.requires_grad:
+        raise argument_error(
+            argument, "a leaf that requires a gradient", "a computed tensor, to write in place"
+        )
+
+
 def gradients(x_name: str, x: Tensor, dy: Tensor | None, dlog_det: Tensor | None = None) -> None:
     """Raise ValueError unless dy has the shape of x and dlog_det has the shape ``[N]``.
 

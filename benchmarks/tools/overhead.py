@@ -41,7 +41,9 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
     squeeze2d, unsqueeze2d = (
         getattr(ops, f"{name}2d", None) or getattr(ops, name) for name in ("squeeze", "unsqueeze")
     )
-    return {
+    # 0.1.0 has none
+    later = {"bias_relu": (ops.bias_relu, (x, channel), (0, 1))} if hasattr(ops, "bias_relu") else {}
+    return later | {
         "actnorm": (ops.actnorm, (x, channel, channel), (0, 1, 2)),
         "actnorm_inverse_backward": (ops.actnorm_inverse_backward, (x, channel, channel, dy, dlog_det), ()),
         "actnorm_statistics": (ops.actnorm_statistics, (x,), ()),

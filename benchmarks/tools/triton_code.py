@@ -37,6 +37,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
 BATCH = 64  # as in training, since Triton specializes kernels for divisible sizes; nothing is computed
 IMAGE = (3, 32, 32)
+HIDDEN = 512  # channels of a coupling network
 
 # recording ----------------------------------------------------------------------------
 
@@ -196,6 +197,14 @@ def _actnorm(x: Tensor) -> None:
         ops.actnorm(x, channel, channel, inverse=True)
 
 
+def _bias_relu(x: Tensor, dtype: torch.dtype) -> None:
+    """Launches bias and ReLU of a network's hidden activations; the bias is a parameter, in float32."""
+    hidden = torch.empty(len(x), HIDDEN, *x.shape[2:], dtype=dtype).contiguous(memory_format=_format(x))
+    bias = torch.empty(HIDDEN).requires_grad_()
+    ops.bias_relu(hidden, bias).backward(torch.empty_like(hidden))
+    ops.bias_relu(hidden, bias, inplace=True)
+
+
 def _variational(images: Tensor) -> None:
     """Launches dequantization with noise from a model, which has a gradient (arXiv:1902.00275)."""
     noise = (
@@ -235,6 +244,7 @@ def recorded() -> list[Spec]:
         with recording() as launched, autocast:
             for coupling, x in _train(model, images):
                 _from_output(coupling, x)
+                _bias_relu(x, network)
                 if network == torch.float32:
                     _actnorm(x)
             latents = model.encode(images)

@@ -41,7 +41,7 @@ inline ScalarType accumulator_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-constexpr int64_t TILE = 512;  // elements; rows are never split, even if they are longer
+constexpr int64_t TILE = 512;  // elements of most ops; rows are never split, even if they are longer
 
 struct Tile {
   int64_t sample, line, from, lines, length;  // elements `from` to `from + length` of each line
@@ -54,28 +54,29 @@ struct Tile {
 struct Grid {
   int64_t samples, channels, positions;
   bool vectors, rows;
+  int64_t tile_size;                          // elements, unless a row is longer
   int64_t lines, length;                      // of a sample
   int64_t lines_per_tile, elements_per_line;  // lines of a tile, and elements per line
   int64_t groups, pieces_per_line;            // groups of lines per sample, and pieces per line
 
-  Grid(const Tensor& x, int64_t channels_, const Tensor& y)
-      : samples(x.size(0)), channels(channels_), positions(1) {
+  Grid(const Tensor& x, int64_t channels_, const Tensor& y, int64_t tile_size_ = TILE)
+      : samples(x.size(0)), channels(channels_), positions(1), tile_size(tile_size_) {
     for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
     vectors = positions == 1;
     if (vectors) std::swap(samples, positions);
     rows = vectors || (y.stride(1) == 1 && channels > 1);
     lines = rows ? positions : channels, length = rows ? channels : positions;
-    pieces_per_line = rows ? 1 : (length + TILE - 1) / TILE;
+    pieces_per_line = rows ? 1 : (length + tile_size - 1) / tile_size;
     elements_per_line =
         pieces_per_line > 1 ? padded((length + pieces_per_line - 1) / pieces_per_line) : length;
-    lines_per_tile = length && pieces_per_line == 1 ? std::max<int64_t>(1, TILE / length) : 1;
+    lines_per_tile = length && pieces_per_line == 1 ? std::max<int64_t>(1, tile_size / length) : 1;
     const int64_t unit = 16 / std::gcd<int64_t>(length, 16);  // lines that fill vectors
     if (lines_per_tile > unit) lines_per_tile -= lines_per_tile % unit;
     groups = length ? (lines + lines_per_tile - 1) / lines_per_tile : 0;
   }
   int64_t tiles_of_sample() const { return groups * pieces_per_line; }
   int64_t tiles() const { return samples * tiles_of_sample(); }
-  int64_t capacity() const { return padded(rows ? std::max(TILE, length) : TILE); }
+  int64_t capacity() const { return padded(rows ? std::max(tile_size, length) : tile_size); }
   Tile operator[](int64_t i) const {
     const int64_t sample = i / tiles_of_sample(),
                   line = i % tiles_of_sample() / pieces_per_line * lines_per_tile,

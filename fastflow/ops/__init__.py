@@ -8,6 +8,7 @@ from fastflow.deprecation import renamed_arguments, renamed_function
 from fastflow.ops.actnorm import actnorm, actnorm_inverse_backward, actnorm_statistics
 from fastflow.ops.affine_coupling import op as _affine_coupling
 from fastflow.ops.affine_coupling.reference import checkerboard_transformed
+from fastflow.ops.bias_relu import bias_relu
 from fastflow.ops.conv1x1 import conv1x1, conv1x1_inverse_backward
 from fastflow.ops.dequantize import dequantize, dequantize_inverse
 from fastflow.ops.dispatch import backend
@@ -38,6 +39,7 @@ __all__ = [
     "affine_coupling",
     "affine_coupling_inverse_backward",
     "backend",
+    "bias_relu",
     "checkerboard_transformed",
     "conv1x1",
     "conv1x1_inverse_backward",

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
+from fastflow import validation
 from fastflow.ops.dispatch import Implementations
 
 OPS: dict[str, Implementations] = {}  # every registered op by name
@@ -35,6 +37,7 @@ def register(
     gradients: str = "",
     differentiable_backward: bool = False,
     integers: str = "",
+    writes: str = "",
 ) -> Implementations:
     """Defines ``torch.ops.fastflow.NAME`` from ``reference``, a plain PyTorch function named NAME.
 
@@ -65,12 +68,16 @@ def register(
         integers: names of the outputs that are integers and have no gradient.
         differentiable_backward: whether ``backward`` is differentiable; otherwise double backward raises an
             error.
+        writes: name of the first argument, if the op works in place. The reference then writes it and returns
+            None, and so does the op. For ``backward``, the written argument is the output.
 
     Returns the implementations, for ops that call this op.
     """
     name = reference.__name__
-    schema = torch.library.infer_schema(reference, mutates_args=())
+    schema = torch.library.infer_schema(reference, mutates_args=writes.split())
     parameters = list(inspect.signature(reference).parameters.values())
+    if writes not in ("", parameters[0].name):
+        raise TypeError(f"writes: got {writes!r}, expected the first argument of {name}")
     implementations = Implementations(
         name,
         reference.__module__.split(".")[-2],
@@ -88,6 +95,8 @@ def register(
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, "CompositeExplicitAutograd", checked(_without_autocast(implementations)))
     torch.library.register_fake(qualified, checked(reference))
+    if writes:
+        torch.library.impl(qualified, "ADInplaceOrView", _counting_writes(name))
     if backward is not None:
         function = _function(
             name,
@@ -97,8 +106,10 @@ def register(
             gradients.split(),
             differentiable_backward,
             integers.split(),
+            bool(writes),
         )
-        torch.library.impl(qualified, "Autograd", _skipping(function, name))
+        skipping = _skipping(function, name)
+        torch.library.impl(qualified, "Autograd", _in_place(skipping, writes) if writes else skipping)
     if compiled:
         define_compiled(name, compiled_schema or schema, emulated="cuda" in compiled)
     return implementations
@@ -167,6 +178,7 @@ def _function(
     gradients: list[str],
     differentiable_backward: bool,
     integers: list[str],
+    in_place: bool,
 ) -> type[torch.autograd.Function]:
     """Makes the autograd.Function of an op, which saves the tensors in the signature of ``backward``."""
     op = getattr(torch.ops.fastflow, name).default
@@ -188,11 +200,17 @@ def _function(
     # prefer the op of that name, which chooses its implementation
     vjp = getattr(torch.ops.fastflow, backward.__name__).default if _is_op(backward.__name__) else backward
 
+    # mark_dirty increments the version of a written argument, so that the op below need not
+    below = torch._C._AutoDispatchBelowADInplaceOrView if in_place else torch._C._AutoDispatchBelowAutograd
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            with torch._C._AutoDispatchBelowAutograd():
+            with below():
                 results = op(*args)
+            if in_place:
+                results = args[0]
+                ctx.mark_dirty(results)
             everything = args + results if type(results) is tuple else (*args, results)
             ctx.save_for_backward(*saved_of(everything))
             ctx.others = others_of(everything)
@@ -233,5 +251,31 @@ def _skipping(function: type[torch.autograd.Function], name: str) -> Callable:
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
+
+    return body
+
+
+def _counting_writes(name: str) -> Callable:
+    """Runs an in-place op after it increments the version of the written tensor.
+
+    By the version, autograd finds that a tensor was changed after an operation had saved it.
+    """
+    op = getattr(torch.ops.fastflow, name).default
+
+    def body(*args: object) -> None:
+        increment_version(args[0])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op(*args)
+
+    return body
+
+
+def _in_place(differentiable: Callable, argument: str) -> Callable:
+    """Checks that autograd permits a write, which ``autograd.Function`` only does after it, and returns None."""
+
+    def body(x: Tensor, *args: object) -> None:
+        if torch.is_grad_enabled():
+            validation.not_a_leaf(argument, x)
+        differentiable(x, *args)
 
     return body

@@ -138,6 +138,38 @@ OPS = {
         lambda: ops.actnorm(x_(2, 4), x_(4), x_(4, device=META)),
         r"bias: got device meta, expected cpu, the device of x",
     ),
+    "bias_relu's bias": (
+        lambda: ops.bias_relu(x_(2, 4), x_(3)),
+        r"bias: got shape \[3\], expected \[4\], one for each channel of x",
+    ),
+    "bias_relu's dtypes": (
+        lambda: ops.bias_relu(x_(2, 4), x_(4, dtype=F64)),
+        r"bias: got dtype torch.float64, expected torch.float32, the dtype of x",
+    ),
+    "bias_relu's devices": (
+        lambda: ops.bias_relu(x_(2, 4), x_(4, device=META), inplace=True),
+        r"bias: got device meta, expected cpu, the device of x",
+    ),
+    "bias_relu of integers": (
+        lambda: ops.bias_relu(u8(2, 4), x_(4), inplace=True),
+        r"x: got dtype torch.uint8, expected a floating point tensor",
+    ),
+    "bias_relu of a vector": (
+        lambda: ops.bias_relu(x_(4), x_(4)),
+        r"x: got shape \[4\], expected a batch \[N, C, ...\]",
+    ),
+    "bias_relu over an expanded tensor": (
+        lambda: ops.bias_relu(x_(1, 4).expand(2, 4), x_(4), inplace=True),
+        r"x: got an expanded tensor, expected one without shared memory",
+    ),
+    "bias_relu over a leaf": (
+        lambda: ops.bias_relu(x_(2, 4).requires_grad_(), x_(4), inplace=True),
+        r"x: got a leaf that requires a gradient, expected a computed tensor",
+    ),
+    "bias_relu over a view of a leaf": (
+        lambda: ops.bias_relu(x_(2, 8).requires_grad_().chunk(2, dim=1)[1], x_(4), inplace=True),
+        r"x: got a leaf that requires a gradient, expected a computed tensor",
+    ),
     "statistics of integers": (
         lambda: ops.actnorm_statistics(u8(2, 4)),
         r"x: got dtype torch.uint8, expected a floating point tensor",

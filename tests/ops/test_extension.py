@@ -10,7 +10,11 @@ from fastflow import ops
 from fastflow.ops import extension, spec
 from fastflow.ops.noise import reference as plain_noise
 from fastflow.ops.registry import OPS
-from tests.support.cases import assert_same_bits_whatever_the_threads, assert_writes_everything
+from tests.support.cases import (
+    assert_same_bits_whatever_the_threads,
+    assert_writes_everything,
+    functional,
+)
 from tests.support.matrices import lu_inputs, triangular_inputs
 
 pytestmark = pytest.mark.skipif(not extension.cpu, reason="the C++ extension was not built here: no compiler")
@@ -127,6 +131,18 @@ CPU_ERRORS = {
         ((COUNT,), "x: got shape [2], expected at least 2 dimensions"),
         ((X.int(),), f"x: got dtype Int, {FLOATING}"),
     ],
+    "bias_relu": [
+        ((COUNT, COUNT), "x: got shape [2], expected at least 2 dimensions"),
+        ((X.int(), CHANNELS), f"x: got dtype Int, {FLOATING}"),
+        ((X, COUNT), "bias: got shape [2], expected [3]"),
+        ((X, CHANNELS.int()), f"bias: got dtype Int, {FLOATING}"),
+    ],
+    "bias_relu_": [((X, COUNT), "bias: got shape [2], expected [3]")],
+    "bias_relu_backward": [
+        ((COUNT, COUNT), "y: got shape [2], expected at least 2 dimensions"),
+        ((X, EVEN), "dy: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
+        ((X, X.int()), f"dy: got dtype Int, {FLOATING}"),
+    ],
     "gaussian_log_prob": [
         ((COUNT, None, None), "z: got shape [2], expected at least 2 dimensions"),
         ((X.int(), None, None), f"z: got dtype Int, {FLOATING}"),
@@ -221,7 +237,8 @@ CASES = [
 def test_every_argument_is_guarded(namespace, name):
     """Any argument that the op was not written for is an error, or the op computes what the reference does."""
     case = next(case for case in spec.cases(spec.Make(), (2, 4, 4, 6)) if str(case) == name)
-    op, reference = getattr(getattr(torch.ops, namespace), case.op), OPS[case.op].fallback
+    compiled = getattr(getattr(torch.ops, namespace), case.op).default
+    op, reference = functional(compiled), functional(compiled, OPS[case.op].fallback)
     guarded = 0
     for i, argument in enumerate(case.args):
         for other in variations(argument) if isinstance(argument, torch.Tensor) else ():
@@ -309,6 +326,11 @@ def runs():
         """The Gaussian's, and its gradients."""
         return C.gaussian_log_prob(z, *terms), *C.gaussian_log_prob_backward(z, *terms, vectors[4])
 
+    def rectified(x, dy):
+        """bias_relu and its gradients."""
+        y = C.bias_relu(x, dy[0].float())
+        return y, *C.bias_relu_backward(y, dy)
+
     pixels = torch.randint(0, 256, (9000, 6)).to(torch.uint8)
 
     def dequantized(noise, dy):
@@ -327,6 +349,7 @@ def runs():
     return {
         "dequantize of vectors": lambda: dequantized(vectors[0].sigmoid(), vectors[1]),
         "actnorm of vectors": lambda: normalized(vectors[0], vectors[3], vectors[4]),
+        "bias_relu of vectors": lambda: rectified(vectors[0], vectors[1]),
         "uniform_noise": lambda: (
             C.uniform_noise(9, 3001, SEED, 2**40, False),
             C.uniform_noise(3001, 9, SEED, 0, True),

@@ -94,6 +94,15 @@ def test_actnorm(shape, layout, each_backend):
 
 @each_layout
 @shapes
+def test_bias_relu(shape, layout, each_backend):
+    x, b = lay_out(torch.randn(shape), layout), torch.randn(shape[1])
+    found = gradients(ops.bias_relu, x, b)
+    assert_near(found, exactly(lambda *a: gradients(ops.bias_relu, *a), x, b))
+    assert ops.bias_relu(x, b, inplace=True) is x and torch.equal(x, found[0])
+
+
+@each_layout
+@shapes
 def test_squeeze(shape, layout, each_backend):
     x = lay_out(torch.randn(shape), layout)
     for order in ("channel", "space", "realnvp"):
@@ -295,6 +304,7 @@ def test_past_32_bits(count, samples, layout, each_backend):
     assert torch.equal(last(y), ops.actnorm(last(x), s, b)[0])
     mean, var = ops.actnorm_statistics(x)
     assert mean.abs().max() < 0.5 and (var - 1).abs().max() < 0.5
+    assert torch.equal(last(ops.bias_relu(x, b)), ops.bias_relu(last(x), b))
     z = ops.squeeze2d(y)
     assert torch.equal(z[-1:, :, -3:], ops.squeeze2d(last(y))) and torch.equal(
         last(ops.unsqueeze2d(z)), last(y)
