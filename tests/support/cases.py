@@ -133,7 +133,7 @@ def functional(op: Callable, body: Callable | None = None) -> Callable:
     def run(x: Tensor, *args: object) -> Tensor:
         reach = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
         # a copy with gaps where x has them; elements that share memory get memory of their own
-        copy = x.clone() if reach < x.numel() else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        copy = x.clone() if reach < x.numel() else x.new_empty_strided(x.shape, x.stride()).copy_(x)
         body(copy, *args)
         return copy
 
