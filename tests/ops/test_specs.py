@@ -1,5 +1,7 @@
 """Every registered op, by the cases of its spec: equal to the reference, registered correctly, minimal traffic."""
 
+import functools
+
 import pytest
 import torch
 
@@ -33,9 +35,15 @@ def laid_out(layout: str):
     return apply
 
 
-def find(name: str, make: spec.Make, shape: tuple[int, ...]) -> spec.Case:
-    folder = OPS[name.split()[0]].folder
-    return next(case for case in spec.cases(make, shape, folder) if str(case) == name)
+def find(name: str, dtype: str, layout: str, shape: tuple[int, ...], device: str = "cpu") -> spec.Case:
+    return cases(OPS[name.split()[0]].folder, dtype, layout, shape, device)[name]
+
+
+@functools.lru_cache(maxsize=4)  # a layout each of one folder: successive tests take the same cases
+def cases(folder: str, dtype: str, layout: str, shape: tuple[int, ...], device: str) -> dict[str, spec.Case]:
+    make = spec.Make(getattr(torch, dtype), laid_out(layout))
+    with torch.device(device):
+        return {str(case): case for case in spec.cases(make, shape, folder)}
 
 
 def bodies(name: str) -> list:
@@ -73,8 +81,7 @@ def test_every_op_has_cases_whose_names_differ():
     "dtype, layout", [("float32", "contiguous"), ("bfloat16", "channels_last"), ("float64", "sliced")]
 )
 def test_matches_reference(name, body, dtype, layout):
-    with torch.device("cuda" if body == "cuda" else "cpu"):
-        case = find(name, spec.Make(getattr(torch, dtype), laid_out(layout)), SMALL)
+    case = find(name, dtype, layout, SMALL, "cuda" if body == "cuda" else "cpu")
     twice = body != "interpreter" or dtype == "float32"  # NumPy's bits repeat in every dtype if in one
     with on(name, body):
         assert_as_reference(getattr(torch.ops.fastflow, case.op).default, *case.args, twice=twice)
@@ -84,7 +91,7 @@ def test_matches_reference(name, body, dtype, layout):
 def test_registration(name):
     """Schema, fake and autograd registration, contiguous and channels_last, also for inputs that require grad."""
     for layout in ("contiguous", "channels_last"):
-        case = find(name, spec.Make(torch.float64, laid_out(layout)), SMALL)
+        case = find(name, "float64", layout, SMALL)
         op = getattr(torch.ops.fastflow, case.op).default
         torch.library.opcheck(op, case.args, test_utils=STATIC)
 
@@ -93,7 +100,7 @@ def test_registration(name):
 @pytest.mark.parametrize("dtype, layout", [("float32", "contiguous"), ("bfloat16", "channels_last")])
 @pytest.mark.parametrize("name", [name for name in NAMES if "cpu" in OPS[name.split()[0]].compiled])
 def test_same_bits_for_any_number_of_threads_and_all_written(name, dtype, layout):
-    case = find(name, spec.Make(getattr(torch, dtype), laid_out(layout)), (64, 12, 16, 16))
+    case = find(name, dtype, layout, (64, 12, 16, 16))
 
     op = functional(getattr(torch.ops.fastflow, case.op).default)
 
@@ -116,7 +123,7 @@ COUNTED = [
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "channels_last sliced"])
 @pytest.mark.parametrize("name", COUNTED)
 def test_bytes_and_launches(name, layout):
-    case = find(name, spec.Make(torch.float32, laid_out(layout)), SHAPE)
+    case = find(name, "float32", layout, SHAPE)
     with fastflow.backend("triton"), interpreter.traffic() as found:
         case()
     elements = torch.Size(SHAPE).numel()
