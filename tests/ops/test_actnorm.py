@@ -14,6 +14,8 @@ from tests.support.cases import (
     TRITON_AND_CPU,
     assert_as_reference,
     assert_no_worse,
+    by_body,
+    compared_triton_and_cpu,
     lay_out,
     leaf,
     name,
@@ -55,10 +57,12 @@ def test_log_det_of_several_blocks_of_vectors():
     torch.testing.assert_close(log_det, s.sum().expand(700), rtol=1e-13, atol=1e-13)
 
 
-@both_directions
-@any_shape
-def test_gradients(shape, inverse, each_backend):
-    fast = each_backend == "interpreter"
+GRADIENTS = [{"shape": shape, "inverse": inverse} for shape in SHAPES for inverse in (False, True)]
+
+
+@by_body(GRADIENTS, reference=GRADIENTS, compiled=GRADIENTS, interpreter=GRADIENTS[::4] + GRADIENTS[3::4])
+def test_gradients(case, each_backend):
+    (shape, inverse), fast = case.values(), each_backend == "interpreter"
     assert gradcheck(lambda *a: OP(*a, inverse), [leaf(v) for v in inputs(shape)], fast_mode=fast)
 
 
@@ -79,8 +83,7 @@ def test_backward_is_that_of_the_reference(shape, inverse):
 
 
 @pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
-@both_directions
-@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4, 2)], ids=str)
+@pytest.mark.parametrize("shape, inverse", [((3, 4), False), ((2, 3, 4, 2), True)], ids=str)
 def test_opcheck(shape, inverse):
     torch.library.opcheck(OP, (*(leaf(v) for v in inputs(shape)), inverse))
 
@@ -140,6 +143,7 @@ def test_half_precision(dtype, parameters, inverse):
     assert_no_worse(ours, run(eager, *args), exact)
 
 
+@compared_triton_and_cpu
 @pytest.mark.parametrize(
     "case",
     pairwise(

@@ -19,8 +19,9 @@ from tests.support.cases import (
     TRITON_AND_CPU,
     assert_as_reference,
     assert_no_worse,
+    by_body,
+    compared_triton_and_cpu,
     every_value,
-    fewer_on_the_interpreter,
     lay_out,
     leaves,
     name,
@@ -43,10 +44,12 @@ AXES = {
 }
 FULL = [dict(zip(AXES, values, strict=True)) for values in product(*AXES.values())]
 PAIRWISE = pairwise(**AXES)
-# no branch of a kernel depends on more than three of these at once
-every_variant = fewer_on_the_interpreter(FULL, triples(**AXES))
-every_forward_variant = fewer_on_the_interpreter(
-    [case for case in FULL if not case["inverse"]], triples(**AXES | {"inverse": [False]})
+TRIPLES = triples(**AXES)  # no branch of a kernel or of the C++ depends on more than three of these at once
+FORWARD = [case for case in FULL if not case["inverse"]]
+FORWARD_TRIPLES = triples(**AXES | {"inverse": [False]})
+every_variant = by_body(FULL, reference=FULL, compiled=TRIPLES, interpreter=TRIPLES)
+every_forward_variant = by_body(
+    FORWARD, reference=FORWARD, compiled=FORWARD_TRIPLES, interpreter=FORWARD_TRIPLES
 )
 OP = torch.ops.fastflow.affine_coupling.default
 BACKWARD = torch.ops.fastflow.affine_coupling_backward.default
@@ -106,15 +109,9 @@ def test_formula_and_inverse(each_backend, case):
     torch.testing.assert_close(log_det_back, -log_det, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.bodies("reference")
-@pytest.mark.parametrize("case", FULL, ids=name)
+@pytest.mark.bodies("reference", "compiled", CUDA)
+@pytest.mark.parametrize("case", TRIPLES, ids=name)
 def test_gradients(case):
-    check_gradients(case)
-
-
-@pytest.mark.bodies("compiled", CUDA)
-@pytest.mark.parametrize("case", triples(**AXES), ids=name)
-def test_gradients_of_kernels(case):
     """test_backward_is_that_of_the_reference compares the gradients of every case."""
     check_gradients(case)
 
@@ -163,7 +160,8 @@ def test_inverse_backward(each_backend, case):
 @pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
 @pytest.mark.parametrize("case", PAIRWISE, ids=name)
 def test_opcheck(case):
-    tests = (*STATIC, *TRACED) if case in every_value(PAIRWISE) else STATIC
+    # a trace sees the options as constants: both masks, every layout of h, with and without a factor suffice
+    tests = (*STATIC, *TRACED) if case in every_value(PAIRWISE)[1:4] else STATIC
     torch.library.opcheck(
         OP, (*leaves(*inputs(case["mask"], case["scale"])), *case.values()), test_utils=tests
     )
@@ -211,12 +209,16 @@ def eager(x, h, factor, scale, inverse):
     return torch.cat([x_a, y_b], dim=1), -log_det if inverse else log_det
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("scale", SCALES)
+HALVES = [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16"), ("float32", "float16")]
+
+
 @pytest.mark.parametrize(
-    "dtype, h_dtype", [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16"), ("float32", "float16")]
+    "case",
+    pairwise(dtypes=HALVES, scale=SCALES, inverse=[False, True]),
+    ids=lambda c: name(c).replace(" ", ""),
 )
-def test_half_precision(dtype, h_dtype, scale, inverse):
+def test_half_precision(case):
+    (dtype, h_dtype), scale, inverse = case.values()
     shape = (2, 8, 16, 16)
     x, h, factor = inputs("halves", scale, shape, getattr(torch, dtype), getattr(torch, h_dtype))
     weights = torch.randn(shape, dtype=torch.float64)
@@ -250,6 +252,7 @@ DTYPES = [("float64",) * 2, ("float32",) * 2, ("bfloat16",) * 2, ("float16",) * 
 SHAPES = [(1, 2, 1, 1), (3, 6, 5, 7), (2, 12, 16, 16), (2, 2, 70, 33), (5, 10), (2, 34, 3)]
 
 
+@compared_triton_and_cpu
 @pytest.mark.parametrize(
     "case",
     pairwise(**AXES, dtypes=DTYPES, x=LAYOUTS, h=LAYOUTS, dy=LAYOUTS, shape=SHAPES),
@@ -267,16 +270,15 @@ def test_every_body_is_the_reference(case, each_backend):
     assert_all_three(x, h, factor, dy, dlog_det, variant, case["inverse"], each_backend)
 
 
-@pytest.mark.parametrize(
-    "case",
-    pairwise(
-        scale=SCALES,
-        h_dtype=["float32", "bfloat16"],
-        layout=["contiguous", "channels_last"],
-        shape=[(2, 12, 16, 16), (2, 24, 8, 8), (2, 48, 4, 4)],
-    ),
-    ids=lambda c: name(c).replace(" ", ""),
+AS_GLOW = pairwise(
+    scale=SCALES,
+    h_dtype=["float32", "bfloat16"],
+    layout=["contiguous", "channels_last"],
+    shape=[(2, 12, 16, 16), (2, 24, 8, 8), (2, 48, 4, 4)],
 )
+
+
+@by_body(AS_GLOW, compiled=AS_GLOW, interpreter=every_value(AS_GLOW))
 def test_as_glow_calls_them(case, each_backend):
     shape, layout, h_dtype, scale = (case[axis] for axis in ("shape", "layout", "h_dtype", "scale"))
     x, h, factor = inputs("halves", scale, shape, torch.float32, getattr(torch, h_dtype))

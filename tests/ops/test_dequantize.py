@@ -17,6 +17,7 @@ from tests.support.cases import (
     STATIC,
     TRACED,
     TRITON_AND_CPU,
+    compared_triton_and_cpu,
     every_value,
     lay_out,
     leaf,
@@ -166,7 +167,7 @@ def test_squeezed_at_once(order, each_backend):
 
 @pytest.mark.parametrize("case", pairwise(**AXES), ids=name)
 def test_gradients(case, each_backend):
-    x, v, interpreted = image(case["n_bits"]), variant(**case), each_backend == "interpreter"
+    x, v, interpreted = image(case["n_bits"], (2, 1, 2, 4)), variant(**case), each_backend == "interpreter"
     noise = leaf(torch.rand(x.shape, dtype=torch.float64) * 0.9 + 0.05)
     y, log_det = reference.dequantize(x, noise, None, 0, *v, torch.float64)
     dy, dlog_det = torch.randn_like(y), torch.randn_like(log_det)
@@ -189,7 +190,8 @@ def test_opcheck(case):
     given, v = case["given"], variant(case["preset"], case["n_bits"], case["squeeze_order"])
     x = image(case["n_bits"])
     noise, seed = (leaf(torch.rand(x.shape)), None) if given else (None, torch.tensor(3))
-    tests = (*STATIC, *TRACED) if case in every_value(OPCHECKED) else STATIC
+    traced = case in every_value(OPCHECKED) and (given or v[4] is None)
+    tests = (*STATIC, *TRACED) if traced else STATIC
     torch.library.opcheck(OP, (x, noise, seed, 2, *v, torch.float32), test_utils=tests)
     y = OP(x, noise, seed, 2, *v, torch.float32)[0]
     # without gradients where it traces: opcheck adds up all outputs in place, and the first one is of integers
@@ -197,7 +199,10 @@ def test_opcheck(case):
     torch.library.opcheck(INVERSE, (y.detach(), *v), test_utils=tests)
 
 
-@pytest.mark.parametrize("case", pairwise(x=LAYOUTS, noise=LAYOUTS, squeeze_order=[None, *ORDERS]), ids=name)
+OF_TENSORS = pairwise(x=LAYOUTS, noise=LAYOUTS, squeeze_order=[None, *ORDERS])
+
+
+@pytest.mark.parametrize("case", OF_TENSORS, ids=name)
 def test_layouts(case, each_backend):
     x, noise = lay_out(image(shape=(2, 4, 4, 2)), case["x"]), lay_out(torch.rand(2, 4, 4, 2), case["noise"])
     v = variant("tutorial-0.05", 8, case["squeeze_order"])
@@ -206,7 +211,8 @@ def test_layouts(case, each_backend):
         (y, log_det), OP(x.contiguous(), noise.contiguous(), None, 0, *v, torch.float32), rtol=1e-6, atol=1e-6
     )
     dy, z = lay_out(torch.randn(y.shape), case["noise"]), lay_out(torch.randn(2, 4, 4, 2), case["x"])
-    if each_backend in ("compiled", "cuda"):  # the reference is the fake; a body changes only strides
+    # the reference is the fake, and test_images_as_reference compares strides with it in all pairs
+    if each_backend in ("compiled", "cuda") and case in every_value(OF_TENSORS):
         torch.library.opcheck(OP, (x, leaf(noise), None, 0, *v, torch.float32), test_utils=STATIC)
         torch.library.opcheck(BACKWARD, (x, noise, dy, log_det, *v), test_utils=STATIC)
         torch.library.opcheck(INVERSE, (leaf(z), *v), test_utils=STATIC)
@@ -333,6 +339,7 @@ KERNEL_AXES = {
 STRIDED = ("contiguous", "sliced", "transposed", "expanded")
 
 
+@compared_triton_and_cpu
 @pytest.mark.parametrize(
     "case", pairwise(shape=SHAPES, squeeze_order=[None, *ORDERS], **KERNEL_AXES), ids=name
 )
@@ -340,6 +347,7 @@ def test_images_as_reference(case, each_backend):
     assert_all_as_reference(**with_noises(each_backend, case))
 
 
+@compared_triton_and_cpu
 @pytest.mark.parametrize(
     "case",
     pairwise(
@@ -351,6 +359,7 @@ def test_others_as_reference(case, each_backend):
     assert_all_as_reference(**with_noises(each_backend, case))
 
 
+@compared_triton_and_cpu
 @pytest.mark.parametrize(
     "case",
     pairwise(
@@ -375,7 +384,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.bodies("reference", "compiled", CUDA)
+@pytest.mark.bodies("compiled", CUDA)
 @settings(max_examples=12, deadline=None)
 @given(**DRAWN)
 def test_shapes_as_reference(shape, squeeze_order, preset, layout):

@@ -10,7 +10,7 @@ import torch
 import fastflow
 from fastflow import ops
 from fastflow.ops import extension
-from tests.support.cases import lay_out
+from tests.support.cases import lay_out, name, pairwise
 from tests.support.matrices import lu_inputs, triangular_inputs
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -125,13 +125,18 @@ def test_conv1x1_has_no_race(shape, layout):
 
 
 @needs_extension
-@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    "shape", [(20, 12, 32, 32), (60, 24, 8, 8), (70, 48, 8, 8), (1, 64, 16, 16)], ids=str
+    "case",
+    pairwise(
+        shape=[(20, 12, 32, 32), (60, 24, 8, 8), (70, 48, 8, 8), (1, 64, 16, 16)],
+        layout=["contiguous", "channels_last"],
+        multiprocessors=[1, 3, 132],
+    ),
+    ids=lambda c: name(c).replace(" ", ""),
 )
-def test_conv1x1_of_any_number_of_multiprocessors(shape, layout, multiprocessors):
+def test_conv1x1_of_any_number_of_multiprocessors(case):
     """Blocks that take several tiles, blocks that share one: the result is the reference's, and has no race."""
+    shape, layout, multiprocessors = case.values()
     x, dy = lay_out(torch.randn(shape), layout), lay_out(torch.randn(shape) / 150, layout)
     weight, bias = torch.linalg.qr(torch.randn(shape[1], shape[1])).Q, torch.randn(shape[1])
 

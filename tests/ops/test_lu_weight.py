@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 
 import fastflow
 from fastflow import ops, reference
-from tests.support.cases import CUDA, EXTENSION, STATIC, assert_as_reference, leaf
+from tests.support.cases import CUDA, EXTENSION, STATIC, assert_as_reference, compared_extension, leaf
 from tests.support.matrices import lu_inputs
 
 pytestmark = [
@@ -62,6 +62,7 @@ def test_backward_is_that_of_linalg(k, c):
     torch.testing.assert_close(by_reference, expected, rtol=1e-11, atol=1e-11)
 
 
+@compared_extension
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @sizes
 def test_every_body_is_the_reference(k, c, dtype):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fastflow import ops, reference
 from fastflow.ops.noise import reference as plain_noise
-from tests.support.cases import CUDA, TRITON_AND_CPU, assert_as_reference
+from tests.support.cases import CUDA, STATIC, TRACED, TRITON_AND_CPU, assert_as_reference
 
 pytestmark = [
     pytest.mark.usefixtures("each_backend"),
@@ -193,7 +193,8 @@ def test_normal_is_finite_at_the_ends(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [(2, 3, 2, 2), (1, 1), (0, 5)], ids=str)
 def test_opcheck(dtype, size):
-    torch.library.opcheck(OP, (list(size), torch.tensor(1), 3, dtype))
+    tests = (*STATIC, *TRACED) if len(size) == 4 else STATIC
+    torch.library.opcheck(OP, (list(size), torch.tensor(1), 3, dtype), test_utils=tests)
 
 
 @each_noise

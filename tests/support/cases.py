@@ -15,6 +15,9 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 KERNELS = ["interpreter", CUDA]
 EXTENSION = ["reference", "compiled", "emulated", CUDA]  # of ops with CUDA kernels and C++
 TRITON_AND_CPU = ["reference", "compiled", *KERNELS]  # of ops with Triton kernels and C++
+# of a comparison with the reference
+compared_extension = pytest.mark.bodies(*EXTENSION[1:])
+compared_triton_and_cpu = pytest.mark.bodies(*TRITON_AND_CPU[1:])
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -58,10 +61,9 @@ def every_value(cases: list[dict]) -> list[dict]:
     return found
 
 
-def fewer_on_the_interpreter(cases: list[dict], few: list[dict]):
-    """Parametrizes by ``each_backend`` and ``case``: ``few`` cases in Triton's interpreter, where one takes longest."""
-    values = [(body, case) for body in ("reference", "compiled") for case in cases]
-    values += [("interpreter", case) for case in few]
+def by_body(cases: list[dict], **of_bodies: list[dict]):
+    """Parametrizes by ``each_backend`` and ``case``: the cases of each body that is named, all of them on a device."""
+    values = [(body, case) for body, few in of_bodies.items() for case in few]
     values += [pytest.param("cuda", case, marks=pytest.mark.gpu) for case in cases]
     return pytest.mark.parametrize(
         "each_backend, case",
