@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "checks.h"
+#include "cpu/convert.h"
 #include "cpu/gemm.h"
 #include "cpu/sums.h"
 #include "multiversion.h"
@@ -113,10 +114,17 @@ struct Channels {
   }
 };
 
+constexpr int64_t WIDE = 16;  // a line of so many bfloat16 is converted in vectors
+
 template <typename To, typename From>
 void copy_line(To* to, int64_t to_step, const From* from, int64_t from_step, int64_t count) {
   int64_t i = 0;
   if (to_step == 1 && from_step == 1) {
+    using torch::headeronly::BFloat16;
+    if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, float>)
+      if (count >= WIDE) return widen({count, &from->x, to});
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16>)
+      if (count >= WIDE) return narrow({count, from, &to->x});
     if constexpr (std::is_same_v<To, From>) {
       // by fours, the last of which may overlap the previous one: most lines are too short for a call of
       // memcpy
@@ -134,6 +142,8 @@ template <typename To, typename From>
 void copy_lines(To* to, int64_t to_line, int64_t to_step, const From* from, int64_t from_line,
                 int64_t from_step, const Tile& t) {
   int64_t lines = t.lines, length = t.length;
+  if (to_step == 1 && from_step == 1 && to_line == length && from_line == length)
+    length *= lines, lines = 1;  // dense
   if (length < 4 && length < lines)
     std::swap(lines, length), std::swap(to_line, to_step), std::swap(from_line, from_step);
   for (int64_t l = 0; l < lines; ++l)
