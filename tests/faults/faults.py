@@ -189,6 +189,13 @@ TRITON = [
         op(INTERPRETER, "bias_relu"),
     ),
     Fault(
+        "all programs write the first slot",
+        "triton_kernels/bias_relu.py",
+        "slots + slot.to(tl.int64) * K + k",
+        "slots + k",
+        op(INTERPRETER, "bias_relu"),
+    ),
+    Fault(
         "result of a transposed tensor not written back",
         "triton_kernels/bias_relu.py",
         "    finalize(x, out)",

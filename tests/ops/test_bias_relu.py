@@ -164,6 +164,14 @@ def test_every_body_is_the_reference(case, each_backend):
     assert_as_reference(OPS.bias_relu_backward.default, x.relu(), dy, twice=twice)
 
 
+@pytest.mark.bodies("compiled", CUDA)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bias_gradient_of_more_elements_than_one_sum_takes(layout):
+    """On the CPU, 200,000 elements are summed in three parts, which are then added."""
+    y, dy = (lay_out(torch.randn(64, 12, 16, 16), layout) for _ in range(2))
+    assert_as_reference(OPS.bias_relu_backward.default, y.relu(), dy)
+
+
 @pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
 def test_opcheck():
     x, b = inputs((2, 3, 4, 2))
