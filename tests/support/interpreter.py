@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 try:
     import triton.language as tl
     from triton import knobs
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 except ModuleNotFoundError:
@@ -117,6 +118,13 @@ def skip_repeated_work() -> None:
         vars(self).update(known, element_ty=element)
 
     tl.block_type.__init__ = init_block
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_unless_equal(self, lhs, rhs):
+        equal = lhs.shape is rhs.shape  # of shape_and_size
+        return (lhs, rhs) if equal else broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_unless_equal
 
 
 @dataclass
