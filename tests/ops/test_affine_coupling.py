@@ -290,7 +290,7 @@ def test_as_glow_calls_them(case, each_backend):
         assert_all_three(x, h, factor, dy, dlog_det, variant, inverse, each_backend)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(0, 3),
     half=st.integers(1, 5),
