@@ -37,7 +37,7 @@ from benchmarks.models import plain_glow
 from benchmarks.tools import harness, page
 from fastflow import ops
 from fastflow.models import Glow
-from fastflow.trainer import data
+from fastflow.trainer import activations, data
 from fastflow.trainer.ranks import Ranks
 from fastflow.trainer.step import Step
 
@@ -46,7 +46,7 @@ SIZES = (32, 3, 8, 128), (16, 4, 64), (16,)
 ON_A_GPU = (32, 3, 32, 512), (512, 128, 32), (512, 64)
 QUICK = (8, 2, 2, 8), (4, 2, 8), (4,)
 IN_TURN = ("channels_last", "bf16", "compile", "graph", "reversible")
-DEFAULT = {"cpu": ("channels_last", "reversible"), "cuda": ("channels_last", "bf16", "reversible")}
+DEFAULT = {"cpu": ("channels_last",), "cuda": ("channels_last", "bf16")}
 COMPILED, IS_DEFAULT = "torch.compile of plain", "the trainer's default here"
 LEARNING_RATE, CLIP = 1e-4, 100.0
 
@@ -117,10 +117,20 @@ def ours(shape: tuple, device: str, on: set[str]):
     return lambda x, seed: step(x, None, seed, LEARNING_RATE)[0]
 
 
-def ways(device: str, compiled: bool) -> dict[str, set[str] | None]:
+@functools.cache
+def default(shape: tuple, device: str) -> tuple[str, ...]:
+    """Options that are on by default in the trainer: reversible backprop if activations do not fit in memory."""
+    side, levels, steps, hidden, batch = shape
+    on = DEFAULT[device]
+    make = functools.partial(Glow, (3, side, side), levels, steps, hidden, reversible=False)
+    fit = activations.fit(make, batch, torch.device(device), bf16="bf16" in on)
+    return on if fit else (*on, "reversible")
+
+
+def ways(shape: tuple, device: str, compiled: bool) -> dict[str, set[str] | None]:
     """Options that are on, by name of the way; None: plain PyTorch."""
-    default = DEFAULT[device]
-    found: dict[str, set[str] | None] = {"plain": None, f"{', '.join(default)}: {IS_DEFAULT}": set(default)}
+    on = default(shape, device)
+    found: dict[str, set[str] | None] = {"plain": None, f"{', '.join(on)}: {IS_DEFAULT}": set(on)}
     found["fastflow, stored activations"] = on = set()
     for name in IN_TURN:
         if (name == "graph" and device == "cpu") or (name == "compile" and not compiled):
@@ -133,12 +143,14 @@ def ways(device: str, compiled: bool) -> dict[str, set[str] | None]:
 def plan(options: argparse.Namespace) -> list[tuple[tuple, str, set[str] | None]]:
     """Shapes, ways and options, the most important first; torch.compile of plain PyTorch last, as slow."""
     model, curve, in_turn = sizes(options)
-    every = ways(options.device, options.compiled)
-    plain, default, *more = [name for name in every if name != COMPILED]
-    order = [(batch, name) for batch in curve for name in (plain, default)]
-    order += [(batch, name) for batch in in_turn for name in (plain, default, *more)]
-    order += [(batch, COMPILED) for batch in (*curve, *in_turn) if COMPILED in every]
-    return [((*model, batch), name, every[name]) for batch, name in dict.fromkeys(order)]
+    every = {
+        batch: ways((*model, batch), options.device, options.compiled)
+        for batch in dict.fromkeys((*curve, *in_turn))
+    }
+    order = [(batch, name) for batch in curve for name in list(every[batch])[:2]]
+    order += [(batch, name) for batch in in_turn for name in every[batch] if name != COMPILED]
+    order += [(batch, COMPILED) for batch, names in every.items() if COMPILED in names]
+    return [((*model, batch), name, every[batch][name]) for batch, name in dict.fromkeys(order)]
 
 
 @functools.cache

@@ -15,6 +15,8 @@ def build_model(config: Config, source: Source) -> Model:
     arguments = dict(known.fixed)
     for option, field in known.options().items():
         given = getattr(config, option)
+        if option == "reversible":
+            given = {"yes": True, "no": False}.get(given)
         arguments[field.name] = known.default(option) if given is None else given
     of_data = {"image_shape": shape, "features": shape}
     of_data["classes"] = source.classes if config.class_conditional else None

@@ -13,7 +13,7 @@ import tyro
 from fastflow import checkpoint, explore
 from fastflow.models.model import Model
 from fastflow.trainer import data, picture
-from fastflow.trainer.config import RENAMED, Config, ConfigError, config_error
+from fastflow.trainer.config import RENAMED, REVERSIBLE, Config, ConfigError, config_error
 from fastflow.trainer.evaluate import evaluate, report, sample
 from fastflow.trainer.run import resumed_config
 from fastflow.trainer.train import train
@@ -107,18 +107,21 @@ def run_command(argv: list[str]) -> None:
 
 
 def _with_present_names(argv: list[str]) -> list[str]:
-    """Replace deprecated names of options of ``train``."""
+    """Replace deprecated names of options of ``train``, and deprecated options without a value."""
     if argv[:1] != ["train"]:
         return argv
     replaced = []
-    for argument in argv:
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
         name, equals, value = argument.partition("=")
-        new = RENAMED.get(name[2:].replace("-", "_")) if name.startswith("--") else None
-        if new is not None:
-            new = f"--{new.replace('_', '-')}"
-            if not int(os.environ.get("RANK", 0)):
-                print(f"{name} is deprecated and will be removed, use {new}", file=sys.stderr)
-        replaced.append(argument if new is None else new + equals + value)
+        option = name[2:].replace("-", "_") if name.startswith("--") else ""
+        new = []
+        if option in RENAMED:
+            new = [f"--{RENAMED[option].replace('_', '-')}"]
+        elif argument == "--no-reversible" or (argument == "--reversible" and following.startswith("-")):
+            new = ["--reversible", REVERSIBLE[option == "reversible"]]
+        if new and not int(os.environ.get("RANK", 0)):
+            print(f"{name} is deprecated and will be removed, use {' '.join(new)}", file=sys.stderr)
+        replaced += [*new[:-1], new[-1] + equals + value] if new else [argument]
     return replaced
 
 

@@ -1,7 +1,8 @@
 """The options of ``fastflow train``."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args, get_origin
 
 from fastflow.trainer.model_options import MODELS, ModelOptions
@@ -13,6 +14,9 @@ _MAY_CHANGE = set(
 )
 # Old names of options: checkpoints of runs hold them, and the command line takes them for one more release.
 RENAMED = {"flip": "horizontal_flip", "activations_every": "activation_checkpoint_every"}
+# Values of ``reversible``, which was a flag: checkpoints of runs hold True or False, and the command line takes
+# --reversible and --no-reversible for one more release.
+REVERSIBLE = {True: "yes", False: "no"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,9 @@ class Config(ModelOptions, DataOptions):
     """Compute in float64 (slow), to compare runs."""
     compile: bool = False
     """Compile the coupling networks with torch.compile."""
+    reversible: Literal["auto", "yes", "no"] = "auto"
+    """Recompute activations in backward (yes) or store them (no). auto: store them if they are estimated to
+    fit in half of the free memory. Deprecated forms: --reversible without a value, --no-reversible."""
     cuda_graph: bool = False
     """Capture the whole training step in a CUDA graph."""
     deterministic: bool = True
@@ -102,6 +109,16 @@ class Config(ModelOptions, DataOptions):
     """Folder of the run, which must not exist or be empty. Default: the first unused runs/DATA-N."""
     resume: str | None = None
     """Continue the run in this folder with its own settings, few of which can be changed."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reversible, bool):
+            value = REVERSIBLE[self.reversible]
+            warnings.warn(
+                f'reversible={self.reversible} is now "{value}"; bools will be refused',
+                DeprecationWarning,
+                stacklevel=3,
+            )
+            object.__setattr__(self, "reversible", value)
 
 
 class ConfigError(ValueError):
@@ -143,8 +160,18 @@ def validate_config(config: Config) -> None:
 
 
 def stored_config(training: dict) -> dict[str, object]:
-    """The settings of a run from the training state of its checkpoint, by their present names."""
-    return {RENAMED.get(name, name): value for name, value in training["config"].items()}
+    """The settings of a run from the training state of its checkpoint, by their present names and values."""
+    kept = {RENAMED.get(name, name): value for name, value in training["config"].items()}
+    if isinstance(kept.get("reversible"), bool):
+        kept["reversible"] = REVERSIBLE[kept["reversible"]]
+    return kept
+
+
+def with_choice_kept(training: dict, config: Config) -> Config:
+    """``config`` with the choice that the run made at its start, if ``reversible`` is auto."""
+    if config.reversible != "auto":
+        return config
+    return replace(config, reversible=stored_config(training).get("reversible", "auto"))
 
 
 def check_changes(training: dict, config: Config) -> None:

@@ -19,8 +19,8 @@ from fastflow.models.realnvp import RealNVPConfig
 
 # fields that follow from the data or from the model's name
 _NOT_OPTIONS = {"image_shape", "features", "classes", "variant"}
-# options that the trainer's own configuration declares, because they also concern the data
-_DECLARED_ELSEWHERE = {"n_bits"}
+# options that the trainer's own configuration declares: they also concern the data, or have more values
+_DECLARED_ELSEWHERE = {"n_bits", "reversible"}
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,17 @@ from fastflow.checkpoint import CheckpointError
 from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
 from fastflow.trainer import data, picture
+from fastflow.trainer.activations import with_activations_chosen
 from fastflow.trainer.budget import TimeBudget
 from fastflow.trainer.build import build_model
-from fastflow.trainer.config import Config, ConfigError, check_changes, config_error, stored_config
+from fastflow.trainer.config import (
+    Config,
+    ConfigError,
+    check_changes,
+    config_error,
+    stored_config,
+    with_choice_kept,
+)
 from fastflow.trainer.evaluate import evaluate, report, save_pictures
 from fastflow.trainer.nonfinite import NonFiniteError, diagnose
 from fastflow.trainer.progress import Metrics, Progress, open_tensorboard
@@ -64,11 +72,13 @@ class Run:
     def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
         began = time.monotonic()
         _check_device(config, ranks, device)
-        self.config, self.ranks, self.device = config, ranks, device
+        self.ranks, self.device = ranks, device
         self.bf16 = device.type == "cuda" and not config.float64 if config.bf16 is None else config.bf16
         saved = read_run(config.resume) if config.resume else None
         if saved:
+            config = with_choice_kept(saved["training"], config)
             check_changes(saved["training"], config)
+        self.config, self.notes = config, []
         self._load_data()
         if saved:
             self._restore(saved)
@@ -100,6 +110,9 @@ class Run:
 
     def _create(self) -> None:
         """A new model, initialized from the first batch, and a new folder."""
+        chosen = with_activations_chosen(self.config, self.source, self.ranks, self.device, self.bf16)
+        self.config, note = chosen
+        self.notes += [note] if note else []
         config = self.config
         torch.manual_seed(config.seed)
         model = build_model(config, self.source).to(self.device)
@@ -169,6 +182,8 @@ class Run:
         count, images = self.ranks.world_size, f"{self.source.length:,} images of {self.source.name}"
         where = f"{count} x {self.device.type}" if count > 1 else self.device.type
         self.progress.say(f"{self.folder}: {size:,} parameters, {images}, {where}")
+        for note in self.notes:
+            self.progress.say(note)
 
     @property
     def last(self) -> Path:

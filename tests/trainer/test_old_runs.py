@@ -13,6 +13,7 @@ import pytest
 
 from fastflow import checkpoint
 from fastflow.trainer.cli import main
+from fastflow.trainer.commands import _with_present_names
 from fastflow.trainer.progress import read_metrics
 
 pytest.importorskip("tyro")
@@ -65,12 +66,22 @@ def test_renamed_options_of_an_old_run_are_kept(old, capsys):
 
 def test_old_names_of_options_work_for_one_release(old, capsys):
     argv = ["train", "--data", "images.npz", "--out", "new", "--flip", "False", "--activations-every=2"]
+    argv += ["--no-reversible"]
     argv += "--levels 1 --steps-per-level 1 --hidden 2 --steps 1 --batch-size 2 --samples 1 --final-samples 1".split()
     assert main(argv) == 0
     notes = capsys.readouterr().err.splitlines()
     assert notes == [
         "--flip is deprecated and will be removed, use --horizontal-flip",
         "--activations-every is deprecated and will be removed, use --activation-checkpoint-every",
+        "--no-reversible is deprecated and will be removed, use --reversible no",
     ]
     config = checkpoint.read(old / "new/last.pt")["training"]["config"]
     assert config["horizontal_flip"] is False and config["activation_checkpoint_every"] == 2
+    assert config["reversible"] == "no"
+    assert _with_present_names(["train", "--reversible", "--steps", "1"])[:3] == [
+        "train",
+        "--reversible",
+        "yes",
+    ]
+    assert capsys.readouterr().err == "--reversible is deprecated and will be removed, use --reversible yes\n"
+    assert _with_present_names(["train", "--reversible", "no"]) == ["train", "--reversible", "no"]

@@ -30,7 +30,7 @@ pytest.importorskip("tqdm")
 # 45 images in batches of 7, which two ranks share as 3 and 4 and three as 2, 2 and 3
 SETTINGS = (
     "--batch-size 7 --warmup 5 --clip 2 --horizontal-flip True --levels 2 --steps-per-level 2 --hidden 8 "
-    "--final-samples 2 --samples 4 --eval-every 5 --eval-images 4 --save-every 10 --schedule constant --float64 --ema 0.9"
+    "--final-samples 2 --samples 4 --eval-every 5 --eval-images 4 --save-every 10 --schedule constant --float64 --ema 0.9 --reversible yes"
 ).split()
 
 

@@ -19,7 +19,9 @@ pytest.importorskip("tqdm")
 STEPS = 80
 # shuffled batches that straddle epochs, noise, warm-up, a clip that bites, mirrored images, evaluations and checkpoints out of step
 SETTINGS = f"--steps {STEPS} --batch-size 6 --warmup 20 --clip 2 --horizontal-flip True --eval-every 9 --save-every 7 --lr 3e-3"
-SETTINGS += " --levels 2 --steps-per-level 1 --hidden 8 --final-samples 2 --samples 4 --ema 0.9"
+SETTINGS += (
+    " --levels 2 --steps-per-level 1 --hidden 8 --final-samples 2 --samples 4 --ema 0.9 --reversible yes"
+)
 
 
 @pytest.fixture(scope="module")

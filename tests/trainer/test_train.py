@@ -33,6 +33,7 @@ Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
 
 SMALL = "--levels 2 --steps-per-level 1 --hidden 8 --batch-size 6 --warmup 2 --final-samples 2 --samples 4".split()
+SMALL += ["--reversible", "no"]
 
 
 @pytest.fixture(scope="module")

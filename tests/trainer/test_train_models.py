@@ -21,9 +21,9 @@ pytest.importorskip("tqdm")
 SMALL = "--batch-size 6 --warmup 1 --final-samples 1 --samples 4 --eval-every 4 --save-every 3 --schedule constant --lr 2e-3".split()
 TINY = {
     "glow": "--levels 2 --steps-per-level 1 --hidden 8 --learned-prior",
-    "realnvp": "--hidden 4 --blocks 1 --ema 0.5 --scale-l2 1e-3",
+    "realnvp": "--hidden 4 --blocks 1 --ema 0.5 --scale-l2 1e-3 --reversible yes",
     "nice": "--hidden 16 --blocks 2 --prior gaussian",
-    "mnist-multiscale": "",
+    "mnist-multiscale": "--reversible no",
 }
 THINGS = Images("things", np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 8, 8), np.uint8))
 

@@ -1,0 +1,177 @@
+"""The choice between stored and recomputed activations: the estimate, the free memory, and what a run keeps."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fastflow import checkpoint
+from fastflow.models import Glow
+from fastflow.trainer import activations
+from fastflow.trainer.activations import stored_bytes, with_activations_chosen
+from fastflow.trainer.cli import main
+from fastflow.trainer.config import Config, ConfigError, check_changes, with_choice_kept
+from fastflow.trainer.data import Images
+from fastflow.trainer.ranks import Ranks
+
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
+
+CPU = torch.device("cpu")
+THINGS = Images("things", np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 8, 8), np.uint8))
+TINY = Config(levels=2, steps_per_level=1, hidden=8, batch_size=6)
+
+
+def glow():
+    return Glow((3, 8, 8), levels=2, steps=1, hidden=8, reversible=False)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_estimate_is_what_a_forward_pass_saves(bf16):
+    model, x = glow().eval(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    saved = {}
+
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if bf16 else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), autocast:
+        model(x, seed=0)
+    for kept in (*model.parameters(), *model.buffers()):
+        saved.pop(kept.untyped_storage().data_ptr(), None)
+    measured = sum(storage.nbytes() for storage in saved.values())
+    estimated, weights = stored_bytes(glow, 4, bf16)
+    assert estimated == pytest.approx(measured, rel=0.02)
+    assert weights == sum(p.nbytes for p in model.parameters())
+
+
+def chosen(config, free, monkeypatch, ranks=None, device=CPU):
+    monkeypatch.setattr(activations, "free_bytes", lambda device: free)
+    return with_activations_chosen(config, THINGS, ranks or Ranks(), device, False)
+
+
+def test_activations_are_stored_if_they_fit_in_a_share_of_what_is_left(monkeypatch):
+    sizes = {
+        n: stored_bytes(lambda: activations.build_model(replace(TINY, reversible="no"), THINGS), n)
+        for n in (3, 6)
+    }
+    stored, weights = sizes[6]
+    least = stored / activations.STORED_SHARE + 4 * weights
+    config, line = chosen(TINY, least + 1, monkeypatch)
+    assert config == replace(TINY, reversible="no")
+    assert line.startswith("activations: stored, 0.0744 MB estimated of 0.149 MB free"), line
+    config, line = chosen(TINY, least - 1, monkeypatch)
+    assert config.reversible == "yes" and line.startswith("activations: recomputed, 0.0744 MB estimated of")
+    assert chosen(replace(TINY, ema=0.9), least + 1, monkeypatch)[0].reversible == "yes"
+    assert chosen(replace(TINY, ema=0.9), least + weights + 1, monkeypatch)[0].reversible == "no"
+    assert (
+        chosen(replace(TINY, accumulate=2), 2 * sizes[3][0] + 4 * weights, monkeypatch)[0].reversible == "no"
+    )
+
+
+def test_nothing_is_estimated_if_nothing_is_to_be_chosen(monkeypatch):
+    monkeypatch.setattr(activations, "stored_bytes", None)
+    for value in ("yes", "no"):
+        config = replace(TINY, reversible=value)
+        assert chosen(config, 1e12, monkeypatch) == (config, None)
+    config, line = chosen(replace(TINY, activation_checkpoint_every=2), 1e12, monkeypatch)
+    assert config.reversible == "yes" and line == "activations: recomputed, one in some steps is stored"
+    config, line = chosen(TINY, None, monkeypatch, device=torch.device("mps"))
+    assert config.reversible == "yes" and line.endswith("the free memory of mps is unknown")
+
+
+class TwoRanks(Ranks):
+    """The first of two ranks; on the other one activations do not fit."""
+
+    def all_reduce_sum(self, values, long_timeout=False):
+        assert long_timeout
+        return values
+
+
+def test_all_ranks_store_or_none(monkeypatch):
+    config, line = chosen(TINY, 1e12, monkeypatch, TwoRanks(0, 2))
+    assert config.reversible == "yes" and line.endswith(
+        "another rank has too little free memory to store them"
+    )
+
+
+def test_ranks_on_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "10")
+    assert chosen(TINY, 1e6, monkeypatch)[0].reversible == "yes"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert chosen(TINY, 1e6, monkeypatch)[0].reversible == "no"
+
+
+def test_other_devices_than_cpu_and_cuda_have_unknown_memory():
+    assert activations.free_bytes(torch.device("meta")) is None
+    free = activations.free_bytes(CPU)
+    assert free is None or 0 <= free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(
+    "line, folder, names",
+    [
+        ("0::/job/task", "job", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/job",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_limits_of_control_groups_bound_the_free_memory(line, folder, names, tmp_path):
+    """The limit is on a parent of the process's own group; pages of files count as free."""
+    (tmp_path / "own").write_text(f"1:name=systemd:/\n{line}\n")
+    assert activations._left_in_cgroup(tmp_path, tmp_path / "own") == float("inf")
+    group = tmp_path / folder
+    group.mkdir()
+    limit, usage, inactive = names
+    (group / limit).write_text("max\n" if limit == "memory.max" else f"{2**63}\n")
+    assert activations._left_in_cgroup(tmp_path, tmp_path / "own") > 1e18
+    for name, text in ((limit, "1000\n"), (usage, "700\n"), ("memory.stat", f"anon 1\n{inactive} 200\n")):
+        (group / name).write_text(text)
+    assert activations._left_in_cgroup(tmp_path, tmp_path / "own") == 500
+
+
+def test_a_run_stores_its_choice_and_keeps_it(tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "images.npz", x=np.random.default_rng(0).integers(0, 60, (20, 8, 8, 3), np.uint8))
+    argv = "--levels 2 --steps-per-level 1 --hidden 8 --batch-size 6 --samples 1 --final-samples 1".split()
+    argv = [
+        "train",
+        "--data",
+        str(tmp_path / "images.npz"),
+        *argv,
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    monkeypatch.setattr(activations, "free_bytes", lambda device: 2e9)
+    assert main(argv) == 0
+    assert "activations: stored, 0.0744 MB estimated of 2 GB free\n" in capsys.readouterr().out
+    monkeypatch.setattr(activations, "free_bytes", lambda device: 0.0)
+    for more in ([], ["--reversible", "auto"]):
+        steps = str(2 + len(more))
+        assert main(["train", "--resume", str(tmp_path / "run"), "--steps", steps, *more]) == 0
+        contents = checkpoint.read(tmp_path / "run" / "last.pt")
+        assert contents["training"]["config"]["reversible"] == "no" and not contents["config"]["reversible"]
+    assert "activations:" not in capsys.readouterr().out
+    assert main(["train", "--resume", str(tmp_path / "run"), "--reversible", "yes"]) == 1
+    assert "reversible: got yes, expected no as in the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old, value", [(True, "yes"), (False, "no")])
+def test_runs_of_older_versions_keep_theirs(old, value):
+    training = {"config": {"reversible": old}, "step": 0}
+    config = with_choice_kept(training, Config(resume="run"))
+    assert config.reversible == value
+    check_changes(training, config)
+    other = replace(config, reversible={"yes": "no", "no": "yes"}[value])
+    with pytest.raises(ConfigError, match=f"reversible: got .*, expected {value} as in the run"):
+        check_changes(training, with_choice_kept(training, other))
+    with pytest.warns(DeprecationWarning, match=f'reversible={old} is now "{value}"'):
+        assert Config(reversible=old) == Config(reversible=value)
