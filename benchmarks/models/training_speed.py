@@ -10,8 +10,9 @@ networks, compiled networks, the step captured in a CUDA graph, reversible backp
 trainer's default are measured at other batches too.
 
 A way whose losses in the first steps differ from plain PyTorch's has no row, nor has one that is out of
-memory. Without plain PyTorch no way of that shape has a row. The most important ways come first, because a
-run may be cut. The loader's rows are batches as the trainer draws them, on the step's device.
+memory or cannot be captured. Without plain PyTorch no way of that shape has a row. The most important ways
+come first, because a run may be cut. The loader's rows are batches as the trainer draws them, on the step's
+device.
 
 ``model_gflop_image`` counts plain PyTorch's forward and backward, a multiply-add as two; work that a way
 saves or repeats does not change it. ``tflop_s`` is that times the median images/s. ``matmul_tflop_s`` is
@@ -38,6 +39,7 @@ from benchmarks.tools import harness, page
 from fastflow import ops
 from fastflow.models import Glow
 from fastflow.trainer import activations, data
+from fastflow.trainer.captured import CaptureError
 from fastflow.trainer.ranks import Ranks
 from fastflow.trainer.step import Step
 
@@ -46,7 +48,7 @@ SIZES = (32, 3, 8, 128), (16, 4, 64), (16,)
 ON_A_GPU = (32, 3, 32, 512), (512, 128, 32), (512, 64)
 QUICK = (8, 2, 2, 8), (4, 2, 8), (4,)
 IN_TURN = ("channels_last", "bf16", "compile", "graph", "reversible")
-DEFAULT = {"cpu": ("channels_last",), "cuda": ("channels_last", "bf16")}
+DEFAULT = {"cpu": ("channels_last",), "cuda": ("channels_last", "bf16", "graph")}
 COMPILED, IS_DEFAULT = "torch.compile of plain", "the trainer's default here"
 LEARNING_RATE, CLIP = 1e-4, 100.0
 
@@ -195,8 +197,8 @@ def images_per_second(
     return [shape[-1] / t for t in np.quantile(taken, harness.QUANTILES)], peak, losses
 
 
-def attempt(shape: tuple, name: str, on: set[str] | None, options: argparse.Namespace) -> tuple | None:
-    """``images_per_second`` of a way; None if it is out of memory."""
+def attempt(shape: tuple, name: str, on: set[str] | None, options: argparse.Namespace) -> tuple | str:
+    """``images_per_second`` of a way, or why it cannot be measured."""
     torch.compiler.reset()
     gc.collect()  # frees the memory of the previous way
     torch.cuda.empty_cache()
@@ -206,7 +208,9 @@ def attempt(shape: tuple, name: str, on: set[str] | None, options: argparse.Name
         )
         return images_per_second(step, shape, options)
     except torch.OutOfMemoryError:
-        return None
+        return "out of memory"
+    except CaptureError as error:
+        return str(error)
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
@@ -220,8 +224,8 @@ def measure(options: argparse.Namespace) -> list[dict]:
             tqdm.write(f"{where}: no losses of plain PyTorch to compare with; no row is written")
             continue
         found = attempt(shape, name, on, options)
-        if found is None:
-            tqdm.write(f"{where}: out of memory; no row is written")
+        if isinstance(found, str):
+            tqdm.write(f"{where}: {found}; no row is written")
             continue
         (p20, p50, p80), peak, losses = found
         plain_p50, expected = plains.setdefault(shape, (p50, losses))

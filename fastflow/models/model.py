@@ -68,9 +68,18 @@ class Model(nn.Module):
         The bound is estimated with one draw of the dequantization noise. The noise is drawn from torch's
         generator, or computed from ``(seed, offset + sample, element)``.
         """
+        return self._log_prob_dequantized(*self._dequantize(x, context, seed, offset), context)
+
+    def _dequantize(
+        self, x: Tensor, context: Tensor | None, seed: int | Tensor | None, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        """The part of :meth:`log_prob` that depends on the number ``offset``, and the checks."""
         self._check_samples(x)
         self._check_context(context, x.shape[0])
-        y, log_prob = self.dequantize(x, seed=seed, offset=offset)
+        return self.dequantize(x, seed=seed, offset=offset)
+
+    def _log_prob_dequantized(self, y: Tensor, log_prob: Tensor, context: Tensor | None = None) -> Tensor:
+        """The other part, which depends on tensors only: a CUDA graph can replay it on another batch."""
         for i, flow in enumerate(self.flows):
             y, log_det = flow(y)
             log_prob = log_prob + log_det

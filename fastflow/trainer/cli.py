@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:]
     try:
         from fastflow.checkpoint import CheckpointError
+        from fastflow.trainer.captured import CaptureError
         from fastflow.trainer.commands import run_command
         from fastflow.trainer.config import ConfigError
         from fastflow.trainer.data import DataError
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _missing(error)
     errors_of_a_user = (CheckpointError, ConfigError, DataError, DeviceError)
-    errors_of_a_run = (LostRankError, NonFiniteError, SingularError)
+    errors_of_a_run = (CaptureError, LostRankError, NonFiniteError, SingularError)
     try:
         run_command(list(argv))
         return 0

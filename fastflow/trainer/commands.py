@@ -107,7 +107,7 @@ def run_command(argv: list[str]) -> None:
 
 
 def _with_present_names(argv: list[str]) -> list[str]:
-    """Replace deprecated names of options of ``train``, and deprecated options without a value."""
+    """Replace deprecated names of options of ``train``, and options without a value."""
     if argv[:1] != ["train"]:
         return argv
     replaced = []
@@ -119,6 +119,9 @@ def _with_present_names(argv: list[str]) -> list[str]:
             new = [f"--{RENAMED[option].replace('_', '-')}"]
         elif argument == "--no-reversible" or (argument == "--reversible" and following.startswith("-")):
             new = ["--reversible", REVERSIBLE[option == "reversible"]]
+        elif argument == "--no-cuda-graph" or (argument == "--cuda-graph" and following.startswith("-")):
+            replaced += ["--cuda-graph", str(option == "cuda_graph")]
+            continue
         if new and not int(os.environ.get("RANK", 0)):
             print(f"{name} is deprecated and will be removed, use {' '.join(new)}", file=sys.stderr)
         replaced += [*new[:-1], new[-1] + equals + value] if new else [argument]

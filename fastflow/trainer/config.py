@@ -75,8 +75,9 @@ class Config(ModelOptions, DataOptions):
     reversible: Literal["auto", "yes", "no"] = "auto"
     """Recompute activations in backward (yes) or store them (no). auto: store them if they are estimated to
     fit in half of the free memory. Deprecated forms: --reversible without a value, --no-reversible."""
-    cuda_graph: bool = False
-    """Capture the whole training step in a CUDA graph."""
+    cuda_graph: bool | None = None
+    """Capture training steps, evaluation and sampling in CUDA graphs. Default: on a GPU, if it is possible;
+    with True it is an error if it is not. --cuda-graph without a value is True, --no-cuda-graph is False."""
     deterministic: bool = True
     """Use only deterministic cuDNN algorithms, so that a GPU run can be resumed bit for bit."""
     seed: int = 0

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from fastflow.models.model import Model, in_mode
 from fastflow.seeds import Stream, derive
 from fastflow.trainer import picture
+from fastflow.trainer.captured import Captured, record_on
 from fastflow.trainer.config import Config
 from fastflow.trainer.progress import read_metrics
 from fastflow.trainer.ranks import Ranks
@@ -17,6 +18,21 @@ from fastflow.trainer.step import autocast
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+def captured_log_prob(model: Model, **options: Any) -> Captured:
+    """The log-density of dequantized samples, captured on a GPU; ``options`` of :class:`Captured`.
+
+    Dequantization is not part of it: its noise depends on the index of the batch's first sample.
+    """
+    options.setdefault("record", record_on(next(model.parameters()).device))
+    return Captured(model._log_prob_dequantized, model, **options)
+
+
+def captured_sample(model: Model, **options: Any) -> Captured:
+    """``model.sample``, captured on a GPU; ``options`` of :class:`Captured`."""
+    options.setdefault("record", record_on(next(model.parameters()).device))
+    return Captured(model.sample, model, **options)
 
 
 @torch.no_grad()
@@ -31,6 +47,7 @@ def evaluate(
     bf16: bool = False,
     each: bool = False,
     ranks: Ranks | None = None,
+    log_prob: Captured | None = None,
 ) -> Tensor:
     r"""Bits/dim of each image, :math:`-\log_2 \frac{1}{K} \sum_k p_k(x) / D`.
 
@@ -47,12 +64,14 @@ def evaluate(
         bf16: run the networks in bfloat16.
         each: give the bounds of 1, 2, ... K samples.
         ranks: processes that share the batches.
+        log_prob: :func:`captured_log_prob` of the model, to reuse its CUDA graphs.
 
     Shape: float64 ``[N]`` on the CPU, with ``each`` ``[K, N]``; the same on every rank.
     """
     device = next(model.parameters()).device
     ranks = ranks or Ranks()
-    log_prob = torch.zeros(samples, len(images), dtype=torch.float64)
+    log_prob = log_prob or captured_log_prob(model)
+    found = torch.zeros(samples, len(images), dtype=torch.float64)
     with in_mode(model, training=False):
         for k in range(samples):
             for start in range(0, len(images), batch_size):
@@ -62,28 +81,37 @@ def evaluate(
                 context = None if labels is None else labels[part].to(device)
                 with autocast(device, bf16):
                     noise = derive(seed, Stream.TEST_NOISE, k)
-                    nats = model.log_prob(images[part].to(device), context, seed=noise, offset=start)
-                log_prob[k, part] = nats.double().cpu()
+                    y, log_det = model._dequantize(images[part].to(device), context, noise, start)
+                    nats = log_prob(y, log_det, context)
+                found[k, part] = nats.double().cpu()
     with ranks.translate_collective_errors():
-        ranks.all_reduce_sum(log_prob, long_timeout=True)  # exact: one summand of each entry is not zero
+        ranks.all_reduce_sum(found, long_timeout=True)  # exact: one summand of each entry is not zero
     dimensions = images[0].numel() * math.log(2)
     counts = torch.arange(1, samples + 1, dtype=torch.float64)
-    bounds = torch.logcumsumexp(log_prob, 0) - counts.log()[:, None]
+    bounds = torch.logcumsumexp(found, 0) - counts.log()[:, None]
     return -(bounds if each else bounds[-1]) / dimensions
 
 
 @torch.no_grad()
 def sample(
-    model: Model, n: int, temperature: float = 1.0, seed: int = 0, labels: Tensor | None = None
+    model: Model,
+    n: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    draw: Captured | None = None,
 ) -> Tensor:
-    """``n`` images, uint8 ``[n, C, H, W]`` on the CPU; without ``labels`` of all classes in turn."""
+    """``n`` images, uint8 ``[n, C, H, W]`` on the CPU; without ``labels`` of all classes in turn.
+
+    ``draw``: :func:`captured_sample` of the model, to reuse its CUDA graphs.
+    """
     device = next(model.parameters()).device
     if labels is None and model.classes is not None:
         labels = torch.arange(n) % model.classes
     generator = torch.Generator(device).manual_seed(seed)
     context = None if labels is None else labels.to(device)
     with in_mode(model, training=False):
-        return model.sample(n, temperature=temperature, context=context, generator=generator).cpu()
+        return (draw or captured_sample(model))(n, temperature, context, generator).cpu()
 
 
 def save_pictures(
@@ -94,9 +122,11 @@ def save_pictures(
     board: "SummaryWriter | None",
     step: int,
     codecs: dict[str, float] | None = None,
+    draw: Captured | None = None,
 ) -> None:
     """Write samples.png, and curve.png from metrics.csv; also write the samples to TensorBoard."""
-    images = sample(model, config.samples, config.temperature, derive(config.seed, Stream.SAMPLES))
+    seed = derive(config.seed, Stream.SAMPLES)
+    images = sample(model, config.samples, config.temperature, seed, draw=draw)
     picture.save_grid(folder / "samples.png", images, config.n_bits)
     if board:
         board.add_image("samples", picture.grid(images, config.n_bits), step, dataformats="HWC")

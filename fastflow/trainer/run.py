@@ -20,6 +20,7 @@ from fastflow.trainer import data, picture
 from fastflow.trainer.activations import with_activations_chosen
 from fastflow.trainer.budget import TimeBudget
 from fastflow.trainer.build import build_model
+from fastflow.trainer.captured import record_on
 from fastflow.trainer.config import (
     Config,
     ConfigError,
@@ -28,7 +29,7 @@ from fastflow.trainer.config import (
     stored_config,
     with_choice_kept,
 )
-from fastflow.trainer.evaluate import evaluate, report, save_pictures
+from fastflow.trainer.evaluate import captured_log_prob, captured_sample, evaluate, report, save_pictures
 from fastflow.trainer.nonfinite import NonFiniteError, diagnose
 from fastflow.trainer.progress import Metrics, Progress, open_tensorboard
 from fastflow.trainer.ranks import Ranks, shard_bounds
@@ -74,6 +75,8 @@ class Run:
         _check_device(config, ranks, device)
         self.ranks, self.device = ranks, device
         self.bf16 = device.type == "cuda" and not config.float64 if config.bf16 is None else config.bf16
+        self._uncaptured = False
+        self.captures = device.type == "cuda" if config.cuda_graph is None else config.cuda_graph
         saved = read_run(config.resume) if config.resume else None
         if saved:
             config = with_choice_kept(saved["training"], config)
@@ -161,8 +164,13 @@ class Run:
             micro_batches=config.accumulate,
             clip=config.clip,
             bf16=self.bf16,
-            capture=config.cuda_graph,
+            capture=self.captures,
+            uncaptured=None if config.cuda_graph else self.stop_capturing,
         )
+        options = {"uncaptured": None if config.cuda_graph else self.stop_capturing}
+        options["record"] = record_on(self.device, enabled=self.captures)
+        self._log_prob = captured_log_prob(self.eval_model, **options)
+        self._draw = captured_sample(self.eval_model, **options)
         if config.compile and self.ranks.world_size > 1:
             # here, because the ranks may compile for longer than they wait for each other in a step
             self._step.compile_forward_backward()
@@ -184,6 +192,14 @@ class Run:
         self.progress.say(f"{self.folder}: {size:,} parameters, {images}, {where}")
         for note in self.notes:
             self.progress.say(note)
+
+    def stop_capturing(self, reason: str) -> None:
+        """Evaluate and sample without CUDA graphs from now on; name the ``reason``, once per run."""
+        if not self._uncaptured and self.ranks.is_main:
+            self.progress.say(f"CUDA graph: not captured, {reason}")
+        self._uncaptured = True
+        for captured in (self._log_prob, self._draw):
+            captured.stop()
 
     @property
     def last(self) -> Path:
@@ -243,6 +259,7 @@ class Run:
             bf16=self.bf16,
             each=True,
             ranks=self.ranks,
+            log_prob=self._log_prob,
         )
         return bounds.mean(1).tolist()
 
@@ -301,7 +318,7 @@ class Run:
     def save_pictures(self, codecs: dict[str, float] | None = None) -> None:
         """Write samples.png and curve.png; ``codecs``: bits/dim of image codecs, drawn into the curve."""
         if self.ranks.is_main:
-            options = {"board": self.board, "step": self.state.step, "codecs": codecs}
+            options = {"board": self.board, "step": self.state.step, "codecs": codecs, "draw": self._draw}
             save_pictures(self.folder, self.config, self.eval_model, **options)
 
     def close_progress(self) -> None:

@@ -1,6 +1,8 @@
 """One training step over static buffers, which a CUDA graph can capture."""
 
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 
 import torch
@@ -9,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from fastflow.models.model import Model
+from fastflow.trainer.captured import CaptureError, Graph, record_on
 from fastflow.trainer.ranks import Ranks, shard_bounds
 
 # uncaptured steps before a capture, in which libraries choose their kernels and allocate their memory
@@ -28,6 +31,19 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
+@contextmanager
+def _after_current(stream: "torch.cuda.Stream | None") -> Iterator[None]:
+    """Run the block on ``stream``, between the work before and after it on the current stream."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
 class Step:
     """Forward, backward, clipping and update: ``step(x, labels, seed, lr)``.
 
@@ -44,7 +60,9 @@ class Step:
         micro_batches: number of parts of the rank's samples over which gradients are accumulated.
         clip: largest norm of the gradient; larger gradients are scaled down to it. ``inf`` disables clipping.
         bf16: run the networks in bfloat16.
-        capture: capture the step in a CUDA graph after the warm-up steps.
+        capture: capture the step in a CUDA graph after the warm-up steps, on a GPU.
+        uncaptured: called with the reason if the capture fails on a rank; the steps then run uncaptured. None:
+            this raises CaptureError.
     """
 
     def __init__(
@@ -58,11 +76,12 @@ class Step:
         clip: float = float("inf"),
         bf16: bool = False,
         capture: bool = False,
+        uncaptured: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.optimizer, self.ranks = model, optimizer, ranks
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.batch_size, self.clip, self.bf16, self.capture = batch_size, clip, bf16, capture
+        self.batch_size, self.clip, self.bf16, self.uncaptured = batch_size, clip, bf16, uncaptured
         self.first, end = shard_bounds(batch_size, ranks.rank, ranks.world_size)
         self.bounds = [shard_bounds(end - self.first, i, micro_batches) for i in range(micro_batches)]
         floating = [b for b in model.running_statistics() if b.is_floating_point()]
@@ -70,15 +89,21 @@ class Step:
         self._allocate_buffers(end - self.first)
         for group in optimizer.param_groups:
             group.update(lr=self.lr, capturable=capture)
-        self.graph, self.calls = None, 0
+        self.graph: Graph | None = None
+        self.calls = 0
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" and capture else None
-        self.forward = model
-        if ranks.world_size > 1:
-            with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-                device_ids = [self.device.index] if self.device.type == "cuda" else None
-                self.forward = DistributedDataParallel(
-                    model, device_ids, gradient_as_bucket_view=True, **{BROADCAST_BUFFERS: False}
-                )
+        self.record = record_on(self.device, self.stream, capture)
+        self.forward = self._over_ranks()
+
+    def _over_ranks(self) -> torch.nn.Module:
+        """The model, with several ranks in DistributedDataParallel."""
+        if self.ranks.world_size == 1:
+            return self.model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        with torch.cuda.stream(self.stream):
+            return DistributedDataParallel(
+                self.model, device_ids, gradient_as_bucket_view=True, **{BROADCAST_BUFFERS: False}
+            )
 
     def _allocate_buffers(self, samples: int) -> None:
         """Allocate the inputs of a step that are not the model's, and the votes."""
@@ -133,23 +158,39 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _run_or_replay(self) -> None:
-        if self.stream is None:
-            self.run()
+        warm = self.calls >= (WARM_UP if self.ranks.world_size == 1 else DDP_WARM_UP)
+        if self.record is not None and self.graph is None and warm:
+            self._capture()
+        if self.graph is not None:
+            self.graph.replay()
             return
-        if self.graph is None:
-            current = torch.cuda.current_stream(self.device)
-            self.stream.wait_stream(current)
-            if self.calls < (WARM_UP if self.ranks.world_size == 1 else DDP_WARM_UP):
-                self.calls += 1
-                with torch.cuda.stream(self.stream):
-                    self.run()
-                current.wait_stream(self.stream)
-                return
-            self.graph = torch.cuda.CUDAGraph()
-            # a loader's pinning thread may call CUDA during the capture, which must not invalidate it
-            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.run()
-        self.graph.replay()
+        self.calls += 1
+        with _after_current(self.stream):
+            self.run()
+
+    def _capture(self) -> None:
+        """Capture the step; if this fails on a rank, all ranks go on uncaptured, with the state of before."""
+        reason = None
+        try:
+            graph = self.record(self.run, ())
+        except CaptureError as error:
+            reason = str(error)
+        failed = torch.tensor(float(reason is not None))
+        if not self.ranks.all_reduce_sum(failed, long_timeout=True):
+            self.graph = graph
+            return
+        # a capture runs nothing, so weights and averages hold their values; these tensors hold none
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.found_inf = self.report = None
+        self.record = self.stream = None
+        reason = reason or "it failed on another rank"
+        if self.uncaptured is None:
+            raise CaptureError(f"cuda_graph: the step cannot be captured: {reason}")
+        self.uncaptured(reason)
+        if self.ranks.world_size > 1:
+            self.forward = None
+            gc.collect()  # its hooks on the parameters end with it
+            self.forward = self._over_ranks()
 
     def run(self) -> None:
         """Take the step on the contents of the buffers."""

@@ -84,4 +84,8 @@ def test_old_names_of_options_work_for_one_release(old, capsys):
         "yes",
     ]
     assert capsys.readouterr().err == "--reversible is deprecated and will be removed, use --reversible yes\n"
+    for flags in (["--cuda-graph"], ["--cuda-graph", "--steps", "1"], ["--no-cuda-graph"]):
+        value = str("--no-cuda-graph" not in flags)
+        assert _with_present_names(["train", *flags]) == ["train", "--cuda-graph", value, *flags[1:]]
+    assert capsys.readouterr().err == ""
     assert _with_present_names(["train", "--reversible", "no"]) == ["train", "--reversible", "no"]

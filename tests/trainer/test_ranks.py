@@ -18,9 +18,10 @@ from fastflow import checkpoint
 from fastflow.distributed import merge_statistics
 from fastflow.models import Glow, RealNVP
 from fastflow.nn import ActNorm
+from fastflow.trainer.captured import CaptureError
 from fastflow.trainer.progress import read_metrics
 from fastflow.trainer.ranks import LostRankError, Ranks, init_process_group, shard_bounds
-from fastflow.trainer.step import Step
+from fastflow.trainer.step import DDP_WARM_UP, Step
 from tests.support.processes import processes, waves
 
 pytest.importorskip("tyro")
@@ -325,6 +326,47 @@ def test_ranks_whose_data_differ_keep_equal_parameters(find_unused_parameters, r
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
     assert all(bool(v) for k, v in first["state"].items() if k.endswith("initialized"))
+
+
+def trained_with_a_capture(folder):
+    """Four steps of two ranks, uncaptured, and with a capture that fails on the second rank within backward."""
+
+    def fail(gradient):
+        raise CaptureError("no capture here")
+
+    def trained(ranks, fails):
+        torch.manual_seed(0)
+        model = Glow((3, 8, 8), levels=1, steps=1, hidden=4, reversible=False).double()
+        x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+        model.initialize(x, seed=0)
+        optimizer = torch.optim.Adam(model.train().parameters(), fused=True)
+        reasons = []
+        step = Step(model, optimizer, ranks, batch_size=4, uncaptured=reasons.append)
+
+        def record(work, generators):
+            if not ranks.is_main:
+                handle = step.parameters[0].register_hook(fail)
+                try:
+                    step.forward(step.x, None, seed=0).sum().backward()
+                finally:
+                    handle.remove()
+
+        if fails:
+            step.record, step.calls = record, DDP_WARM_UP - 2  # in the second step, buckets are rebuilt
+        for i in range(4):
+            step(x, None, i, 1e-2)
+        return reasons, list(model.parameters())
+
+    with init_process_group() as (ranks, _):
+        torch.save([trained(ranks, fails) for fails in (False, True)], Path(folder) / f"{ranks.rank}.pt")
+
+
+def test_a_capture_that_fails_on_one_rank_fails_on_all(tmp_path):
+    Run(tmp_path, 2, trained_with_a_capture, str(tmp_path)).finish()
+    for rank, reason in enumerate(("it failed on another rank", "no capture here")):
+        (none, expected), (reasons, found) = torch.load(tmp_path / f"{rank}.pt")
+        assert none == [] and reasons == [reason]
+        assert all(torch.equal(p, q) for p, q in zip(expected, found, strict=True))
 
 
 def normalised_apart(folder):
