@@ -868,8 +868,8 @@ TRAINER = [
     Fault(
         "batches of an evaluation share their noise",
         "fastflow/trainer/evaluate.py",
-        "seed=noise, offset=start",
-        "seed=noise, offset=0",
+        "context, noise, start)",
+        "context, noise, 0)",
         "tests/trainer/test_train.py -k 'importance or evaluate'",
     ),
     Fault(

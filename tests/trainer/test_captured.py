@@ -19,7 +19,7 @@ from fastflow.trainer.progress import read_metrics
 from fastflow.trainer.ranks import Ranks
 from fastflow.trainer.step import WARM_UP, Step
 from tests.support.cases import randomize
-from tests.trainer.test_step import CLIP, assert_same_bits, batch, model, ordinary, static
+from tests.support.steps import CLIP, assert_same_bits, batch, model, ordinary, static
 
 device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
@@ -171,7 +171,7 @@ def test_a_capture_that_fails_leaves_nothing_behind(monkeypatch):
         steps[0].optimizer.found_inf = torch.ones(())
         raise CaptureError("cannot record this")
 
-    monkeypatch.setattr("tests.trainer.test_step.Step", Watched)
+    monkeypatch.setattr("tests.support.steps.Step", Watched)
     assert_ordinary_steps(half, monkeypatch)
     assert reasons == ["cannot record this"] and steps[0].graph is None
 
