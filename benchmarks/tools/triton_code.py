@@ -198,11 +198,12 @@ def _actnorm(x: Tensor) -> None:
 
 
 def _bias_relu(x: Tensor, dtype: torch.dtype) -> None:
-    """Launches bias and ReLU of a network's hidden activations; the bias is a parameter, in float32."""
+    """Launches bias, scale and ReLU of a network's hidden activations; the parameters are float32."""
     hidden = torch.empty(len(x), HIDDEN, *x.shape[2:], dtype=dtype).contiguous(memory_format=_format(x))
     bias = torch.empty(HIDDEN).requires_grad_()
-    ops.bias_relu(hidden, bias).backward(torch.empty_like(hidden))
-    ops.bias_relu(hidden, bias, inplace=True)
+    for options in ({}, {"log_scale": bias}, {"log_scale": bias, "relu": False}):
+        ops.bias_relu(hidden, bias, **options).backward(torch.empty_like(hidden))
+        ops.bias_relu(hidden, bias, **options, inplace=True)
 
 
 def _variational(images: Tensor) -> None:

@@ -62,8 +62,8 @@ REFERENCE = [
     Fault(
         "sum over the wrong dimensions",
         "fastflow/ops/bias_relu/reference.py",
-        "channel_sum(dx.to(acc_dtype(y.dtype)))",
-        "channel_sum(dx.transpose(0, 1).to(acc_dtype(y.dtype)))",
+        "return dense_like(dx, dy), channel_sum(dx), dlog_scale",
+        "return dense_like(dx, dy), channel_sum(dx.transpose(0, 1)), dlog_scale",
         "tests/ops/test_bias_relu.py -k reference",
     ),
     Fault(
@@ -170,8 +170,8 @@ TRITON = [
     Fault(
         "gradient passes where ReLU gave zero",
         "triton_kernels/bias_relu.py",
-        "tl.where(b_y.to(ACC) <= 0, 0.0, b_dy.to(ACC))",
-        "tl.where(b_y.to(ACC) < 0, 0.0, b_dy.to(ACC))",
+        "tl.where(b_y.to(ACC) <= 0, 0.0, b_dx)",
+        "tl.where(b_y.to(ACC) < 0, 0.0, b_dx)",
         op(INTERPRETER, "bias_relu"),
     ),
     Fault(
@@ -191,8 +191,15 @@ TRITON = [
     Fault(
         "all programs write the first slot",
         "triton_kernels/bias_relu.py",
-        "slots + slot.to(tl.int64) * K + k",
-        "slots + k",
+        "row = slots + slot.to(tl.int64) * ((2 if SCALED else 1) * K)",
+        "row = slots",
+        op(INTERPRETER, "bias_relu"),
+    ),
+    Fault(
+        "gradient of the log scale times the scale again",
+        "triton_kernels/bias_relu.py",
+        "            b_dlog_scale += b_dx * b_y.to(ACC)\n            b_dx *= b_scale\n",
+        "            b_dx *= b_scale\n            b_dlog_scale += b_dx * b_y.to(ACC)\n",
         op(INTERPRETER, "bias_relu"),
     ),
     Fault(
@@ -344,15 +351,22 @@ CPU = [
     Fault(
         "sign of the mask",
         "csrc/bias_relu/cpu.cpp",
-        "M::load(b.y + i) <= T(0) ? typename M::V{} : dy",
-        "M::load(b.y + i) >= T(0) ? typename M::V{} : dy",
+        "y <= b.dead ? typename M::V{} : dy",
+        "y >= b.dead ? typename M::V{} : dy",
+        op("compiled", "bias_relu"),
+    ),
+    Fault(
+        "bias's gradient without the scale",
+        "csrc/bias_relu/cpu.cpp",
+        "  for (int64_t k = 0; k < grid.channels; ++k) sums.get()[k] *= scales.get()[k];\n",
+        "",
         op("compiled", "bias_relu"),
     ),
     Fault(
         "last slot of a sum left out",
         "csrc/bias_relu/cpu.cpp",
-        "add_slots(sums.get(), slots.count, grid.channels);",
-        "add_slots(sums.get(), slots.count - 1, grid.channels);",
+        "add_slots(sums.get(), slots.count, values);",
+        "add_slots(sums.get(), slots.count - 1, values);",
         op("compiled", "bias_relu", also="large"),
     ),
     Fault(

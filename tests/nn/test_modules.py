@@ -377,7 +377,7 @@ def test_first_batch_of_a_glow_step_is_that_of_its_layers():
 def test_a_glow_step_inverts_the_rounded_weights():
     """The inverse matrix is exact up to its own rounding to float32, 2^-24."""
     step = randomize(GlowStep(48, 4), 0.05)
-    weight, _, inverse, _, _ = folded([step])[0]
+    weight, _, inverse, _, _ = (v[0] for v in folded([step]))
     exact = weight.double().inverse()
     assert (inverse - exact).abs().max() <= 2**-24 * exact.abs().max()
 

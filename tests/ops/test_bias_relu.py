@@ -1,5 +1,7 @@
 """fastflow::bias_relu, in place and not; the generic tests of test_specs.py compare its bodies with the reference."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,9 +33,12 @@ CASES = pairwise(
     dtype=["float64", "float32", "bfloat16", "float16"],
     x=LAYOUTS,
     dy=LAYOUTS,
+    scaled=[False, True],
+    relu=[False, True],
     shape=[(5, 7), (3, 5, 9), (2, 12, 16, 16), (2, 64, 4, 4), (1, 2, 70, 33), (2, 600, 2, 1)],
 )
 any_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+scaled_or_not = pytest.mark.parametrize("scaled, relu", [(False, True), (True, True), (True, False)])
 either_way = pytest.mark.parametrize("inplace", [False, True])
 
 
@@ -41,35 +46,41 @@ def inputs(shape, dtype=torch.float64, bias_dtype=None):
     return torch.randn(shape).to(dtype), torch.randn(shape[1]).to(bias_dtype or dtype)
 
 
-def plain(x, bias):
-    return torch.relu(x + bias.view(1, -1, *[1] * (x.ndim - 2)))
+def plain(x, bias, log_scale=None, *, relu=True):
+    bias, scale = (
+        v.view(1, -1, *[1] * (x.ndim - 2)) for v in (bias, (bias if log_scale is None else log_scale).exp())
+    )
+    y = x + bias if log_scale is None else (x + bias) * scale
+    return torch.relu(y) if relu else y
 
 
-def computed(x, bias, inplace):
+def computed(x, *per_channel, inplace, relu=True):
     """The op on a tensor that an operation computed, so that it may be written."""
-    return ops.bias_relu(1 * x, bias, inplace=inplace)
+    return ops.bias_relu(1 * x, *per_channel, relu=relu, inplace=inplace)
 
 
-def with_gradients(f, x, bias, dy):
-    x, bias = leaves(x, bias)
-    y = f(x, bias)
-    return y.detach(), *torch.autograd.grad(y, [x, bias], dy)
+def with_gradients(f, x, *per_channel, dy):
+    given = leaves(x, *per_channel)
+    y = f(*given)
+    return y.detach(), *torch.autograd.grad(y, given, dy)
 
 
+@scaled_or_not
 @either_way
 @any_shape
-def test_formula_and_gradients(shape, inplace):
-    x, b = inputs(shape)
+def test_formula_and_gradients(shape, inplace, scaled, relu):
+    x, *per_channel = (*inputs(shape), *([0.5 * torch.randn(shape[1]).double()] if scaled else []))
     dy = torch.randn_like(x)
-    found = with_gradients(lambda x, b: computed(x, b, inplace), x, b, dy)
-    torch.testing.assert_close(found, with_gradients(plain, x, b, dy), rtol=1e-14, atol=1e-14)
+    found = with_gradients(functools.partial(computed, inplace=inplace, relu=relu), x, *per_channel, dy=dy)
+    expected = with_gradients(functools.partial(plain, relu=relu), x, *per_channel, dy=dy)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.bodies("reference", "compiled", CUDA)  # the interpreter takes seconds
 @either_way
 def test_gradcheck(inplace):
-    args = [leaf(v) for v in inputs((2, 3, 4, 2))]
-    assert gradcheck(lambda x, b: computed(x, b, inplace), args)
+    args = leaves(*inputs((2, 3, 4, 2)), torch.randn(3).double())
+    assert gradcheck(functools.partial(computed, inplace=inplace), args)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -81,8 +92,8 @@ def test_special_values_are_those_of_relu(dtype, layout):
     x = lay_out(values.repeat(16).view(2, 4, 4, 4).to(dtype), layout)
     b = torch.tensor([0.0, -0.0, -2.0, torch.inf], dtype=dtype)
     dy = torch.full_like(x, torch.inf)
-    y, dx, db = with_gradients(ops.bias_relu, x, b, dy)
-    expected, expected_dx, expected_db = with_gradients(plain, x, b, dy)
+    y, dx, db = with_gradients(ops.bias_relu, x, b, dy=dy)
+    expected, expected_dx, expected_db = with_gradients(plain, x, b, dy=dy)
     same = {"rtol": 0, "atol": 0, "equal_nan": True}
     torch.testing.assert_close((y, dx, db), (expected, expected_dx, expected_db), **same)
 
@@ -90,7 +101,7 @@ def test_special_values_are_those_of_relu(dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_bias_of_half_precision_is_added_in_float32(dtype):
     x, b = inputs((8, 6, 4, 4), dtype, torch.float32)
-    y, dx, db = with_gradients(ops.bias_relu, x, b, x)
+    y, dx, db = with_gradients(ops.bias_relu, x, b, dy=x)
     assert torch.equal(y, plain(x.float(), b).to(dtype))
     assert torch.equal(dx, torch.where(y > 0, x, 0))
     torch.testing.assert_close(db, dx.float().sum((0, 2, 3)), rtol=1e-6, atol=1e-5)
@@ -156,10 +167,14 @@ def test_every_body_is_the_reference(case, each_backend):
     twice = each_backend != "interpreter"  # NumPy's bits repeat
     x, b = inputs(shape, dtype)
     x, dy = lay_out(x, case["x"]), lay_out(torch.randn(shape).to(dtype), case["dy"])
-    assert_as_reference(OPS.bias_relu.default, x, b, twice=twice)
+    log_scale = 0.5 * torch.randn(2 * shape[1]).to(dtype)[::2] if case["scaled"] else None
+    options = log_scale, case["relu"]
+    assert_as_reference(OPS.bias_relu.default, x, b, *options, twice=twice)
     if case["x"] != "expanded":
-        assert_as_reference(OPS.bias_relu_.default, x, b, twice=twice)
-    assert_as_reference(OPS.bias_relu_backward.default, x.relu(), dy, twice=twice)
+        assert_as_reference(OPS.bias_relu_.default, x, b, *options, twice=twice)
+    assert_as_reference(
+        OPS.bias_relu_backward.default, x.relu() if case["relu"] else x, dy, *options, twice=twice
+    )
 
 
 @pytest.mark.bodies("compiled", CUDA)
@@ -173,7 +188,7 @@ def test_bias_gradient_of_more_elements_than_one_sum_takes(layout):
 @pytest.mark.bodies("compiled", CUDA)  # the reference is the fake; a body changes only strides
 def test_opcheck():
     x, b = inputs((2, 3, 4, 2))
-    torch.library.opcheck(OPS.bias_relu_.default, (x, leaf(b)), test_utils=TRACED)
+    torch.library.opcheck(OPS.bias_relu_.default, (x, leaf(b), leaf(b), True), test_utils=TRACED)
 
 
 @pytest.mark.bodies("compiled", CUDA)

@@ -132,16 +132,18 @@ CPU_ERRORS = {
         ((X.int(),), f"x: got dtype Int, {FLOATING}"),
     ],
     "bias_relu": [
-        ((COUNT, COUNT), "x: got shape [2], expected at least 2 dimensions"),
-        ((X.int(), CHANNELS), f"x: got dtype Int, {FLOATING}"),
-        ((X, COUNT), "bias: got shape [2], expected [3]"),
-        ((X, CHANNELS.int()), f"bias: got dtype Int, {FLOATING}"),
+        ((COUNT, COUNT, None, True), "x: got shape [2], expected at least 2 dimensions"),
+        ((X.int(), CHANNELS, None, True), f"x: got dtype Int, {FLOATING}"),
+        ((X, COUNT, None, True), "bias: got shape [2], expected [3]"),
+        ((X, CHANNELS.int(), None, True), f"bias: got dtype Int, {FLOATING}"),
+        ((X, CHANNELS, COUNT, True), "log_scale: got shape [2], expected [3]"),
     ],
-    "bias_relu_": [((X, COUNT), "bias: got shape [2], expected [3]")],
+    "bias_relu_": [((X, COUNT, None, True), "bias: got shape [2], expected [3]")],
     "bias_relu_backward": [
-        ((COUNT, COUNT), "y: got shape [2], expected at least 2 dimensions"),
-        ((X, EVEN), "dy: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
-        ((X, X.int()), f"dy: got dtype Int, {FLOATING}"),
+        ((COUNT, COUNT, None, True), "y: got shape [2], expected at least 2 dimensions"),
+        ((X, EVEN, None, True), "dy: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
+        ((X, X.int(), None, True), f"dy: got dtype Int, {FLOATING}"),
+        ((X, X, COUNT, True), "log_scale: got shape [2], expected [3]"),
     ],
     "gaussian_log_prob": [
         ((COUNT, None, None), "z: got shape [2], expected at least 2 dimensions"),
@@ -328,8 +330,9 @@ def runs():
 
     def rectified(x, dy):
         """bias_relu and its gradients."""
-        y = C.bias_relu(x, dy[0].float())
-        return y, *C.bias_relu_backward(y, dy)
+        s = dy[0].float()
+        y = C.bias_relu(x, s, s, True)
+        return y, *C.bias_relu_backward(y, dy, s, True)
 
     pixels = torch.randint(0, 256, (9000, 6)).to(torch.uint8)
 
