@@ -93,8 +93,11 @@ class AffineCoupling(Flow):
         factor = self.log_factor.exp()
         return factor.expand(transformed) if factor.shape[0] == 1 else factor
 
-    def _network(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return self.net(x) if context is None else self.net(x, context)
+    def _network(self, x: Tensor, context: Tensor | None, shared_args: Sequence[Tensor]) -> Tensor:
+        return self.net(x, *shared_args) if context is None else self.net(x, context, *shared_args)
+
+    def _factor(self, x: Tensor, shared: Tensor | None) -> Tensor | None:
+        return self.factor(x) if shared is None else shared
 
     def _variant(self) -> dict:
         return {
@@ -105,21 +108,42 @@ class AffineCoupling(Flow):
             "params_layout": self.params_layout,
         }
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = self._network(self.network_input(x), context)
-        return affine_coupling(x, h, self.factor(x), **self._variant())
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        factor: Tensor | None = None,
+        *network_args: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """``(y, log_det)``; ``factor`` and further arguments of the network if these are computed already."""
+        h = self._network(self.network_input(x), context, network_args)
+        return affine_coupling(x, h, self._factor(x, factor), **self._variant())
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        h = self._network(self.network_input(z), context)
-        return affine_coupling(z, h, self.factor(z), **self._variant(), inverse=True)
+    def inverse(
+        self,
+        z: Tensor,
+        context: Tensor | None = None,
+        factor: Tensor | None = None,
+        *network_args: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        h = self._network(self.network_input(z), context, network_args)
+        return affine_coupling(z, h, self._factor(z, factor), **self._variant(), inverse=True)
 
     def inverse_backward(
-        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+        self,
+        z: Tensor,
+        dz: Tensor,
+        dlog_det: Tensor,
+        wanted: Sequence[Tensor],
+        context: Tensor | None = None,
+        factor: Tensor | None = None,
+        *network_args: Tensor,
     ) -> tuple[Tensor, Tensor, Gradients]:
         with torch.enable_grad():
             x_a = self.network_input(z).detach().requires_grad_()
             # a view, because hooks on a module's input do not accept a leaf
-            h, factor = self._network(x_a.view_as(x_a), context), self.factor(z)
+            h = self._network(x_a.view_as(x_a), context, network_args)
+            factor = self._factor(z, factor)
         x, dx, dh, dfactor = affine_coupling_inverse_backward(
             z, h.detach(), None if factor is None else factor.detach(), dz, dlog_det, **self._variant()
         )

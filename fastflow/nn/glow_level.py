@@ -1,6 +1,7 @@
 """Step and level of Glow. A level computes the weights of all its steps at once."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,10 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.conv1x1 import InvertibleConv1x1, stacked_weights
 from fastflow.nn.flow import Flow
-from fastflow.nn.networks.glow_network import GlowNetwork
+from fastflow.nn.networks.glow_network import GlowNetwork, network_args_of
 from fastflow.nn.permute import Permute
 from fastflow.nn.squeeze import Squeeze
 from fastflow.reversible import Gradients, add, run_reversible, run_storing, vjp
-
-Linear = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _mixing(num_features: int, conv1x1: str) -> Flow:
@@ -62,18 +61,27 @@ class GlowStep(Flow):
         else:
             self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *linear: Tensor) -> tuple[Tensor, Tensor]:
-        """``(z, log_det)``; ``linear`` is the step's entry of :func:`folded` if it is computed already."""
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``(z, log_det)``; ``shared_args`` is the step's entry of :func:`shared_args_of` if it is computed."""
         self.actnorm.initialize_once(x)
-        weight, bias, _, _, log_det = linear or folded([self])[0]
+        weight, bias, _, _, log_det, *of_coupling = shared_args or self._own_args(x)
         x = ops.conv1x1(x, weight, bias)
-        x, coupling_log_det = self.coupling(x, context)
-        return x, coupling_log_det + ops.positions(x) * log_det
+        x, coupling_log_det = self.coupling(x, context, *of_coupling)
+        return x, coupling_log_det if log_det is None else coupling_log_det + log_det
 
-    def inverse(self, z: Tensor, context: Tensor | None = None, *linear: Tensor) -> tuple[Tensor, Tensor]:
-        _, _, weight, bias, log_det = linear or folded([self])[0]
-        z, coupling_log_det = self.coupling.inverse(z, context)
-        return ops.conv1x1(z, weight, bias), coupling_log_det - ops.positions(z) * log_det
+    def inverse(
+        self, z: Tensor, context: Tensor | None = None, *shared_args: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        _, _, weight, bias, log_det, *of_coupling = shared_args or self._own_args(z)
+        z, coupling_log_det = self.coupling.inverse(z, context, *of_coupling)
+        return ops.conv1x1(
+            z, weight, bias
+        ), coupling_log_det if log_det is None else coupling_log_det - log_det
+
+    def _own_args(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        return shared_args_of([self], ops.positions(x), x.device)[0]
 
     def inverse_backward(
         self,
@@ -82,23 +90,54 @@ class GlowStep(Flow):
         dlog_det: Tensor,
         wanted: Sequence[Tensor],
         context: Tensor | None = None,
-        *linear: Tensor,
+        *shared_args: Tensor | None,
     ) -> tuple[Tensor, Tensor, Gradients]:
-        y, dy, gradients = self.coupling.inverse_backward(z, dz, dlog_det, wanted, context)
         with torch.enable_grad():
-            weight, bias, weight_inverse, _, log_det = linear or folded([self])[0]
+            weight, bias, weight_inverse, _, log_det, *of_coupling = shared_args or self._own_args(z)
+        y, dy, gradients = self.coupling.inverse_backward(z, dz, dlog_det, wanted, context, *of_coupling)
         x, dx, dweight, dbias = ops.conv1x1_inverse_backward(
             y, weight.detach(), weight_inverse.detach(), bias.detach(), dy
         )
-        dlog_det = (ops.positions(z) * dlog_det.sum()).to(log_det.dtype)
+        dlog_det = None if log_det is None else dlog_det.sum().to(log_det.dtype)
         add(gradients, vjp((weight, bias, log_det), (dweight, dbias, dlog_det), wanted))
         return x, dx, gradients
 
 
-def folded(steps: list[GlowStep]) -> list[Linear]:
+def shared_args_of(
+    steps: list[GlowStep], positions: int, device: torch.device
+) -> list[tuple[Tensor | None, ...]]:
+    """Arguments of the steps' methods that follow ``context``, computed for all steps at once.
+
+    Returns per step: weight and bias of forward, weight and bias of inverse, the log-det of the linear part,
+    and the arguments of the coupling. The log-det is the sum over the steps, for ``positions`` positions, and
+    the first step has it; the others have None.
+    """
+    *linear, log_det = folded(steps)
+    log_dets = [positions * log_det.sum(), *[None] * (len(steps) - 1)]
+    couplings = coupling_args_of([step.coupling for step in steps], device)
+    return [
+        (*args, step_log_det, *of_coupling)
+        for *args, step_log_det, of_coupling in zip(*linear, log_dets, couplings, strict=True)
+    ]
+
+
+def coupling_args_of(couplings: list[Flow], device: torch.device) -> list[tuple[Tensor | None, ...]]:
+    """Factor of the scale function and arguments of the network of each coupling; none of other flows."""
+    if any(type(coupling) not in (AffineCoupling, AdditiveCoupling) for coupling in couplings):
+        return [()] * len(couplings)
+    networks = network_args_of([coupling.net for coupling in couplings], device)
+    log_factors = [coupling.log_factor for coupling in couplings]
+    if any(f is None or f.shape != log_factors[0].shape or f.numel() == 1 for f in log_factors):
+        return [(None, *of_network) for of_network in networks]
+    factors = torch.stack(log_factors).exp().unbind()
+    return [(factor, *of_network) for factor, of_network in zip(factors, networks, strict=True)]
+
+
+def folded(steps: list[GlowStep]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fold ActNorm into the convolution of each step.
 
-    Returns per step: weight and bias of forward, weight and bias of inverse, and log-det per position, nats.
+    Returns, stacked over the steps: weight and bias of forward, weight and bias of inverse, and log-det per
+    position, nats.
     """
     weight, inverse, log_det = stacked_weights([step.conv1x1 for step in steps])
     log_scale = torch.stack([step.actnorm.log_scale for step in steps])
@@ -108,8 +147,7 @@ def folded(steps: list[GlowStep]) -> list[Linear]:
     inverse = inverse + _correction(weight, inverse)
     log_det = log_det.to(bias.dtype) + log_scale.sum(1)
     # not a matrix product, which autocast would round: the inverse would then subtract another bias
-    parts = (weight, (weight * bias.unsqueeze(1)).sum(2), inverse, -bias, log_det)
-    return list(zip(*(v.unbind() for v in parts), strict=True))
+    return weight, (weight * bias.unsqueeze(1)).sum(2), inverse, -bias, log_det
 
 
 @torch.no_grad()
@@ -157,7 +195,8 @@ class GlowLevel(Flow):
         x, log_det = self.squeeze(x)
         # a step with an uninitialized ActNorm cannot compute its weights before x reaches it
         pending = self.training and not all(step.actnorm._initialized for step in self.steps)
-        shared_args = None if pending else folded
+        args_of = partial(shared_args_of, positions=ops.positions(x), device=x.device)
+        shared_args = None if pending else args_of
         if self.reversible:
             x, steps_log_det = run_reversible(
                 self.steps,
@@ -172,7 +211,8 @@ class GlowLevel(Flow):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = 0.0
-        for step, weights in zip(reversed(self.steps), reversed(folded(list(self.steps))), strict=True):
-            z, step_log_det = step.inverse(z, context, *weights)
+        shared_args = shared_args_of(list(self.steps), ops.positions(z), z.device)
+        for step, args in zip(reversed(self.steps), reversed(shared_args), strict=True):
+            z, step_log_det = step.inverse(z, context, *args)
             log_det = log_det + step_log_det
         return self.squeeze.inverse(z)[0], log_det

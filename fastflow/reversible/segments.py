@@ -35,7 +35,7 @@ from fastflow.reversible.state import (
 )
 from fastflow.reversible.vjp import Gradients, add, vjp
 
-SharedArgs = Callable[[list[nn.Module]], list[tuple[Tensor, ...]]]
+SharedArgs = Callable[[list[nn.Module]], list[tuple[Tensor | None, ...]]]
 # error of forward(inverse(z)) relative to 1 + max|z|; beyond it, gradients are useless and backward raises
 NO_INVERSE = 0.05
 
@@ -209,7 +209,10 @@ class _Segment:
         with self._as_it_was():
             with torch.enable_grad():
                 shared = _shared_args(self.steps, self.shared_args)
-            leaves = [tuple(v.detach().requires_grad_(v.requires_grad) for v in each) for each in shared]
+            leaves = [
+                tuple(None if v is None else v.detach().requires_grad_(v.requires_grad) for v in each)
+                for each in shared
+            ]
             for i in reversed(range(0 if need_dx else self._first(context), len(self.steps))):
                 args = (context, *leaves[i])
                 wanted = [v for v in (*self.parameters[i], *args) if v is not None and v.requires_grad]
@@ -222,6 +225,7 @@ class _Segment:
                     (v, gradients.pop(leaf, None))
                     for vs, ls in zip(shared, leaves, strict=True)
                     for v, leaf in zip(vs, ls, strict=True)
+                    if leaf is not None
                 ]
                 pairs = [(v, g) for v, g in pairs if g is not None]
                 add(

@@ -302,13 +302,16 @@ def test_two_network_evaluations_and_one_inverse_a_step():
     with Ops() as ops:
         z, log_det = level(x)
     assert evaluations == dict.fromkeys(range(k), 1)
-    assert ops.calls == {"squeeze": 1, "lu_weight": 1, "conv1x1": k, "affine_coupling": k}
+    expected = {"squeeze": 1, "lu_weight": 1, "conv1x1": k, "affine_coupling": k, "bias_relu_": 3 * k}
+    assert ops.calls == expected
     with Ops() as ops:
         (z.sum() + log_det.sum()).backward()
     assert evaluations == dict.fromkeys(range(k), 2)
     assert ops.calls == {
         "lu_weight": 1,  # for all steps together: their weights are not kept either
         "lu_weight_backward": 1,
+        "bias_relu_": 3 * k,
+        "bias_relu_backward": 3 * k,
         "conv1x1_inverse_backward": k,
         "affine_coupling_inverse_backward": k,
     }

@@ -1,17 +1,21 @@
 """Coupling network of Glow."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
+from fastflow import ops
 from fastflow.nn.actnorm import ActNorm
 
 
 class ActNormConv2d(nn.Module):
-    r"""Convolution followed by :class:`ActNorm`, computed as one convolution.
+    r"""Convolution followed by :class:`ActNorm` and, if asked, ReLU, which take one pass over its output.
 
-    :math:`e^{s} (w * x + b) = (e^{s} w) * x + e^{s} b` (Glow, arXiv:1807.03039, section 3.1). The weight w is
-    initialized from :math:`N(0, 0.05^2)`.
+    :math:`e^{s} (w * x + b)` (Glow, arXiv:1807.03039, section 3.1). The weight w is initialized from
+    :math:`N(0, 0.05^2)`.
 
     Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``; ``kernel_size`` is odd.
     """
@@ -22,12 +26,19 @@ class ActNormConv2d(nn.Module):
         nn.init.normal_(self.conv.weight, std=0.05)
         self.actnorm = ActNorm(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor | None = None, relu: bool = False) -> Tensor:
+        """The output; ``weight`` is the convolution's weight if it is cast already."""
         if self.training and not self.actnorm._initialized:
             self.actnorm.initialize(self.conv(x))
-        scale = self.actnorm.log_scale.exp()
-        weight = self.conv.weight * scale.view(-1, 1, 1, 1)
-        return F.conv2d(x, weight, self.actnorm.bias * scale, padding=self.conv.padding)
+        weight = self.conv.weight if weight is None else weight
+        bias, log_scale = self.actnorm.bias, self.actnorm.log_scale
+        if relu and not torch.compiler.is_compiling():
+            y = F.conv2d(x, weight, padding=self.conv.padding)
+            return ops.bias_relu(y, bias, log_scale, inplace=True)
+        y = _folded_convolution(
+            x, weight, bias, log_scale
+        )  # backward does not need it, so that it may be written
+        return y.relu_() if relu else y
 
 
 class ZeroConv2d(nn.Module):
@@ -42,12 +53,23 @@ class ZeroConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.logs = nn.Parameter(torch.zeros(out_channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale = (3 * self.logs).exp()
-        return F.conv2d(x, self.weight * scale.view(-1, 1, 1, 1), self.bias * scale, padding=1)
+    def forward(self, x: Tensor, weight: Tensor | None = None, log_scale: Tensor | None = None) -> Tensor:
+        """The output; ``weight`` and ``log_scale``, 3 l, if these are computed already."""
+        weight = self.weight if weight is None else weight
+        log_scale = 3 * self.logs if log_scale is None else log_scale
+        if torch.compiler.is_compiling():
+            return _folded_convolution(x, weight, self.bias, log_scale)
+        y = F.conv2d(x, weight, padding=1)
+        return ops.bias_relu(y, self.bias, log_scale, relu=False, inplace=True)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+def _folded_convolution(x: Tensor, weight: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
+    """:math:`e^{s} (w * x + b)` as one convolution, in plain PyTorch, which a compiler fuses with its weights."""
+    scale = log_scale.exp()
+    return F.conv2d(x, weight * scale.view(-1, 1, 1, 1), bias * scale, padding=weight.shape[2] // 2)
 
 
 class GlowNetwork(nn.Sequential):
@@ -73,8 +95,84 @@ class GlowNetwork(nn.Sequential):
             ZeroConv2d(hidden, out_channels),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        # same as nn.Sequential's own forward, which torch 2.11 compiles in three parts
-        for layer in self:
-            x = layer(x)
-        return x
+    def forward(self, x: Tensor, *shared_args: Tensor) -> Tensor:
+        """The output; ``shared_args`` is the network's entry of :func:`network_args_of`, if it is computed."""
+        layers = list(self._modules.values())
+        if not _is_glow_network(layers):  # a layer was exchanged, or watches its input
+            for layer in layers:
+                x = layer(x)
+            return x
+        first, _, second, _, last = layers
+        log_scale = shared_args[0] if shared_args else None
+        weights = shared_args[1:] or (None, None, None)
+        x = first(x, weights[0], relu=True)
+        x = second(x, weights[1], relu=True)
+        return last(x, weights[2], log_scale)
+
+
+def _is_glow_network(layers: Sequence[nn.Module]) -> bool:
+    """Whether these are the layers of :class:`GlowNetwork`, and the ReLUs need not be called."""
+    return [type(layer) for layer in layers] == LAYERS and not any(
+        hooks
+        for relu in layers[1:4:2]
+        for hooks in (
+            relu._forward_hooks,
+            relu._forward_pre_hooks,
+            relu._backward_hooks,
+            relu._backward_pre_hooks,
+        )
+    )
+
+
+LAYERS = [ActNormConv2d, nn.ReLU, ActNormConv2d, nn.ReLU, ZeroConv2d]
+
+
+def network_args_of(networks: Sequence[nn.Module], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """Arguments of the forward methods of several networks, for all networks at once.
+
+    For each :class:`GlowNetwork` these are 3 l of its last convolution and, under autocast, its three weights
+    in autocast's dtype. Other networks have none.
+    """
+    layers = [list(network._modules.values()) for network in networks]
+    if torch.compiler.is_compiling() or not all(
+        type(network) is GlowNetwork and network._compiled_call_impl is None and _is_glow_network(each)
+        for network, each in zip(networks, layers, strict=True)
+    ):
+        return [()] * len(networks)
+    log_scales = (3 * torch.stack([last.logs for *_, last in layers])).unbind()
+    weights = [
+        w
+        for first, _, second, _, last in layers
+        for w in (first.conv.weight, second.conv.weight, last.weight)
+    ]
+    kind = device.type
+    if not torch.is_autocast_enabled(kind) or any(w.dtype != torch.float32 for w in weights):
+        return [(s,) for s in log_scales]
+    weights = _Cast.apply(torch.get_autocast_dtype(kind), *weights)
+    return [(s, *weights[3 * i : 3 * i + 3]) for i, s in enumerate(log_scales)]
+
+
+class _Cast(torch.autograd.Function):
+    """Casts tensors to a dtype, all at once, and their gradients back."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtypes = [t.dtype for t in tensors]
+        return _cast(tensors, [dtype] * len(tensors))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [(i, g) for i, g in enumerate(gradients) if g is not None]
+        found: list[Tensor | None] = [None] * len(gradients)
+        for (i, _), g in zip(
+            given, _cast([g for _, g in given], [ctx.dtypes[i] for i, _ in given]), strict=True
+        ):
+            found[i] = g
+        return None, *found
+
+
+def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+    found = tuple(torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True))
+    if found:
+        torch._foreach_copy_(found, tensors)
+    return found
