@@ -146,7 +146,8 @@ def network_args_of(networks: Sequence[nn.Module], device: torch.device) -> list
         for w in (first.conv.weight, second.conv.weight, last.weight)
     ]
     kind = device.type
-    if not torch.is_autocast_enabled(kind) or any(w.dtype != torch.float32 for w in weights):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none
+    if not autocast or any(w.dtype != torch.float32 for w in weights):
         return [(s,) for s in log_scales]
     weights = _Cast.apply(torch.get_autocast_dtype(kind), *weights)
     return [(s, *weights[3 * i : 3 * i + 3]) for i, s in enumerate(log_scales)]
