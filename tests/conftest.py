@@ -17,6 +17,7 @@ from fastflow.ops import extension  # noqa: E402
 from tests.support import interpreter  # noqa: E402
 
 interpreter.round_to_nearest()
+interpreter.multiply_as_tensor_cores()
 interpreter.count_loops()
 interpreter.patch_once_a_launch()
 interpreter.skip_repeated_work()

@@ -43,6 +43,9 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
     )
     # 0.1.0 has none
     later = {"bias_relu": (ops.bias_relu, (x, channel), (0, 1))} if hasattr(ops, "bias_relu") else {}
+    if hasattr(ops, "glow_network"):
+        w1, w2, w3 = (torch.ones(c, c, k, k, device=device) for k in (3, 1, 3))
+        later["glow_network"] = ops.glow_network, (x, w1, channel, w2, channel, w3, channel), tuple(range(7))
     return later | {
         "actnorm": (ops.actnorm, (x, channel, channel), (0, 1, 2)),
         "actnorm_inverse_backward": (ops.actnorm_inverse_backward, (x, channel, channel, dy, dlog_det), ()),

@@ -35,8 +35,14 @@ from fastflow.nn import AffineCoupling
 PAGE = Path(__file__).parents[2] / "docs" / "triton_code.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a thread block may take
+# of a multiprocessor; each thread block takes 1 KiB of shared memory for the system
+REGISTERS, WARPS, THREAD_BLOCKS, RESERVED = 65536, 64, 32, 1 << 10
+PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # tensor core instructions of each generation
+PRODUCT_ROWS = 64  # of a matrix that wgmma and tcgen05 need
 BATCH = 64  # as in training, since Triton specializes kernels for divisible sizes; nothing is computed
 IMAGE = (3, 32, 32)
+MANY = 512  # images, for kernels that share few among more programs
 HIDDEN = 512  # channels of a coupling network
 
 # recording ----------------------------------------------------------------------------
@@ -58,11 +64,12 @@ class Spec:
     shape: str
 
     def variant(self) -> tuple[str, ...]:
-        """Constants to show: not tile sizes, vector lengths, dtypes or floats."""
+        """Constants to show: not sizes of tiles and images, vector lengths, dtypes or floats."""
         shown = []
         for name, value in self._constants().items():
             if (
                 name.startswith(("TILE", "VEC_"))
+                or name in ("IN", "OUT", "HEIGHT", "WIDTH")
                 or value is None
                 or isinstance(value, (tuple, float, triton.language.dtype))
             ):
@@ -206,6 +213,21 @@ def _bias_relu(x: Tensor, dtype: torch.dtype) -> None:
         ops.bias_relu(hidden, bias, **options, inplace=True)
 
 
+def _glow_network(x: Tensor, dtype: torch.dtype) -> None:
+    """Launches the coupling network on the half of x that a coupling passes on, for few and for many images."""
+
+    def weight(*size: int) -> Tensor:
+        return torch.empty(size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    n, c = x.shape[:2]
+    w1, w2, w3 = weight(HIDDEN, c // 2, 3, 3), weight(HIDDEN, HIDDEN, 1, 1), weight(c, HIDDEN, 3, 3)
+    b1, b2, b3 = torch.empty(HIDDEN), torch.empty(HIDDEN), torch.empty(c)
+    for images in (n, MANY):
+        half = torch.empty(images, *x.shape[1:], dtype=dtype).contiguous(memory_format=_format(x)).chunk(2, 1)[0]
+        for tf32 in (True, False)[: 2 if dtype == torch.float32 else 1]:
+            ops.glow_network(half, w1, b1, w2, b2, w3, b3, tf32=tf32)
+
+
 def _variational(images: Tensor) -> None:
     """Launches dequantization with noise from a model, which has a gradient (arXiv:1902.00275)."""
     noise = (
@@ -246,6 +268,8 @@ def recorded() -> list[Spec]:
             for coupling, x in _train(model, images):
                 _from_output(coupling, x)
                 _bias_relu(x, network)
+                if memory_format == torch.channels_last:
+                    _glow_network(x, network)
                 if network == torch.float32:
                     _actnorm(x)
             latents = model.encode(images)
@@ -272,6 +296,8 @@ def recorded() -> list[Spec]:
 
 # from PTX: nvdisasm takes as long as compiling; ptxas keeps the widths of PTX, and spills are on the stack
 PTX_ACCESS = re.compile(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b")
+PTX_PRODUCT = re.compile(r"\b(mma\.sync|wgmma|tcgen05)(?=\.mma|\.aligned)")
+TTIR_PRODUCT = re.compile(r"tt\.dot .*-> tensor<(\d+)x")
 TTIR_ACCESS = re.compile(r"tt\.(load|store) .*: tensor<((?:\d+x)+)!tt\.ptr<[fi]32")
 
 
@@ -284,6 +310,20 @@ class Resources:
     stores: Counter
     loaded: int  # bytes per thread of the blocks of 4-byte elements that a program reads, if 16 or more
     stored: int
+    products: Counter  # number of tensor core instructions by kind
+    product_rows: int  # of the smallest matrix product, 0 if there is none
+
+    def occupancy(self, capability: int, warps: int) -> int:
+        """Percent of a multiprocessor's warps that run at once, by registers and shared memory."""
+        warp_registers = -(-32 * self.registers // 256) * 256
+        shared = SHARED[capability] + RESERVED
+        blocks = min(
+            REGISTERS // (warp_registers * warps),
+            shared // (self.shared + RESERVED),
+            WARPS // warps,
+            THREAD_BLOCKS,
+        )
+        return 100 * blocks * warps // WARPS
 
 
 def compiled(spec: Spec, capability: int) -> Resources:
@@ -314,12 +354,22 @@ def compiled(spec: Spec, capability: int) -> Resources:
         stores=widths["st"],
         loaded=blocks["load"],
         stored=blocks["store"],
+        products=Counter(PTX_PRODUCT.findall(kernel.asm["ptx"])),
+        product_rows=min(map(int, TTIR_PRODUCT.findall(kernel.asm["ttir"])), default=0),
     )
 
 
-def defects(spec: Spec, found: Resources) -> list[str]:
-    """Spills, and accesses of less than 16 bytes per thread to contiguous images of 4-byte elements."""
+def defects(spec: Spec, found: Resources, capability: int) -> list[str]:
+    """Spills, too much shared memory, matrix products without the generation's tensor core instructions.
+
+    Also accesses of less than 16 bytes per thread to contiguous images of 4-byte elements.
+    """
     faults = []
+    if found.shared > SHARED[capability]:
+        faults.append(f"takes {found.shared} of {SHARED[capability]} bytes of shared memory")
+    products = PRODUCTS[capability] if found.product_rows >= PRODUCT_ROWS else PRODUCTS[80]
+    if found.product_rows and not found.products[products]:
+        faults.append(f"multiplies matrices without {products}")
     if found.stack:
         faults.append(f"spills registers into {found.stack} bytes of stack")
     if spec.images and spec.layout == "contiguous":
@@ -345,6 +395,8 @@ COLUMNS = (
     "registers",
     "spills",
     "shared",
+    "occupancy",
+    "products",
     "load",
     "store",
 )
@@ -367,6 +419,8 @@ here has been timed.
 | registers | registers per thread; a multiprocessor has 65,536 |
 | spills | bytes of stack per thread, for registers that did not fit |
 | shared | bytes of shared memory per program |
+| occupancy | predicted: percent of a multiprocessor's 64 warps, by registers and shared memory |
+| products | tensor core instructions in the code: `mma.sync` on sm_80, `wgmma` on sm_90, `tcgen05` on sm_100 |
 | load, store | bytes of the widest load and store of a thread |
 
 Three values are for sm_80 / sm_90 / sm_100; a single value applies to all three. Settings that are not listed
@@ -400,11 +454,18 @@ def _three(values: Iterable) -> str:
     return values[0] if len(set(values)) == 1 else " / ".join(values)
 
 
-def _measured(found: list[Resources]) -> tuple[str, ...]:
+def _products(found: Resources) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(found.products.items())) or "–"
+
+
+def _measured(spec: Spec, found: list[Resources]) -> tuple[str, ...]:
+    each = list(zip(CAPABILITIES, found, strict=True))
     return (
         " / ".join(str(f.registers) for f in found),
         _three(f.stack for f in found),
         _three(f.shared for f in found),
+        _three(f.occupancy(capability, spec.warps()) for capability, f in each),
+        _three(_products(f) for f in found),
         *(_three(max(getattr(f, kind), default="–") for f in found) for kind in ("loads", "stores")),
     )
 
@@ -427,7 +488,7 @@ def page(specs: list[Spec], found: dict[Spec, list[Resources]]) -> str:
     for kernel, (shared, rows) in described(specs).items():
         those = [spec for spec in specs if spec.kernel == kernel]
         text += f"\n## {kernel}\n\n" + f"All: {shared}.\n\n" * bool(shared)
-        text += _table([(*row, *_measured(found[spec])) for row, spec in zip(rows, those, strict=True)])
+        text += _table([(*row, *_measured(spec, found[spec])) for row, spec in zip(rows, those, strict=True)])
     return text
 
 
@@ -479,7 +540,7 @@ def main() -> None:
     options.out.write_text(page(specs, found))
     for spec, each in found.items():
         for capability, resources in zip(CAPABILITIES, each, strict=True):
-            for fault in defects(spec, resources):
+            for fault in defects(spec, resources, capability):
                 print(f"sm_{capability}", *spec.row(), fault, sep=", ")
 
 

@@ -13,6 +13,7 @@ from fastflow.ops.conv1x1 import conv1x1, conv1x1_inverse_backward
 from fastflow.ops.dequantize import dequantize, dequantize_inverse
 from fastflow.ops.dispatch import backend
 from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
+from fastflow.ops.glow_network import glow_network
 from fastflow.ops.layout import acc_dtype, positions
 from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
@@ -47,6 +48,7 @@ __all__ = [
     "dequantize_inverse",
     "gaussian_log_prob",
     "gaussian_sample",
+    "glow_network",
     "lu_weight",
     "positions",
     "raise_singular",

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 DEFECTS = """
 for spec in chosen(specs):
     for capability in CAPABILITIES:
-        for fault in triton_code.defects(spec, triton_code.compiled(spec, capability)):
+        for fault in triton_code.defects(spec, triton_code.compiled(spec, capability), capability):
             print(f"sm_{capability}", *spec.row(), fault, sep=", ")
 """
 
@@ -33,12 +33,14 @@ listed = triton_code.listed(triton_code.PAGE.read_text())
 print("not as on the page:", [kernel for kernel in recorded.keys() | listed.keys() if recorded.get(kernel) != listed.get(kernel)])
 """
 
-# Kernels that differ in nothing but the shapes of Glow's levels are compiled at one of these, each in its turn.
+# Kernels that differ in nothing but the shapes of Glow's levels, and the programs that share a tile, are compiled at
+# one of these, each in its turn.
 CHOSEN = """
 def chosen(specs):
     levels = {}
     for spec in specs:
-        levels.setdefault(spec.row()[:-1], []).append(spec)
+        same = tuple(v for v in spec.row()[:-1] if not v.startswith("splits"))
+        levels.setdefault(same, []).append(spec)
     return [of_one[i % len(of_one)] for i, of_one in enumerate(levels.values())]
 """
 
@@ -51,7 +53,7 @@ for changed in (
     replace(spec, attrs=spec.attrs[1:]),  # the first pointer alone
     replace(spec, options=(*spec.options, ("maxnreg", 24))),
 ):
-    print(len(triton_code.defects(changed, triton_code.compiled(changed, 90))))
+    print(len(triton_code.defects(changed, triton_code.compiled(changed, 90), 90)))
 """
 
 EVERY = """

@@ -40,6 +40,40 @@ def round_to_nearest() -> None:
     InterpreterBuilder.cast_impl = cast_impl
 
 
+def multiply_as_tensor_cores() -> None:
+    """Products of bfloat16 are exact, and of float32 in TF32; the interpreter multiplies bits and float32.
+
+    Tensor cores cut the factors to 10 bits. With three terms, ``tf32x3``, a factor is rounded, and its rest is
+    a second factor; the product of the rests is left out.
+    """
+    if not RUNS:
+        return
+    dot = InterpreterBuilder.create_dot
+    cut = np.uint32(0xFFFFE000)
+
+    def tf32(factor):
+        return (factor.view(np.uint32) & cut).view(np.float32)
+
+    def two_terms(factor):
+        rounded = tf32((factor.view(np.uint32) + np.uint32(0x1000)).view(np.float32))
+        return rounded, tf32(factor - rounded)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        factors = [np.ascontiguousarray(v.data) for v in (a, b)]
+        if a.dtype.scalar == tl.bfloat16:
+            factors = [(v.astype(np.uint32) << 16).view(np.float32) for v in factors]
+        elif a.dtype.scalar == tl.float32 and input_precision.name == "TF32":
+            factors = [tf32(v) for v in factors]
+        elif a.dtype.scalar == tl.float32 and input_precision.name == "TF32x3":
+            (a_0, a_1), (b_0, b_1) = map(two_terms, factors)
+            return TensorHandle(d.data + (np.matmul(a_1, b_0) + np.matmul(a_0, b_1) + np.matmul(a_0, b_0)), d.dtype.scalar)
+        else:
+            return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        return TensorHandle(d.data + np.matmul(*factors, dtype=np.float32), d.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
 def count_loops() -> None:
     """A kernel's integer can bound a loop also where it is an array of one, which Triton 3.6 leaves to NumPy, and NumPy 2.4 refuses."""
     if not RUNS:

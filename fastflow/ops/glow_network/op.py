@@ -1,0 +1,98 @@
+"""fastflow::glow_network, Glow's coupling network; its gradient computes the hidden activations again."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastflow import validation
+from fastflow.ops.glow_network import reference
+from fastflow.ops.registry import register
+
+# channels that fit the kernel's tiles: 9 * 56 columns fit 512; with three terms 256, since more spill registers
+MAX_COMPILED = {"input": 56, "float32": 28, "hidden": 512}
+SHARED_MEMORY = 163 << 10  # bytes a thread block may take on an A100, and more on later GPUs for data centers
+
+
+def _check(
+    argument: str, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor
+) -> None:
+    validation.floating_point(argument, x)
+    if x.ndim != 4:
+        raise validation.argument_error(argument, validation.shape_of(x), "images [N, C, H, W]")
+    hidden, out = w1.shape[0], w3.shape[0]
+    kernels = {
+        "w1": (w1, (hidden, x.shape[1], 3, 3)),
+        "w2": (w2, (hidden, hidden, 1, 1)[: max(w2.ndim, 2)]),
+        "w3": (w3, (out, hidden, 3, 3)),
+    }
+    for name, (w, shape) in kernels.items():
+        validation.same_device_and_precision(name, w, argument, x)
+        if w.dtype != x.dtype:
+            raise validation.argument_error(name, f"dtype {w.dtype}", f"{x.dtype}, the dtype of {argument}")
+        validation.same_shape(name, w, shape, f"{argument} has {x.shape[1]} channels, w1 {hidden} outputs")
+    for name, b, w in (("b1", b1, "w1"), ("b2", b2, "w2"), ("b3", b3, "w3")):
+        validation.same_device_and_precision(name, b, argument, x)
+        validation.channels(name, b, out if w == "w3" else hidden, f"one for each output of {w}")
+
+
+def _eligible(
+    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, tf32: bool
+) -> bool:
+    hidden, channels = w1.shape[:2]
+    most = MAX_COMPILED["float32" if x.dtype == torch.float32 and not tf32 else "input"]
+    fits = channels <= most and hidden <= MAX_COMPILED["hidden"] and x.dtype != torch.float64
+    return fits and (not x.is_cuda or _shared_memory(x.device) >= SHARED_MEMORY)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+register(
+    reference.glow_network,
+    triton=True,
+    eligible=_eligible,
+    check=_check,
+    outputs="y",
+    backward=reference.glow_network_backward,
+    gradients="x w1 b1 w2 b2 w3 b3",
+    differentiable_backward=True,
+)
+
+
+def glow_network(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    *,
+    tf32: bool = False,
+) -> Tensor:
+    r"""Coupling network of Glow, :math:`y = w_3 * r(w_2 * r(w_1 * x + b_1) + b_2) + b_3` with :math:`r` = ReLU.
+
+    Source: openai/glow, function `f` of model.py. The convolutions are 3x3, 1x1 and 3x3 with zero padding.
+    ActNorm's factors and those of the last layer are already in weights and biases.
+
+    The Triton kernel keeps hidden activations out of memory. It rounds them to the dtype of x and accumulates
+    in float32. Weights w1 and w3 in channels_last are read as they are, others are copied first. The gradient
+    is plain PyTorch and computes the hidden activations again.
+
+    Args:
+        x: input, of any memory layout; y has its memory format.
+        w1, w2, w3: weights, in the dtype of x.
+        b1, b2, b3: biases; with half-precision x they may be float32.
+        tf32: products of float32 in TF32, with 10 bits of the factors. Otherwise each product is the sum of
+            three in TF32. Only the Triton kernel reads it; convolutions of PyTorch follow
+            ``torch.backends.cudnn.allow_tf32``.
+
+    Shape: x ``[N, C, H, W]``; w1 ``[K, C, 3, 3]``; w2 ``[K, K]`` or ``[K, K, 1, 1]``; w3 ``[D, K, 3, 3]``; b1, b2
+    ``[K]``; b3 ``[D]``; y ``[N, D, H, W]``.
+
+    Raises ValueError for other shapes, dtypes or devices.
+    """
+    return torch.ops.fastflow.glow_network.default(x, w1, b1, w2, b2, w3, b3, tf32)

@@ -1,0 +1,218 @@
+"""fastflow::glow_network; the generic tests of test_specs.py compare its bodies with the reference."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastflow
+from fastflow import nn, ops
+from tests.support import interpreter
+from tests.support.cases import CUDA, KERNELS, assert_as_reference, lay_out, leaf, name
+
+OP = torch.ops.fastflow.glow_network.default
+LAST = torch.channels_last
+each_body = pytest.mark.usefixtures("each_backend")
+in_kernels = pytest.mark.bodies(*KERNELS)
+interpreted = pytest.mark.skipif(not interpreter.RUNS, reason="kernels are compiled here, not interpreted")
+
+
+def inputs(c, hidden, out, n=2, h=4, w=4, dtype=torch.float64):
+    """x, weights and biases; activations of all layers have a variance near 1."""
+
+    def weight(*size):
+        return (torch.randn(size) * (2 / (size[1] * size[2] * size[3])) ** 0.5).to(dtype)
+
+    x = torch.randn(n, c, h, w).to(dtype)
+    biases = [torch.randn(size).to(dtype) for size in (hidden, hidden, out)]
+    weights = weight(hidden, c, 3, 3), weight(hidden, hidden, 1, 1), weight(out, hidden, 3, 3)
+    return x, *(v for pair in zip(weights, biases, strict=True) for v in pair)
+
+
+def exactly(*args):
+    with fastflow.backend("reference"):
+        return ops.glow_network(*(a.double() for a in args))
+
+
+def by_columns(x, w1, b1, w2, b2, w3, b3):
+    """The network as products with the 3x3 neighbourhoods of each pixel."""
+    n, _, h, w = x.shape
+    h1 = (w1.flatten(1) @ F.unfold(x, 3, padding=1) + b1[:, None]).relu()
+    h2 = (w2.view(len(w2), -1) @ h1 + b2[:, None]).relu()
+    return (w3.flatten(1) @ F.unfold(h2.view(n, -1, h, w), 3, padding=1) + b3[:, None]).view(n, -1, h, w)
+
+
+@each_body
+@pytest.mark.bodies("reference", CUDA)  # the kernel does not take float64
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4)], ids=str)
+def test_formula(size):
+    args = inputs(3, 5, 4, 2, *size)
+    torch.testing.assert_close(ops.glow_network(*args), by_columns(*args), rtol=1e-12, atol=1e-12)
+
+
+@each_body
+@pytest.mark.bodies("reference", CUDA)
+def test_gradients():
+    args = [leaf(v) for v in inputs(2, 3, 2, 1, 3, 2)]
+    assert gradcheck(ops.glow_network, args)
+    assert gradgradcheck(ops.glow_network, args)
+
+
+@each_body
+@pytest.mark.bodies("reference", *KERNELS)
+def test_gradients_are_those_of_the_convolutions(each_backend):
+    """In every dtype, for a 1x1 weight of two dimensions, and with biases in float32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w1, b1, w2, b2, w3, b3 = inputs(2, 8, 4, dtype=dtype)
+        args = [leaf(v) for v in (x, w1, b1.float(), w2[:, :, 0, 0], b2.float(), w3, b3.float())]
+        exact = [leaf(v.double()) for v in args]
+        dy = torch.randn(2, 4, 4, 4, dtype=dtype)
+        found = torch.autograd.grad(ops.glow_network(*args), args, dy)
+        expected = torch.autograd.grad(by_columns(*exact), exact, dy.double())
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        for ours, truth, v in zip(found, expected, args, strict=True):
+            assert ours.dtype == v.dtype and ours.shape == v.shape
+            assert (ours.double() - truth).norm() <= tolerance * truth.norm()
+
+
+# C = 4 to 96; odd sizes, one pixel, more pixels than a tile; hidden channels that no tile divides
+CASES = [
+    {"dtype": dtype, "layout": layout, "channels": c, "hidden": hidden, "size": size}
+    for dtype, layout, c, hidden, size in (
+        ("bfloat16", "channels_last", 4, 20, (5, 3)),
+        ("bfloat16", "contiguous", 96, 16, (1, 1)),
+        ("bfloat16", "sliced", 12, 300, (4, 4)),
+        ("float16", "channels_last", 24, 64, (8, 8)),
+        ("float16", "transposed", 6, 33, (3, 7)),
+        ("float32", "contiguous", 12, 136, (7, 5)),
+        ("float32", "channels_last", 48, 32, (4, 4)),
+        ("float32", "expanded", 4, 1, (9, 9)),
+    )
+]
+
+
+@each_body
+@in_kernels
+@pytest.mark.parametrize("case", CASES, ids=lambda c: name(c).replace(" ", ""))
+def test_kernel_is_the_reference(case, each_backend):
+    c = case["channels"]
+    args = inputs(c // 2, case["hidden"], c, 3, *case["size"], dtype=getattr(torch, case["dtype"]))
+    x, *weights = args
+    assert_as_reference(OP, lay_out(x, case["layout"]), *weights, False, twice=each_backend == "cuda")
+
+
+@each_body
+@in_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_program_computes_all_blocks_of_hidden_channels(dtype, monkeypatch):
+    """As for many pixels. The sums of the blocks are added in memory, not when columns are added."""
+    tiles = fastflow.ops.dispatch.triton_kernels("glow_network")
+    args = inputs(2, 300, 4, 2, 9, 9, dtype=dtype)
+    shared = ops.glow_network(*args)
+    assert tiles.tiles(162, 2, 300, 4, dtype.itemsize, dtype == torch.float32).splits > 1
+    monkeypatch.setattr(tiles, "PROGRAMS", 0)
+    tiles.tiles.cache_clear()
+    try:
+        assert tiles.tiles(162, 2, 300, 4, dtype.itemsize, dtype == torch.float32).splits == 1
+        torch.testing.assert_close(
+            ops.glow_network(*args), shared, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-5
+        )
+    finally:
+        tiles.tiles.cache_clear()
+
+
+@each_body
+@in_kernels
+def test_memory_formats():
+    """Weights of any layout and either shape; y has the memory format of x."""
+    x, w1, b1, w2, b2, w3, b3 = inputs(3, 8, 4, dtype=torch.float32)
+    expected = ops.glow_network(x, w1, b1, w2, b2, w3, b3)
+    last = [v.contiguous(memory_format=LAST) for v in (x, w1, w3)]
+    found = ops.glow_network(last[0], last[1], b1, w2[:, :, 0, 0].t().contiguous().t(), b2, last[2], b3)
+    assert torch.equal(found, expected)
+    assert expected.is_contiguous() and found.is_contiguous(memory_format=LAST)
+
+
+# largest error over the largest value that the kernel may have; docs/precision.md has the measured ones
+ERRORS = {"bfloat16": 1e-2, "float16": 1.5e-3, "float32": 1e-6, "float32 tf32": 2e-3}
+
+
+@each_body
+@in_kernels
+@pytest.mark.parametrize("precision", ERRORS)
+def test_error(precision):
+    dtype, *tf32 = precision.split()
+    args = inputs(6, 128, 12, 1, 8, 8, getattr(torch, dtype))
+    truth = exactly(*args)
+    error = (ops.glow_network(*args, tf32=bool(tf32)).double() - truth).abs().max() / truth.abs().max()
+    assert error <= ERRORS[precision]
+
+
+@each_body
+@in_kernels
+def test_nan_stays_within_its_neighbourhood():
+    x, *weights = inputs(2, 8, 4, 1, 6, 6, torch.float32)
+    x[0, 0, 0, 0] = torch.nan
+    y = ops.glow_network(x, *weights)
+    assert y[:, :, :3, :3].isnan().all() and y.isnan().sum() == y[:, :, :3, :3].numel()
+
+
+@interpreted
+@pytest.mark.parametrize("hidden", [8, 136])
+def test_bytes(hidden):
+    """Each pixel reads nine neighbours, each tile all weights; hidden activations are neither read nor written."""
+    n, c, out, side = 3, 2, 4, 8
+    x, *weights = inputs(c, hidden, out, n, side, side, torch.float32)
+    x, *weights = (v.contiguous(memory_format=LAST) if v.ndim == 4 else v for v in (x, *weights))
+    with fastflow.backend("triton"), interpreter.traffic() as found:
+        ops.glow_network(x, *weights)
+    tile, programs_of_a_tile = 64, 1 if hidden == 8 else 2
+    tiles, neighbours = n * side**2 // tile, n * (3 * side - 2) ** 2
+    w1, b1, w2, b2, w3, b3 = (v.numel() for v in weights)
+    columns = 9 * out * programs_of_a_tile
+    elements = programs_of_a_tile * (neighbours * c + tiles * (w1 + b1)) + tiles * (w2 + b2 + w3)
+    tiles_of_y = -(-n * side**2 // (2048 // 4))
+    assert found.read == 4 * (elements + neighbours * out * programs_of_a_tile + tiles_of_y * b3)
+    assert found.written == 4 * (n * side**2 * (columns + out))
+    assert [kernel for kernel, _ in found.launches] == ["glow_network_kernel", "glow_network_columns_kernel"]
+    assert found.operations == []
+
+
+def test_networks_that_the_kernel_does_not_take_run_in_pytorch():
+    eligible = fastflow.ops.registry.OPS["glow_network"].eligible
+    meta = partial(torch.empty, device="meta")
+
+    def takes(channels, hidden, dtype, tf32):
+        rest = [None] * 5
+        return eligible(meta(1, channels, 4, 4, dtype=dtype), meta(hidden, channels, 3, 3), *rest, tf32)
+
+    assert takes(56, 512, torch.bfloat16, False) and takes(56, 512, torch.float32, True)
+    assert takes(28, 512, torch.float32, False) and not takes(29, 512, torch.float32, False)
+    assert not takes(57, 512, torch.bfloat16, False) and not takes(56, 513, torch.bfloat16, False)
+    assert not takes(4, 4, torch.float64, True)
+
+
+@interpreted
+def test_offsets_of_a_tile_fit_32_bits():
+    small = fastflow.ops.dispatch.triton_kernels("glow_network").with_small_offsets
+    x = torch.empty_strided((3, 2, 8, 8), (2**30, 64, 8, 1), device="meta")
+    assert small(x, 64) is not x and small(x[:2], 64) is not None
+    assert small(x[:1], 64).stride() == x[:1].stride() and small(x[:2], 64).stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equal_to_the_network(dtype):
+    """Glow's network with ActNorm's factors in the weights."""
+    network = nn.GlowNetwork(2, 4, hidden=8).to(dtype)
+    for p in network.parameters():
+        p.data.normal_(std=0.3)
+    first, _, second, _, last = network.eval()
+    x, args = torch.randn(2, 2, 4, 4, dtype=dtype), []
+    for layer in (first, second):
+        s = layer.actnorm.log_scale.exp()
+        args += [layer.conv.weight * s.view(-1, 1, 1, 1), layer.actnorm.bias * s]
+    s = (3 * last.logs).exp()
+    args += [last.weight * s.view(-1, 1, 1, 1), last.bias * s]
+    torch.testing.assert_close(ops.glow_network(x, *args), network(x))
