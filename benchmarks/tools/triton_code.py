@@ -223,7 +223,9 @@ def _glow_network(x: Tensor, dtype: torch.dtype) -> None:
     w1, w2, w3 = weight(HIDDEN, c // 2, 3, 3), weight(HIDDEN, HIDDEN, 1, 1), weight(c, HIDDEN, 3, 3)
     b1, b2, b3 = torch.empty(HIDDEN), torch.empty(HIDDEN), torch.empty(c)
     for images in (n, MANY):
-        half = torch.empty(images, *x.shape[1:], dtype=dtype).contiguous(memory_format=_format(x)).chunk(2, 1)[0]
+        half = (
+            torch.empty(images, *x.shape[1:], dtype=dtype).contiguous(memory_format=_format(x)).chunk(2, 1)[0]
+        )
         for tf32 in (True, False)[: 2 if dtype == torch.float32 else 1]:
             ops.glow_network(half, w1, b1, w2, b2, w3, b3, tf32=tf32)
 

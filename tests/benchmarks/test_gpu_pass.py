@@ -37,7 +37,7 @@ case "$1 $2" in
   *) exec {python} "$@" ;;
 esac
 """
-FIRST = ("affine_coupling", "conv1x1", "lu_weight")
+FIRST = ("affine_coupling", "conv1x1", "glow_network", "lu_weight")
 OTHERS = [
     module.__name__.removeprefix("benchmarks.")
     for name, module in sorted(harness.with_cases().items())

@@ -44,6 +44,19 @@ def coupling(x, h, factor=None, **variant):
     return lambda: ops.affine_coupling(x, h, factor, **variant)
 
 
+def network(**wrong):
+    args = {
+        "x": x_(2, 3, 4, 4),
+        "w1": x_(5, 3, 3, 3),
+        "b1": x_(5),
+        "w2": x_(5, 5, 1, 1),
+        "b2": x_(5),
+        "w3": x_(6, 5, 3, 3),
+        "b3": x_(6),
+    }
+    return lambda: ops.glow_network(**{**args, **wrong})
+
+
 def lu(**wrong):
     args = {
         "perm": torch.arange(3).expand(2, 3),
@@ -169,6 +182,41 @@ OPS = {
     "bias_relu over a view of a leaf": (
         lambda: ops.bias_relu(x_(2, 8).requires_grad_().chunk(2, dim=1)[1], x_(4), inplace=True),
         r"x: got a leaf that requires a gradient, expected a computed tensor",
+    ),
+    "network's vectors": (network(x=x_(2, 3)), r"x: got shape \[2, 3\], expected images \[N, C, H, W\]"),
+    "network of integers": (
+        network(x=u8(2, 3, 4, 4)),
+        r"x: got dtype torch.uint8, expected a floating point tensor",
+    ),
+    "network's channels": (
+        network(x=x_(2, 4, 4, 4)),
+        r"w1: got shape \[5, 3, 3, 3\], expected \[5, 4, 3, 3\] \(x has 4 channels, w1 5 outputs\)",
+    ),
+    "network's 3x3 weight": (
+        network(w1=x_(5, 3, 1, 1)),
+        r"w1: got shape \[5, 3, 1, 1\], expected \[5, 3, 3, 3\]",
+    ),
+    "network's 1x1 weight": (network(w2=x_(5, 6)), r"w2: got shape \[5, 6\], expected \[5, 5\]"),
+    "network's last weight": (
+        network(w3=x_(6, 4, 3, 3)),
+        r"w3: got shape \[6, 4, 3, 3\], expected \[6, 5, 3, 3\]",
+    ),
+    "network's bias": (network(b2=x_(4)), r"b2: got shape \[4\], expected \[5\], one for each output of w2"),
+    "network's last bias": (
+        network(b3=x_(5)),
+        r"b3: got shape \[5\], expected \[6\], one for each output of w3",
+    ),
+    "network's dtypes": (
+        network(w3=x_(6, 5, 3, 3, dtype=torch.bfloat16)),
+        r"w3: got dtype torch.bfloat16, expected torch.float32, the dtype of x",
+    ),
+    "network's bias in float64": (
+        network(b1=x_(5, dtype=F64)),
+        r"b1: got dtype torch.float64, expected torch.float32, the dtype of x",
+    ),
+    "network's devices": (
+        network(w2=x_(5, 5, device=META)),
+        r"w2: got device meta, expected cpu, the device of x",
     ),
     "statistics of integers": (
         lambda: ops.actnorm_statistics(u8(2, 4)),

@@ -105,17 +105,17 @@ def test_kernel_is_the_reference(case, each_backend):
 
 @each_body
 @in_kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_program_computes_all_blocks_of_hidden_channels(dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, hidden", [(torch.bfloat16, 300), (torch.float32, 90)])
+def test_one_program_computes_all_blocks_of_hidden_channels(dtype, hidden, monkeypatch):
     """As for many pixels. The sums of the blocks are added in memory, not when columns are added."""
     tiles = fastflow.ops.dispatch.triton_kernels("glow_network")
-    args = inputs(2, 300, 4, 2, 9, 9, dtype=dtype)
+    args = inputs(2, hidden, 4, 1, 7, 10, dtype=dtype)
     shared = ops.glow_network(*args)
-    assert tiles.tiles(162, 2, 300, 4, dtype.itemsize, dtype == torch.float32).splits > 1
+    assert tiles.tiles(70, 2, hidden, 4, dtype.itemsize, dtype == torch.float32).splits > 1
     monkeypatch.setattr(tiles, "PROGRAMS", 0)
     tiles.tiles.cache_clear()
     try:
-        assert tiles.tiles(162, 2, 300, 4, dtype.itemsize, dtype == torch.float32).splits == 1
+        assert tiles.tiles(70, 2, hidden, 4, dtype.itemsize, dtype == torch.float32).splits == 1
         torch.testing.assert_close(
             ops.glow_network(*args), shared, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-5
         )
@@ -136,7 +136,7 @@ def test_memory_formats():
 
 
 # largest error over the largest value that the kernel may have; docs/precision.md has the measured ones
-ERRORS = {"bfloat16": 1e-2, "float16": 1.5e-3, "float32": 1e-6, "float32 tf32": 2e-3}
+ERRORS = {"bfloat16": 1e-2, "float16": 1.5e-3, "float32": 1e-6, "float32 tf32": 3e-3}
 
 
 @each_body
@@ -167,7 +167,7 @@ def test_bytes(hidden):
     x, *weights = inputs(c, hidden, out, n, side, side, torch.float32)
     x, *weights = (v.contiguous(memory_format=LAST) if v.ndim == 4 else v for v in (x, *weights))
     with fastflow.backend("triton"), interpreter.traffic() as found:
-        ops.glow_network(x, *weights)
+        ops.glow_network(x, *weights, tf32=True)
     tile, programs_of_a_tile = 64, 1 if hidden == 8 else 2
     tiles, neighbours = n * side**2 // tile, n * (3 * side - 2) ** 2
     w1, b1, w2, b2, w3, b3 = (v.numel() for v in weights)

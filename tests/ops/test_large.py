@@ -102,6 +102,20 @@ def test_bias_relu(shape, layout, each_backend):
 
 
 @each_layout
+@on_both("shape", SMALL[:1], GLOW)
+def test_glow_network(shape, layout, each_backend):
+    """On a device up to 512 hidden channels, which one program computes in several blocks."""
+    n, c, *size = shape
+    hidden = 512 if each_backend == "cuda" else 32
+    x = lay_out(torch.randn(shape), layout).chunk(2, dim=1)[0]
+    weights = []
+    for out, inputs, k in ((hidden, c // 2, 3), (hidden, hidden, 1), (c, hidden, 3)):
+        weights += [torch.randn(out, inputs, k, k) / (inputs * k * k) ** 0.5, torch.randn(out)]
+    found, exact = ops.glow_network(x, *weights), exactly(ops.glow_network, x, *weights)
+    assert_near([found], [exact])
+
+
+@each_layout
 @shapes
 def test_squeeze(shape, layout, each_backend):
     x = lay_out(torch.randn(shape), layout)

@@ -66,7 +66,9 @@ def multiply_as_tensor_cores() -> None:
             factors = [tf32(v) for v in factors]
         elif a.dtype.scalar == tl.float32 and input_precision.name == "TF32x3":
             (a_0, a_1), (b_0, b_1) = map(two_terms, factors)
-            return TensorHandle(d.data + (np.matmul(a_1, b_0) + np.matmul(a_0, b_1) + np.matmul(a_0, b_0)), d.dtype.scalar)
+            return TensorHandle(
+                d.data + (np.matmul(a_1, b_0) + np.matmul(a_0, b_1) + np.matmul(a_0, b_0)), d.dtype.scalar
+            )
         else:
             return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
         return TensorHandle(d.data + np.matmul(*factors, dtype=np.float32), d.dtype.scalar)

@@ -47,5 +47,15 @@ def _convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, padding: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight.shape[0]], _ONES, (padding, padding), _ONES, False, _ZEROS, 1, (True, True, True)
+        dy,
+        x,
+        weight,
+        [weight.shape[0]],
+        _ONES,
+        (padding, padding),
+        _ONES,
+        False,
+        _ZEROS,
+        1,
+        (True, True, True),
     )
