@@ -38,6 +38,7 @@ CAPABILITIES = (80, 90, 100)
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that a thread block may take
 # of a multiprocessor; each thread block takes 1 KiB of shared memory for the system
 REGISTERS, WARPS, THREAD_BLOCKS, RESERVED = 65536, 64, 32, 1 << 10
+TENSOR_MEMORY = 512  # columns of a multiprocessor of sm_100, in which tcgen05 accumulates
 PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}  # tensor core instructions of each generation
 PRODUCT_ROWS = 64  # of a matrix that wgmma and tcgen05 need
 BATCH = 64  # as in training, since Triton specializes kernels for divisible sizes; nothing is computed
@@ -313,10 +314,11 @@ class Resources:
     loaded: int  # bytes per thread of the blocks of 4-byte elements that a program reads, if 16 or more
     stored: int
     products: Counter  # number of tensor core instructions by kind
+    tensor_memory: int  # columns per program, on sm_100
     product_rows: int  # of the smallest matrix product, 0 if there is none
 
     def occupancy(self, capability: int, warps: int) -> int:
-        """Percent of a multiprocessor's warps that run at once, by registers and shared memory."""
+        """Percent of a multiprocessor's warps that run at once, by registers, shared and tensor memory."""
         warp_registers = -(-32 * self.registers // 256) * 256
         shared = SHARED[capability] + RESERVED
         blocks = min(
@@ -324,6 +326,7 @@ class Resources:
             shared // (self.shared + RESERVED),
             WARPS // warps,
             THREAD_BLOCKS,
+            TENSOR_MEMORY // max(self.tensor_memory, 1),
         )
         return 100 * blocks * warps // WARPS
 
@@ -356,6 +359,7 @@ def compiled(spec: Spec, capability: int) -> Resources:
         stores=widths["st"],
         loaded=blocks["load"],
         stored=blocks["store"],
+        tensor_memory=kernel.metadata.tmem_size,
         products=Counter(PTX_PRODUCT.findall(kernel.asm["ptx"])),
         product_rows=min(map(int, TTIR_PRODUCT.findall(kernel.asm["ttir"])), default=0),
     )
@@ -421,7 +425,7 @@ here has been timed.
 | registers | registers per thread; a multiprocessor has 65,536 |
 | spills | bytes of stack per thread, for registers that did not fit |
 | shared | bytes of shared memory per program |
-| occupancy | predicted: percent of a multiprocessor's 64 warps, by registers and shared memory |
+| occupancy | predicted: percent of a multiprocessor's 64 warps, by registers, shared memory and (sm_100) tensor memory |
 | products | tensor core instructions in the code: `mma.sync` on sm_80, `wgmma` on sm_90, `tcgen05` on sm_100 |
 | load, store | bytes of the widest load and store of a thread |
 

@@ -33,13 +33,13 @@ listed = triton_code.listed(triton_code.PAGE.read_text())
 print("not as on the page:", [kernel for kernel in recorded.keys() | listed.keys() if recorded.get(kernel) != listed.get(kernel)])
 """
 
-# Kernels that differ in nothing but the shapes of Glow's levels, and the programs that share a tile, are compiled at
-# one of these, each in its turn.
+# Kernels that differ in nothing but the shapes of Glow's levels, the programs that share a tile and the precision of
+# float32 products are compiled at one of these, each in its turn.
 CHOSEN = """
 def chosen(specs):
     levels = {}
     for spec in specs:
-        same = tuple(v for v in spec.row()[:-1] if not v.startswith("splits"))
+        same = tuple(v for v in spec.row()[:-1] if not v.startswith(("splits", "blocks", "precision")))
         levels.setdefault(same, []).append(spec)
     return [of_one[i % len(of_one)] for i, of_one in enumerate(levels.values())]
 """
@@ -53,7 +53,12 @@ for changed in (
     replace(spec, attrs=spec.attrs[1:]),  # the first pointer alone
     replace(spec, options=(*spec.options, ("maxnreg", 24))),
 ):
-    print(len(triton_code.defects(changed, triton_code.compiled(changed, 90), 90)))
+    found = triton_code.compiled(changed, 90)
+    print(len(triton_code.defects(changed, found, 90)))
+print(*triton_code.defects(spec, replace(found, stack=0, shared=(227 << 10) + 1), 90))
+for rows in (64, 16):
+    products = triton_code.Counter({"mma.sync": 1})
+    print(*triton_code.defects(spec, replace(found, stack=0, product_rows=rows, products=products), 90))
 """
 
 EVERY = """
@@ -106,5 +111,6 @@ def test_every_kernel_is_recorded_and_on_the_page(found):
     assert found["recorded"] == expected, "python -m benchmarks.tools.triton_code writes the page"
 
 
-def test_the_check_sees_a_misaligned_pointer_a_scalar_load_and_a_spill(found):
-    assert found["defects of worse kernels"] == "0\n2\n1\n1\n"
+def test_the_check_sees_a_misaligned_pointer_a_scalar_load_a_spill_and_slow_products(found):
+    shared, products = "takes 232449 of 232448 bytes of shared memory", "multiplies matrices without wgmma"
+    assert found["defects of worse kernels"] == f"0\n2\n1\n1\n{shared}\n{products}\n\n"
