@@ -22,10 +22,12 @@ def interpolate(
     method: str = "linear",
     seed: int | None = None,
 ) -> Tensor:
-    r"""Samples on the path from x0 to x1, whose latents are :math:`(1 - t) z_0 + t z_1`, t from 0 to 1.
+    r"""Samples on a path from x0 to x1.
 
+    Their latents are :math:`(1 - t) z_0 + t z_1`, t from 0 to 1, with :math:`z_0` and :math:`z_1` the latents
+    of x0 and x1.
     ``method="spherical"`` uses :math:`[\sin((1 - t) \Omega) z_0 + \sin(t \Omega) z_1] / \sin \Omega` instead
-    (arXiv:1609.04468), where :math:`\Omega` is the angle between :math:`z_0` and :math:`z_1` of a level.
+    (arXiv:1609.04468). Each level has its own angle :math:`\Omega` between :math:`z_0` and :math:`z_1`.
     The linear midpoint of two draws from a Gaussian has about :math:`1 / \sqrt 2` of their norm; the
     spherical midpoint has about their norm.
 
@@ -36,8 +38,8 @@ def interpolate(
         context: classes of the samples for a class-conditional model.
         method: ``"linear"`` or ``"spherical"``.
         seed: seed of the dequantization noise of uint8 samples. With noise, latents are distributed as in
-            training and intermediate samples look more like the data, but single values of x0 and x1 may come
-            back off by 1. None: dequantize at bin centers; x0 and x1 are recovered, with the
+            training, and intermediate samples look more like the data. Single values of x0 and x1 may then
+            differ by 1. None: dequantize at bin centers; x0 and x1 are recovered, with the
             exceptions in docs/index.md.
 
     Shape: x0, x1 ``[N, *shape]``; returns ``[N, steps, *shape]``.

@@ -75,10 +75,10 @@ class Flow(nn.Module):
     a tensor that the layer conditions on; layers without conditioning ignore it.
 
     Subclasses may also implement ``inverse_backward(z, dz, dlog_det, wanted, context=None)``, a faster
-    backward pass for reversible chains (:mod:`fastflow.reversible`). It returns ``(x, dx, gradients)`` of the
-    forward pass from its output z, where ``gradients`` is a dict with the gradient of each tensor of
-    ``wanted`` that the output depends on. It is ignored in subclasses that override ``forward`` or
-    ``inverse``.
+    backward pass for reversible chains (:mod:`fastflow.reversible`). From the output
+    z it returns ``(x, dx, gradients)``: the input, its gradient, and a dict. The dict has the gradient of
+    each tensor of ``wanted`` that z or the log-det depends on. A subclass that overrides ``forward`` or
+    ``inverse``, but not ``inverse_backward``, does not use the inherited ``inverse_backward``.
 
     Shape: x, z ``[N, ...]``; log_det ``[N]``, nats, float32 (float64 for float64 input).
     """
@@ -115,10 +115,10 @@ class Flow(nn.Module):
         """Measure the errors of the inverse, the log-det and the gradients on the batch ``x``.
 
         The log-det is compared with autograd's Jacobian, gradients with central differences, and
-        ``inverse_backward`` with autograd. The check runs on a float64 copy of the layer in eval mode, after
-        one pass in the layer's own mode (which initializes ActNorm); the layer itself does not change. The
-        Jacobian costs one backward pass per element of a sample, so pass a small x. An integer x
-        (dequantization) has no Jacobian.
+        ``inverse_backward`` with autograd. The check runs on a float64 copy of the layer, which leaves
+        the layer unchanged. One pass in the layer's own mode initializes ActNorm; the check then uses eval
+        mode. The Jacobian costs one backward pass per element of a sample, so pass a small x. For an integer
+        x (dequantization), the check skips the Jacobian and the gradients.
 
         Args:
             x: batch ``[N, ...]``.

@@ -20,10 +20,11 @@ class VariationalDequantize(LogitDequantize):
     Uniform noise :math:`\epsilon` becomes
     :math:`u = \sigma(f(\operatorname{logit}(\alpha / 2 + (1 - \alpha) \epsilon); x))`, and
     :math:`y = \operatorname{logit}(\alpha / 2 + (1 - \alpha) (x + u) / 2^n)`. The log-det includes
-    :math:`-\log q(u | x)`, so that the model's expected log-density is a lower bound of :math:`\log p(x)`.
+    :math:`-\log q(u | x)`, with q the density of u. The model's expected log-density is therefore a lower
+    bound of :math:`\log p(x)`.
     The ``noise`` argument of ``forward`` is :math:`\epsilon`.
 
-    The inverse takes the floor, like every dequantization. Its log-det belongs to the map from y to x + u,
+    The inverse takes the floor, as in every dequantization layer. Its log-det belongs to the map from y to x + u,
     without :math:`\log q`, so the log-dets of the two directions do not sum to 0.
 
     Args:
@@ -31,7 +32,8 @@ class VariationalDequantize(LogitDequantize):
         n_bits, alpha: as in :class:`LogitDequantize` with ``preset="tutorial"``.
 
     Shape: x uint8 ``[N, C, H, W]``; y like x; log_det ``[N]``, nats.
-    Raises ValueError as :class:`LogitDequantize`, and for noise of another shape or together with a seed.
+    Raises ValueError as :class:`LogitDequantize` does, for noise whose shape differs from x, and if both
+    noise and a seed are given.
     """
 
     def __init__(self, flow: Flow, n_bits: int = 8, alpha: float = 1e-5) -> None:

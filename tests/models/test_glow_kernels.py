@@ -27,7 +27,9 @@ NO_KERNEL = {
     "equal",  # finds parameters that changed, on the CPU only
 }
 # a sum over samples or blocks takes a second launch; cuDNN computes the two gradients of a convolution separately
-LAUNCHES = {case.op: case.launches for case in spec.cases(spec.Make(), (2, 12, 4, 4))}
+LAUNCHES = {}
+for case in spec.cases(spec.Make(), (2, 12, 4, 4)):
+    LAUNCHES[case.op] = max(case.launches, LAUNCHES.get(case.op, 1))
 LAUNCHES |= {"convolution_backward": 2, "conv1x1_inverse_backward": 2, "conv1x1_backward": 2}
 
 

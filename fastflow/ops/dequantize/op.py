@@ -110,13 +110,14 @@ def dequantize(
 
     Args:
         x: uint8 images or vectors with values below ``2 ** n_bits``.
-        noise: noise u in [0, 1), differentiable for variational dequantization. Pass either noise or seed.
+        noise: noise u in [0, 1). The outputs are differentiable with respect to it, for variational
+            dequantization. Pass either noise or seed.
         seed: seed of Philox noise, keyed by (seed, ``offset`` + sample, element); see
             :func:`fastflow.ops.uniform_noise`.
         offset: index of the first sample.
         n_bits: bit depth n of the pixels, 1 to 8.
-        scale, shift: :math:`\alpha_1` and :math:`\alpha_0`. Glow: 1 and -1/2; RealNVP (logit): 1 - α and α;
-            UvA tutorial (logit): 1 - α and α/2.
+        scale, shift: :math:`\alpha_1` and :math:`\alpha_0`. Glow: 1 and -1/2. With a constant α that keeps the
+            logit finite, RealNVP: 1 - α and α; UvA tutorial: 1 - α and α/2.
         logit: apply the logit.
         squeeze_order: also squeeze the result; see :func:`fastflow.ops.squeeze2d`.
         dtype: dtype of y; ignored if noise is given, whose dtype is used.
