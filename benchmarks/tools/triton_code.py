@@ -211,7 +211,7 @@ def _bias_relu(x: Tensor, dtype: torch.dtype) -> None:
     bias = torch.empty(HIDDEN).requires_grad_()
     for options in ({}, {"log_scale": bias}, {"log_scale": bias, "relu": False}):
         ops.bias_relu(hidden, bias, **options).backward(torch.empty_like(hidden))
-        ops.bias_relu(hidden, bias, **options, inplace=True)
+        ops.bias_relu(hidden.detach(), bias, **options, inplace=True)  # hidden itself stays out of its graph
 
 
 def _glow_network(x: Tensor, dtype: torch.dtype) -> None:
