@@ -23,6 +23,9 @@ ELEMENTS_PER_THREAD = 8
 # Programs of a reduction: several per multiprocessor of the largest GPU, few enough that summing their slots
 # is cheap. The number does not depend on the device, so the same input gives the same bits on every device.
 PROGRAMS = 1024
+# Tile of the sum of their slots. A round waits for memory, so a program adds 256 slots in each: at most four
+# rounds for PROGRAMS slots. Eight float32 of a slot are one sector of memory, 32 bytes.
+SLOTS_AT_ONCE, SLOT_COLUMNS = 256, 8
 # Tiles of a sample that one program processes. A sample with more tiles is shared among programs, which needs
 # a second launch for its log-det.
 TILES_PER_PROGRAM = 4
@@ -240,5 +243,8 @@ def sum_parts(parts: Tensor, n: int) -> Tensor:
 def sum_slots(slots: Tensor, *outs: Tensor) -> None:
     """Sum ``[slots, outs, count]`` over the slots to one or two outputs, in an order given by the shape."""
     slot_count, _, count = slots.shape
-    grid = len(outs) * triton.cdiv(count, 32)
-    launch(sum_slots_kernel, grid, slots, outs[0], outs[-1], slot_count, count, warps=4, TILE_S=32, TILE_C=32)
+    grid = len(outs) * triton.cdiv(count, SLOT_COLUMNS)
+    launch(
+        sum_slots_kernel, grid, slots, outs[0], outs[-1], slot_count, count,
+        warps=8, TILE_S=SLOTS_AT_ONCE, TILE_C=SLOT_COLUMNS,
+    )  # fmt: skip

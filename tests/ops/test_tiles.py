@@ -5,7 +5,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastflow.triton_kernels.tiles import PROGRAMS, tiles  # noqa: E402
+from fastflow.triton_kernels.tiles import (  # noqa: E402
+    INTERPRETED,
+    PROGRAMS,
+    SLOT_COLUMNS,
+    SLOTS_AT_ONCE,
+    sum_slots,
+    tiles,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,3 +23,13 @@ def test_a_sum_takes_every_block_once(shape):
     slots, blocks = t.reduction_grid()
     assert (slots - 1) * blocks < t.position_blocks <= slots * blocks
     assert slots * t.k_blocks <= PROGRAMS
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here, not interpreted")
+def test_the_sum_of_slots_takes_every_slot_once_in_at_most_four_rounds():
+    assert PROGRAMS <= 4 * SLOTS_AT_ONCE
+    for slots in (1, SLOTS_AT_ONCE, SLOTS_AT_ONCE + 1):  # one round, and two
+        values = torch.randint(-8, 9, (slots, 2, SLOT_COLUMNS + 1)).float()  # sums of integers are exact
+        first, second = torch.empty(2, SLOT_COLUMNS + 1)
+        sum_slots(values, first, second)
+        assert torch.equal(torch.stack((first, second)), values.sum(0))
