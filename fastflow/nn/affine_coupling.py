@@ -94,7 +94,9 @@ class AffineCoupling(Flow):
         return factor.expand(transformed) if factor.shape[0] == 1 else factor
 
     def _network(self, x: Tensor, context: Tensor | None, shared_args: Sequence[Tensor]) -> Tensor:
-        return self.net(x, *shared_args) if context is None else self.net(x, context, *shared_args)
+        # by keyword: hooks on the network see x and the context only
+        further = {"shared_args": shared_args} if shared_args else {}
+        return self.net(x, **further) if context is None else self.net(x, context, **further)
 
     def _factor(self, x: Tensor, shared: Tensor | None) -> Tensor | None:
         return self.factor(x) if shared is None else shared

@@ -203,10 +203,10 @@ TRITON = [
         op(INTERPRETER, "bias_relu"),
     ),
     Fault(
-        "gradient of the log scale times the scale again",
+        "gradient of the log scale times the scale",
         "triton_kernels/bias_relu.py",
-        "            b_dlog_scale += b_dx * b_y.to(ACC)\n            b_dx *= b_scale\n",
-        "            b_dx *= b_scale\n            b_dlog_scale += b_dx * b_y.to(ACC)\n",
+        "b_dlog_scale += b_dx * b_y.to(ACC)",
+        "b_dlog_scale += b_dx * b_y.to(ACC) * b_scale",
         op(INTERPRETER, "bias_relu"),
     ),
     Fault(
@@ -245,7 +245,7 @@ TRITON = [
         op(INTERPRETER, "glow_network"),
     ),
     Fault(
-        "NaN becomes zero",
+        "NaN of a hidden activation becomes zero",
         "triton_kernels/glow_network.py",
         "propagate_nan=tl.PropagateNan.ALL",
         "propagate_nan=tl.PropagateNan.NONE",
@@ -405,10 +405,10 @@ CPU = [
         op("compiled", "bias_relu"),
     ),
     Fault(
-        "bias's gradient without the scale",
+        "bias's gradient before the scale",
         "csrc/bias_relu/cpu.cpp",
-        "  for (int64_t k = 0; k < grid.channels; ++k) sums.get()[k] *= scales.get()[k];\n",
-        "",
+        "sums.get()[k] *= scales.get()[k]",
+        "sums.get()[k] *= 1",
         op("compiled", "bias_relu"),
     ),
     Fault(
@@ -640,15 +640,36 @@ NETWORKS = [
     Fault(
         "learned scale without its factor of 3",
         "fastflow/nn/networks/glow_network.py",
-        "scale = (3 * self.logs).exp()",
-        "scale = self.logs.exp()",
+        "log_scale = 3 * self.logs if log_scale is None",
+        "log_scale = self.logs if log_scale is None",
+        "tests/nn/test_modules.py tests/models/test_glow.py",
+    ),
+    Fault(
+        "learned scales of a level without their factor of 3",
+        "fastflow/nn/networks/glow_network.py",
+        "(3 * torch.stack([last.logs",
+        "(torch.stack([last.logs",
+        "tests/nn/test_modules.py tests/models/test_glow.py",
+    ),
+    Fault(
+        "weights of a level handed to the wrong network",
+        "fastflow/nn/networks/glow_network.py",
+        "*weights[3 * i : 3 * i + 3]",
+        "*weights[:3]",
+        "tests/models/test_mixed_precision.py tests/models/test_glow_kernels.py",
+    ),
+    Fault(
+        "log-det of the linear parts in every step of a level",
+        "fastflow/nn/glow_level.py",
+        "*[None] * (len(steps) - 1)",
+        "*[positions * log_det.sum()] * (len(steps) - 1)",
         "tests/nn/test_modules.py tests/models/test_glow.py",
     ),
     Fault(
         "folded bias without its scale",
         "fastflow/nn/networks/glow_network.py",
-        "weight, self.actnorm.bias * scale",
-        "weight, self.actnorm.bias",
+        "scale.view(-1, 1, 1, 1), bias * scale",
+        "scale.view(-1, 1, 1, 1), bias",
         "tests/nn/test_modules.py tests/models/test_glow.py",
     ),
     Fault(

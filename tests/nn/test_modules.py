@@ -17,6 +17,7 @@ from fastflow.nn import (
     Flatten,
     GatedNetwork,
     GaussianPrior,
+    GlowLevel,
     GlowNetwork,
     InvertibleConv1x1,
     LogitDequantize,
@@ -372,6 +373,30 @@ def test_first_batch_of_a_glow_step_is_that_of_its_layers():
     y, third = apart.coupling(y)
     torch.testing.assert_close((z, log_det), (y, first + second + third), rtol=1e-11, atol=1e-11)
     assert step.actnorm.initialized and step.coupling.net[0].actnorm.initialized
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_level_computes_what_its_steps_compute_alone(bf16):
+    """Each step prepares its own weights if the level does not; the sum of log-dets and the gradients agree too."""
+    level = randomize(GlowLevel([GlowStep(8, 6) for _ in range(3)], reversible=False), 0.3)
+    x = torch.randn(2, 2, 4, 4)
+
+    def alone(x):
+        z, log_det = level.squeeze(x)
+        for step in level.steps:
+            z, more = step(z)
+            log_det = log_det + more
+        return z, log_det
+
+    found, expected = [], []
+    for run, results in ((level, found), (alone, expected)):
+        level.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            z, log_det = run(x)
+        (z.square().sum() + log_det.sum()).backward()
+        results += [z.detach(), log_det.detach(), *(p.grad for p in level.parameters())]
+    assert all(g.abs().sum() > 0 for g in expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_glow_step_inverts_the_rounded_weights():

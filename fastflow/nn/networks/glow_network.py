@@ -95,7 +95,7 @@ class GlowNetwork(nn.Sequential):
             ZeroConv2d(hidden, out_channels),
         )
 
-    def forward(self, x: Tensor, *shared_args: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shared_args: Sequence[Tensor] = ()) -> Tensor:
         """The output; ``shared_args`` is the network's entry of :func:`network_args_of`, if it is computed."""
         layers = list(self._modules.values())
         if not _is_glow_network(layers):  # a layer was exchanged, or watches its input
@@ -105,9 +105,9 @@ class GlowNetwork(nn.Sequential):
         first, _, second, _, last = layers
         log_scale = shared_args[0] if shared_args else None
         weights = shared_args[1:] or (None, None, None)
-        x = first(x, weights[0], relu=True)
-        x = second(x, weights[1], relu=True)
-        return last(x, weights[2], log_scale)
+        x = first(x, weight=weights[0], relu=True)
+        x = second(x, weight=weights[1], relu=True)
+        return last(x, weight=weights[2], log_scale=log_scale)
 
 
 def _is_glow_network(layers: Sequence[nn.Module]) -> bool:
