@@ -28,7 +28,7 @@ from fastflow.nn import (
 )
 from fastflow.nn.glow_level import folded
 from fastflow.nn.networks.gated_network import GatedBlock
-from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d
+from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d, network_args_of
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 from fastflow.ops.affine_coupling import SCALES
 from tests.support.cases import jacobian_log_det, randomize
@@ -397,6 +397,11 @@ def test_a_level_computes_what_its_steps_compute_alone(bf16):
         results += [z.detach(), log_det.detach(), *(p.grad for p in level.parameters())]
     assert all(g.abs().sum() > 0 for g in expected)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    networks, x_a = [step.coupling.net for step in level.steps], torch.randn(2, 4, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for net, args in zip(networks, network_args_of(networks, x.device), strict=True):
+            assert len(args) == (4 if bf16 else 1)
+            torch.testing.assert_close(net(x_a, shared_args=args), net(x_a))
 
 
 def test_a_glow_step_inverts_the_rounded_weights():

@@ -1,11 +1,11 @@
 """Coupling network of Glow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastflow import ops
 from fastflow.nn.actnorm import ActNorm
@@ -35,9 +35,8 @@ class ActNormConv2d(nn.Module):
         if relu and not torch.compiler.is_compiling():
             y = F.conv2d(x, weight, padding=self.conv.padding)
             return ops.bias_relu(y, bias, log_scale, inplace=True)
-        y = _folded_convolution(
-            x, weight, bias, log_scale
-        )  # backward does not need it, so that it may be written
+        # backward does not need this output, so an activation may write over it
+        y = _folded_convolution(x, weight, bias, log_scale)
         return y.relu_() if relu else y
 
 
@@ -162,17 +161,15 @@ class _Cast(torch.autograd.Function):
         return _cast(tensors, [dtype] * len(tensors))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [(i, g) for i, g in enumerate(gradients) if g is not None]
-        found: list[Tensor | None] = [None] * len(gradients)
-        for (i, _), g in zip(
-            given, _cast([g for _, g in given], [ctx.dtypes[i] for i, _ in given]), strict=True
-        ):
-            found[i] = g
-        return None, *found
+        given = {i: g for i, g in enumerate(gradients) if g is not None}
+        cast = dict(zip(given, _cast(given.values(), [ctx.dtypes[i] for i in given]), strict=True))
+        return None, *(cast.get(i) for i in range(len(gradients)))
 
 
-def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+def _cast(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Tensor, ...]:
+    tensors = tuple(tensors)
     found = tuple(torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True))
     if found:
         torch._foreach_copy_(found, tensors)
