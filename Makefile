@@ -7,6 +7,7 @@ WORKERS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastflow
+TESTS_STAMP := $(VENV)/.tests
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 # pip shows its downloads on a terminal and keeps still in a log; compiling all of torch to bytecode would take a minute, so only
 # what is used is compiled, at the end of setup
@@ -28,7 +29,7 @@ train: $(STAMP) ## train a small Glow on real photographs; ARGS="..." goes to `f
 	@$(PY) -m fastflow train $(ARGS)
 
 # One thread a worker: two workers with one each beat torch's own threads on tensors as small as those of tests.
-test: lint ## lint, then every test
+test: lint $(TESTS_STAMP) ## lint, then every test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable --durations=10 $(ARGS)
 
 lint: $(STAMP) ## ruff and clang-format, lint and format
@@ -38,6 +39,12 @@ lint: $(STAMP) ## ruff and clang-format, lint and format
 
 clean: ## remove .venv and what was built, but no run folder
 	rm -rf $(VENV) build dist *.egg-info fastflow/*.so .pytest_cache .ruff_cache
+
+$(TESTS_STAMP): $(STAMP)
+	@# bytecode of what tests import: once, instead of by both workers and by the processes that tests start
+	@$(PY) -c 'import torch._inductor.compile_fx, torch._inductor.codegen.cpp, torch.testing._internal.optests; \
+	  import torch.utils.tensorboard, hypothesis, sklearn.mixture, pytest'
+	@touch $@
 
 $(STAMP): $(SOURCES)
 	@rm -f $@
