@@ -121,7 +121,7 @@ void write_output(const Tensor& x_, const Tensor& bias_, const std::optional<Ten
   });
 }
 
-// `gradients` receives dbias and, with a log_scale, dlog_scale.
+// dlog_scale is written with a log_scale only.
 template <typename acc>
 void write_gradients(const Tensor& y_, const Tensor& dy_, const std::optional<Tensor>& log_scale, bool relu,
                      const Tensor& dx_, const Tensor& dbias, const Tensor& dlog_scale) {
@@ -136,8 +136,8 @@ void write_gradients(const Tensor& y_, const Tensor& dy_, const std::optional<Te
     Buffers<acc> buffers(6, grid);
     const Operand<acc> out(y, buffers), given(dy, buffers), found(dx, buffers);
     PerChannel<acc> scale(scales.get(), grid, buffers);
-    acc *const masked = log_scale ? buffers.next() : nullptr, *const products =
-                                                                  log_scale ? buffers.next() : nullptr;
+    acc* const masked = log_scale ? buffers.next() : nullptr;
+    acc* const products = log_scale ? buffers.next() : nullptr;
     ChannelSums<acc> sums_of_masked(grid), sums_of_products(grid);
     for (int64_t slot = begin; slot < end; ++slot) {
       sums_of_masked.clear();

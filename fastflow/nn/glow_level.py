@@ -76,12 +76,8 @@ class GlowStep(Flow):
     ) -> tuple[Tensor, Tensor]:
         _, _, weight, bias, log_det, *of_coupling = shared_args or self._own_args(z)
         z, coupling_log_det = self.coupling.inverse(z, context, *of_coupling)
-        return ops.conv1x1(
-            z, weight, bias
-        ), coupling_log_det if log_det is None else coupling_log_det - log_det
-
-    def _own_args(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        return shared_args_of([self], ops.positions(x), x.device)[0]
+        x = ops.conv1x1(z, weight, bias)
+        return x, coupling_log_det if log_det is None else coupling_log_det - log_det
 
     def inverse_backward(
         self,
@@ -101,6 +97,9 @@ class GlowStep(Flow):
         dlog_det = None if log_det is None else dlog_det.sum().to(log_det.dtype)
         add(gradients, vjp((weight, bias, log_det), (dweight, dbias, dlog_det), wanted))
         return x, dx, gradients
+
+    def _own_args(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        return shared_args_of([self], ops.positions(x), x.device)[0]
 
 
 def shared_args_of(

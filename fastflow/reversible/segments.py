@@ -88,7 +88,7 @@ def run_segments(
     return x, log_det
 
 
-def _shared_args(steps: list[nn.Module], shared_args: SharedArgs | None) -> list[tuple[Tensor, ...]]:
+def _shared_args(steps: list[nn.Module], shared_args: SharedArgs | None) -> list[tuple[Tensor | None, ...]]:
     """Arguments of each step after the context."""
     return [()] * len(steps) if shared_args is None else shared_args(steps)
 

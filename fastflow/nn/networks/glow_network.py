@@ -71,6 +71,9 @@ def _folded_convolution(x: Tensor, weight: Tensor, bias: Tensor, log_scale: Tens
     return F.conv2d(x, weight * scale.view(-1, 1, 1, 1), bias * scale, padding=weight.shape[2] // 2)
 
 
+LAYERS = [ActNormConv2d, nn.ReLU, ActNormConv2d, nn.ReLU, ZeroConv2d]
+
+
 class GlowNetwork(nn.Sequential):
     """Coupling network of Glow: 3x3, ActNorm, ReLU, 1x1, ActNorm, ReLU, zero-initialized 3x3 convolution.
 
@@ -121,9 +124,6 @@ def _is_glow_network(layers: Sequence[nn.Module]) -> bool:
             relu._backward_pre_hooks,
         )
     )
-
-
-LAYERS = [ActNormConv2d, nn.ReLU, ActNormConv2d, nn.ReLU, ZeroConv2d]
 
 
 def network_args_of(networks: Sequence[nn.Module], device: torch.device) -> list[tuple[Tensor, ...]]:
