@@ -14,12 +14,23 @@
 #ifdef __CUDACC__
 #define FASTFLOW_HD __host__ __device__ __forceinline__
 #define FASTFLOW_UNROLL _Pragma("unroll")
+#define FASTFLOW_ROLLED _Pragma("unroll 1")  // saves registers
 #else
 #define FASTFLOW_HD inline
 #define FASTFLOW_UNROLL
+#define FASTFLOW_ROLLED
 #endif
 
 namespace fastflow {
+
+// Returns v. nvcc cannot tell, so it computes what follows from v after this, not before a loop: that would
+// take registers through the loop.
+FASTFLOW_HD int opaque(int v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
 
 // N values that are loaded or stored at once. Aligned to their size, so a GPU needs one instruction.
 template <typename T, int N>

@@ -1,4 +1,4 @@
-"""Machine code of each CUDA kernel of csrc/: registers, spills, widths of loads and stores. Needs no GPU.
+"""Machine code of each CUDA kernel of csrc/: registers, spills, loads and stores. Needs no GPU.
 
     python -m benchmarks.tools.cuda_code
 
@@ -8,7 +8,7 @@ Reads the library that `make setup` built for sm_80, sm_90 and sm_100 and writes
 import argparse
 import re
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,9 @@ from benchmarks.tools.triton_code import CAPABILITIES, TOOLS
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cuda_code.md"
 ARCHITECTURES = tuple(f"sm_{capability}" for capability in CAPABILITIES)
+
+THREADS = 128  # of a block of conv1x1's kernels
+REGISTERS = 65536  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,9 @@ def library() -> Path:
     return found[0]
 
 
-def cuobjdump(option: str, path: Path) -> str:
+def cuobjdump(option: str, path: Path, *options: str) -> str:
     return subprocess.run(
-        [TOOLS / "cuobjdump", option, path], check=True, capture_output=True, text=True
+        [TOOLS / "cuobjdump", option, *options, path], check=True, capture_output=True, text=True
     ).stdout
 
 
@@ -81,18 +84,81 @@ def spills(found: dict[str, dict[str, Resources]]) -> list[str]:
     ]
 
 
-def widest(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Bytes of the widest load and store of a thread, by kernel and architecture."""
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)([.\w]*)\s*(.*?);", re.MULTILINE)
+ENDS = ("BRA", "BRX", "CALL", "RET", "EXIT", "BAR", "BSYNC", "WARPSYNC")
+
+
+def _bytes(modifiers: str) -> int:
+    """Bytes of an access of a thread, from the modifiers of LDG or STG."""
+    narrow = re.search(r"\.[US](8|16)\b", modifiers)
+    wide = re.search(r"\.(64|128|256)\b", modifiers)
+    return int((wide or narrow)[1]) // 8 if wide or narrow else 4
+
+
+def in_flight(body: str) -> list[Counter]:
+    """Groups of loads from global memory that overlap in time. Of each, the loads in flight at its peak, by bytes.
+
+    A load is in flight until an instruction reads or overwrites its registers, and then no load before it is. A call, a
+    barrier and the end of a block of instructions end all; a conditional branch, which waits for no load, ends none.
+    A group ends when no load is in flight. `body` is a kernel's machine code.
+    """
+    groups, most, pending = [], Counter(), []
+    for predicate, name, modifiers, operands in INSTRUCTION.findall(body):
+        registers = {int(r) for r in re.findall(r"\bR(\d+)\b", operands)}
+        if name in ENDS and not (name == "BRA" and predicate):
+            pending = []
+        used = [i for i, (_, loaded) in enumerate(pending) if loaded & registers]
+        pending = pending[max(used, default=-1) + 1 :]
+        if not pending and most:
+            groups.append(most)
+            most = Counter()
+        if name == "LDG":
+            size = _bytes(modifiers)
+            first = int(re.match(r"(?:\w+, )?R(\d+)", operands)[1])
+            pending.append((size, set(range(first, first + max(size // 4, 1)))))
+            now = Counter(width for width, _ in pending)
+            most = max(most, now, key=lambda c: sum(width * n for width, n in c.items()))
+    return [*groups, most] if most else groups
+
+
+@dataclass(frozen=True)
+class Accesses:
+    load: int  # bytes of the widest load of a thread
+    store: int
+    groups: tuple[Counter, ...]  # see `in_flight`
+
+    def wide_groups(self) -> list[int]:
+        """For each group with a widest load, the most of them in flight."""
+        return [group[self.load] for group in self.groups if group[self.load]]
+
+    def narrow_group(self) -> int:
+        """The most narrower loads in flight."""
+        return max((group.total() - group[self.load] for group in self.groups), default=0)
+
+    def bytes_in_flight(self, registers: int) -> int:
+        """Bytes of a multiprocessor: the largest wide group times the threads that its registers admit."""
+        blocks = REGISTERS // (THREADS * -(-registers // 8) * 8)
+        return max(self.wide_groups(), default=0) * self.load * THREADS * blocks
+
+
+def accesses(
+    path: Path, kernels: Iterable[str] = (), arch: str | None = None
+) -> dict[str, dict[str, Accesses]]:
+    """Loads and stores of a thread, by kernel and architecture; all of them, or those of `kernels` and `arch`."""
+    options = ["--gpu-architecture", arch] if arch else []
+    if kernels:
+        names = _readable(re.findall(r"Function (\S+):", cuobjdump("--dump-resource-usage", path, *options)))
+        options += ["--function", ",".join(symbol for symbol, name in names.items() if name in kernels)]
     found = defaultdict(dict)
-    for arch, section in _sections(cuobjdump("--dump-sass", path)):
+    for arch, section in _sections(cuobjdump("--dump-sass", path, *options)):
         functions = re.split(r"Function : (\S+)", section)[1:]
         names = _readable(functions[::2])
         for symbol, body in zip(functions[::2], functions[1::2], strict=True):
-            widths = []
-            for verb in ("LDG", "STG"):
-                bits = [int(b) for b in re.findall(rf"\b{verb}\.E[.\w]*?\.(64|128|256)\b", body)]
-                widths.append(max(bits, default=32) // 8)
-            found[names[symbol]][arch] = tuple(widths)
+            widths = [
+                max((_bytes(m) for _, name, m, _ in INSTRUCTION.findall(body) if name == verb), default=4)
+                for verb in ("LDG", "STG")
+            ]
+            found[names[symbol]][arch] = Accesses(*widths, tuple(in_flight(body)))
     return dict(found)
 
 
@@ -104,9 +170,7 @@ def _order(kernel: str) -> tuple:
     )
 
 
-def page(
-    found: dict[str, dict[str, Resources]], widths: dict[str, dict[str, tuple[int, int]]], nvcc: str
-) -> str:
+def page(found: dict[str, dict[str, Resources]], moved: dict[str, dict[str, Accesses]], nvcc: str) -> str:
     text = f"""# Machine code of the CUDA kernels
 
 This page lists every kernel of `csrc/` as nvcc {nvcc} compiles it for sm_80, sm_90 and sm_100.
@@ -119,16 +183,35 @@ has been timed.
 | registers | registers per thread; a multiprocessor has 65,536 |
 | spills | bytes of stack per thread, for values that did not fit in registers |
 | load, store | bytes of the widest load and store of a thread; some strides and sizes take narrower ones |
+| wide at once | loads of the widest kind that a thread has in flight, for each group of loads in the code |
+| narrow at once | the most narrower loads that a thread has in flight |
+| KB in flight | *predicted*: the largest wide group times the bytes of a load, {THREADS} threads and the blocks that fit |
+| measured | empty until a GPU has measured it: bandwidth as a share of a copy's |
 
 Three values are for sm_80 / sm_90 / sm_100; a single value applies to all three.
 
-| kernel | registers | spills | load | store |
-| --- | --- | --- | --- | --- |
+A load is in flight from its instruction to the first that uses its registers. The count follows the order of
+the instructions; a call, a barrier and an unconditional branch end it, so that it is a lower bound where both
+arms of a condition load. The model of KB in flight takes the blocks that {REGISTERS:,} registers of a
+multiprocessor admit and assumes that all of them load at the same time. The columns are given for `conv1x1`,
+whose kernels stream large tensors.
+
+| kernel | registers | spills | load | store | wide at once | narrow at once | KB in flight | measured |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
     measured = cells(found)
     for kernel in sorted(found, key=_order):
-        wide = [_three(v) for v in zip(*(widths[kernel][arch] for arch in ARCHITECTURES), strict=True)]
-        text += f"| `{kernel}` | {' | '.join((*measured[kernel], *wide))} |\n"
+        each = [moved[kernel][arch] for arch in ARCHITECTURES]
+        wide = [_three(a.load for a in each), _three(a.store for a in each)]
+        at_once = ["–"] * 3
+        if kernel.startswith("Conv1x1"):
+            rows = [(a, found[kernel][arch].registers) for a, arch in zip(each, ARCHITECTURES, strict=True)]
+            at_once = [
+                _three(" ".join(str(n) for n in a.wide_groups()) for a, _ in rows),
+                _three(a.narrow_group() for a, _ in rows),
+                _three(f"{a.bytes_in_flight(registers) / 1024:.0f}" for a, registers in rows),
+            ]
+        text += f"| `{kernel}` | {' | '.join((*measured[kernel], *wide, *at_once))} | |\n"
     return text
 
 
@@ -161,7 +244,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGE)
     options = parser.parse_args()
     found = resources(library())
-    options.out.write_text(page(found, widest(library()), extension.build["cuda"]))
+    options.out.write_text(page(found, accesses(library()), extension.build["cuda"]))
     print(f"{len(found)} kernels in {options.out}")
     print(*spills(found), sep="\n")
 

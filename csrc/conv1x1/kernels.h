@@ -58,71 +58,147 @@ FASTFLOW_HD void multiply(const Span<T>& w, int channels, int co, const T (&v)[C
     }
 }
 
-// Copies pixels [first, first + TILE) between memory and rows of shared memory. If a pixel's channels are
-// contiguous in memory, neighboring threads copy neighboring groups of four; otherwise a thread copies a
-// pixel. Both are coalesced.
-template <typename T, int CMAX, int TILE, int THREADS>
+// Loads that a thread issues before it uses the first: the largest divisor, up to `most`, of the loads it has
+// to issue. A multiprocessor must have some 40 KB in flight to reach the bandwidth of an H200's memory.
+constexpr int loads_at_once(int loads, int most) {
+  int found = std::min(loads, most);
+  while (loads % found) --found;
+  return found;
+}
+
+// Copies `size` <= TILE pixels from `first` on between memory and rows of shared memory. If a pixel's
+// channels are contiguous in memory, neighboring threads copy neighboring groups of four; otherwise a thread
+// copies a pixel. Both are coalesced. Loads are batched: no branch, division or store separates those of a
+// batch. With SELECT a thread does not skip a load: it loads the first element and selects zero. A predicate
+// takes fewer registers, but in some kernels nvcc makes a branch of it, in which the load is waited for.
+template <typename T, int CMAX, int TILE, int THREADS, bool SELECT>
 struct Tile {
   using acc = accumulator<T>;
   static constexpr int ROW = row_stride(CMAX), GROUPS = CMAX / 4;
-
-  // Calls f(row, channel, offset of the pixel in memory) for every group of four channels.
-  template <class Memory, class F>
-  FASTFLOW_HD static void for_groups(int thread, const Images<Memory>& x, int64_t first, F f) {
-    const auto base = [&](int row) { return first + row < x.pixels ? x.base(first + row) : -1; };
-    if (x.rows)
-      for (int i = thread; i < TILE * GROUPS; i += THREADS) f(i / GROUPS, i % GROUPS * 4, base(i / GROUPS));
-    else
-      for (int row = thread; row < TILE; row += THREADS) {
-        const int64_t at = base(row);
-        for (int channel = 0; channel < CMAX; channel += 4) f(row, channel, at);
-      }
-  }
+  static constexpr int BATCH = loads_at_once(TILE * GROUPS / THREADS, CMAX % 24 ? 8 : 6);
+  // values of single channels that are loaded at once
+  static constexpr int PLANES = CMAX % 24 ? 16 : 24;
 
   // Subtracts the bias, if any. Rows after the last pixel and channels after the last are zero.
-  FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first,
+  FASTFLOW_HD static void load(int thread, const Images<const T>& x, int64_t first, int size,
                                const Span<const acc>& bias, const Span<acc>& rows) {
-    for_groups(thread, x, first, [&](int row, int channel, int64_t base) {
-      Pack<acc, 4> v{};
-      if (base >= 0 && channel < x.channels) {
-        const int64_t at = base + channel * x.c;
-        if (x.rows && x.packed) {
-          const Pack<T, 4> found = x.span.template load<4>(at);
-          FASTFLOW_UNROLL
-          for (int j = 0; j < 4; ++j) v.value[j] = static_cast<acc>(found.value[j]);
-        } else {
-          FASTFLOW_UNROLL
-          for (int j = 0; j < 4; ++j)
-            if (channel + j < x.channels) v.value[j] = static_cast<acc>(x.span[at + j * x.c]);
-        }
-        if (bias.size) {
-          FASTFLOW_UNROLL
-          for (int j = 0; j < 4; ++j)
-            if (channel + j < x.channels) v.value[j] -= bias[channel + j];
-        }
+    const int filled = filled_rows(x, first, size);
+    const auto start = x.start(first);
+    if (x.rows && x.packed) {
+      for (int i = thread; i < size * GROUPS; i += BATCH * THREADS)
+        load_groups(i, x, start.base, filled, size, bias, rows);
+    } else if (x.rows) {
+      FASTFLOW_ROLLED
+      for (int i = thread; i < size * GROUPS; i += THREADS) {
+        const int row = i / GROUPS;
+        load_channels<4>(row, i % GROUPS * 4, row < filled ? x.offset(start, row) : -1, x, bias, rows);
       }
-      rows.template store<4>(row * ROW + channel, v);
-    });
+    } else {
+      for (int row = thread; row < size; row += THREADS) {
+        const int64_t at = row < filled ? x.offset(start, row) : -1;
+        FASTFLOW_ROLLED
+        for (int channel = 0; channel < CMAX; channel += PLANES)
+          load_channels<PLANES>(row, channel, at, x, bias, rows);
+      }
+    }
   }
 
   // Stores every parts-th group of four channels, from `part` on.
-  FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, const Span<acc>& rows,
-                                int part = 0, int parts = 1) {
-    for_groups(thread, y, first, [&](int row, int channel, int64_t base) {
-      if (base < 0 || channel >= y.channels || channel / 4 % parts != part) return;
-      const Pack<acc, 4> v = rows.template load<4>(row * ROW + channel);
-      const int64_t at = base + channel * y.c;
-      if (y.rows && y.packed) {
-        Pack<T, 4> found;
-        FASTFLOW_UNROLL
-        for (int j = 0; j < 4; ++j) found.value[j] = static_cast<T>(v.value[j]);
-        y.span.template store<4>(at, found);
-      } else {
+  FASTFLOW_HD static void store(int thread, const Images<T>& y, int64_t first, int size,
+                                const Span<acc>& rows, int part = 0, int parts = 1) {
+    const int filled = filled_rows(y, first, size);
+    const auto start = y.start(first);
+    if (y.rows) {
+      FASTFLOW_ROLLED
+      for (int i = thread; i < filled * GROUPS; i += THREADS)
+        store_group(i / GROUPS, i % GROUPS * 4, y.offset(start, i / GROUPS), y, rows, part, parts);
+    } else {
+      for (int row = thread; row < filled; row += THREADS) {
+        const int64_t at = y.offset(start, row);
+        FASTFLOW_ROLLED
+        for (int channel = 0; channel < CMAX; channel += 4)
+          store_group(row, channel, at, y, rows, part, parts);
+      }
+    }
+  }
+
+ private:
+  template <class Memory>
+  FASTFLOW_HD static int filled_rows(const Images<Memory>& x, int64_t first, int size) {
+    return static_cast<int>(std::min<int64_t>(size, x.pixels - first));
+  }
+
+  // Groups i, i + THREADS, ... of four channels, of a tile of `filled` pixels that begins at `base`.
+  FASTFLOW_HD static void load_groups(int i, const Images<const T>& x, int64_t base, int filled, int size,
+                                      const Span<const acc>& bias, const Span<acc>& rows) {
+    Pack<T, 4> found[BATCH] = {};
+    bool inside[BATCH];
+    FASTFLOW_UNROLL
+    for (int b = 0; b < BATCH; ++b) {
+      const int row = (i + b * THREADS) / GROUPS, channel = (i + b * THREADS) % GROUPS * 4;
+      inside[b] = row < filled && channel < x.channels;
+      const int at = row * static_cast<int>(x.p) + channel;  // of packed rows, p is small
+      if (SELECT || inside[b]) found[b] = x.span.template load<4>(base + (inside[b] ? at : 0));
+    }
+    Pack<acc, 4> v[BATCH];
+    FASTFLOW_UNROLL
+    for (int b = 0; b < BATCH; ++b) {
+      FASTFLOW_UNROLL
+      for (int j = 0; j < 4; ++j)
+        v[b].value[j] = !SELECT || inside[b] ? static_cast<acc>(found[b].value[j]) : acc(0);
+    }
+    if (bias.size) {
+      FASTFLOW_UNROLL
+      for (int b = 0; b < BATCH; ++b) {
+        const int channel = (i + b * THREADS) % GROUPS * 4;
         FASTFLOW_UNROLL
         for (int j = 0; j < 4; ++j)
-          if (channel + j < y.channels) y.span[at + j * y.c] = static_cast<T>(v.value[j]);
+          if (inside[b]) v[b].value[j] -= bias[channel + j];
       }
-    });
+    }
+    FASTFLOW_UNROLL
+    for (int b = 0; b < BATCH; ++b) {
+      const int row = (i + b * THREADS) / GROUPS, channel = (i + b * THREADS) % GROUPS * 4;
+      if (row < size) rows.template store<4>(row * ROW + channel, v[b]);
+    }
+  }
+
+  // COUNT channels of a pixel, one at a time.
+  template <int COUNT>
+  FASTFLOW_HD static void load_channels(int row, int channel, int64_t base, const Images<const T>& x,
+                                        const Span<const acc>& bias, const Span<acc>& rows) {
+    T found[COUNT] = {};
+    FASTFLOW_UNROLL
+    for (int j = 0; j < COUNT; ++j)
+      if (base >= 0 && channel + j < x.channels) found[j] = x.span[base + (channel + j) * x.c];
+    acc v[COUNT];
+    FASTFLOW_UNROLL
+    for (int j = 0; j < COUNT; ++j) v[j] = static_cast<acc>(found[j]);
+    if (bias.size) {
+      FASTFLOW_UNROLL
+      for (int j = 0; j < COUNT; ++j)
+        if (base >= 0 && channel + j < x.channels) v[j] -= bias[channel + j];
+    }
+    FASTFLOW_UNROLL
+    for (int j = 0; j < COUNT; j += 4)
+      rows.template store<4>(row * ROW + channel + j, {{v[j], v[j + 1], v[j + 2], v[j + 3]}});
+  }
+
+  FASTFLOW_HD static void store_group(int row, int channel, int64_t base, const Images<T>& y,
+                                      const Span<acc>& rows, int part, int parts) {
+    if (channel >= y.channels || channel / 4 % parts != part) return;
+    const Pack<acc, 4> v = rows.template load<4>(row * ROW + channel);
+    const int64_t at = base + channel * y.c;
+    if (y.rows && y.packed) {
+      Pack<T, 4> found;
+      FASTFLOW_UNROLL
+      for (int j = 0; j < 4; ++j) found.value[j] = static_cast<T>(v.value[j]);
+      y.span.template store<4>(at, found);
+    } else {
+      FASTFLOW_UNROLL
+      for (int j = 0; j < 4; ++j)
+        if (channel + j < y.channels) y.span[at + j * y.c] = static_cast<T>(v.value[j]);
+    }
   }
 };
 
@@ -136,7 +212,7 @@ struct Conv1x1Kernel {
   using acc = accumulator<T>;
   static constexpr int THREADS = 128, RESIDENT = CMAX <= 48 ? 3 : 2, PIXELS = CMAX <= 24 ? 4 : 2,
                        TILE = THREADS * PIXELS;
-  using Rows = Tile<T, CMAX, TILE, THREADS>;
+  using Rows = Tile<T, CMAX, TILE, THREADS, true>;
 
   Images<const T> x;
   Images<T> y;
@@ -158,7 +234,7 @@ struct Conv1x1Kernel {
     for (int64_t tile = begin; tile * TILE < x.pixels; tile += block.count / parts) {
       const int64_t first = tile * TILE;
       block.phase([&](int thread) {
-        if (x.rows) Rows::load(thread, x, first, {}, rows);
+        if (x.rows) Rows::load(thread, x, first, TILE, {}, rows);
         else load_planes(thread, first, inputs[thread]);
         if (tile != begin) return;  // W is loaded together with the first pixels
         weight.template load<CMAX, THREADS>(thread, x.channels, w);
@@ -168,7 +244,7 @@ struct Conv1x1Kernel {
         if (x.rows) load_rows(thread, rows, inputs[thread]);
         multiply_pixels(thread, first, part, w, b, rows, inputs[thread]);
       });
-      if (y.rows) block.phase([&](int thread) { Rows::store(thread, y, first, rows, part, parts); });
+      if (y.rows) block.phase([&](int thread) { Rows::store(thread, y, first, TILE, rows, part, parts); });
     }
   }
 
@@ -186,18 +262,64 @@ struct Conv1x1Kernel {
   template <typename Memory>
   FASTFLOW_HD void pixel_offsets(int thread, int64_t first, const Images<Memory>& images,
                                  int64_t (&at)[PIXELS]) const {
+    const auto start = images.start(first);
+    const int filled = static_cast<int>(std::min<int64_t>(TILE, images.pixels - first));
     FASTFLOW_UNROLL
     for (int i = 0; i < PIXELS; ++i) {
       if (i > 0 && vectorized()) continue;  // only the first offset is used; saves divisions
-      at[i] = first + pixel(thread, i) < x.pixels ? images.base(first + pixel(thread, i)) : -1;
+      at[i] = pixel(thread, i) < filled ? images.offset(start, pixel(thread, i)) : -1;
     }
   }
 
   FASTFLOW_HD void load_planes(int thread, int64_t first, Inputs& inputs) const {
     int64_t at[PIXELS] = {};
     pixel_offsets(thread, first, x, at);
+    if (vectorized()) load_values<PIXELS>(at, inputs);
+    else load_values<1>(at, inputs);
+  }
+
+  // WIDTH neighbors at once. Values are converted after the last load of AT_ONCE channels, so that these
+  // loads are in flight together. Values that need no conversion stay in the registers that were loaded.
+  template <int WIDTH>
+  FASTFLOW_HD void load_values(const int64_t (&at)[PIXELS], Inputs& inputs) const {
+    constexpr int AT_ONCE = WIDTH == 1 ? 8 / PIXELS : std::is_same_v<T, acc> ? CMAX : 8;
     FASTFLOW_UNROLL
-    for (int c = 0; c < CMAX; ++c) load(c, vectorized(), at, inputs.v[c]);
+    for (int first = 0; first < CMAX; first += AT_ONCE) {
+      if (first < x.channels) {
+        load_some<AT_ONCE, WIDTH>(first, at, inputs);
+      } else {
+        FASTFLOW_UNROLL
+        for (int c = first; c < first + AT_ONCE; ++c) {
+          FASTFLOW_UNROLL
+          for (int i = 0; i < PIXELS; ++i) inputs.v[c][i] = 0;
+        }
+      }
+    }
+  }
+
+  template <int COUNT, int WIDTH>
+  FASTFLOW_HD void load_some(int first, const int64_t (&at)[PIXELS], Inputs& inputs) const {
+    using Values = Pack<T, WIDTH>;
+    constexpr bool IN_PLACE = std::is_same_v<T, acc> && WIDTH > 1;  // nothing to convert
+    Values found[COUNT][PIXELS / WIDTH];
+    const auto inside = [&](int c, int i) { return first + c < x.channels && at[i / WIDTH * WIDTH] >= 0; };
+    FASTFLOW_UNROLL
+    for (int c = 0; c < COUNT; ++c) {
+      FASTFLOW_UNROLL
+      for (int i = 0; i < PIXELS; i += WIDTH) {
+        const int64_t here = at[i] + (first + c) * x.c;
+        Values& values = found[c][i / WIDTH];
+        if constexpr (IN_PLACE) values = inside(c, i) ? x.span.template load<WIDTH>(here) : Values{};
+        else values = x.span.template load<WIDTH>(inside(c, i) ? here : 0);  // not a branch
+      }
+    }
+    FASTFLOW_UNROLL
+    for (int c = 0; c < COUNT; ++c) {
+      FASTFLOW_UNROLL
+      for (int i = 0; i < PIXELS; ++i)
+        inputs.v[first + c][i] =
+            IN_PLACE || inside(c, i) ? static_cast<acc>(found[c][i / WIDTH].value[i % WIDTH]) : acc(0);
+    }
   }
 
   FASTFLOW_HD void load_rows(int thread, const Span<acc>& rows, Inputs& inputs) const {
@@ -238,20 +360,6 @@ struct Conv1x1Kernel {
     }
   }
 
-  FASTFLOW_HD void load(int c, bool vectorized, const int64_t (&at)[PIXELS], acc (&v)[PIXELS]) const {
-    const bool in_range = c < x.channels;
-    if (vectorized) {
-      Pack<T, PIXELS> found{};
-      if (in_range && at[0] >= 0) found = x.span.template load<PIXELS>(at[0] + c * x.c);
-      FASTFLOW_UNROLL
-      for (int i = 0; i < PIXELS; ++i) v[i] = static_cast<acc>(found.value[i]);
-    } else {
-      FASTFLOW_UNROLL
-      for (int i = 0; i < PIXELS; ++i)
-        v[i] = in_range && at[i] >= 0 ? static_cast<acc>(x.span[at[i] + c * x.c]) : acc(0);
-    }
-  }
-
   FASTFLOW_HD void store(int c, bool vectorized, const int64_t (&at)[PIXELS], const acc (&s)[PIXELS]) const {
     if (vectorized) {
       Pack<T, PIXELS> found;
@@ -286,17 +394,24 @@ struct Conv1x1BackwardKernel {
   // slices of a tile's pixels; their sums reuse the memory of the tiles
   static constexpr int SLICES = std::min(THREADS / SQUARES, (2 * TILE * ROW - BIAS_SLICES * CMAX) / WEIGHTS);
   static_assert(SLICES >= 1);
-  using Rows = Tile<T, CMAX, TILE, THREADS>;
+  using Rows = Tile<T, CMAX, TILE, THREADS, sizeof(T) < 4>;
 
   Images<const T> source, dy;  // x, or y with FROM_OUTPUT
   Images<T> x, dx;             // x: with FROM_OUTPUT
   Weight<acc> weight_inverse, weight_transposed;
   Span<const acc> bias;  // with FROM_OUTPUT
   Span<acc> slots;       // [blocks, C C + C]
+  int size = TILE;       // pixels of a tile
 
+  // Small problems have smaller tiles, of 24 or 32 pixels at least, so that every multiprocessor has one.
+  static int tile_size(int64_t pixels, int64_t multiprocessors) {
+    int size = TILE;
+    while (size > 32 && (pixels + size - 1) / size < multiprocessors) size /= 2;
+    return size;
+  }
   // One wave: the fewest slots that fill the device.
-  static int64_t blocks(int64_t pixels, int64_t multiprocessors) {
-    return std::min((pixels + TILE - 1) / TILE, RESIDENT * multiprocessors);
+  static int64_t blocks(int64_t pixels, int size, int64_t multiprocessors) {
+    return std::min((pixels + size - 1) / size, RESIDENT * multiprocessors);
   }
   static int64_t shared_bytes() {
     return sizeof(acc) * (2 * TILE * ROW + CMAX * CMAX * (FROM_OUTPUT ? 2 : 1));
@@ -310,40 +425,40 @@ struct Conv1x1BackwardKernel {
     const Span<acc> wt = block.template shared<acc>(CMAX * CMAX);
     const Span<acc> inverse = block.template shared<acc>(FROM_OUTPUT ? CMAX * CMAX : 0);
     typename Block::template PerThread<Sums> sums(block);
-    for (int64_t tile = block.index; tile * TILE < dy.pixels; tile += block.count) {
-      const int64_t first = tile * TILE;
-      block.phase([&](int thread) {
-        Rows::load(thread, source, first, bias, x_rows);
-        Rows::load(thread, dy, first, {}, dy_rows);
-        if (tile != block.index) return;  // the weights are loaded together with the first pixels
+    const auto phase = [&](auto f) { block.phase([&](int thread) { f(opaque(thread)); }); };
+    const int64_t step = block.count * size;
+    for (int64_t first = block.index * size; first < dy.pixels; first += step) {
+      phase([&](int thread) {
+        Rows::load(thread, source, first, size, bias, x_rows);
+        Rows::load(thread, dy, first, size, {}, dy_rows);
+        if (first >= step) return;  // the weights are loaded together with the first pixels
         weight_transposed.template load<CMAX, THREADS>(thread, channels, wt);
         if (FROM_OUTPUT) weight_inverse.template load<CMAX, THREADS>(thread, channels, inverse);
       });
       typename Block::template PerThread<RowRegisters> registers(block);
       if (FROM_OUTPUT) {
-        block.phase([&](int thread) { load_row_registers(thread, x_rows, registers[thread]); });
-        block.phase([&](int thread) { multiply_rows(thread, channels, inverse, registers[thread], x_rows); });
+        phase([&](int thread) { load_row_registers(thread, x_rows, registers[thread]); });
+        phase([&](int thread) { multiply_rows(thread, channels, inverse, registers[thread], x_rows); });
       }
-      block.phase([&](int thread) { add(thread, x_rows, dy_rows, sums[thread]); });
-      block.phase([&](int thread) { load_row_registers(thread, dy_rows, registers[thread]); });
-      block.phase([&](int thread) { multiply_rows(thread, channels, wt, registers[thread], dy_rows); });
-      block.phase([&](int thread) {
-        if (FROM_OUTPUT) Rows::store(thread, x, first, x_rows);
-        Rows::store(thread, dx, first, dy_rows);
+      phase([&](int thread) { add(thread, x_rows, dy_rows, sums[thread]); });
+      phase([&](int thread) { load_row_registers(thread, dy_rows, registers[thread]); });
+      phase([&](int thread) { multiply_rows(thread, channels, wt, registers[thread], dy_rows); });
+      phase([&](int thread) {
+        if (FROM_OUTPUT) Rows::store(thread, x, first, size, x_rows);
+        Rows::store(thread, dx, first, size, dy_rows);
       });
     }
     // the tiles are no longer needed; their memory holds the sums of the slices, which are added in order
     block.phase([&](int thread) { store_slice_sums(thread, sums[thread], both); });
     block.phase([&](int thread) {
-      const int size = channels * channels + channels;
-      for (int i = thread; i < size; i += THREADS) {
-        const bool is_bias = i >= channels * channels;
-        const int at =
-            is_bias ? SLICES * WEIGHTS + i - channels * channels : i / channels * CMAX + i % channels;
+      const int weights = channels * channels, slot = weights + channels;
+      for (int i = thread; i < slot; i += THREADS) {
+        const bool is_bias = i >= weights;
+        const int at = is_bias ? SLICES * WEIGHTS + i - weights : i / channels * CMAX + i % channels;
         const int slices = is_bias ? BIAS_SLICES : SLICES, step = is_bias ? CMAX : WEIGHTS;
         acc sum = 0;
         for (int slice = 0; slice < slices; ++slice) sum += both[at + slice * step];
-        slots[block.index * size + i] = sum;
+        slots[block.index * slot + i] = sum;
       }
     });
   }
@@ -354,35 +469,38 @@ struct Conv1x1BackwardKernel {
   };
 
   // Multiplies rows by w in place. A thread keeps PIXELS rows in registers, so that a load of weights is used
-  // for PIXELS products, and computes every SHARES-th group of four outputs. A barrier separates loading from
-  // computing, because other threads write the rows.
-  static constexpr int PIXELS = CMAX <= 48 ? 2 : 1, APART = TILE / PIXELS, SHARES = THREADS / APART;
+  // for PIXELS products, and computes every shares()-th group of four outputs. A barrier separates loading
+  // from computing, because other threads write the rows.
+  static constexpr int PIXELS = CMAX <= 48 ? 2 : 1;
   struct RowRegisters {
     acc v[CMAX][PIXELS];
   };
 
-  FASTFLOW_HD static void load_row_registers(int thread, const Span<acc>& rows, RowRegisters& registers) {
-    if (thread >= SHARES * APART) return;
+  FASTFLOW_HD int apart() const { return size / PIXELS; }  // distance of a thread's rows
+  FASTFLOW_HD int shares() const { return THREADS / apart(); }
+
+  FASTFLOW_HD void load_row_registers(int thread, const Span<acc>& rows, RowRegisters& registers) const {
+    if (thread >= shares() * apart()) return;
     FASTFLOW_UNROLL
     for (int c = 0; c < CMAX; c += 4) {
       FASTFLOW_UNROLL
       for (int i = 0; i < PIXELS; ++i) {
-        const Pack<acc, 4> found = rows.template load<4>((thread % APART + i * APART) * ROW + c);
+        const Pack<acc, 4> found = rows.template load<4>((thread % apart() + i * apart()) * ROW + c);
         FASTFLOW_UNROLL
         for (int j = 0; j < 4; ++j) registers.v[c + j][i] = found.value[j];
       }
     }
   }
 
-  FASTFLOW_HD static void multiply_rows(int thread, int channels, const Span<acc>& w,
-                                        const RowRegisters& registers, const Span<acc>& rows) {
-    if (thread >= SHARES * APART) return;
-    for (int co = thread / APART * 4; co < channels; co += 4 * SHARES) {
+  FASTFLOW_HD void multiply_rows(int thread, int channels, const Span<acc>& w, const RowRegisters& registers,
+                                 const Span<acc>& rows) const {
+    if (thread >= shares() * apart()) return;
+    for (int co = thread / apart() * 4; co < channels; co += 4 * shares()) {
       acc s[4][PIXELS] = {};
       multiply<CMAX>(w, channels, co, registers.v, s);
       FASTFLOW_UNROLL
       for (int i = 0; i < PIXELS; ++i)
-        rows.template store<4>((thread % APART + i * APART) * ROW + co,
+        rows.template store<4>((thread % apart() + i * apart()) * ROW + co,
                                {{s[0][i], s[1][i], s[2][i], s[3][i]}});
     }
   }
@@ -390,14 +508,14 @@ struct Conv1x1BackwardKernel {
   // The channel of row or column j of square m, of SIDE squares.
   FASTFLOW_HD static constexpr int channel(int m, int j) { return j / 4 * (CMAX / GROUPS) + 4 * m + j % 4; }
 
-  FASTFLOW_HD static void add(int thread, const Span<acc>& x_rows, const Span<acc>& dy_rows, Sums& sums) {
+  FASTFLOW_HD void add(int thread, const Span<acc>& x_rows, const Span<acc>& dy_rows, Sums& sums) const {
     if (thread < BIAS_SLICES * CMAX)
-      for (int pixel = thread / CMAX; pixel < TILE; pixel += BIAS_SLICES)
+      for (int pixel = thread / CMAX; pixel < size; pixel += BIAS_SLICES)
         sums.bias += dy_rows[pixel * ROW + thread % CMAX];
     const int square = thread % SQUARES, slice = thread / SQUARES;
     if (slice >= SLICES) return;
     const int m = square / SIDE, n = square % SIDE;
-    for (int pixel = slice; pixel < TILE; pixel += SLICES) {
+    for (int pixel = slice; pixel < size; pixel += SLICES) {
       acc g[4 * GROUPS], v[4 * GROUPS];
       FASTFLOW_UNROLL
       for (int group = 0; group < GROUPS; ++group) {
@@ -559,12 +677,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& source, const 
       kernel.x = images_of<T>(x->kernel_output(), 1);
       kernel.weight_inverse = {matrix_of<acc>(weight_inverse)};
     }
-    const int64_t blocks = Kernel::blocks(kernel.dy.pixels, Device::multiprocessors()),
-                  size = channels * channels + channels;
-    const Tensor slots = torch::stable::new_empty(weight, {blocks, size});
-    kernel.slots = {slots.mutable_data_ptr<acc>(), blocks * size};
+    const int64_t processors = Device::multiprocessors(), pixels = kernel.dy.pixels;
+    kernel.size = Kernel::tile_size(pixels, processors);
+    const int64_t blocks = Kernel::blocks(pixels, kernel.size, processors),
+                  slot = channels * channels + channels;
+    const Tensor slots = torch::stable::new_empty(weight, {blocks, slot});
+    kernel.slots = {slots.mutable_data_ptr<acc>(), blocks * slot};
     Device::launch(kernel, blocks, Kernel::shared_bytes());
-    const SumSlotsKernel<acc> sum{{slots.const_data_ptr<acc>(), blocks * size},
+    const SumSlotsKernel<acc> sum{{slots.const_data_ptr<acc>(), blocks * slot},
                                   {dweight.mutable_data_ptr<acc>(), channels * channels},
                                   {dbias.mutable_data_ptr<acc>(), channels},
                                   blocks};

@@ -306,15 +306,22 @@ CUDA = [
     Fault(
         "bias added where it is to be taken away",
         "csrc/conv1x1/kernels.h",
-        "v.value[j] -= bias[channel + j];",
-        "v.value[j] += bias[channel + j];",
+        "v[b].value[j] -= bias[channel + j];",
+        "v[b].value[j] += bias[channel + j];",
         op("emulated", "conv1x1", also="emulated"),
     ),
     Fault(
         "last pixel of a tile left out of the weight's gradient",
         "csrc/conv1x1/kernels.h",
-        "for (int pixel = slice; pixel < TILE; pixel += SLICES) {",
-        "for (int pixel = slice; pixel < TILE - 1; pixel += SLICES) {",
+        "for (int pixel = slice; pixel < size; pixel += SLICES) {",
+        "for (int pixel = slice; pixel < size - 1; pixel += SLICES) {",
+        op("emulated", "conv1x1", also="emulated"),
+    ),
+    Fault(
+        "a tile over several samples skips the space between two of them only",
+        "csrc/conv1x1/images.h",
+        "at + (1 + (row - start.left) / wraps) * gap",
+        "at + gap",
         op("emulated", "conv1x1", also="emulated"),
     ),
     Fault(

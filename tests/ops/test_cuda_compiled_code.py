@@ -42,6 +42,35 @@ def test_the_page_says_what_was_built(found):
         assert listed == built, "python -m benchmarks.tools.cuda_code writes the page"
 
 
+STREAMING = ("Conv1x1Kernel<BFloat16, 24>", "Conv1x1BackwardKernel<float, 24, true>")
+
+
+def test_conv1x1_has_four_loads_in_flight():
+    """Two kernels on sm_90, which between them have all paths: rows, planes, single channels."""
+    moved = cuda_code.accesses(cuda_code.library(), STREAMING, "sm_90")
+    assert moved.keys() == set(STREAMING)
+    for kernel, each in moved.items():
+        groups = each["sm_90"].wide_groups()
+        assert len(groups) >= 2 and min(groups) >= 4, (kernel, groups)
+        assert each["sm_90"].narrow_group() >= 8, kernel
+
+
+def test_loads_in_flight_end_where_one_is_used():
+    code = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/              @!P1 LDG.E.128 R8, desc[UR4][R2.64+0x10] ;
+        /*0020*/               @P0 BRA 0x50 ;
+        /*0030*/                   FADD R12, R0, R1 ;
+        /*0040*/                   LDG.E R13, desc[UR4][R2.64+0x20] ;
+        /*0050*/                   STS.128 [R0], R8 ;
+        /*0060*/                   FADD R13, R13, R1 ;
+        /*0070*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0080*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0090*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+    """
+    assert cuda_code.in_flight(code) == [{16: 2, 4: 1}, {16: 1}, {16: 1}]
+
+
 def compile_for_sm_90(source: Path, out: Path, *options: str) -> subprocess.CompletedProcess:
     nvcc = shutil.which(
         "nvcc",
