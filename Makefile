@@ -55,7 +55,7 @@ $(STAMP): $(SOURCES)
 	@$(PIP) $(TORCH) 'setuptools>=77' wheel pybind11 ninja
 	@echo "[3/3] building the extensions and installing FastFlow, editable"
 	@# TORCH is named again, or a torchvision that wants another torch would replace it
-	@$(PIP) --no-build-isolation $(TORCH) -e '.[train,test]'
+	@FASTFLOW_EMULATOR=1 $(PIP) --no-build-isolation $(TORCH) -e '.[train,test]'
 	@# what training imports is imported once, so that its bytecode is there when training starts
 	@$(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow.trainer import train; \
 	  from fastflow.ops import extension as e; \

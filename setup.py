@@ -3,6 +3,7 @@
 ``fastflow._C`` needs a C++ compiler, ``fastflow._cuda`` also a CUDA build of torch and nvcc of the same major version;
 a visible GPU is never asked for.  What is missing is said in the output and left out: FastFlow then runs its PyTorch
 reference.  ``FASTFLOW_CUDA=1`` turns a missing CUDA part into an error, ``FASTFLOW_CUDA=0`` leaves it out.
+``FASTFLOW_EMULATOR=1`` also builds the CUDA kernels for the CPU, for tests; it takes a fifth of the compiler's time.
 """
 
 import os
@@ -44,6 +45,14 @@ def cuda_toolkit_version() -> str:
     return re.search(r"release (\d+\.\d+)", out)[1]
 
 
+def switch(name: str) -> str:
+    """The value of an environment variable that is 0, 1 or unset."""
+    wish = os.environ.get(name, "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"fastflow: {name} is {wish!r}, expected 0, 1 or unset")
+    return wish
+
+
 def why_no_cpp() -> str | None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     return (
@@ -52,7 +61,7 @@ def why_no_cpp() -> str | None:
 
 
 def why_no_cuda() -> str | None:
-    if os.environ.get("FASTFLOW_CUDA") == "0":
+    if switch("FASTFLOW_CUDA") == "0":
         return "FASTFLOW_CUDA=0"
     if not torch.version.cuda:
         return f"torch {torch.__version__} is not a CUDA build"
@@ -64,9 +73,7 @@ def why_no_cuda() -> str | None:
 
 
 def extensions() -> list:
-    wish = os.environ.get("FASTFLOW_CUDA", "")
-    if wish not in ("", "0", "1"):
-        raise SystemExit(f"fastflow: FASTFLOW_CUDA is {wish!r}, expected 0, 1 or unset")
+    wish, emulator = switch("FASTFLOW_CUDA"), switch("FASTFLOW_EMULATOR") == "1"
     no_cpp = why_no_cpp()
     no_cuda = no_cpp or why_no_cuda()
     if wish == "1" and no_cuda:
@@ -76,6 +83,7 @@ def extensions() -> list:
     if no_cpp:
         return []
 
+    sources = sorted(str(p) for p in Path("csrc").rglob("*.cpp") if emulator or p.stem != "emulated")
     headers = sorted(str(p) for p in Path("csrc").rglob("*.*h"))
     cuda_version, archs = (
         ("", "") if no_cuda else (cuda_toolkit_version(), os.environ["TORCH_CUDA_ARCH_LIST"])
@@ -83,9 +91,13 @@ def extensions() -> list:
     built = [
         CppExtension(
             "fastflow._C",
-            sorted(map(str, Path("csrc").rglob("*.cpp"))),
+            sources,
             include_dirs=[os.path.abspath("csrc"), pybind11.get_include()],
-            define_macros=[("FASTFLOW_CUDA", f'"{cuda_version}"'), ("FASTFLOW_CUDA_ARCHS", f'"{archs}"')],
+            define_macros=[
+                ("FASTFLOW_CUDA", f'"{cuda_version}"'),
+                ("FASTFLOW_CUDA_ARCHS", f'"{archs}"'),
+                ("FASTFLOW_EMULATOR", '"1"' if emulator else '""'),
+            ],
             # a root is one instruction, of vectors too, where it need not set errno
             extra_compile_args={"cxx": ["-O3", "-g0", "-fno-math-errno"]},
             depends=headers,

@@ -14,5 +14,6 @@ PYBIND11_MODULE(_C, m) {
   build["cpu_targets"] = FASTFLOW_CPU_TARGETS;
   build["cuda"] = FASTFLOW_CUDA;  // nvcc's version; empty if _cuda was not built
   build["cuda_archs"] = FASTFLOW_CUDA_ARCHS;
+  build["emulator"] = FASTFLOW_EMULATOR;  // "1", or empty if the CUDA kernels were not built for the CPU
   m.attr("build") = build;
 }

@@ -20,6 +20,10 @@ BACKENDS = ("auto", "reference", "triton", "emulated")
 def _checked(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    if name == "emulated" and not extension.emulator:
+        raise RuntimeError(
+            f'{source}: got "emulated", which needs the extension built with FASTFLOW_EMULATOR=1, for tests'
+        )
     return name
 
 
@@ -36,11 +40,12 @@ class backend:
     - ``"triton"`` (for tests): every op with a Triton kernel runs it, other ops run as in ``"auto"``. CPU
       tensors run in Triton's interpreter, which requires ``TRITON_INTERPRET=1`` in the environment before
       Python starts.
-    - ``"emulated"`` (for tests): every op with a CUDA C++ kernel runs it on CPU tensors, block by block.
+    - ``"emulated"`` (for tests): every op with a CUDA C++ kernel runs it on CPU tensors, block by block. This
+      requires an extension built with ``FASTFLOW_EMULATOR=1``, as ``make setup`` does.
 
     The environment variable ``FASTFLOW_BACKEND`` sets the default of a process. The setting applies to all
     threads.
-    Raises ValueError for any other name.
+    Raises ValueError for any other name, and RuntimeError for ``"emulated"`` without the emulator.
 
     Example:
         >>> import fastflow, torch
@@ -158,7 +163,7 @@ def raise_singular() -> None:
             if torch._C._cuda_hasPrimaryContext(device):
                 torch.cuda.synchronize(device)
         _raise_singular("fastflow_C")
-    if extension.cpu:
+    if extension.emulator:
         _raise_singular("fastflow_emulated")
 
 

@@ -1,8 +1,8 @@
 """Loads the C++ and CUDA extensions, whose ops are ``torch.ops.fastflow_C``.
 
-``cpu`` and ``cuda`` are True if the extension is loaded; ``build`` has its build settings. A missing
-extension is not an error, because every op has a PyTorch fallback. An extension that is present but does not
-load gives one warning with the reason.
+``cpu`` and ``cuda`` are True if the extension is loaded, and ``emulator`` if it has the CUDA kernels for the
+CPU, for tests. ``build`` has its build settings. A missing extension is not an error, because every op has a
+PyTorch fallback. An extension that is present but does not load gives one warning with the reason.
 """
 
 import importlib
@@ -13,11 +13,12 @@ import torch
 
 cpu: bool = False
 cuda: bool = False
+emulator: bool = False
 build: dict[str, str] = {}
 
 
 def _load_cpu() -> None:
-    global cpu
+    global cpu, emulator
     try:
         module = importlib.import_module("fastflow._C")
     except ModuleNotFoundError:
@@ -27,6 +28,7 @@ def _load_cpu() -> None:
     else:
         cpu = True
         build.update(module.build)
+        emulator = bool(build["emulator"])
 
 
 def _load_cuda() -> None:

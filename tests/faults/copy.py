@@ -86,6 +86,7 @@ class Copy:
             return None
         environment = os.environ | {
             "FASTFLOW_CUDA": "0",
+            "FASTFLOW_EMULATOR": "1",
             "MAX_JOBS": "1",
             "CCACHE_BASEDIR": str(self.folder),
             "CCACHE_NOHASHDIR": "1",

@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[2]
 def test_a_compiler_means_an_extension():
     assert extension.cpu == (shutil.which(os.environ.get("CXX", "c++").split()[0]) is not None)
     if extension.cpu:
-        assert set(extension.build) == {"torch", "compiler", "cpu_targets", "cuda", "cuda_archs"}
+        assert set(extension.build) == {"torch", "compiler", "cpu_targets", "cuda", "cuda_archs", "emulator"}
+    # tests of the emulator are skipped without one
+    assert extension.emulator == extension.cpu, (
+        "build the extension with FASTFLOW_EMULATOR=1, as `make setup`"
+    )
 
 
 @pytest.mark.skipif(
@@ -61,6 +65,12 @@ found, noise = run(), uniform_noise((3, 70), seed=5)
 with fastflow.backend("reference"):
     torch.testing.assert_close(found, run(), rtol=1e-4, atol=1e-4)
     assert torch.equal(noise, uniform_noise((3, 70), seed=5))
+try:
+    fastflow.backend("emulated")
+except RuntimeError as error:
+    assert "FASTFLOW_EMULATOR=1" in str(error)
+else:
+    raise AssertionError("a wheel with the emulator")
 print(extension.cpu, extension.cuda, extension.build["cpu_targets"] if extension.cpu else "none", kernels.__file__)
 """
 
@@ -113,12 +123,15 @@ def other_compiler(folder):
 
 
 def pack(out):
-    """An sdist, and the wheel built from that sdist; without CUDA, whose compilation alone takes half a minute."""
+    """An sdist, and the wheel built from that sdist; without CUDA, whose compilation alone takes half a minute.
+
+    Users' wheels do not have the emulator, and `make setup` compiles it.
+    """
     skip = shutil.ignore_patterns(
         ".git", ".venv", "build", "dist", "runs", "data", "*.so", "*.egg-info", "__pycache__"
     )
     shutil.copytree(ROOT, out / "tree", ignore=skip)
-    env = {**os.environ, "FASTFLOW_CUDA": "0", "CCACHE_DISABLE": "1"}
+    env = {**os.environ, "FASTFLOW_CUDA": "0", "FASTFLOW_EMULATOR": "", "CCACHE_DISABLE": "1"}
     if extension.cpu:
         env["CXX"] = str(other_compiler(out))
     done = subprocess.run(
