@@ -1,5 +1,6 @@
 """Set-up of every test: Triton's interpreter where there is no GPU, poisoned memory, one seed."""
 
+import gc
 import os
 
 import torch
@@ -21,6 +22,17 @@ interpreter.multiply_as_tensor_cores()
 interpreter.count_loops()
 interpreter.patch_once_a_launch()
 interpreter.skip_repeated_work()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keeps the garbage collector away from what is imported and collected: a full collection of it takes a second."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 deselected = pytest.StashKey[int]()
