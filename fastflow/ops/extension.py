@@ -28,7 +28,7 @@ def _load_cpu() -> None:
     else:
         cpu = True
         build.update(module.build)
-        emulator = bool(build["emulator"])
+        emulator = bool(build.get("emulator"))
 
 
 def _load_cuda() -> None:
