@@ -12,6 +12,7 @@ from fastflow.nn import Dequantize, GaussianPrior, GlowLevel, GlowStep, LogitDeq
 Coupling = Literal["affine", "additive"]
 Scale = Literal["soft_clamp", "tanh", "sigmoid", "exp"]
 Conv1x1 = Literal["lu", "plain", "reverse", "shuffle"]
+Network = Literal["plain", "fused", "auto"]
 COUPLINGS, SCALES, CONV1X1 = get_args(Coupling), get_args(Scale), get_args(Conv1x1)
 
 
@@ -32,6 +33,7 @@ class GlowConfig(ModelConfig):
     scale: Scale = "soft_clamp"
     reversible: bool = True
     activation_checkpoint_every: int | None = None
+    network: Network = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +64,9 @@ class Glow(Model):
             model with torch.compile.
         activation_checkpoint_every: number of steps of a reversible chain between two stored activations.
             Rounding errors accumulate over at most this many steps.
+        network: how the coupling networks are computed: ``"plain"``, as three convolutions; ``"fused"``, as one
+            op that keeps hidden activations out of memory (:func:`fastflow.ops.glow_network`); ``"auto"``, as the
+            op where it is the fastest way in the package's table of measurements, which has no rows yet.
 
     Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
     Raises ValueError for any other argument; for too many levels, the message names the largest number that
@@ -84,7 +89,7 @@ class Glow(Model):
         for level in range(config.levels):
             c, h, w = 4 * c, h // 2, w // 2
             steps = [
-                GlowStep(c, config.hidden, config.coupling, config.conv1x1, config.scale)
+                GlowStep(c, config.hidden, config.coupling, config.conv1x1, config.scale, config.network)
                 for _ in range(config.steps)
             ]
             flows.append(GlowLevel(steps, config.reversible, config.activation_checkpoint_every))

@@ -1,5 +1,6 @@
 """Step and level of Glow. A level computes the weights of all its steps at once."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -37,9 +38,10 @@ class GlowStep(Flow):
         conv1x1: channel mixing: ``"lu"`` or ``"plain"``, a learned 1x1 convolution with or without LU
             decomposition; ``"reverse"`` or ``"shuffle"``, a fixed permutation.
         scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`.
+        network: how the coupling network is computed, see :class:`GlowNetwork`.
 
     Shape: x, z ``[N, C, H, W]``; log_det ``[N]``, nats.
-    Raises ValueError for another shape or scale function.
+    Raises ValueError for another shape, scale function or network.
     """
 
     def __init__(
@@ -49,17 +51,17 @@ class GlowStep(Flow):
         coupling: str = "affine",
         conv1x1: str = "lu",
         scale: str = "soft_clamp",
+        network: str = "auto",
     ) -> None:
         super().__init__()
         half = num_features // 2
         self.actnorm = ActNorm(num_features)
         self.conv1x1 = _mixing(num_features, conv1x1)
         if coupling == "affine":
-            self.coupling = AffineCoupling(
-                GlowNetwork(half, num_features, hidden), scale=scale, num_scale_factors=half
-            )
+            net = GlowNetwork(half, num_features, hidden, network)
+            self.coupling = AffineCoupling(net, scale=scale, num_scale_factors=half)
         else:
-            self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden))
+            self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden, network))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None
@@ -99,32 +101,36 @@ class GlowStep(Flow):
         return x, dx, gradients
 
     def _own_args(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        return shared_args_of([self], ops.positions(x), x.device)[0]
+        return shared_args_of([self], x.shape, x.device)[0]
 
 
 def shared_args_of(
-    steps: list[GlowStep], positions: int, device: torch.device
+    steps: list[GlowStep], shape: torch.Size, device: torch.device
 ) -> list[tuple[Tensor | None, ...]]:
     """Arguments of the steps' methods that follow ``context``, computed for all steps at once.
 
     Returns per step: weight and bias of forward, weight and bias of inverse, the log-det of the linear part,
-    and the arguments of the coupling. The log-det is the sum over the steps, for ``positions`` positions, and
+    and the arguments of the coupling, for an input of this shape. The log-det is the sum over the steps, and
     the first step has it; the others have None.
     """
+    samples, _, *sides = shape
+    positions = math.prod(sides)
     *linear, log_det = folded(steps)
     log_dets = [positions * log_det.sum(), *[None] * (len(steps) - 1)]
-    couplings = coupling_args_of([step.coupling for step in steps], device)
+    couplings = coupling_args_of([step.coupling for step in steps], device, samples * positions)
     return [
         (*args, step_log_det, *of_coupling)
         for *args, step_log_det, of_coupling in zip(*linear, log_dets, couplings, strict=True)
     ]
 
 
-def coupling_args_of(couplings: list[Flow], device: torch.device) -> list[tuple[Tensor | None, ...]]:
+def coupling_args_of(
+    couplings: list[Flow], device: torch.device, pixels: int
+) -> list[tuple[Tensor | None, ...]]:
     """Factor of the scale function and arguments of the network of each coupling; none of other flows."""
     if any(type(coupling) not in (AffineCoupling, AdditiveCoupling) for coupling in couplings):
         return [()] * len(couplings)
-    networks = network_args_of([coupling.net for coupling in couplings], device)
+    networks = network_args_of([coupling.net for coupling in couplings], device, pixels)
     log_factors = [coupling.log_factor for coupling in couplings]
     if any(f is None or f.shape != log_factors[0].shape or f.numel() == 1 for f in log_factors):
         return [(None, *of_network) for of_network in networks]
@@ -194,7 +200,7 @@ class GlowLevel(Flow):
         x, log_det = self.squeeze(x)
         # a step with an uninitialized ActNorm cannot compute its weights before x reaches it
         pending = self.training and not all(step.actnorm._initialized for step in self.steps)
-        args_of = partial(shared_args_of, positions=ops.positions(x), device=x.device)
+        args_of = partial(shared_args_of, shape=x.shape, device=x.device)
         shared_args = None if pending else args_of
         if self.reversible:
             x, steps_log_det = run_reversible(
@@ -210,7 +216,7 @@ class GlowLevel(Flow):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = 0.0
-        shared_args = shared_args_of(list(self.steps), ops.positions(z), z.device)
+        shared_args = shared_args_of(list(self.steps), z.shape, z.device)
         for step, args in zip(reversed(self.steps), reversed(shared_args), strict=True):
             z, step_log_det = step.inverse(z, context, *args)
             log_det = log_det + step_log_det

@@ -114,7 +114,8 @@ def stored_bytes(build: Callable[[], Model], samples: int, bf16: bool = False) -
 class _MetaAutocast(TorchFunctionMode):
     """Autocast to bfloat16 of the functions that networks call; torch has none for meta tensors."""
 
-    lower = (torch.conv2d, F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm)
+    glow_network = torch.ops.fastflow.glow_network.default
+    lower = (torch.conv2d, F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, glow_network)
     float32 = (F.layer_norm,)
 
     def __torch_function__(

@@ -60,7 +60,10 @@ FLOWS = {
         ),
         IMAGE,
     ),
-    "GlowLevel": (lambda: GlowLevel([GlowStep(16, 2), GlowStep(16, 2)], reversible=False), IMAGE),
+    "GlowLevel": (
+        lambda: GlowLevel([GlowStep(16, 2, network="fused"), GlowStep(16, 2)], reversible=False),
+        IMAGE,
+    ),
 }
 
 

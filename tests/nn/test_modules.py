@@ -399,7 +399,7 @@ def test_a_level_computes_what_its_steps_compute_alone(bf16):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     networks, x_a = [step.coupling.net for step in level.steps], torch.randn(2, 4, 2, 2)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        for net, args in zip(networks, network_args_of(networks, x.device), strict=True):
+        for net, args in zip(networks, network_args_of(networks, x.device, 8), strict=True):
             assert len(args) == (4 if bf16 else 1)
             torch.testing.assert_close(net(x_a, shared_args=args), net(x_a))
 

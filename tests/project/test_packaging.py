@@ -15,6 +15,7 @@ from fastflow.ops import extension
 from fastflow.ops.registry import OPS
 
 ROOT = Path(__file__).parents[2]
+DATA = {"fastflow/py.typed", "fastflow/nn/networks/glow_network.json"}
 
 
 def test_a_compiler_means_an_extension():
@@ -160,7 +161,7 @@ def sdist_holds_all_sources(sdist, tree):
         ("tests", "*.py"),
     ]:
         assert {str(path.relative_to(tree)) for path in (tree / folder).rglob(pattern)} <= names
-    assert {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml", "fastflow/py.typed"} <= names
+    assert {"LICENSE", "README.md", "Makefile", "setup.py", "pyproject.toml", *DATA} <= names
     assert not [name for name in names if name.endswith(".so")]
 
 
@@ -168,7 +169,7 @@ def wheel_works_outside_the_checkout(wheel, site):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(site)
-    assert {"fastflow/triton_kernels/__init__.py", "fastflow/py.typed"} <= names
+    assert {"fastflow/triton_kernels/__init__.py", *DATA} <= names
     assert not [name for name in names if name.startswith(("tests", "csrc", "triton_kernels", "benchmarks"))]
     assert bool([name for name in names if name.startswith("fastflow/_C.")]) == extension.cpu
     env = {**os.environ, "PYTHONPATH": str(site)}

@@ -4,6 +4,7 @@ import os
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,13 +27,15 @@ THINGS = Images("things", np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 8, 8
 TINY = Config(levels=2, steps_per_level=1, hidden=8, batch_size=6)
 
 
-def glow():
-    return Glow((3, 8, 8), levels=2, steps=1, hidden=8, reversible=False)
+def glow(network="auto"):
+    return Glow((3, 8, 8), levels=2, steps=1, hidden=8, reversible=False, network=network)
 
 
+@pytest.mark.parametrize("network", ["plain", "fused"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_estimate_is_what_a_forward_pass_saves(bf16):
-    model, x = glow().eval(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+def test_the_estimate_is_what_a_forward_pass_saves(bf16, network):
+    build = partial(glow, network)
+    model, x = build().eval(), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     saved = {}
 
     def save(tensor):
@@ -45,7 +48,7 @@ def test_the_estimate_is_what_a_forward_pass_saves(bf16):
     for kept in (*model.parameters(), *model.buffers()):
         saved.pop(kept.untyped_storage().data_ptr(), None)
     measured = sum(storage.nbytes() for storage in saved.values())
-    estimated, weights = stored_bytes(glow, 4, bf16)
+    estimated, weights = stored_bytes(build, 4, bf16)
     assert estimated == pytest.approx(measured, rel=0.02)
     assert weights == sum(p.nbytes for p in model.parameters())
 

@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")
 
 SMALL = "--batch-size 6 --warmup 1 --final-samples 1 --samples 4 --eval-every 4 --save-every 3 --schedule constant --lr 2e-3".split()
 TINY = {
-    "glow": "--levels 2 --steps-per-level 1 --hidden 8 --learned-prior",
+    "glow": "--levels 2 --steps-per-level 1 --hidden 8 --learned-prior --network fused",
     "realnvp": "--hidden 4 --blocks 1 --ema 0.5 --scale-l2 1e-3 --reversible yes",
     "nice": "--hidden 16 --blocks 2 --prior gaussian",
     "mnist-multiscale": "--reversible no",
@@ -51,6 +51,8 @@ def test_a_model_trains_and_resumes_bit_for_bit(model, tmp_path, capsys):
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     trained = fastflow.load(tmp_path / "whole" / "last.pt")
     assert result["model"] == type(trained).__name__
+    if model == "glow":
+        assert all(step.coupling.net.network == "fused" for level in trained.flows for step in level.steps)
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "whole"), "--samples", "1"]) == 0
     assert f"  {result['model']:5s} {result['test_bits_per_dim']:.3f}" in capsys.readouterr().out

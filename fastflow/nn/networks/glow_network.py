@@ -7,8 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from fastflow import ops
+from fastflow import ops, validation
 from fastflow.nn.actnorm import ActNorm
+from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name
+from fastflow.nn.networks.folded_weights import folded
+from fastflow.reversible import has_hooks
+
+NETWORKS = ("plain", "fused", "auto")
+FUSED_ARGS = 6  # weights and biases of the op; three convolutions have fewer shared arguments
 
 
 class ActNormConv2d(nn.Module):
@@ -83,11 +89,17 @@ class GlowNetwork(nn.Sequential):
         in_channels: number of input channels.
         out_channels: number of output channels.
         hidden: number of channels inside.
+        network: ``"plain"``: three convolutions; ``"fused"``: one op, :func:`fastflow.ops.glow_network`;
+            ``"auto"``: the op where the package's table has it as the fastest way for this GPU, dtype and
+            shape, otherwise three convolutions. Results differ by rounding. If a layer was exchanged or has
+            hooks, and under torch.compile, it is always three convolutions.
 
     Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
+    Raises ValueError for another ``network``.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 512) -> None:
+    def __init__(self, in_channels: int, out_channels: int, hidden: int = 512, network: str = "auto") -> None:
+        validation.one_of("network", network, NETWORKS)
         relu = nn.ReLU(inplace=True)  # shared: each module takes some 3 KB per step
         super().__init__(
             ActNormConv2d(in_channels, hidden, 3),
@@ -96,6 +108,7 @@ class GlowNetwork(nn.Sequential):
             relu,
             ZeroConv2d(hidden, out_channels),
         )
+        self.network = network
 
     def forward(self, x: Tensor, shared_args: Sequence[Tensor] = ()) -> Tensor:
         """The output; ``shared_args`` is the network's entry of :func:`network_args_of`, if it is computed."""
@@ -104,6 +117,13 @@ class GlowNetwork(nn.Sequential):
             for layer in layers:
                 x = layer(x)
             return x
+        if not shared_args and self._is_fused(layers, x.device, x.shape[0] * ops.positions(x)):
+            if _pending(layers):
+                _initialize(layers, x)
+            shared_args = _fused_args_of([layers], x.device)[0]
+        if len(shared_args) == FUSED_ARGS:
+            x = x.to(shared_args[0].dtype) if _autocast_dtype(x.device) else x
+            return ops.glow_network(x, *shared_args, tf32=_tf32(x))
         first, _, second, _, last = layers
         log_scale = shared_args[0] if shared_args else None
         weights = shared_args[1:] or (None, None, None)
@@ -111,26 +131,79 @@ class GlowNetwork(nn.Sequential):
         x = second(x, weight=weights[1], relu=True)
         return last(x, weight=weights[2], log_scale=log_scale)
 
+    def _is_fused(self, layers: Sequence[nn.Module], device: torch.device, pixels: int) -> bool:
+        """Whether the network is one op, for a batch of so many pixels, with and without gradients alike.
+
+        Backward of a reversible chain computes the network with gradients again, and needs forward's bits.
+        """
+        if self.network == "plain" or torch.compiler.is_compiling():
+            return False
+        if self.network == "auto" and not self._is_fastest_fused(layers, device, pixels):
+            return False
+        kernels = [w.shape[2:] for w in _weights(layers)]
+        return kernels == [(3, 3), (1, 1), (3, 3)] and not any(map(has_hooks, layers))
+
+    def _is_fastest_fused(self, layers: Sequence[nn.Module], device: torch.device, pixels: int) -> bool:
+        gpu = gpu_name(device)
+        if gpu is None:
+            return False
+        first, _, last = _weights(layers)
+        dtype = str(_dtype_of_networks(layers, device)).removeprefix("torch.")
+        mode = "training" if self.training else "evaluation"
+        setting = Setting(gpu, dtype, first.shape[1], first.shape[0], last.shape[0], mode)
+        return fastest_way(setting, pixels) == "fused"
+
 
 def _is_glow_network(layers: Sequence[nn.Module]) -> bool:
     """Whether these are the layers of :class:`GlowNetwork`, and the ReLUs need not be called."""
-    return [type(layer) for layer in layers] == LAYERS and not any(
-        hooks
-        for relu in layers[1:4:2]
-        for hooks in (
-            relu._forward_hooks,
-            relu._forward_pre_hooks,
-            relu._backward_hooks,
-            relu._backward_pre_hooks,
-        )
-    )
+    return [type(layer) for layer in layers] == LAYERS and not any(map(has_hooks, layers[1:4:2]))
 
 
-def network_args_of(networks: Sequence[nn.Module], device: torch.device) -> list[tuple[Tensor, ...]]:
+def _pending(layers: Sequence[nn.Module]) -> bool:
+    """Whether the next batch initializes an ActNorm."""
+    return any(layer.training and not layer.actnorm._initialized for layer in layers[:3:2])
+
+
+@torch.no_grad()
+def _initialize(layers: Sequence[nn.Module], x: Tensor) -> None:
+    for layer in layers[:3:2]:
+        x = layer(x, relu=True)
+
+
+def _weights(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
+    first, _, second, _, last = layers
+    return first.conv.weight, second.conv.weight, last.weight
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype on a device if it is enabled."""
+    kind = device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none
+    return torch.get_autocast_dtype(kind) if autocast else None
+
+
+def _dtype_of_networks(layers: Sequence[nn.Module], device: torch.device) -> torch.dtype:
+    """The dtype of a network's products: autocast's, which leaves float64 as it is, or its weights'."""
+    own = layers[0].conv.weight.dtype
+    return own if own == torch.float64 else _autocast_dtype(device) or own
+
+
+def _tf32(x: Tensor) -> bool:
+    """Whether products of float32 are in TF32, as those of PyTorch's convolutions on this device."""
+    return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
+
+
+def network_args_of(
+    networks: Sequence[nn.Module], device: torch.device, pixels: int
+) -> list[tuple[Tensor, ...]]:
     """Arguments of the forward methods of several networks, for all networks at once.
 
     For each :class:`GlowNetwork` these are 3 l of its last convolution and, under autocast, its three weights
-    in autocast's dtype. Other networks have none.
+    in autocast's dtype. For one that is fused they are the weights and biases of the op. Other networks, and
+    networks of which only some are fused, have none.
+
+    Args:
+        pixels: number of pixels of the batch, N H W.
     """
     layers = [list(network._modules.values()) for network in networks]
     if torch.compiler.is_compiling() or not all(
@@ -138,18 +211,35 @@ def network_args_of(networks: Sequence[nn.Module], device: torch.device) -> list
         for network, each in zip(networks, layers, strict=True)
     ):
         return [()] * len(networks)
+    fused = [network._is_fused(each, device, pixels) for network, each in zip(networks, layers, strict=True)]
+    if any(fused):
+        at_once = all(fused) and _alike(layers) and not any(map(_pending, layers))
+        return _fused_args_of(layers, device) if at_once else [()] * len(networks)
     log_scales = (3 * torch.stack([last.logs for *_, last in layers])).unbind()
-    weights = [
-        w
-        for first, _, second, _, last in layers
-        for w in (first.conv.weight, second.conv.weight, last.weight)
-    ]
-    kind = device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none
-    if not autocast or any(w.dtype != torch.float32 for w in weights):
+    weights = [w for each in layers for w in _weights(each)]
+    autocast_dtype = _autocast_dtype(device)
+    if autocast_dtype is None or any(w.dtype != torch.float32 for w in weights):
         return [(s,) for s in log_scales]
-    weights = _Cast.apply(torch.get_autocast_dtype(kind), *weights)
+    weights = _Cast.apply(autocast_dtype, *weights)
     return [(s, *weights[3 * i : 3 * i + 3]) for i, s in enumerate(log_scales)]
+
+
+def _alike(layers: Sequence[Sequence[nn.Module]]) -> bool:
+    """Whether the weights of several networks can be stacked."""
+    return len({tuple((w.shape, w.dtype, w.device) for w in _weights(each)) for each in layers}) == 1
+
+
+def _fused_args_of(layers: Sequence[Sequence[nn.Module]], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """w1, b1, w2, b2, w3, b3 of :func:`fastflow.ops.glow_network` for each network."""
+    first, _, second, _, last = zip(*layers, strict=True)
+    weights = zip(*map(_weights, layers), strict=True)
+    biases = [[layer.actnorm.bias for layer in kind] for kind in (first, second)]
+    log_scales = [[layer.actnorm.log_scale for layer in kind] for kind in (first, second)]
+    biases.append([layer.bias for layer in last])
+    log_scales.append([layer.logs for layer in last])
+    dtype = _dtype_of_networks(layers[0], device)
+    w1, w2, w3, b1, b2, b3 = folded(list(weights), biases, log_scales, (1, 1, 3), dtype)
+    return list(zip(w1, b1, w2, b2, w3, b3, strict=True))
 
 
 class _Cast(torch.autograd.Function):

@@ -1,0 +1,99 @@
+"""Weights and biases of convolutions times the scales of their outputs, for several networks at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+Layers = Sequence[Sequence[Tensor]]  # of each layer the tensors of all networks
+
+
+def folded(
+    weights: Layers, biases: Layers, log_scales: Layers, times: Sequence[int], dtype: torch.dtype
+) -> list[tuple[Tensor, ...]]:
+    r"""Weights and biases with :math:`e^{n s}` folded in: a convolution then computes :math:`e^{n s} (w * x + b)`.
+
+    The number of kernels does not depend on the number of networks, also in backward.
+
+    Args:
+        times: n of each layer.
+        dtype: dtype of the folded weights; biases keep theirs.
+
+    Shape: w ``[D, C, H, W]``, b and s ``[D]``; the networks have the same shapes. Returns of each layer the weights,
+    in channels_last, then of each layer the biases.
+    """
+    tensors = [tensor for kind in (weights, biases, log_scales) for layer in kind for tensor in layer]
+    found, networks = _Folded.apply(dtype, tuple(times), *tensors), len(weights[0])
+    return [found[i : i + networks] for i in range(0, len(found), networks)]
+
+
+class _Folded(torch.autograd.Function):
+    """Takes all weights, then all biases, then all log scales; in each of these, layer by layer."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, dtype: torch.dtype, times: tuple[int, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        third, networks = len(tensors) // 3, len(tensors) // 3 // len(times)
+        weights, biases, log_scales = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
+        ctx.times, ctx.sizes = times, [b.numel() * networks for b in biases[::networks]]
+        factor = _multiplied(torch.cat(log_scales), ctx).exp_()
+        ctx.save_for_backward(factor, *weights, *biases)
+        of_layers = []
+        for weight, scale in zip(_stacked(weights, networks), factor.split(ctx.sizes), strict=True):
+            outputs, inputs, *sides = weight.shape[1:]
+            result = weight.new_empty((networks, outputs, *sides, inputs), dtype=dtype).permute(0, 1, 4, 2, 3)
+            # the product is rounded once, to its dtype
+            of_layers.append(torch.mul(weight, _per_output(scale, networks), out=result))
+        of_biases = torch.cat(biases).mul_(factor).split([b.numel() for b in biases])
+        return *(w for layer in of_layers for w in layer.unbind()), *of_biases
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        factor, *saved = ctx.saved_tensors
+        third, networks = len(saved) // 2, len(saved) // 2 // len(ctx.times)
+        weights, biases = saved[:third], saved[third:]
+        dbias = torch.cat(gradients[third:]).mul_(factor)
+        dlog_scale = torch.cat(biases).mul_(dbias)
+        of_layers = []
+        for weight, gradient, scale, into in zip(
+            _stacked(weights, networks),
+            _stacked(gradients[:third], networks),
+            factor.split(ctx.sizes),
+            dlog_scale.split(ctx.sizes),
+            strict=True,
+        ):
+            # in the memory format of the weights, so that their gradients need no copy
+            dweight = torch.mul(gradient, _per_output(scale, networks), out=torch.empty_like(weight))
+            into.add_(weight.mul_(dweight).sum((2, 3, 4)).flatten())
+            of_layers.append(dweight)
+        sizes = [b.numel() for b in biases]
+        dweights = (w for layer in of_layers for w in layer.unbind())
+        return None, None, *dweights, *dbias.split(sizes), *_multiplied(dlog_scale, ctx).split(sizes)
+
+
+def _multiplied(of_layers: Tensor, ctx: FunctionCtx) -> Tensor:
+    """Multiplies the part of each layer by its n, in place."""
+    for part, times in zip(of_layers.split(ctx.sizes), ctx.times, strict=True):
+        if times != 1:
+            part.mul_(times)
+    return of_layers
+
+
+def _stacked(tensors: Sequence[Tensor], networks: int) -> list[Tensor]:
+    """Of each layer the stack of its tensors, in the memory format of the first one.
+
+    ``torch.stack`` would not keep channels_last, and a GPU would copy tensors of four dimensions one by one.
+    """
+    stacks = []
+    for first in tensors[::networks]:
+        strides = (first.numel(), *torch.empty_like(first).stride())
+        stacks.append(first.new_empty_strided((networks, *first.shape), strides))
+    torch._foreach_copy_([one for stack in stacks for one in stack.unbind()], list(tensors))
+    return stacks
+
+
+def _per_output(scale: Tensor, networks: int) -> Tensor:
+    return scale.view(networks, -1, 1, 1, 1)
