@@ -70,6 +70,7 @@ STAGES = {
     "small_cases",
     "training_speed",
     "glow",
+    "fastest_networks",
     "memory",
     "step_profile",
     "overhead",
