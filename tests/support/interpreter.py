@@ -178,9 +178,9 @@ class Traffic:
 class _Operations(TorchDispatchMode):
     """Records torch's operations, within the bodies of FastFlow's ops too, but not what the interpreter itself does."""
 
-    def __init__(self, found: Traffic) -> None:
+    def __init__(self, found: Traffic, numel: int | None) -> None:
         super().__init__()
-        self.found, self.launching = found, False
+        self.found, self.numel, self.launching = found, numel, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "fastflow":
@@ -194,15 +194,42 @@ class _Operations(TorchDispatchMode):
             new = any(
                 isinstance(v, torch.Tensor) and v.untyped_storage().data_ptr() not in given for v in results
             )
-            self.found.operations += [name] * (new or func._schema.is_mutable)
+            if new or func._schema.is_mutable:
+                self.found.operations.append(name)
+                self._count(func, args, results)
         return result
+
+    def _count(self, func, args: tuple, results: tuple | list) -> None:
+        """Adds the tensors of ``numel`` elements that an operation reads and writes.
+
+        A library computes the gradients of a convolution one by one: each of them reads dy.
+        """
+
+        def size(tensors) -> int:
+            return sum(v.nbytes for v in tensors if isinstance(v, torch.Tensor) and v.numel() == self.numel)
+
+        name = func.overloadpacket.__name__
+        if name == "convolution_backward":
+            dx, dweight, dbias = args[-1]
+            self.found.read += size(args[:1]) * (dx + dweight + dbias) + size(args[1:2]) * dweight
+            self.found.written += size(results)
+            return
+        changed = [v for v, a in zip(args, func._schema.arguments, strict=False) if a.is_write]
+        self.found.read += size(args[1:] if name == "copy_" else args)
+        self.found.written += size(changed or results)
 
 
 @contextmanager
-def traffic() -> Iterator[Traffic]:
-    """Counts what the kernels of a block move, as they ask for it: what a cache would answer counts as well."""
+def traffic(numel: int | None = None) -> Iterator[Traffic]:
+    """Counts what the kernels of a block move, as they ask for it: what a cache would answer counts as well.
+
+    With ``numel``, only what lies in tensors of so many elements is counted, and of torch's operations as well.
+    """
     found = Traffic()
-    operations = _Operations(found)
+    operations = _Operations(found, numel)
+    spans: list[
+        tuple[int, int]
+    ] = []  # first address and size of the launched kernel's tensors of numel elements
     load, store, launch = (
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
@@ -210,8 +237,13 @@ def traffic() -> Iterator[Traffic]:
     )
 
     def size(pointers, mask) -> int:
-        lanes = int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
-        return lanes * max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
+        lanes = np.broadcast_to(mask.data, pointers.data.shape)
+        if numel is not None:
+            addresses = pointers.data[lanes.astype(bool)]
+            lanes = np.concatenate(
+                [addresses - np.uint64(start) < np.uint64(size) for start, size in spans] or [[]]
+            )
+        return int(np.count_nonzero(lanes)) * max(pointers.get_element_ty().primitive_bitwidth // 8, 1)
 
     # a load or store without a mask goes through these two as well
     def counted_load(self, pointers, mask, *rest):
@@ -224,6 +256,8 @@ def traffic() -> Iterator[Traffic]:
 
     def counted_launch(self, *args, **kwargs):
         found.launches.append((self.fn.__name__, math.prod(self.grid)))
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        spans[:] = {(v.data_ptr(), v.nbytes) for v in given if v.numel() == numel}
         operations.launching = True
         try:
             return launch(self, *args, **kwargs)

@@ -60,6 +60,14 @@ def test_the_third_call_replays_the_second_on_static_inputs():
     assert not any(y.requires_grad for y in found)
 
 
+def test_a_later_replay_does_not_change_an_earlier_result():
+    """A graph writes all its results to the same memory, as this function does."""
+    memory = torch.empty(4)
+    captured = Captured(lambda x: memory.copy_(2 * x), torch.nn.Identity(), record)
+    replayed = [captured(torch.full((4,), float(i))) for i in range(4)][1:]
+    assert [y[0].item() for y in replayed] == [2, 4, 6]
+
+
 def test_each_signature_has_a_graph():
     function, recorded = Doubled(), []
     captured = Captured(function, function.module, lambda work, _: recorded.append(1) or record(work, ()))
