@@ -6,20 +6,23 @@ import json
 import pytest
 import torch
 
+import fastflow
 from fastflow import ops
 from fastflow.nn import GlowLevel, GlowNetwork, GlowStep
 from fastflow.nn.networks import fastest
 from fastflow.nn.networks import glow_network as module
 from fastflow.nn.networks.glow_network import network_args_of
-from tests.support.cases import randomize
+from tests.support.cases import KERNELS, randomize
 
 X = torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(0))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
-def level_of(network, reversible=True, coupling="affine", dtype=torch.float32, channels_last=False, std=0.2):
+def level_of(
+    network, reversible=True, coupling="affine", dtype=torch.float32, channels_last=False, std=0.2, steps=3
+):
     torch.manual_seed(0)
-    level = GlowLevel([GlowStep(8, 5, coupling, network=network) for _ in range(3)], reversible)
+    level = GlowLevel([GlowStep(8, 5, coupling, network=network) for _ in range(steps)], reversible)
     if std:  # as after a first batch
         randomize(level, std)
         for name, flag in level.named_buffers():
@@ -28,14 +31,14 @@ def level_of(network, reversible=True, coupling="affine", dtype=torch.float32, c
     return level.to(dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
 
-def autocast(dtype):
-    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+def autocast(dtype, device="cpu"):
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def results(level, dtype):
+def results(level, dtype, device="cpu"):
     """Output, log-det, input of the inverse, and all gradients, the first one by x."""
-    x = X.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
-    with autocast(dtype):
+    x = X.to(device, torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    with autocast(dtype, device):
         z, log_det = level(x)
         found = [z.detach(), log_det.detach(), level.inverse(z.detach())[0].detach()]
     gradients = torch.autograd.grad(z.square().sum() + log_det.sum(), [x, *level.parameters()])
@@ -68,15 +71,32 @@ def test_it_computes_what_the_plain_network_computes(dtype, reversible, coupling
     assert not fused_calls
     found = results(fused, dtype)
     assert len(fused_calls) == (9 if reversible else 6)  # three in forward, in the inverse, in backward
-    if dtype == torch.bfloat16:
-        exact = results(plain, torch.float32)
-        for ours, theirs, truth in zip(found, expected, exact, strict=True):
+    assert_equal_to_rounding(found, expected, dtype, lambda: results(plain, torch.float32))
+    for gradient, parameter in zip(found[4:], fused.parameters(), strict=True):
+        assert gradient.stride() == parameter.stride()  # or accumulation would copy it
+
+
+def assert_equal_to_rounding(found, expected, dtype, exact):
+    if dtype == torch.bfloat16:  # by the error of the plain network
+        for ours, theirs, truth in zip(found, expected, exact(), strict=True):
             assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + 0.01 * truth.norm()
     else:
         tolerance = 1e-10 if dtype == torch.float64 else 1e-4
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    for gradient, parameter in zip(found[4:], fused.parameters(), strict=True):
-        assert gradient.stride() == parameter.stride()  # or accumulation would copy it
+
+
+@pytest.mark.bodies(*KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_kernels_compute_it_too(dtype, each_backend, fused_calls, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    device = "cuda" if each_backend == "cuda" else "cpu"
+    options = {"channels_last": True, "std": 0.05 if dtype == torch.bfloat16 else 0.2, "steps": 1}
+    plain, fused = (level_of(network, **options).to(device) for network in ("plain", "fused"))
+    with fastflow.backend("reference"):
+        expected = results(plain, dtype, device)
+    found = results(fused, dtype, device)
+    assert len(fused_calls) == 3
+    assert_equal_to_rounding(found, expected, dtype, lambda: results(plain, torch.float32, device))
 
 
 def _dtype(dtype):
