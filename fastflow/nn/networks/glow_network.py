@@ -140,18 +140,19 @@ class GlowNetwork(nn.Sequential):
             return False
         if self.network == "auto" and not self._is_fastest_fused(layers, device, pixels):
             return False
-        kernels = [w.shape[2:] for w in _weights(layers)]
-        return kernels == [(3, 3), (1, 1), (3, 3)] and not any(map(has_hooks, layers))
+        kernels = [layer.conv.kernel_size for layer in layers[:3:2]]
+        return kernels == [(3, 3), (1, 1)] and not any(map(has_hooks, layers))
 
     def _is_fastest_fused(self, layers: Sequence[nn.Module], device: torch.device, pixels: int) -> bool:
         gpu = gpu_name(device)
         if gpu is None:
             return False
-        first, _, last = _weights(layers)
+        # not by the weights: a parametrization computes them at each access
+        first, *_, last = layers
+        channels = first.conv.in_channels, first.actnorm.num_features, last.bias.numel()
         dtype = str(_dtype_of_networks(layers, device)).removeprefix("torch.")
         mode = "training" if self.training else "evaluation"
-        setting = Setting(gpu, dtype, first.shape[1], first.shape[0], last.shape[0], mode)
-        return fastest_way(setting, pixels) == "fused"
+        return fastest_way(Setting(gpu, dtype, *channels, mode), pixels) == "fused"
 
 
 def _is_glow_network(layers: Sequence[nn.Module]) -> bool:
@@ -184,7 +185,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def _dtype_of_networks(layers: Sequence[nn.Module], device: torch.device) -> torch.dtype:
     """The dtype of a network's products: autocast's, which leaves float64 as it is, or its weights'."""
-    own = layers[0].conv.weight.dtype
+    own = layers[-1].weight.dtype
     return own if own == torch.float64 else _autocast_dtype(device) or own
 
 
