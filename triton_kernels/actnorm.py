@@ -11,14 +11,16 @@ from torch import Tensor
 
 from fastflow.triton_kernels.tiles import (
     accumulator,
+    address,
     allocate_output,
+    block_indices,
     finalize,
     launch,
-    offset,
     sum_slots,
     tile_indices,
     tiles,
     unvectorized_size,
+    widened,
     with_position_stride,
 )
 
@@ -29,21 +31,21 @@ def actnorm_kernel(
     x_n, x_k, x_p, y_n, y_k, y_p,
     INVERSE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, K, P];  log_scale, bias: [K];  log_det: [N]
     DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
     DIM_Y: tl.constexpr = CONTIGUOUS_DIMS[1]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     block = tl.program_id(0) % blocks
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    k, p = tile_indices(block, K, TILE_K, TILE_P)
+    k, p = tile_indices(block, K, TILE_K, TILE_P, WIDE)
     mask = (k < K) & (p < P)
-    b_x = tl.load(x + offset(n, k, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-    b_s = tl.load(log_scale + k * stride_log_scale, mask=k < K, other=0.0).to(ACC)
-    b_b = tl.load(bias + k * stride_bias, mask=k < K, other=0.0).to(ACC)
+    b_x = tl.load(address(x, n, k, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+    b_s = tl.load(log_scale + k.to(tl.int64) * stride_log_scale, mask=k < K, other=0.0).to(ACC)
+    b_b = tl.load(bias + k.to(tl.int64) * stride_bias, mask=k < K, other=0.0).to(ACC)
     b_y = b_x * tl.exp(-b_s) - b_b if INVERSE else (b_x + b_b) * tl.exp(b_s)
-    tl.store(y + offset(n, k, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
+    tl.store(address(y, n, k, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
     # the first program of a sample, or of a block of vectors, also writes the log-det
     if (block == 0) | (VECTORS & (block % tl.cdiv(K, TILE_K) == 0)):
         total = tl.zeros([TILE_K], ACC)
@@ -66,7 +68,7 @@ def actnorm_backward_kernel(
     x_n, x_k, x_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p, x_out_n, x_out_k, x_out_p,
     INVERSE: tl.constexpr, FROM_OUTPUT: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # x, dy, dx, x_out: [N, K, P];  slots: [programs / k_blocks, 2, K], of dlog_scale and dbias
     # FROM_OUTPUT: x is the forward direction's y, and its input is written to x_out
@@ -74,25 +76,25 @@ def actnorm_backward_kernel(
     DIM_DY: tl.constexpr = CONTIGUOUS_DIMS[1]
     DIM_DX: tl.constexpr = CONTIGUOUS_DIMS[2]
     DIM_X_OUT: tl.constexpr = CONTIGUOUS_DIMS[3]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     k = k_block * TILE_K + tl.arange(0, TILE_K)
-    b_s = tl.load(log_scale + k * stride_log_scale, mask=k < K, other=0.0).to(ACC)[:, None]
-    b_b = tl.load(bias + k * stride_bias, mask=k < K, other=0.0).to(ACC)[:, None]
+    b_s = tl.load(log_scale + k.to(tl.int64) * stride_log_scale, mask=k < K, other=0.0).to(ACC)[:, None]
+    b_b = tl.load(bias + k.to(tl.int64) * stride_bias, mask=k < K, other=0.0).to(ACC)[:, None]
     b_dlog_scale = tl.zeros([TILE_K, TILE_P], ACC)
     b_dbias = tl.zeros([TILE_K, TILE_P], ACC)
-    first = slot.to(tl.int64) * tiles_per_program
+    first = widened(slot, WIDE) * tiles_per_program
     for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
-        n = position_block // p_blocks
-        k_x, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+        n = (position_block // p_blocks).to(tl.int64)
+        k_x, p = block_indices(k_block, position_block % p_blocks, TILE_K, TILE_P, WIDE)
         mask = (k_x < K) & (p < P)
-        b_x = tl.load(x + offset(n, k_x, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_x = tl.load(address(x, n, k_x, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         b_dy = tl.load(
-            dy + offset(n, k_x, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0
+            address(dy, n, k_x, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0
         ).to(ACC)
         if VECTORS:
-            b_dlog_det = tl.load(dlog_det + p * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
+            b_dlog_det = tl.load(dlog_det + p.to(tl.int64) * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
         else:
             b_dlog_det = tl.load(dlog_det + n * stride_dlog_det).to(ACC)
         if INVERSE:
@@ -106,12 +108,12 @@ def actnorm_backward_kernel(
             b_dlog_scale += tl.where(mask, b_dx * b_shifted + b_dlog_det, 0.0)
             b_dbias += tl.where(mask, b_dx, 0.0)
         tl.store(
-            dx + offset(n, k_x, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P),
+            address(dx, n, k_x, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P),
             b_dx.to(dx.dtype.element_ty),
             mask=mask,
         )
         if FROM_OUTPUT:
-            at_x_out = x_out + offset(n, k_x, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
+            at_x_out = address(x_out, n, k_x, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, (b_shifted - b_b).to(x_out.dtype.element_ty), mask=mask)
     row = slots + slot.to(tl.int64) * (2 * K)
     tl.store(row + k, tl.sum(b_dlog_scale, 1), mask=k < K)
@@ -123,22 +125,24 @@ def actnorm_statistics_kernel(
     x, slots, position_blocks, K, P, tiles_per_program, x_n, x_k, x_p, ACC: tl.constexpr,
     CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # x: [N, K, P];  slots: [programs / k_blocks, 3, K], of count, mean and sum of squared deviations
     DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     k = k_block * TILE_K + tl.arange(0, TILE_K)
     count = tl.zeros([TILE_K], ACC)
     mean = tl.zeros([TILE_K], ACC)
     squares = tl.zeros([TILE_K], ACC)
-    first = slot.to(tl.int64) * tiles_per_program
+    first = widened(slot, WIDE) * tiles_per_program
     for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
-        k_x, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+        k_x, p = block_indices(k_block, position_block % p_blocks, TILE_K, TILE_P, WIDE)
         mask = (k_x < K) & (p < P)
-        at_x = x + offset(position_block // p_blocks, k_x, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P)
+        at_x = address(
+            x, (position_block // p_blocks).to(tl.int64), k_x, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P
+        )
         b_x = tl.load(at_x, mask=mask, other=0.0).to(ACC)
         # mean and squares of a tile, then merged (Chan et al., 1983): E[x^2] - E[x]^2 would cancel
         tile_count = tl.sum(tl.where(p < P, 1.0, 0.0)).to(ACC)

@@ -21,15 +21,17 @@ from torch import Tensor
 
 from fastflow.triton_kernels.tiles import (
     accumulator,
+    address,
     allocate_output,
+    block_indices,
     finalize,
     launch,
-    offset,
     sum_parts,
     sum_slots,
     tile_indices,
     tiles,
     unvectorized_size,
+    widened,
     with_position_stride,
 )
 
@@ -125,19 +127,19 @@ def load_h(
     """(shift, raw scale, factor) of a tile; masked values are 0, because tanh or exp of them may overflow."""
     k_t, k_raw = h_channels(k, K, SCALE, H_ORDER)
     b_t = tl.load(
-        h + offset(n, k_t, p, h_n, h_k, h_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
+        address(h, n, k_t, p, h_n, h_k, h_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
     ).to(ACC)
     b_raw = b_t
     if SCALE != "none":
         b_raw = tl.load(
-            h + offset(n, k_raw, p, h_n, h_k, h_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
+            address(h, n, k_raw, p, h_n, h_k, h_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
         ).to(ACC)
     if MASK == "checkerboard":
         b_t = tl.where(active, b_t, 0.0)
         b_raw = tl.where(active, b_raw, 0.0)
     b_f = tl.full([1, 1], 1.0, ACC)
     if SCALE == "soft_clamp" or SCALE == "tanh":
-        b_f = tl.load(factor + k * stride_factor, mask=k < K, other=1.0).to(ACC)
+        b_f = tl.load(factor + k.to(tl.int64) * stride_factor, mask=k < K, other=1.0).to(ACC)
     return b_t, b_raw, b_f
 
 
@@ -149,27 +151,27 @@ def affine_coupling_kernel(
     INVERSE: tl.constexpr,
     PARITY: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, 2K, P] (checkerboard [N, K, P]);  h: [N, 2K, P] (additive [N, K, P])
     # factor: [K];  log_det: [N, split]
     DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
     DIM_H: tl.constexpr = CONTIGUOUS_DIMS[1]
     DIM_Y: tl.constexpr = CONTIGUOUS_DIMS[2]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     total = tl.zeros([TILE_K, TILE_P], ACC)
     for i in range(tiles_per_program):
-        k, p = tile_indices(part * tiles_per_program + i, K, TILE_K, TILE_P)
+        k, p = tile_indices(part * tiles_per_program + i, K, TILE_K, TILE_P, WIDE)
         mask = (k < K) & (p < P)
         k_v = k + K if MASK == "halves" and not FLIP else k  # the transformed half
         k_pass = k + K if FLIP else k  # the other half
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
-        b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0)
+        b_x = tl.load(address(x, n, k_v, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
             b_pass = tl.load(
-                x + offset(n, k_pass, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0
+                address(x, n, k_pass, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0
             )
         b_t, b_raw, b_f = load_h(
             h,
@@ -206,12 +208,12 @@ def affine_coupling_kernel(
                 b_y = b_v * b_s + b_t if ORDER == "scale_first" else (b_v + b_t) * b_s
             total += b_log_s
         tl.store(
-            y + offset(n, k_v, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask
+            address(y, n, k_v, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask
         )
         if MASK == "halves":
-            tl.store(y + offset(n, k_pass, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_pass, mask=mask)
+            tl.store(address(y, n, k_pass, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_pass, mask=mask)
     if VECTORS:
-        p = part.to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
+        p = widened(part, WIDE) * TILE_P + tl.arange(0, TILE_P)
         tl.store(log_det + p, tl.sum(total, 0), mask=p < P)
     else:
         tl.store(log_det + tl.program_id(0), tl.sum(total))
@@ -227,7 +229,7 @@ def affine_coupling_backward_kernel(
     INVERSE: tl.constexpr,
     FROM_OUTPUT: tl.constexpr, PARITY: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # x, dy, x_out, dx: [N, 2K, P] (checkerboard [N, K, P]);  h, dh: [N, 2K, P] (additive [N, K, P])
     # dfactor: [programs / k_blocks, K]
@@ -238,29 +240,29 @@ def affine_coupling_backward_kernel(
     DIM_DX: tl.constexpr = CONTIGUOUS_DIMS[3]
     DIM_DH: tl.constexpr = CONTIGUOUS_DIMS[4]
     DIM_X_OUT: tl.constexpr = CONTIGUOUS_DIMS[5]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     b_dfactor = tl.zeros([TILE_K, TILE_P], ACC)
-    first = slot.to(tl.int64) * tiles_per_program
+    first = widened(slot, WIDE) * tiles_per_program
     for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
-        n = position_block // p_blocks
-        k, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+        n = (position_block // p_blocks).to(tl.int64)
+        k, p = block_indices(k_block, position_block % p_blocks, TILE_K, TILE_P, WIDE)
         mask = (k < K) & (p < P)
         k_v = k + K if MASK == "halves" and not FLIP else k
         k_pass = k + K if FLIP else k
         active = transformed(k, p, W, H, PARITY, FLIP) if MASK == "checkerboard" else mask
         if SCALE != "none" or FROM_OUTPUT:  # the gradient of an additive coupling needs neither x nor h
-            b_x = tl.load(x + offset(n, k_v, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0)
+            b_x = tl.load(address(x, n, k_v, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0)
             b_v = b_x.to(ACC)
-        b_dy = tl.load(dy + offset(n, k_v, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0)
+        b_dy = tl.load(address(dy, n, k_v, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0)
         if MASK == "halves":
             b_dy_pass = tl.load(
-                dy + offset(n, k_pass, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0
+                address(dy, n, k_pass, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0
             )
             if FROM_OUTPUT:
                 b_x_pass = tl.load(
-                    x + offset(n, k_pass, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0
+                    address(x, n, k_pass, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0
                 )
         if SCALE != "none" or FROM_OUTPUT:
             b_t, b_raw, b_f = load_h(
@@ -293,7 +295,7 @@ def affine_coupling_backward_kernel(
             b_dt = -b_g if INVERSE else b_g
         else:
             if VECTORS:
-                b_dl = tl.load(dlog_det + p * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
+                b_dl = tl.load(dlog_det + p.to(tl.int64) * stride_dlog_det, mask=p < P, other=0.0).to(ACC)
             else:
                 b_dl = tl.load(dlog_det + n * stride_dlog_det).to(ACC)
             b_log_s = log_scale_of(b_raw, b_f, SCALE)
@@ -318,29 +320,29 @@ def affine_coupling_backward_kernel(
             b_draw, b_df = log_scale_vjp(b_dlog_s, b_raw, b_f, SCALE)
             b_dfactor += b_df
             tl.store(
-                dh + offset(n, k_raw, p, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P),
+                address(dh, n, k_raw, p, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P),
                 b_draw.to(dh.dtype.element_ty),
                 mask=mask,
             )
         if MASK == "checkerboard":
             b_dt = tl.where(active, b_dt, 0.0)
         tl.store(
-            dh + offset(n, k_t, p, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P),
+            address(dh, n, k_t, p, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P),
             b_dt.to(dh.dtype.element_ty),
             mask=mask,
         )
         tl.store(
-            dx + offset(n, k_v, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P),
+            address(dx, n, k_v, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P),
             b_dv.to(dx.dtype.element_ty),
             mask=mask,
         )
         if FROM_OUTPUT:
-            at_x_out = x_out + offset(n, k_v, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
+            at_x_out = address(x_out, n, k_v, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
             tl.store(at_x_out, b_v.to(x_out.dtype.element_ty), mask=mask)
         if MASK == "halves":
-            tl.store(dx + offset(n, k_pass, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P), b_dy_pass, mask=mask)
+            tl.store(address(dx, n, k_pass, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P), b_dy_pass, mask=mask)
             if FROM_OUTPUT:
-                at_pass = x_out + offset(n, k_pass, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
+                at_pass = address(x_out, n, k_pass, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
                 tl.store(at_pass, b_x_pass, mask=mask)
     if SCALE == "soft_clamp" or SCALE == "tanh":
         k = k_block * TILE_K + tl.arange(0, TILE_K)

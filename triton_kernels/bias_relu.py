@@ -9,14 +9,16 @@ from torch import Tensor
 
 from fastflow.triton_kernels.tiles import (
     accumulator,
+    address,
     allocate_output,
+    block_indices,
     finalize,
     launch,
-    offset,
     sum_slots,
     tile_indices,
     tiles,
     unvectorized_size,
+    widened,
     with_position_stride,
 )
 
@@ -26,22 +28,22 @@ def bias_relu_kernel(
     x, bias, log_scale, y, K, P, blocks, stride_bias, stride_log_scale, x_n, x_k, x_p, y_n, y_k, y_p,
     SCALED: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # x, y: [N, K, P], y may be x;  bias, log_scale: [K]
     DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
     DIM_Y: tl.constexpr = CONTIGUOUS_DIMS[1]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    k, p = tile_indices(tl.program_id(0) % blocks, K, TILE_K, TILE_P)
+    k, p = tile_indices(tl.program_id(0) % blocks, K, TILE_K, TILE_P, WIDE)
     mask = (k < K) & (p < P)
-    b_x = tl.load(x + offset(n, k, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
-    b_y = b_x + tl.load(bias + k * stride_bias, mask=k < K, other=0.0).to(ACC)
+    b_x = tl.load(address(x, n, k, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+    b_y = b_x + tl.load(bias + k.to(tl.int64) * stride_bias, mask=k < K, other=0.0).to(ACC)
     if SCALED:
-        b_y *= tl.exp(tl.load(log_scale + k * stride_log_scale, mask=k < K, other=0.0).to(ACC))
+        b_y *= tl.exp(tl.load(log_scale + k.to(tl.int64) * stride_log_scale, mask=k < K, other=0.0).to(ACC))
     if RELU:
         b_y = tl.where(b_y < 0, 0.0, b_y)  # keeps NaN
-    tl.store(y + offset(n, k, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
+    tl.store(address(y, n, k, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["position_blocks"])
@@ -50,27 +52,29 @@ def bias_relu_backward_kernel(
     y_n, y_k, y_p, dy_n, dy_k, dy_p, dx_n, dx_k, dx_p,
     SCALED: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # y, dy, dx: [N, K, P];  slots: [programs / k_blocks, 1 or 2, K], of dbias and, if SCALED, dlog_scale
     DIM_Y: tl.constexpr = CONTIGUOUS_DIMS[0]
     DIM_DY: tl.constexpr = CONTIGUOUS_DIMS[1]
     DIM_DX: tl.constexpr = CONTIGUOUS_DIMS[2]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     k = k_block * TILE_K + tl.arange(0, TILE_K)
     b_dbias = tl.zeros([TILE_K, TILE_P], ACC)
     b_dlog_scale = tl.zeros([TILE_K, TILE_P], ACC)
     if SCALED:
-        b_scale = tl.exp(tl.load(log_scale + k * stride_log_scale, mask=k < K, other=0.0).to(ACC))[:, None]
-    first = slot.to(tl.int64) * tiles_per_program
+        b_scale = tl.exp(
+            tl.load(log_scale + k.to(tl.int64) * stride_log_scale, mask=k < K, other=0.0).to(ACC)
+        )[:, None]
+    first = widened(slot, WIDE) * tiles_per_program
     for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
-        n = position_block // p_blocks
-        k_y, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+        n = (position_block // p_blocks).to(tl.int64)
+        k_y, p = block_indices(k_block, position_block % p_blocks, TILE_K, TILE_P, WIDE)
         mask = (k_y < K) & (p < P)
-        b_y = tl.load(y + offset(n, k_y, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), mask=mask, other=0.0)
-        b_dy = tl.load(dy + offset(n, k_y, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0)
+        b_y = tl.load(address(y, n, k_y, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), mask=mask, other=0.0)
+        b_dy = tl.load(address(dy, n, k_y, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0)
         b_dx = b_dy.to(ACC)
         if RELU:
             b_dx = tl.where(b_y.to(ACC) <= 0, 0.0, b_dx)
@@ -79,7 +83,7 @@ def bias_relu_backward_kernel(
             b_dx *= b_scale
         b_dbias += b_dx
         tl.store(
-            dx + offset(n, k_y, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P),
+            address(dx, n, k_y, p, dx_n, dx_k, dx_p, DIM_DX, VEC_K, VEC_P),
             b_dx.to(dx.dtype.element_ty),
             mask=mask,
         )

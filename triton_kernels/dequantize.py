@@ -156,7 +156,7 @@ def dequantize_kernel(
     TILE_B: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     # x, noise: [N, C, H, W];  y: the same, or squeezed;  log_det: [N, split], without a logit [N]
-    C, W = C * VEC_C, unvectorized_size(W, VEC_W) if WIDE else W * VEC_W
+    C, W = C * VEC_C, unvectorized_size(W, VEC_W, WIDE)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     total = tl.zeros([TILE_B * 8, TILE_C] if MODE == "channels" else [TILE_B, 8], ACC)
@@ -206,7 +206,7 @@ def dequantize_backward_kernel(
     TILE_B: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     # x, noise, dnoise: [N, C, H, W];  dy: the same, or squeezed;  dlog_det: [N]
-    C, W = C * VEC_C, unvectorized_size(W, VEC_W) if WIDE else W * VEC_W
+    C, W = C * VEC_C, unvectorized_size(W, VEC_W, WIDE)
     t = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     _, c, i, j, mask = tile_coordinates(t, C, H, W, 8, MODE, LINE, WIDE, TILE_B, TILE_C)
@@ -244,7 +244,7 @@ def dequantize_inverse_kernel(
     TILE_B: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     # x: [N, C, H, W], written;  y: the same, or squeezed;  log_det: [N, split], without a logit [N]
-    C, W = C * VEC_C, unvectorized_size(W, VEC_W) if WIDE else W * VEC_W
+    C, W = C * VEC_C, unvectorized_size(W, VEC_W, WIDE)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     total = tl.zeros([TILE_B * 8, TILE_C] if MODE == "channels" else [TILE_B, 8], ACC)

@@ -15,16 +15,18 @@ from torch import Tensor
 from fastflow.triton_kernels.noise import BLOCKS, normal
 from fastflow.triton_kernels.tiles import (
     accumulator,
+    address,
     allocate_output,
+    block_indices,
     finalize,
     launch,
-    offset,
     strides,
     sum_parts,
     sum_slots,
     tile_indices,
     tiles,
     unvectorized_size,
+    widened,
     with_position_stride,
 )
 
@@ -38,10 +40,10 @@ def load_parameter(
     """Mean or log scale of a tile: per element, per channel (with stride v_k), or 0."""
     if KIND == "full":
         return tl.load(
-            v + offset(n, k, p, v_n, v_k, v_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
+            address(v, n, k, p, v_n, v_k, v_p, CONTIGUOUS_DIM, VEC_K, VEC_P), mask=mask, other=0.0
         ).to(ACC)
     elif KIND == "channel":
-        return tl.load(v + k * v_k, mask=k < K, other=0.0).to(ACC)
+        return tl.load(v + k.to(tl.int64) * v_k, mask=k < K, other=0.0).to(ACC)
     else:
         return tl.zeros([1, 1], ACC)
 
@@ -52,13 +54,13 @@ def gaussian_log_prob_kernel(
     z_n, z_k, z_p, mean_n, mean_k, mean_p, log_scale_n, log_scale_k, log_scale_p,
     MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # z: [N, K, P];  mean, log_scale: [N, K, P], [K] or none;  log_prob: [N, split]
     DIM_Z: tl.constexpr = CONTIGUOUS_DIMS[0]
     DIM_MEAN: tl.constexpr = CONTIGUOUS_DIMS[1]
     DIM_LOG_SCALE: tl.constexpr = CONTIGUOUS_DIMS[2]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     part = tl.program_id(0) % split
     n = (tl.program_id(0) // split).to(tl.int64)
     if MEAN == "channel":
@@ -67,9 +69,9 @@ def gaussian_log_prob_kernel(
         log_scale_k = stride_log_scale
     total = tl.zeros([TILE_K, TILE_P], ACC)
     for i in range(tiles_per_program):
-        k, p = tile_indices(part * tiles_per_program + i, K, TILE_K, TILE_P)
+        k, p = tile_indices(part * tiles_per_program + i, K, TILE_K, TILE_P, WIDE)
         mask = (k < K) & (p < P)
-        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, DIM_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_z = tl.load(address(z, n, k, p, z_n, z_k, z_p, DIM_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         b_m = load_parameter(
             mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, DIM_MEAN, VEC_K, VEC_P
         )
@@ -94,7 +96,7 @@ def gaussian_log_prob_kernel(
             b_e = b_e * tl.exp(-b_s)
         total += tl.where(mask, -0.5 * (b_e * b_e + 1.8378770664093453) - b_s, 0.0)  # log 2 pi
     if VECTORS:
-        p = part.to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
+        p = widened(part, WIDE) * TILE_P + tl.arange(0, TILE_P)
         tl.store(log_prob + p, tl.sum(total, 0), mask=p < P)
     else:
         tl.store(log_prob + tl.program_id(0), tl.sum(total))
@@ -108,7 +110,7 @@ def gaussian_log_prob_backward_kernel(
     dz_n, dz_k, dz_p, dmean_n, dmean_k, dmean_p, dlog_scale_n, dlog_scale_k, dlog_scale_p,
     MEAN: tl.constexpr, LOG_SCALE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
-    VECTORS: tl.constexpr,
+    VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     # z, dz: [N, K, P];  mean, log_scale and their gradients: [N, K, P], [K] or none
     # slots: [programs / k_blocks, number of parameters of shape [K], K]
@@ -118,7 +120,7 @@ def gaussian_log_prob_backward_kernel(
     DIM_DZ: tl.constexpr = CONTIGUOUS_DIMS[3]
     DIM_DMEAN: tl.constexpr = CONTIGUOUS_DIMS[4]
     DIM_DLOG_SCALE: tl.constexpr = CONTIGUOUS_DIMS[5]
-    K, P = K * VEC_K, unvectorized_size(P, VEC_P)
+    K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
     slot, k_block = tl.program_id(0) // k_blocks, tl.program_id(0) % k_blocks
     if MEAN == "channel":
@@ -127,12 +129,12 @@ def gaussian_log_prob_backward_kernel(
         log_scale_k = stride_log_scale
     b_dmean = tl.zeros([TILE_K, TILE_P], ACC)
     b_dlog_scale = tl.zeros([TILE_K, TILE_P], ACC)
-    first = slot.to(tl.int64) * tiles_per_program
+    first = widened(slot, WIDE) * tiles_per_program
     for position_block in range(first, tl.minimum(first + tiles_per_program, position_blocks)):
-        n = position_block // p_blocks
-        k, p = tile_indices((position_block % p_blocks) * k_blocks + k_block, K, TILE_K, TILE_P)
+        n = (position_block // p_blocks).to(tl.int64)
+        k, p = block_indices(k_block, position_block % p_blocks, TILE_K, TILE_P, WIDE)
         mask = (k < K) & (p < P)
-        b_z = tl.load(z + offset(n, k, p, z_n, z_k, z_p, DIM_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
+        b_z = tl.load(address(z, n, k, p, z_n, z_k, z_p, DIM_Z, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         b_m = load_parameter(
             mean, n, k, p, K, mask, mean_n, mean_k, mean_p, MEAN, ACC, DIM_MEAN, VEC_K, VEC_P
         )
@@ -153,7 +155,7 @@ def gaussian_log_prob_backward_kernel(
             VEC_P,
         )
         if VECTORS:
-            b_g = tl.load(dlog_prob + p * stride_dlog_prob, mask=p < P, other=0.0).to(ACC)
+            b_g = tl.load(dlog_prob + p.to(tl.int64) * stride_dlog_prob, mask=p < P, other=0.0).to(ACC)
         else:
             b_g = tl.load(dlog_prob + n * stride_dlog_prob).to(ACC)
         b_e = b_z - b_m
@@ -162,18 +164,18 @@ def gaussian_log_prob_backward_kernel(
             b_r = tl.exp(-b_s)
             b_ge = b_ge * b_r * b_r
         tl.store(
-            dz + offset(n, k, p, dz_n, dz_k, dz_p, DIM_DZ, VEC_K, VEC_P),
+            address(dz, n, k, p, dz_n, dz_k, dz_p, DIM_DZ, VEC_K, VEC_P),
             (-b_ge).to(dz.dtype.element_ty),
             mask=mask,
         )
         if MEAN == "full":
-            at_dmean = dmean + offset(n, k, p, dmean_n, dmean_k, dmean_p, DIM_DMEAN, VEC_K, VEC_P)
+            at_dmean = address(dmean, n, k, p, dmean_n, dmean_k, dmean_p, DIM_DMEAN, VEC_K, VEC_P)
             tl.store(at_dmean, b_ge.to(dmean.dtype.element_ty), mask=mask)
         elif MEAN == "channel":
             b_dmean += tl.where(mask, b_ge, 0.0)
         if LOG_SCALE == "full":
-            at_dlog_scale = dlog_scale + offset(
-                n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, DIM_DLOG_SCALE, VEC_K, VEC_P
+            at_dlog_scale = address(
+                dlog_scale, n, k, p, dlog_scale_n, dlog_scale_k, dlog_scale_p, DIM_DLOG_SCALE, VEC_K, VEC_P
             )
             tl.store(at_dlog_scale, (b_ge * b_e - b_g).to(dlog_scale.dtype.element_ty), mask=mask)
         elif LOG_SCALE == "channel":
@@ -197,7 +199,7 @@ def load_sample_parameter(
         at = n * v_n + (e if FLAT else k * v_k + p * v_p)
         return tl.load(v + at, mask=mask, other=0.0).to(ACC)
     else:
-        return tl.load(v + k * v_k, mask=mask, other=0.0).to(ACC)
+        return tl.load(v + k.to(tl.int64) * v_k, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit(do_not_specialize=["sample_offset", "programs_each"])

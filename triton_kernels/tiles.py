@@ -142,6 +142,8 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
         tiles_per_program = -(-blocks // min(-(-blocks // TILES_PER_PROGRAM), -(-PROGRAMS // max(n, 1))))
         split = -(-blocks // tiles_per_program)
     per_thread = ELEMENTS_PER_THREAD * 4 // max(itemsize, 4)
+    # largest offset in a sample, of both halves of the channels, with idle lanes of the last tile
+    extent = max(2 * k_blocks * tile_k * s.channel + p_blocks * tile_p * max(s.position, 1) for s in layouts)
     return Tiles(
         samples=n,
         position_blocks=n * p_blocks,
@@ -159,6 +161,7 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
             "TILE_K": tile_k,
             "TILE_P": tile_p,
             "VECTORS": vectors,
+            "WIDE": n * p_blocks >= 2**30 or extent >= 2**31,
         },
     )
 
@@ -180,7 +183,8 @@ def launch(kernel, programs: int, *args, warps: int, **constants) -> None:
 
 
 @triton.jit
-def offset(
+def address(
+    x,
     n,
     k,
     p,
@@ -191,28 +195,43 @@ def offset(
     VEC_K: tl.constexpr,
     VEC_P: tl.constexpr,
 ):
-    """Offset of element (n, k, p). Strides are in vectors, so that the compiler knows their divisibility."""
+    """Address of element (n, k, p) of x. The offset in a sample has the bits of k and p.
+
+    Strides are in vectors, so that the compiler knows their divisibility.
+    """
     if CONTIGUOUS_DIM == "positions":
-        return n * stride_n * VEC_P + k * stride_k * VEC_P + p
+        return x + n * stride_n * VEC_P + (k * stride_k * VEC_P + p)
     elif CONTIGUOUS_DIM == "channels":
-        return n * stride_n * VEC_K + p * stride_p * VEC_K + k
+        return x + n * stride_n * VEC_K + (p * stride_p * VEC_K + k)
     else:
-        return n * stride_n + k * stride_k + p * stride_p
+        return x + n * stride_n + (k * stride_k + p * stride_p)
 
 
 @triton.jit
-def unvectorized_size(size, VEC: tl.constexpr):
-    """Elements of a size in vectors, in 64 bits: the number of vectors may fit 32 bits when this does not."""
-    return tl.cast(size, tl.int64) * VEC
+def unvectorized_size(size, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """Elements of a size in vectors. If WIDE, in 64 bits: the number of vectors may fit 32 when this does not."""
+    return tl.cast(size, tl.int64) * VEC if WIDE else size * VEC
 
 
 @triton.jit
-def tile_indices(block, K, TILE_K: tl.constexpr, TILE_P: tl.constexpr):
-    """Channels ``[TILE_K, 1]`` and positions ``[1, TILE_P]`` of a tile of a sample, in 64 bits."""
+def widened(i, WIDE: tl.constexpr):
+    """``i``, in 64 bits if WIDE."""
+    return tl.cast(i, tl.int64) if WIDE else i
+
+
+@triton.jit
+def tile_indices(block, K, TILE_K: tl.constexpr, TILE_P: tl.constexpr, WIDE: tl.constexpr):
+    """Channels ``[TILE_K, 1]`` and positions ``[1, TILE_P]`` of a tile of a sample."""
     k_blocks = tl.cdiv(K, TILE_K)
-    k = (block % k_blocks) * TILE_K + tl.arange(0, TILE_K)
-    p = (block // k_blocks).to(tl.int64) * TILE_P + tl.arange(0, TILE_P)
-    return k[:, None].to(tl.int64), p[None, :]
+    return block_indices(block % k_blocks, block // k_blocks, TILE_K, TILE_P, WIDE)
+
+
+@triton.jit
+def block_indices(k_block, p_block, TILE_K: tl.constexpr, TILE_P: tl.constexpr, WIDE: tl.constexpr):
+    """Channels ``[TILE_K, 1]`` and positions ``[1, TILE_P]`` of a block of each; in 64 bits if WIDE, else 32."""
+    k = widened(k_block, WIDE) * TILE_K + tl.arange(0, TILE_K)
+    p = widened(p_block, WIDE) * TILE_P + tl.arange(0, TILE_P)
+    return k[:, None], p[None, :]
 
 
 @triton.jit(do_not_specialize=["slot_count"])

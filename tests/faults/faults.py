@@ -294,6 +294,13 @@ TRITON = [
         "tests/ops/test_tiles.py " + op(f"{INTERPRETER} or test_tiles", "actnorm", also="large"),
     ),
     Fault(
+        "offsets in a sample have 32 bits at any distance",
+        "triton_kernels/tiles.py",
+        "n * p_blocks >= 2**30 or extent >= 2**31",
+        "n * p_blocks >= 2**30",
+        "tests/ops/test_tiles.py",
+    ),
+    Fault(
         "width of vectors ignores the number of channels",
         "triton_kernels/tiles.py",
         "vec_k = math.gcd(16, k, *",
