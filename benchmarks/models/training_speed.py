@@ -6,8 +6,9 @@ The step is the one of ``fastflow train``: batch in, forward, backward, clipping
 PyTorch (benchmarks/models/plain_glow.py) with torch's optimizer and clipping, eager and compiled. FastFlow
 starts with stored activations; it folds ActNorm into the convolutions and makes the LU weights of a level
 at once. Then options are turned on, each in addition to the previous ones: channels_last, bfloat16
-networks, compiled networks, the step captured in a CUDA graph, reversible backprop. Plain PyTorch and the
-trainer's default are measured at other batches too.
+networks, compiled networks, the step captured in a CUDA graph, reversible backprop, each coupling network as
+one op instead of compiled networks (on a GPU). Plain PyTorch and the trainer's default are measured at other
+batches too.
 
 A way whose losses in the first steps differ from plain PyTorch's has no row, nor has one that is out of
 memory or cannot be captured. Without plain PyTorch no way of that shape has a row. The most important ways
@@ -47,7 +48,8 @@ from fastflow.trainer.step import Step
 SIZES = (32, 3, 8, 128), (16, 4, 64), (16,)
 ON_A_GPU = (32, 3, 32, 512), (512, 128, 32), (512, 64)
 QUICK = (8, 2, 2, 8), (4, 2, 8), (4,)
-IN_TURN = ("channels_last", "bf16", "compile", "graph", "reversible")
+IN_TURN = ("channels_last", "bf16", "compile", "graph", "reversible", "fused")
+ON_GPUS = ("graph", "fused")
 DEFAULT = {"cpu": ("channels_last",), "cuda": ("channels_last", "bf16", "graph")}
 COMPILED, IS_DEFAULT = "torch.compile of plain", "the trainer's default here"
 LEARNING_RATE, CLIP = 1e-4, 100.0
@@ -70,10 +72,12 @@ def batch_of(row: dict) -> int:
     return int(row["size"].split(" batch ")[1])
 
 
-def build(shape: tuple, device: str, reversible: bool = False) -> Glow:
+def build(shape: tuple, device: str, reversible: bool = False, network: str = "auto") -> Glow:
     side, levels, steps, hidden, _ = shape
     torch.manual_seed(0)
-    model = Glow((3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=reversible).to(device)
+    model = Glow(
+        (3, side, side), levels=levels, steps=steps, hidden=hidden, reversible=reversible, network=network
+    ).to(device)
     model.initialize(batches(shape, 1, device)[0], seed=0)
     return model.train()
 
@@ -105,7 +109,7 @@ def plain(shape: tuple, device: str, compiled: bool):
 
 
 def ours(shape: tuple, device: str, on: set[str]):
-    model = build(shape, device, "reversible" in on)
+    model = build(shape, device, "reversible" in on, "fused" if "fused" in on else "auto")
     if "channels_last" in on:
         model.to(memory_format=torch.channels_last)
     if "compile" in on:
@@ -135,9 +139,11 @@ def ways(shape: tuple, device: str, compiled: bool) -> dict[str, set[str] | None
     found: dict[str, set[str] | None] = {"plain": None, f"{', '.join(on)}: {IS_DEFAULT}": set(on)}
     found["fastflow, stored activations"] = on = set()
     for name in IN_TURN:
-        if (name == "graph" and device == "cpu") or (name == "compile" and not compiled):
+        if (name in ON_GPUS and device == "cpu") or (name == "compile" and not compiled):
             continue
         on = on | {name}
+        if name == "fused":  # a compiled network is not
+            on = on - {"compile"}
         found[f"+ {name}"] = on
     return found | ({COMPILED: None} if compiled else {})
 

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.models import training_speed
 from benchmarks.tools import harness
+from fastflow import ops
 from fastflow.trainer import activations
 from tests.support.rows import DEVICES, assert_tables, rows_of
 
@@ -28,7 +29,7 @@ def test_training_speed_turns_on_one_after_the_other_and_sweeps_batches(device, 
     expected = [
         f"+ {name}"
         for name in training_speed.IN_TURN
-        if name != "compile" and (name != "graph" or device == "cuda")
+        if name != "compile" and (name not in training_speed.ON_GPUS or device == "cuda")
     ]
     assert [row["way"] for row in rows if row["way"].startswith("+")] == expected
     assert all(
@@ -47,6 +48,20 @@ def test_training_speed_turns_on_one_after_the_other_and_sweeps_batches(device, 
         float(row["images_s"]) > 0 for row in rows_of(tmp_path / "loader.csv")
     )
     assert_tables(training_page, "speed", "loader")
+
+
+def test_networks_as_one_op_are_measured_on_a_gpu_and_train_as_others(monkeypatch):
+    monkeypatch.setattr(training_speed, "default", lambda shape, device: training_speed.DEFAULT[device])
+    every = {"channels_last", "bf16", "graph", "reversible", "fused"}
+    assert training_speed.ways((), "cuda", compiled=True)["+ fused"] == every
+    assert "+ fused" not in training_speed.ways((), "cpu", compiled=True)
+    shape, calls, op = (8, 2, 1, 8, 2), [], ops.glow_network
+    monkeypatch.setattr(ops, "glow_network", lambda *args, **tf32: calls.append(1) or op(*args, **tf32))
+    steps = [training_speed.ours(shape, "cpu", on) for on in ({"fused"}, set())]
+    (x,) = training_speed.batches(shape, 1, "cpu")
+    losses = [[step(x, seed) for seed in range(3)] for step in steps]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(calls) == 2 * (1 + 3)  # two networks; initialization and three steps
 
 
 def test_what_is_worth_most_is_measured_first(monkeypatch):
