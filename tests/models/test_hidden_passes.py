@@ -9,6 +9,7 @@ import torch
 
 import fastflow
 from fastflow.nn import GlowLevel, GlowStep
+from fastflow.ops.registry import OPS
 from tests.support import interpreter
 
 HIDDEN = 512  # of which some kernels compute a part at once
@@ -38,6 +39,7 @@ def test_passes_over_hidden_activations():
 
 
 def test_a_fused_network_keeps_hidden_activations_out_of_memory():
-    """Backward still has them in memory, where it computes them again."""
+    """Backward has them there: it computes them again, for the gradients of the weights."""
     forward, backward = passes("fused")
-    assert forward == 0 and 0 < backward <= 23
+    # in plain PyTorch 23; as kernels that only leave those gradients to matrix products, at most 16
+    assert forward == 0 and 0 < backward <= (16 if "glow_network_backward" in OPS else 23)
