@@ -25,11 +25,11 @@ from fastflow.triton_kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["blocks", "positions"])
+@triton.jit(do_not_specialize=["blocks", "positions", "samples"])
 def actnorm_kernel(
-    x, log_scale, bias, y, log_det, K, P, blocks, positions, stride_log_scale, stride_bias,
+    x, log_scale, bias, y, log_det, K, P, blocks, positions, samples, stride_log_scale, stride_bias,
     x_n, x_k, x_p, y_n, y_k, y_p,
-    INVERSE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
+    INVERSE: tl.constexpr, LOG_DETS: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr,
     VEC_K: tl.constexpr, VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr,
     VECTORS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -46,19 +46,18 @@ def actnorm_kernel(
     b_b = tl.load(bias + k.to(tl.int64) * stride_bias, mask=k < K, other=0.0).to(ACC)
     b_y = b_x * tl.exp(-b_s) - b_b if INVERSE else (b_x + b_b) * tl.exp(b_s)
     tl.store(address(y, n, k, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask)
-    # the first program of a sample, or of a block of vectors, also writes the log-det
-    if (block == 0) | (VECTORS & (block % tl.cdiv(K, TILE_K) == 0)):
+    # the log-det is the same for all samples: each of the first programs writes it for LOG_DETS of them
+    first = tl.program_id(0) * LOG_DETS
+    if first < samples:
         total = tl.zeros([TILE_K], ACC)
         for start in range(0, K, TILE_K):
             c = start + tl.arange(0, TILE_K)
-            total += tl.load(log_scale + c * stride_log_scale, mask=c < K, other=0.0).to(ACC)
+            total += tl.load(log_scale + c.to(tl.int64) * stride_log_scale, mask=c < K, other=0.0).to(ACC)
         b_log_det = tl.sum(total) * positions
         if INVERSE:
             b_log_det = -b_log_det
-        if VECTORS:
-            tl.store(log_det + p, tl.zeros([1, TILE_P], ACC) + b_log_det, mask=p < P)
-        else:
-            tl.store(log_det + n, b_log_det)
+        at = first + tl.arange(0, LOG_DETS)
+        tl.store(log_det + at, tl.zeros([LOG_DETS], ACC) + b_log_det, mask=at < samples)
 
 
 @triton.jit(do_not_specialize=["position_blocks"])
@@ -195,11 +194,12 @@ def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool) -> tuple[
     x = with_position_stride(x)
     t = tiles(x.shape[1], x, out)
     log_det = x.new_empty(x.shape[0], dtype=acc)
+    log_dets = t.constants["TILE_P"] if t.constants["VECTORS"] else 64 * t.warps
     launch(
         actnorm_kernel, t.samples * t.blocks, x, log_scale, bias, out, log_det, *t.sizes, t.blocks, x[0,
-        0].numel(),
-        log_scale.stride(0), bias.stride(0), *t.strides, warps=t.warps, INVERSE=inverse, ACC=triton_acc,
-        **t.constants,
+        0].numel(), x.shape[0],
+        log_scale.stride(0), bias.stride(0), *t.strides, warps=t.warps, INVERSE=inverse, LOG_DETS=log_dets,
+        ACC=triton_acc, **t.constants,
     )  # fmt: skip
     return finalize(y, out), log_det
 

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements per tile: 8 for each of 256 threads. A thread then reads float32 in two 16-byte vectors and half
-# precision in one, with four to six such reads of different tensors in flight. float64 uses half as many,
-# because of its registers.
+# Elements of 4 bytes per tile: 8 for each of 256 threads. A thread then reads two 16-byte vectors of each tensor.
+# Half precision has twice as many elements per tile and thread. float64 has half as many, because of its registers.
 TILE = 2048
+SMALLEST = 512  # elements of a tile that is made smaller so that fewer of its channels are idle
 ELEMENTS_PER_THREAD = 8
 # Programs of a reduction: several per multiprocessor of the largest GPU, few enough that summing their slots
 # is cheap. The number does not depend on the device, so the same input gives the same bits on every device.
@@ -127,13 +127,15 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     vec_p = math.gcd(16, p, *(v for pair in along_p for v in pair)) if along_p else 1
     vec_k = math.gcd(16, k, *(v for pair in along_k for v in pair)) if along_k else 1
     vec = {"positions": vec_p, "channels": vec_k, "none": 1}
-    elements = TILE * 4 // max(itemsize, 4)
+    elements = TILE * 4 // itemsize
     if adjacent[0] == "channels":
         tile_k = block_size(k, elements)
         tile_p = block_size(p, elements // tile_k)
     else:
         tile_p = block_size(p, elements)
         tile_k = block_size(k, elements // tile_p)
+        smaller = (tile_k >> i for i in range(tile_k.bit_length()) if (tile_k >> i) * tile_p >= SMALLEST)
+        tile_k = next((b for b in smaller if -k % b * 8 <= k), tile_k)
     k_blocks, p_blocks = -(-k // tile_k), -(-p // tile_p)
     blocks = k_blocks * p_blocks
     if vectors:
@@ -141,7 +143,7 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     else:
         tiles_per_program = -(-blocks // min(-(-blocks // TILES_PER_PROGRAM), -(-PROGRAMS // max(n, 1))))
         split = -(-blocks // tiles_per_program)
-    per_thread = ELEMENTS_PER_THREAD * 4 // max(itemsize, 4)
+    per_thread = ELEMENTS_PER_THREAD * 4 // itemsize
     # largest offset in a sample, of both halves of the channels, with idle lanes of the last tile
     extent = max(2 * k_blocks * tile_k * s.channel + p_blocks * tile_p * max(s.position, 1) for s in layouts)
     return Tiles(

@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import fastflow
@@ -70,7 +70,7 @@ class Spec:
         for name, value in self._constants().items():
             if (
                 name.startswith(("TILE", "VEC_"))
-                or name in ("IN", "OUT", "HEIGHT", "WIDTH")
+                or name in ("IN", "OUT", "HEIGHT", "WIDTH", "LOG_DETS")
                 or value is None
                 or isinstance(value, (tuple, float, triton.language.dtype))
             ):
@@ -143,8 +143,28 @@ def spec_of(kernel: JITFunction, args: tuple, kwargs: dict) -> Spec:
     )
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What a launch of a kernel processes."""
+
+    programs: int
+    tiles_per_program: int
+    moved: int  # bytes of its batches of images, each once
+    elements: int  # of the first image
+
+
+def launch_of(kernel: JITFunction, grid: tuple[int, ...], args: tuple) -> Launch:
+    images = {t.data_ptr(): t for t in args if isinstance(t, Tensor) and t.ndim == 4}
+    return Launch(
+        programs=math.prod(grid),
+        tiles_per_program=dict(zip(kernel.arg_names, args, strict=False)).get("tiles_per_program", 1),
+        moved=sum(t.numel() * t.element_size() for t in images.values()),
+        elements=next(iter(images.values())).numel() if images else 0,
+    )
+
+
 @contextmanager
-def recording() -> Iterator[dict[Spec, None]]:
+def recording() -> Iterator[dict[Spec, Launch]]:
     """Collects the specs of a block's launches. No kernel runs; outputs hold uninitialized memory."""
     from fastflow.triton_kernels import tiles
 
@@ -152,11 +172,11 @@ def recording() -> Iterator[dict[Spec, None]]:
         raise RuntimeError(
             "TRITON_INTERPRET=1: Triton interprets kernels in this process and compiles none; unset it"
         )
-    specs: dict[Spec, None] = {}
+    specs: dict[Spec, Launch] = {}
     run = JITFunction.run
 
     def record(kernel, *args, grid, warmup, **kwargs):
-        specs[spec_of(kernel, args, kwargs)] = None
+        specs[spec_of(kernel, args, kwargs)] = launch_of(kernel, grid, args)
 
     JITFunction.run, tiles.INTERPRETED = record, True  # otherwise CPU tensors are refused
     try:
@@ -254,7 +274,7 @@ def _pixels(shape: str) -> int:
 
 def recorded() -> list[Spec]:
     """The distinct launches of a Glow L=3 K=1 and of single ops: both layouts, bfloat16 networks."""
-    specs: dict[Spec, None] = {}
+    specs: dict[Spec, Launch] = {}
     for memory_format, network in (
         (torch.contiguous_format, torch.float32),
         (torch.channels_last, torch.float32),
@@ -318,32 +338,47 @@ class Resources:
     product_rows: int  # of the smallest matrix product, 0 if there is none
 
     def occupancy(self, capability: int, warps: int) -> int:
-        """Percent of a multiprocessor's warps that run at once, by registers, shared and tensor memory."""
+        """Percent of a multiprocessor's warps that run at once."""
+        return 100 * self.blocks(capability, warps) * warps // WARPS
+
+    def blocks(self, capability: int, warps: int) -> int:
+        """Thread blocks that a multiprocessor runs at once, by registers, shared and tensor memory."""
         warp_registers = -(-32 * self.registers // 256) * 256
         shared = SHARED[capability] + RESERVED
-        blocks = min(
+        return min(
             REGISTERS // (warp_registers * warps),
             shared // (self.shared + RESERVED),
             WARPS // warps,
             THREAD_BLOCKS,
             TENSOR_MEMORY // max(self.tensor_memory, 1),
         )
-        return 100 * blocks * warps // WARPS
 
 
-def compiled(spec: Spec, capability: int) -> Resources:
+def _compile(spec: Spec, capability: int) -> CompiledKernel:
     source = ASTSource(
         spec.function(),
         signature=dict(spec.signature),
         constexprs=dict(spec.constexprs),
         attrs={path: [list(v) for v in values] for path, values in spec.attrs},
     )
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(spec.options))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(spec.options))
+
+
+def cuobjdump(option: str, kernel: CompiledKernel) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [TOOLS / "cuobjdump", option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def machine_code(spec: Spec, capability: int) -> str:
+    return cuobjdump("--dump-sass", _compile(spec, capability))
+
+
+def compiled(spec: Spec, capability: int) -> Resources:
+    kernel = _compile(spec, capability)
+    usage = cuobjdump("--dump-resource-usage", kernel)
     widths = {"ld": Counter(), "st": Counter()}
     for kind, vector, bits in PTX_ACCESS.findall(kernel.asm["ptx"]):
         widths[kind][int(vector or 1) * int(bits) // 8] += 1
