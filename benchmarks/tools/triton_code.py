@@ -45,6 +45,7 @@ BATCH = 64  # as in training, since Triton specializes kernels for divisible siz
 IMAGE = (3, 32, 32)
 MANY = 512  # images, for kernels that share few among more programs
 HIDDEN = 512  # channels of a coupling network
+PIXELS = 2**15  # of a batch, at most, for kernels of which more pixels give no other launch
 
 # recording ----------------------------------------------------------------------------
 
@@ -248,7 +249,9 @@ def _glow_network(x: Tensor, dtype: torch.dtype) -> None:
             torch.empty(images, *x.shape[1:], dtype=dtype).contiguous(memory_format=_format(x)).chunk(2, 1)[0]
         )
         for tf32 in (True, False)[: 2 if dtype == torch.float32 else 1]:
-            ops.glow_network(half, w1, b1, w2, b2, w3, b3, tf32=tf32)
+            y = ops.glow_network(half, w1, b1, w2, b2, w3, b3, tf32=tf32)
+            if ops.positions(y) * images <= PIXELS:
+                torch.ops.fastflow.glow_network_backward(half, w1, b1, w2, b2, w3, b3, tf32, y)
 
 
 def _variational(images: Tensor) -> None:

@@ -36,6 +36,7 @@ def register(
     backward: Callable | None = None,
     gradients: str = "",
     differentiable_backward: bool = False,
+    differentiable_reference: bool = False,
     integers: str = "",
     writes: str = "",
 ) -> Implementations:
@@ -68,6 +69,8 @@ def register(
         integers: names of the outputs that are integers and have no gradient.
         differentiable_backward: whether ``backward`` is differentiable; otherwise double backward raises an
             error.
+        differentiable_reference: whether autograd differentiates the reference, which then runs instead of a
+            kernel wherever a gradient of the op is wanted. For a backward that is differentiable.
         writes: name of the first argument, if the op works in place. The reference then writes it and returns
             None, and so does the op. For ``backward``, the written argument is the output.
 
@@ -110,6 +113,8 @@ def register(
         )
         skipping = _skipping(function, name)
         torch.library.impl(qualified, "Autograd", _in_place(skipping, writes) if writes else skipping)
+    if differentiable_reference:
+        torch.library.impl(qualified, "Autograd", _recorded(_without_autocast(reference), name))
     if compiled:
         define_compiled(name, compiled_schema or schema, emulated="cuda" in compiled)
     return implementations
@@ -249,6 +254,20 @@ def _skipping(function: type[torch.autograd.Function], name: str) -> Callable:
     def body(*args: object) -> object:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return body
+
+
+def _recorded(reference: Callable, name: str) -> Callable:
+    """Calls ``reference`` if autograd records it, otherwise the op below autograd."""
+    op = getattr(torch.ops.fastflow, name).default
+
+    def body(*args: object) -> object:
+        wanted = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in args)
+        if wanted or forward_ad._current_level >= 0:
+            return reference(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

@@ -32,6 +32,7 @@ class Case:
             if there is no fixed number. The interpreter counts the bytes of Triton kernels.
         launches: number of kernel launches. If it is 2, the second kernel adds the sums of the first one's
             programs.
+        operations: names of the PyTorch operations that the launcher calls, such as matrix products.
         tolerance: factor on ``bytes_moved`` that allows for values per channel, sample or program.
     """
 
@@ -40,6 +41,7 @@ class Case:
     args: tuple
     bytes_moved: int | None = None
     launches: int = 1
+    operations: tuple[str, ...] = ()
     tolerance: float = 1.05
 
     def __str__(self) -> str:

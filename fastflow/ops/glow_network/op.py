@@ -39,7 +39,24 @@ def _check(
 def _eligible(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, tf32: bool
 ) -> bool:
-    hidden, channels = w1.shape[:2]
+    return _fits(x, w1.shape[1], w1.shape[0], tf32)
+
+
+def _eligible_backward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    tf32: bool,
+    dy: Tensor,
+) -> bool:
+    return _fits(x, max(w1.shape[1], w3.shape[0]), w1.shape[0], tf32)
+
+
+def _fits(x: Tensor, channels: int, hidden: int, tf32: bool) -> bool:
     most = MAX_COMPILED["float32" if x.dtype == torch.float32 and not tf32 else "input"]
     fits = channels <= most and hidden <= MAX_COMPILED["hidden"] and x.dtype != torch.float64
     return fits and (not x.is_cuda or _shared_memory(x.device) >= SHARED_MEMORY)
@@ -50,6 +67,9 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+register(
+    reference.glow_network_backward, triton=True, eligible=_eligible_backward, differentiable_reference=True
+)
 register(
     reference.glow_network,
     triton=True,
@@ -80,15 +100,17 @@ def glow_network(
 
     The Triton kernel keeps hidden activations out of memory. It rounds them to the dtype of x and accumulates
     in float32. Weights w1 and w3 in channels_last are read as they are, others are copied first. The gradient
-    is plain PyTorch and computes the hidden activations again.
+    computes the hidden activations again, in Triton kernels and matrix products; if it is itself differentiated,
+    it is plain PyTorch.
 
     Args:
         x: input, of any memory layout; y has its memory format.
         w1, w2, w3: weights, in the dtype of x.
         b1, b2, b3: biases; with half-precision x they may be float32.
         tf32: products of float32 in TF32, with 10 bits of the factors. Otherwise each product is the sum of
-            three in TF32. Only the Triton kernel reads it; convolutions of PyTorch follow
-            ``torch.backends.cudnn.allow_tf32``.
+            three in TF32. Only the Triton kernels read it. Convolutions of PyTorch follow
+            ``torch.backends.cudnn.allow_tf32``, and the matrix products of the gradient
+            ``torch.backends.cuda.matmul.allow_tf32``.
 
     Shape: x ``[N, C, H, W]``; w1 ``[K, C, 3, 3]``; w2 ``[K, K]`` or ``[K, K, 1, 1]``; w3 ``[D, K, 3, 3]``; b1, b2
     ``[K]``; b3 ``[D]``; y ``[N, D, H, W]``.

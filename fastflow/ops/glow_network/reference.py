@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.ops.layout import memory_format
+from fastflow.ops.layout import dense_like, memory_format
 
 _ONES, _ZEROS = (1, 1), (0, 0)
 
@@ -20,14 +20,24 @@ def glow_network(
 
 
 def glow_network_backward(
-    x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, dy: Tensor
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    w3: Tensor,
+    b3: Tensor,
+    tf32: bool,
+    dy: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients by all arguments, from the inputs: hidden activations are computed again."""
     h1, h2 = _hidden(x, w1, b1, w2, b2)
     dh2, dw3, db3 = _convolution_backward(dy, h2, w3, 1)
     dh1, dw2, db2 = _convolution_backward(_relu_backward(dh2, h2), h1, _as_kernel(w2), 0)
     dx, dw1, db1 = _convolution_backward(_relu_backward(dh1, h1), x, w1, 1)
-    return dx, dw1, db1.to(b1.dtype), dw2.view(w2.shape), db2.to(b2.dtype), dw3, db3.to(b3.dtype)
+    dw2 = dw2.view(w2.shape)
+    found = (dx, x), (dw1, w1), (db1, b1), (dw2, w2), (db2, b2), (dw3, w3), (db3, b3)
+    return tuple(dense_like(gradient, v) for gradient, v in found)
 
 
 def _hidden(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
