@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow.triton_kernels.noise import uniform
+from fastflow.triton_kernels.noise import halves, uniform
 from fastflow.triton_kernels.squeeze import squeezed_channel, squeezed_like, vector_strides
 from fastflow.triton_kernels.tiles import (
     PROGRAMS,
@@ -173,11 +173,11 @@ def dequantize_kernel(
                 other=0.0,
             ).to(ACC)
         else:
-            u = uniform(block, sample_offset + n, tl.load(seed), ACC)
+            half = halves(block, sample_offset + n, tl.load(seed))
             if MODE == "channels":
-                u = tl.reshape(
-                    tl.permute(tl.reshape(u, [TILE_B, TILE_C, 8]), [0, 2, 1]), [TILE_B * 8, TILE_C]
-                )
+                half = tl.permute(tl.reshape(half, [TILE_B, TILE_C, 8]), [0, 2, 1])
+                half = tl.reshape(half, [TILE_B * 8, TILE_C])
+            u = uniform(half, ACC)
         b_y, q = dequantized(b_x, u, BINS, SLOPE, SHIFT, REST)
         if LOGIT:
             log_p, log_q = tl.log(b_y), tl.log(q)

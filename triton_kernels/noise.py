@@ -38,12 +38,17 @@ def philox(block, stream: tl.constexpr, sample, seed):
 
 
 @triton.jit
-def uniform(block, sample, seed, ACC: tl.constexpr):
-    """[B] blocks -> [B, 8] uniform numbers: multiples of 2^-16, the low, then the high half of each word."""
+def halves(block, sample, seed):
+    """[B] blocks -> [B, 8] random numbers of 16 bits: the low, then the high half of each word."""
     w0, w1, w2, w3 = philox(block, 0, sample, seed)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [block.shape[0], 4])
-    halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [block.shape[0], 8])
-    return halves.to(tl.int32).to(ACC) * 1.52587890625e-05
+    return tl.reshape(tl.join(words.to(tl.uint16), (words >> 16).to(tl.uint16)), [block.shape[0], 8])
+
+
+@triton.jit
+def uniform(half, ACC: tl.constexpr):
+    """Uniform numbers of ``halves``: multiples of 2^-16."""
+    return half.to(tl.int32).to(ACC) * 1.52587890625e-05
 
 
 @triton.jit
@@ -101,7 +106,7 @@ def uniform_noise_kernel(out, seed, sample_offset, D, programs_each, ACC: tl.con
     # out: [N, D]
     n = (tl.program_id(0) // programs_each).to(tl.int64)
     block = (tl.program_id(0) % programs_each).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    u = uniform(block, sample_offset + n, tl.load(seed), ACC)
+    u = uniform(halves(block, sample_offset + n, tl.load(seed)), ACC)
     e = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(out + n * D + e, u.to(out.dtype.element_ty), mask=e < D)
 
