@@ -331,6 +331,17 @@ def test_passes_over_hidden_activations_in_backward(dtype, passes, one_program_p
     ]
 
 
+@interpreted
+@pytest.mark.parametrize("tf32, passes", [(True, 12), (False, 11)])
+def test_passes_in_float32_over_512_hidden_activations(tf32, passes, one_program_per_tile):
+    """In TF32, two programs share a tile and read h2."""
+    args, dy = inputs(2, 512, 4, 1, 4, 4, torch.float32), torch.randn(1, 4, 4, 4)
+    hidden = 16 * 512
+    with one_program_per_tile(), fastflow.backend("triton"), interpreter.traffic(hidden) as found:
+        BACKWARD(*args, tf32, dy)
+    assert found.read + found.written == passes * 4 * hidden
+
+
 def test_networks_that_the_kernel_does_not_take_run_in_pytorch():
     eligible = fastflow.ops.registry.OPS["glow_network"].eligible
     meta = partial(torch.empty, device="meta")
