@@ -1,11 +1,12 @@
 #pragma once
 // A batch of images for the kernels: pixels of C channels, with three strides.
-#include <algorithm>
-
 #include "block.h"
 #include "strides.h"
 
 namespace fastflow {
+
+// std::min is not for devices.
+FASTFLOW_HD int at_most(int64_t n, int most) { return static_cast<int>(n < most ? n : most); }
 
 // Element (sample, channel, position) is at sample * n + channel * c + position * p. Pixels are numbered
 // across the batch. `rows`: a pixel's channels are contiguous (channels_last, and vectors [N, C]). `packed`:
@@ -28,7 +29,7 @@ struct Images {
   FASTFLOW_HD Start start(int64_t first) const {
     if (!gap) return {first * p, 0};
     const int64_t sample = first / positions, position = first - sample * positions;
-    return {sample * n + position * p, static_cast<int>(std::min(positions - position, int64_t(1) << 30))};
+    return {sample * n + position * p, at_most(positions - position, 1 << 30)};
   }
   // The offset of the pixel `row` < 2^30 pixels after the start.
   FASTFLOW_HD int64_t offset(const Start& start, int row) const {
@@ -47,7 +48,7 @@ Images<T> images_of(const Tensor& x, int width) {
   found.n = x.stride(0), found.c = x.stride(1), found.p = found.positions == 1 ? found.n : position_stride(x);
   found.pixels = x.size(0) * found.positions;
   found.gap = found.n - found.positions * found.p;
-  found.wraps = static_cast<int>(std::min(found.positions, int64_t(1) << 30));
+  found.wraps = at_most(found.positions, 1 << 30);
   found.rows = found.c == 1 && found.channels > 1 && !(found.p == 1 && found.positions > 1);
   int64_t size = 1;
   for (int64_t d = 0; d < x.dim(); ++d) size += (x.size(d) - 1) * x.stride(d);

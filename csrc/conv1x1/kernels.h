@@ -125,7 +125,7 @@ struct Tile {
  private:
   template <class Memory>
   FASTFLOW_HD static int filled_rows(const Images<Memory>& x, int64_t first, int size) {
-    return static_cast<int>(std::min<int64_t>(size, x.pixels - first));
+    return at_most(x.pixels - first, size);
   }
 
   // Groups i, i + THREADS, ... of four channels, of a tile of `filled` pixels that begins at `base`.
@@ -263,7 +263,7 @@ struct Conv1x1Kernel {
   FASTFLOW_HD void pixel_offsets(int thread, int64_t first, const Images<Memory>& images,
                                  int64_t (&at)[PIXELS]) const {
     const auto start = images.start(first);
-    const int filled = static_cast<int>(std::min<int64_t>(TILE, images.pixels - first));
+    const int filled = at_most(images.pixels - first, TILE);
     FASTFLOW_UNROLL
     for (int i = 0; i < PIXELS; ++i) {
       if (i > 0 && vectorized()) continue;  // only the first offset is used; saves divisions
