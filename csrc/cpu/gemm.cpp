@@ -56,7 +56,7 @@ FASTFLOW_INLINE void gemm_tile(const Gemm<T>& g, int64_t i, int64_t j) {
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; ++v) column[v] = j + v * LANES;
   column[VECTORS - 1] = std::min(column[VECTORS - 1], g.n - LANES);
-  const T* a = g.a + i * g.a_row;
+  const T* a = g.a_panel ? g.a + i / PANEL * g.a_panel + i % PANEL * g.a_row : g.a + i * g.a_row;
   const T* b = g.b;
   T* c = g.c + i * g.c_row;
   typename V::type sum[ROWS][VECTORS];
@@ -85,14 +85,17 @@ FASTFLOW_INLINE void gemm_tile(const Gemm<T>& g, int64_t i, int64_t j) {
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) V::store(c + r * g.c_row + column[v], sum[r][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      if (g.relu) sum[r][v] = sum[r][v] < T(0) ? typename V::type{} : sum[r][v];
+      V::store(c + r * g.c_row + column[v], sum[r][v]);
+    }
   }
 }
 
 template <typename T, int BYTES, int VECTORS>
 FASTFLOW_INLINE void gemm_columns(const Gemm<T>& g, int64_t j) {
   int64_t i = 0;
-  for (; i + 6 <= g.m; i += 6) gemm_tile<T, BYTES, 6, VECTORS>(g, i, j);
+  for (; i + PANEL <= g.m; i += PANEL) gemm_tile<T, BYTES, PANEL, VECTORS>(g, i, j);
   for (; i + 2 <= g.m; i += 2) gemm_tile<T, BYTES, 2, VECTORS>(g, i, j);
   for (; i < g.m; ++i) gemm_tile<T, BYTES, 1, VECTORS>(g, i, j);
 }

@@ -13,6 +13,8 @@ constexpr int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }
 // The initial value of a sum: 0, bias[i] of row i, bias[j] of column j, or the present result.
 enum class Start { zero, row, column, result };
 
+constexpr int64_t PANEL = 6;  // rows of a that are processed together
+
 // c[i][j] = start + sum over p of a[i][p] b[p][j], for i < m, j < n, p < k, in the order of p.
 template <typename T>
 struct Gemm {
@@ -25,6 +27,8 @@ struct Gemm {
   int64_t c_row;
   Start start = Start::zero;  // Start::result requires n == padded(n)
   const T* bias = nullptr;
+  bool relu = false;    // of the result; keeps NaN
+  int64_t a_panel = 0;  // if not 0: the distance between panels of a, whose rows are a_row apart
 };
 void gemm(const Gemm<float>&);
 void gemm(const Gemm<double>&);

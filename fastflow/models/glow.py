@@ -66,7 +66,7 @@ class Glow(Model):
             Rounding errors accumulate over at most this many steps.
         network: how the coupling networks are computed: ``"plain"``, as three convolutions; ``"fused"``, as one
             op that keeps hidden activations out of memory (:func:`fastflow.ops.glow_network`); ``"auto"``, as the
-            op where it is the fastest way in the package's table of measurements, which has no rows yet.
+            op where it is faster, see :class:`fastflow.nn.GlowNetwork`.
 
     Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
     Raises ValueError for any other argument; for too many levels, the message names the largest number that

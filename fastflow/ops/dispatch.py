@@ -76,7 +76,8 @@ class Implementations:
         device_of: position of the argument whose device decides.
         triton: whether the op has a Triton launcher.
         compiled: devices with a compiled op in the extension: ``()``, ``("cpu",)`` or ``("cpu", "cuda")``.
-        eligible: whether the kernels support the arguments; the fallback runs otherwise.
+        eligible: whether the Triton kernels support the arguments; the fallback runs otherwise.
+        eligible_compiled: whether the compiled op does.
         call: calls the compiled op, its first argument, if the signature of the compiled op differs.
     """
 
@@ -87,15 +88,17 @@ class Implementations:
     triton: bool = False
     compiled: tuple[str, ...] = ()
     eligible: Callable[..., bool] | None = None
+    eligible_compiled: Callable[..., bool] | None = None
     call: Callable | None = None
 
     def __call__(self, *args: object) -> object:
-        if _backend == "reference" or not (self.eligible is None or self.eligible(*args)):
+        if _backend == "reference":
             return self.fallback(*args)
         tensor = args[self.device_of]
         on_gpu_or_told = tensor.is_cuda or _backend == "triton"
         if self.triton and on_gpu_or_told and tensor.numel() and _runs_kernels(tensor.device):
-            return self._launch(tensor, args)
+            supported = self.eligible is None or self.eligible(*args)
+            return self._launch(tensor, args) if supported else self.fallback(*args)
         return self._compiled(tensor, args)
 
     def _compiled(self, tensor: torch.Tensor, args: tuple) -> object:
@@ -104,7 +107,7 @@ class Implementations:
             op = self._ops["emulated" if _backend == "emulated" else "cpu"]
         elif tensor.is_cuda and "cuda" in self.compiled and has_code_for(tensor.device):
             op = self._ops["cuda"]
-        if op is None:
+        if op is None or not (self.eligible_compiled is None or self.eligible_compiled(*args)):
             return self.fallback(*args)
         try:
             return op(*args) if self.call is None else self.call(op, *args)

@@ -29,6 +29,7 @@ def register(
     triton: bool = False,
     compiled: Sequence[str] = (),
     eligible: Callable[..., bool] | None = None,
+    eligible_compiled: Callable[..., bool] | None = None,
     call: Callable | None = None,
     compiled_schema: str | None = None,
     fallback: Callable | None = None,
@@ -57,7 +58,8 @@ def register(
             calls it with checked arguments.
         triton: whether ``triton_kernels/FOLDER.py`` has a launcher with the name and arguments of the op.
         compiled: devices with a compiled op in the extension, ``("cpu",)`` or ``("cpu", "cuda")``.
-        eligible, call: see :class:`~fastflow.ops.dispatch.Implementations`.
+        eligible, eligible_compiled, call: see :class:`~fastflow.ops.dispatch.Implementations`. By default,
+            ``eligible`` decides for the compiled op too.
         compiled_schema: schema of the compiled op if it differs from the op's.
         fallback: plain PyTorch that runs instead of the reference, if it must check values or call other ops.
         outputs: names of the results, for ``backward``.
@@ -89,6 +91,7 @@ def register(
         triton,
         tuple(compiled),
         eligible,
+        eligible_compiled or eligible,
         call,
     )
     OPS[name] = implementations

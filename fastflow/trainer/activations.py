@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastflow.models.model import Model
+from fastflow.nn import GlowNetwork
+from fastflow.nn.networks.fastest import is_fused_on_cpu
 from fastflow.trainer.build import build_model
 from fastflow.trainer.config import Config
 from fastflow.trainer.data import Source
@@ -44,7 +46,7 @@ def with_activations_chosen(
     free = free_bytes(device)
     fits, line = False, f"activations: recomputed, the free memory of {device.type} is unknown"
     if free is not None:
-        stored, weights = _estimate(config, source, ranks, bf16)
+        stored, weights = _estimate(config, source, ranks, device, bf16)
         left = _left(free / sharing, weights, bool(config.ema))
         fits = stored <= STORED_SHARE * left
         sizes = f"{_gb(stored)} estimated of {_gb(left)} free"
@@ -61,7 +63,7 @@ def fit(build: Callable[[], Model], samples: int, device: torch.device, bf16: bo
     free = free_bytes(device)
     if free is None:
         return False
-    stored, weights = stored_bytes(build, samples, bf16)
+    stored, weights = stored_bytes(build, samples, device, bf16)
     return stored <= STORED_SHARE * _left(free, weights)
 
 
@@ -70,7 +72,9 @@ def _left(free: float, weights: int, ema: bool = False) -> float:
     return max(0.0, free - weights * (5 if ema else 4))
 
 
-def _estimate(config: Config, source: Source, ranks: Ranks, bf16: bool) -> tuple[int, int]:
+def _estimate(
+    config: Config, source: Source, ranks: Ranks, device: torch.device, bf16: bool
+) -> tuple[int, int]:
     """Bytes of the stored activations of this rank's largest micro-batch, and of the weights."""
 
     def build() -> Model:
@@ -78,11 +82,13 @@ def _estimate(config: Config, source: Source, ranks: Ranks, bf16: bool) -> tuple
         return model.double() if config.float64 else model
 
     first, end = shard_bounds(config.batch_size, ranks.rank, ranks.world_size)
-    return stored_bytes(build, -(-(end - first) // config.accumulate), bf16)
+    return stored_bytes(build, -(-(end - first) // config.accumulate), device, bf16)
 
 
-def stored_bytes(build: Callable[[], Model], samples: int, bf16: bool = False) -> tuple[int, int]:
-    """Bytes that a forward pass on ``samples`` images stores for backward, and bytes of the weights.
+def stored_bytes(
+    build: Callable[[], Model], samples: int, device: torch.device, bf16: bool = False
+) -> tuple[int, int]:
+    """Bytes that a forward pass on ``samples`` images stores on ``device``, and bytes of the weights.
 
     Nothing is computed or allocated: the pass runs on meta tensors, and the distinct storages that autograd
     saves are added up. ``build``: makes the model, with stored activations.
@@ -92,6 +98,10 @@ def stored_bytes(build: Callable[[], Model], samples: int, bf16: bool = False) -
         x = torch.empty((samples, *model.shape), dtype=torch.uint8)
         labels = None if model.classes is None else torch.empty(samples, dtype=torch.int64)
         seed = torch.empty((), dtype=torch.int64)
+    for network in model.modules():
+        if device.type == "cpu" and isinstance(network, GlowNetwork) and network.network == "auto":
+            dtype = torch.bfloat16 if bf16 else next(network.parameters()).dtype
+            network.network = "fused" if is_fused_on_cpu(dtype) else "plain"
     if x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     saved: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice

@@ -12,6 +12,7 @@ from fastflow.nn import GlowLevel, GlowNetwork, GlowStep
 from fastflow.nn.networks import fastest
 from fastflow.nn.networks import glow_network as module
 from fastflow.nn.networks.glow_network import network_args_of
+from fastflow.ops import extension
 from tests.support.cases import KERNELS, randomize
 
 X = torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(0))
@@ -104,7 +105,9 @@ def _dtype(dtype):
 
 
 def test_weights_of_a_level_are_prepared_once_as_the_op_reads_them(fused_calls):
-    level = level_of("fused")
+    level = level_of("fused").to(
+        memory_format=torch.channels_last
+    )  # on a GPU they always are, as the kernel reads
     with torch.no_grad(), autocast(torch.bfloat16):
         level(X)
     for w1, b1, w2, b2, w3, b3 in fused_calls:
@@ -276,8 +279,21 @@ def test_forward_and_backward_take_the_same_row(table, fused_calls):
 def test_the_table_of_the_package_is_read_and_only_gpus_have_rows(fused_calls):
     fastest.read_table(fastest.TABLE)
     assert fastest.gpu_name(torch.device("cpu")) is fastest.gpu_name(torch.device("meta")) is None
-    level_of("auto")(X)
+    level = level_of("auto")
+    with autocast(torch.bfloat16):
+        level(X)
     assert not fused_calls
+
+
+def test_auto_on_a_cpu(fused_calls, monkeypatch):
+    """One op if the extension has it for this CPU, in the dtypes that it takes."""
+    compiled = extension.cpu and "avx2" in extension.build["cpu_targets"]
+    here = compiled and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    level_of("auto")(X)
+    assert bool(fused_calls) == here == fastest.is_fused_on_cpu(torch.float64)
+    assert not fastest.is_fused_on_cpu(torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert not fastest.is_fused_on_cpu.__wrapped__(torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ EVEN = torch.zeros(2, 4, 4, 4)
 COUPLING = ("halves", False, "exp", "scale_first", "shift_scale")
 SOFT = ("halves", False, "soft_clamp", "scale_first", "shift_scale")
 ADDITIVE = ("checkerboard", False, "none", "scale_first", "shift_scale")
+NETWORK = (torch.zeros(2, 3, 3, 3), COUNT, torch.zeros(2, 2), COUNT, torch.zeros(2, 2, 3, 3), COUNT)
 FLAT, SQUEEZED = (8, 1.0, -0.5, False, None), (8, 1.0, -0.5, False, "space")
 FLOATING = "expected Float or Double or BFloat16 or Half"
 
@@ -146,6 +147,25 @@ CPU_ERRORS = {
         ((X, EVEN, None, True), "dy: got shape [2, 4, 4, 4], expected [2, 3, 4, 4]"),
         ((X, X.int(), None, True), f"dy: got dtype Int, {FLOATING}"),
         ((X, X, COUNT, True), "log_scale: got shape [2], expected [3]"),
+    ],
+    "glow_network": [
+        ((X[0], *NETWORK, False), "x: got shape [3, 4, 4], expected [*, *, *, *]"),
+        ((X.half(), *NETWORK, False), "x: got dtype Half, expected Float or Double"),
+        (
+            (X[:, :, :0], *NETWORK, False),
+            "x: got shape [2, 3, 0, 4], expected at least one channel and pixel",
+        ),
+        ((X, NETWORK[0][:0], *NETWORK[1:], False), "w1: got no outputs, expected at least one"),
+        ((EVEN, *NETWORK, False), "w1: got shape [2, 3, 3, 3], expected [2, 4, 3, 3]"),
+        ((X, X[0], *NETWORK[1:], False), "w1: got shape [3, 4, 4], expected at least 4 dimensions"),
+        ((X, NETWORK[0], CHANNELS, *NETWORK[2:], False), "b1: got shape [3], expected [2]"),
+        ((X, *NETWORK[:2], W, *NETWORK[3:], False), "w2: got shape [3, 3], expected [2, 2]"),
+        ((X, *NETWORK[:4], NETWORK[0], COUNT, False), "w3: got shape [2, 3, 3, 3], expected [2, 2, 3, 3]"),
+        ((X, *NETWORK[:5], COUNT.double(), False), "b3: got dtype Double, expected Float"),
+    ],
+    "glow_network_backward": [
+        ((X.half(), *NETWORK, False, X), "x: got dtype Half, expected Float or Double"),
+        ((X, *NETWORK, False, X), "dy: got shape [2, 3, 4, 4], expected [2, 2, 4, 4]"),
     ],
     "gaussian_log_prob": [
         ((COUNT, None, None), "z: got shape [2], expected at least 2 dimensions"),

@@ -47,7 +47,7 @@ def by_columns(x, w1, b1, w2, b2, w3, b3):
 
 
 @each_body
-@pytest.mark.bodies("reference", CUDA)  # the kernel does not take float64
+@pytest.mark.bodies("reference", "compiled", CUDA)  # the Triton kernel does not take float64
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4)], ids=str)
 def test_formula(size):
     args = inputs(3, 5, 4, 2, *size)
@@ -55,7 +55,7 @@ def test_formula(size):
 
 
 @each_body
-@pytest.mark.bodies("reference", CUDA)
+@pytest.mark.bodies("reference", "compiled", CUDA)
 def test_gradients():
     args = [leaf(v) for v in inputs(2, 3, 2, 1, 3, 2)]
     assert gradcheck(ops.glow_network, args)
@@ -63,7 +63,7 @@ def test_gradients():
 
 
 @each_body
-@pytest.mark.bodies("reference", *KERNELS)
+@pytest.mark.bodies("reference", "compiled", *KERNELS)
 def test_gradients_are_those_of_the_convolutions(each_backend):
     """In every dtype, for a 1x1 weight of two dimensions, and with biases in float32."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -138,6 +138,40 @@ def test_kernel_is_the_reference(case, each_backend):
     assert_as_reference(OP, lay_out(x, case["layout"]), *weights, False, twice=each_backend == "cuda")
 
 
+# On the CPU: groups of several images, the last one with fewer; tiles that end within a row; rows that no vector
+# divides; one pixel; several parts of the sum
+@each_body
+@pytest.mark.bodies("compiled")
+@pytest.mark.parametrize(
+    "n, c, hidden, size, layout, dtype",
+    [
+        (9, 12, 40, (4, 4), "contiguous", torch.float32),
+        (3, 6, 33, (16, 16), "channels_last", torch.float32),
+        (5, 2, 16, (7, 7), "sliced", torch.float64),
+        (2, 4, 8, (5, 30), "transposed", torch.float32),
+        (70, 1, 5, (1, 1), "contiguous", torch.float64),
+        (3, 3, 1, (1, 70), "expanded", torch.float32),
+    ],
+    ids=str,
+)
+def test_cpu_is_the_reference(n, c, hidden, size, layout, dtype):
+    x, *weights = inputs(c, hidden, c + 1, n, *size)
+    args = [lay_out(x, layout), *weights, False, torch.randn(n, c + 1, *size, dtype=torch.float64)]
+    with fastflow.backend("reference"):
+        truth = OP(*args[:-1]), *BACKWARD(*args)
+    args = [v.to(dtype) if isinstance(v, torch.Tensor) else v for v in args]
+    found, again = [], []
+    for threads, results in ((1, found), (3, again)):
+        torch.set_num_threads(threads)
+        results += OP(*args[:-1]), *BACKWARD(*args)
+    torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "threads change the bits"
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    for ours, exact in zip(found, truth, strict=True):
+        assert ours.dtype == dtype and ours.shape == exact.shape
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+
+
 @each_body
 @in_kernels
 @pytest.mark.parametrize("dtype, hidden", [(torch.bfloat16, 300), (torch.float32, 90)])
@@ -182,7 +216,7 @@ def test_one_program_computes_the_gradients_of_all_hidden_channels(dtype, tf32, 
 
 
 @each_body
-@in_kernels
+@pytest.mark.bodies("compiled", *KERNELS)
 def test_memory_formats():
     """Weights of any layout and either shape; y has the memory format of x."""
     x, w1, b1, w2, b2, w3, b3 = inputs(3, 8, 4, dtype=torch.float32)
@@ -264,7 +298,7 @@ def test_gradient_of_nan_stays_within_two_pixels():
 
 
 @each_body
-@in_kernels
+@pytest.mark.bodies("compiled", *KERNELS)
 def test_nan_stays_within_its_neighbourhood():
     x, *weights = inputs(2, 8, 4, 1, 6, 6, torch.float32)
     x[0, 0, 0, 0] = torch.nan

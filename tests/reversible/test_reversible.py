@@ -293,28 +293,33 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_two_network_evaluations_and_one_inverse_a_step():
+@pytest.mark.parametrize(
+    "network, forward, backward",
+    [
+        ("plain", {"bias_relu_": 3}, {"bias_relu_": 3, "bias_relu_backward": 3}),
+        ("fused", {"glow_network": 1}, {"glow_network": 1, "glow_network_backward": 1}),
+    ],
+)
+def test_two_network_evaluations_and_one_inverse_a_step(network, forward, backward):
     k, evaluations = 5, Counter()
-    level = GlowLevel([GlowStep(16, 3) for _ in range(k)])
+    level = GlowLevel([GlowStep(16, 3, network=network) for _ in range(k)])
     level(x := torch.randn(2, 4, 4, 4))
     for i, step in enumerate(level.steps):
         step.coupling.net.register_forward_hook(lambda *_, i=i: evaluations.update([i]))
     with Ops() as ops:
         z, log_det = level(x)
     assert evaluations == dict.fromkeys(range(k), 1)
-    expected = {"squeeze": 1, "lu_weight": 1, "conv1x1": k, "affine_coupling": k, "bias_relu_": 3 * k}
-    assert ops.calls == expected
+    expected = {"squeeze": 1, "lu_weight": 1, "conv1x1": k, "affine_coupling": k}
+    assert ops.calls == expected | {name: k * calls for name, calls in forward.items()}
     with Ops() as ops:
         (z.sum() + log_det.sum()).backward()
     assert evaluations == dict.fromkeys(range(k), 2)
     assert ops.calls == {
         "lu_weight": 1,  # for all steps together: their weights are not kept either
         "lu_weight_backward": 1,
-        "bias_relu_": 3 * k,
-        "bias_relu_backward": 3 * k,
         "conv1x1_inverse_backward": k,
         "affine_coupling_inverse_backward": k,
-    }
+    } | {name: k * calls for name, calls in backward.items()}
 
 
 def storages() -> dict[int, int]:

@@ -31,7 +31,7 @@ def glow(network="auto"):
     return Glow((3, 8, 8), levels=2, steps=1, hidden=8, reversible=False, network=network)
 
 
-@pytest.mark.parametrize("network", ["plain", "fused"])
+@pytest.mark.parametrize("network", ["plain", "fused", "auto"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_estimate_is_what_a_forward_pass_saves(bf16, network):
     build = partial(glow, network)
@@ -48,7 +48,7 @@ def test_the_estimate_is_what_a_forward_pass_saves(bf16, network):
     for kept in (*model.parameters(), *model.buffers()):
         saved.pop(kept.untyped_storage().data_ptr(), None)
     measured = sum(storage.nbytes() for storage in saved.values())
-    estimated, weights = stored_bytes(build, 4, bf16)
+    estimated, weights = stored_bytes(build, 4, CPU, bf16)
     assert estimated == pytest.approx(measured, rel=0.02)
     assert weights == sum(p.nbytes for p in model.parameters())
 
@@ -57,7 +57,7 @@ def chosen(config, free, monkeypatch, ranks=None, device=CPU):
     """The choice if an image takes 1 MB of activations, and the weights 2 MB."""
     monkeypatch.setattr(activations, "free_bytes", lambda device: free)
     monkeypatch.setattr(
-        activations, "stored_bytes", lambda build, samples, bf16: (10**6 * samples, 2 * 10**6)
+        activations, "stored_bytes", lambda build, samples, device, bf16: (10**6 * samples, 2 * 10**6)
     )
     return with_activations_chosen(config, THINGS, ranks or Ranks(), device, False)
 

@@ -1,4 +1,4 @@
-"""The table of the fastest ways to compute Glow's network, measured on GPUs, which ``network="auto"`` reads.
+"""The fastest way to compute Glow's network, for ``network="auto"``: on GPUs from a table of measurements.
 
 ``benchmarks/gpu_pass.sh`` measures the ways and writes the rows. A row has the GPU's name, the dtype, the
 channels of input, hidden activations and output, the number of pixels of the batch, N H W, the mode, and the
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from fastflow.ops import extension
 
 TABLE = Path(__file__).with_name("glow_network.json")
 WAYS = ("plain", "plain, channels_last", "fused", "im2col")
@@ -29,6 +31,14 @@ class Setting(NamedTuple):
 
 
 COLUMNS = (*Setting._fields, "pixels", "fastest")
+
+
+@functools.cache
+def is_fused_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether a CPU computes the network faster as one op: if the extension has AVX2 or AVX-512 for this CPU."""
+    vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    compiled = extension.cpu and "avx2" in extension.build["cpu_targets"]
+    return compiled and vectors and dtype in (torch.float32, torch.float64)
 
 
 def fastest_way(setting: Setting, pixels: int) -> str | None:

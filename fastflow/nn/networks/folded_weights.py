@@ -21,7 +21,8 @@ def folded(
         dtype: dtype of the folded weights; biases keep theirs.
 
     Shape: w ``[D, C, H, W]``, b and s ``[D]``; the networks have the same shapes. Returns of each layer the weights,
-    in channels_last, then of each layer the biases.
+    then of each layer the biases. The weights are in channels_last, which Triton's kernel reads; on a CPU they
+    keep their memory format.
     """
     tensors = [tensor for kind in (weights, biases, log_scales) for layer in kind for tensor in layer]
     found, networks = _Folded.apply(dtype, tuple(times), *tensors), len(weights[0])
@@ -42,8 +43,12 @@ class _Folded(torch.autograd.Function):
         ctx.save_for_backward(factor, *weights, *biases)
         of_layers = []
         for weight, scale in zip(_stacked(weights, networks), factor.split(ctx.sizes), strict=True):
-            outputs, inputs, *sides = weight.shape[1:]
-            result = weight.new_empty((networks, outputs, *sides, inputs), dtype=dtype).permute(0, 1, 4, 2, 3)
+            if weight.is_cpu:
+                result = torch.empty_like(weight, dtype=dtype)
+            else:
+                outputs, inputs, *sides = weight.shape[1:]
+                rows = weight.new_empty((networks, outputs, *sides, inputs), dtype=dtype)
+                result = rows.permute(0, 1, 4, 2, 3)
             # the product is rounded once, to its dtype
             of_layers.append(torch.mul(weight, _per_output(scale, networks), out=result))
         of_biases = torch.cat(biases).mul_(factor).split([b.numel() for b in biases])

@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastflow import ops, validation
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name
+from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.nn.networks.folded_weights import folded
 from fastflow.reversible import has_hooks
 
@@ -90,9 +90,10 @@ class GlowNetwork(nn.Sequential):
         out_channels: number of output channels.
         hidden: number of channels inside.
         network: ``"plain"``: three convolutions; ``"fused"``: one op, :func:`fastflow.ops.glow_network`;
-            ``"auto"``: the op where the package's table has it as the fastest way for this GPU, dtype and
-            shape, otherwise three convolutions. Results differ by rounding. If a layer was exchanged or has
-            hooks, and under torch.compile, it is always three convolutions.
+            ``"auto"``: on a GPU, the op where the package's table has it as the fastest way for this GPU, dtype
+            and shape; on a CPU, the op in float32 and float64, if the extension has AVX2 or AVX-512 for it;
+            otherwise three convolutions. Results differ by rounding. If a layer was exchanged or has hooks, and
+            under torch.compile, it is always three convolutions.
 
     Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
     Raises ValueError for another ``network``.
@@ -144,15 +145,15 @@ class GlowNetwork(nn.Sequential):
         return kernels == [(3, 3), (1, 1)] and not any(map(has_hooks, layers))
 
     def _is_fastest_fused(self, layers: Sequence[nn.Module], device: torch.device, pixels: int) -> bool:
-        gpu = gpu_name(device)
+        dtype, gpu = _dtype_of_networks(layers, device), gpu_name(device)
         if gpu is None:
-            return False
+            return device.type == "cpu" and is_fused_on_cpu(dtype)
         # not by the weights: a parametrization computes them at each access
         first, *_, last = layers
         channels = first.conv.in_channels, first.actnorm.num_features, last.bias.numel()
-        dtype = str(_dtype_of_networks(layers, device)).removeprefix("torch.")
         mode = "training" if self.training else "evaluation"
-        return fastest_way(Setting(gpu, dtype, *channels, mode), pixels) == "fused"
+        setting = Setting(gpu, str(dtype).removeprefix("torch."), *channels, mode)
+        return fastest_way(setting, pixels) == "fused"
 
 
 def _is_glow_network(layers: Sequence[nn.Module]) -> bool:

@@ -1,12 +1,14 @@
 """fastflow::glow_network, Glow's coupling network; its gradient computes the hidden activations again."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastflow import validation
 from fastflow.ops.glow_network import reference
+from fastflow.ops.layout import dense_like
 from fastflow.ops.registry import register
 
 # channels that fit the kernel's tiles: 9 * 56 columns fit 512; with three terms 256, since more spill registers
@@ -67,12 +69,25 @@ def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def _eligible_compiled(x: Tensor, w1: Tensor, b1: Tensor, *_: object) -> bool:
+    return x.dtype in (torch.float32, torch.float64) and x.numel() > 0 and b1.numel() > 0
+
+
+def _backward(op: Callable, *args: Tensor | bool) -> tuple[Tensor, ...]:
+    return tuple(dense_like(gradient, v) for gradient, v in zip(op(*args), args[:7], strict=True))
+
+
+kernels = {"triton": True, "compiled": ("cpu",), "eligible_compiled": _eligible_compiled}
 register(
-    reference.glow_network_backward, triton=True, eligible=_eligible_backward, differentiable_reference=True
+    reference.glow_network_backward,
+    **kernels,
+    eligible=_eligible_backward,
+    call=_backward,
+    differentiable_reference=True,
 )
 register(
     reference.glow_network,
-    triton=True,
+    **kernels,
     eligible=_eligible,
     check=_check,
     outputs="y",
@@ -98,10 +113,10 @@ def glow_network(
     Source: openai/glow, function `f` of model.py. The convolutions are 3x3, 1x1 and 3x3 with zero padding.
     ActNorm's factors and those of the last layer are already in weights and biases.
 
-    The Triton kernel keeps hidden activations out of memory. It rounds them to the dtype of x and accumulates
-    in float32. Weights w1 and w3 in channels_last are read as they are, others are copied first. The gradient
-    computes the hidden activations again, in Triton kernels and matrix products; if it is itself differentiated,
-    it is plain PyTorch.
+    The kernels keep hidden activations out of memory, Triton's in registers and those for the CPU in its cache.
+    The Triton kernel rounds them to the dtype of x and accumulates in float32. It reads weights w1 and w3 in
+    channels_last as they are and copies others first. The gradient computes the hidden activations again; if
+    it is itself differentiated, it is plain PyTorch.
 
     Args:
         x: input, of any memory layout; y has its memory format.

@@ -12,7 +12,11 @@ _LIMIT = (
     "for at most {input} channels ({float32} in float32 without TF32) and {hidden} hidden ones, not float64, "
     "and 163 KB of shared memory per block; else PyTorch"
 ).format(**MAX_COMPILED)
-LIMITS = {(op, "cuda"): _LIMIT for op in ("glow_network", "glow_network_backward")}
+LIMITS = {
+    (op, device): limit
+    for op in ("glow_network", "glow_network_backward")
+    for device, limit in (("cuda", _LIMIT), ("cpu", "for float32 and float64; else PyTorch"))
+}
 
 
 def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
