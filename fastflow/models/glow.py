@@ -3,11 +3,15 @@
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
+import torch
+from torch import nn
+
 from fastflow import validation
 from fastflow.deprecation import renamed_arguments
 from fastflow.models.model import Model
 from fastflow.models.options import FORMER_NAMES, ModelConfig, check_image_shape, takes_fields_of
-from fastflow.nn import Dequantize, GaussianPrior, GlowLevel, GlowStep, LogitDequantize, Split
+from fastflow.nn import Dequantize, GaussianPrior, GlowLevel, GlowNetwork, GlowStep, LogitDequantize, Split
+from fastflow.nn.networks.fastest import is_fused_on_cpu
 
 Coupling = Literal["affine", "additive"]
 Scale = Literal["soft_clamp", "tanh", "sigmoid", "exp"]
@@ -120,3 +124,10 @@ def _check_levels(image_shape: tuple[int, ...], levels: int) -> None:
             f"{levels} for image_shape {image_shape}",
             f"{fits}, or images padded to {padded[0]}x{padded[1]}",
         )
+
+
+def choose_networks_for_cpu(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives each :class:`GlowNetwork` with ``network="auto"`` what that is on a CPU, for products in ``dtype``."""
+    for network in model.modules():
+        if isinstance(network, GlowNetwork) and network.network == "auto":
+            network.network = "fused" if is_fused_on_cpu(dtype) else "plain"

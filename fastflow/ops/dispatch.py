@@ -31,6 +31,11 @@ def _checked(name: str, source: str) -> str:
 _backend = _checked(os.environ.get("FASTFLOW_BACKEND", "auto"), "FASTFLOW_BACKEND")
 
 
+def runs_compiled_ops() -> bool:
+    """Whether the backend runs the extension's ops on CPU tensors."""
+    return extension.cpu and _backend in ("auto", "emulated")
+
+
 class backend:
     """Selects the implementation of every op within a block.
 

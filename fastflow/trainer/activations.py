@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastflow.models.glow import choose_networks_for_cpu
 from fastflow.models.model import Model
-from fastflow.nn import GlowNetwork
-from fastflow.nn.networks.fastest import is_fused_on_cpu
 from fastflow.trainer.build import build_model
 from fastflow.trainer.config import Config
 from fastflow.trainer.data import Source
@@ -98,10 +97,8 @@ def stored_bytes(
         x = torch.empty((samples, *model.shape), dtype=torch.uint8)
         labels = None if model.classes is None else torch.empty(samples, dtype=torch.int64)
         seed = torch.empty((), dtype=torch.int64)
-    for network in model.modules():
-        if device.type == "cpu" and isinstance(network, GlowNetwork) and network.network == "auto":
-            dtype = torch.bfloat16 if bf16 else next(network.parameters()).dtype
-            network.network = "fused" if is_fused_on_cpu(dtype) else "plain"
+    if device.type == "cpu":
+        choose_networks_for_cpu(model, torch.bfloat16 if bf16 else next(model.parameters()).dtype)
     if x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     saved: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice

@@ -9,6 +9,7 @@ import torch
 from benchmarks.models import training_speed
 from benchmarks.tools import harness
 from fastflow import ops
+from fastflow.nn.networks import glow_network
 from fastflow.trainer import activations
 from tests.support.rows import DEVICES, assert_tables, rows_of
 
@@ -55,6 +56,7 @@ def test_networks_as_one_op_are_measured_on_a_gpu_and_train_as_others(monkeypatc
     every = {"channels_last", "bf16", "graph", "reversible", "fused"}
     assert training_speed.ways((), "cuda", compiled=True)["+ fused"] == every
     assert "+ fused" not in training_speed.ways((), "cpu", compiled=True)
+    monkeypatch.setattr(glow_network, "is_fused_on_cpu", lambda dtype: False)  # the other step is as on a GPU
     shape, calls, op = (8, 2, 1, 8, 2), [], ops.glow_network
     monkeypatch.setattr(ops, "glow_network", lambda *args, **tf32: calls.append(1) or op(*args, **tf32))
     steps = [training_speed.ours(shape, "cpu", on) for on in ({"fused"}, set())]

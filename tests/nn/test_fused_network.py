@@ -292,8 +292,11 @@ def test_auto_on_a_cpu(fused_calls, monkeypatch):
     level_of("auto")(X)
     assert bool(fused_calls) == here == fastest.is_fused_on_cpu(torch.float64)
     assert not fastest.is_fused_on_cpu(torch.bfloat16)
+    for other in ("reference", "triton"):  # they do not run C++
+        with fastflow.backend(other):
+            assert not fastest.is_fused_on_cpu(torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert not fastest.is_fused_on_cpu.__wrapped__(torch.float32)
+    assert not fastest._has_wide_vectors.__wrapped__()
 
 
 @pytest.mark.parametrize(
