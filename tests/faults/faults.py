@@ -477,8 +477,8 @@ CPU = [
     Fault(
         "last tile of a group left out",
         "csrc/glow_network/cpu.cpp",
-        "tiles = (pixels() + TILE - 1) / TILE;",
-        "tiles = std::max<int64_t>(1, pixels() / TILE);",
+        "tile < groups.tiles; ++tile",
+        "tile < groups.tiles - 1; ++tile",
         op("compiled", "glow_network"),
     ),
     Fault(
