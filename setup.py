@@ -3,7 +3,7 @@
 ``fastflow._C`` needs a C++ compiler, ``fastflow._cuda`` also a CUDA build of torch and nvcc of the same major version;
 a visible GPU is never asked for.  What is missing is said in the output and left out: FastFlow then runs its PyTorch
 reference.  ``FASTFLOW_CUDA=1`` turns a missing CUDA part into an error, ``FASTFLOW_CUDA=0`` leaves it out.
-``FASTFLOW_EMULATOR=1`` also builds the CUDA kernels for the CPU, for tests; it takes a fifth of the compiler's time.
+``FASTFLOW_EMULATOR=1`` also builds the CUDA kernels for the CPU, for tests, a minute of compilation.
 """
 
 import os
