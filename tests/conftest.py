@@ -97,7 +97,7 @@ def each_backend(request):
     if request.param == "compiled" and not extension.cpu:
         pytest.skip("the C++ extension was not built here: no compiler")
     if request.param == "emulated" and not extension.emulator:
-        pytest.skip("the emulator was not built here")
+        pytest.skip("the emulator was not built here: no compiler, or no FASTFLOW_EMULATOR=1")
     torch.set_default_device("cuda" if request.param == "cuda" else None)
     with fastflow.backend(BACKENDS.get(request.param, request.param)):
         yield request.param

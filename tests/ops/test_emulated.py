@@ -14,7 +14,9 @@ from tests.support.cases import lay_out, name, pairwise
 from tests.support.matrices import lu_inputs, triangular_inputs
 
 CSRC = Path(__file__).parents[2] / "csrc"
-needs_emulator = pytest.mark.skipif(not extension.emulator, reason="the emulator was not built here")
+needs_emulator = pytest.mark.skipif(
+    not extension.emulator, reason="the emulator was not built here: no compiler, or no FASTFLOW_EMULATOR=1"
+)
 ORDERS = (0, 1, 2, 3)  # of threads and blocks: ascending, descending, two shuffles
 
 FAULTY = """

@@ -62,7 +62,7 @@ def on(name: str, body: str) -> fastflow.backend:
     if body == "compiled" and not extension.cpu:
         pytest.skip("the C++ extension was not built here: no compiler")
     if body == "emulated" and not extension.emulator:
-        pytest.skip("the emulator was not built here")
+        pytest.skip("the emulator was not built here: no compiler, or no FASTFLOW_EMULATOR=1")
     return fastflow.backend(BACKENDS.get(body, body))
 
 
