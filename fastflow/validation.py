@@ -1,5 +1,8 @@
 """Checks of arguments: shapes, dtypes, devices, and that matrices on the CPU are not singular."""
 
+from collections.abc import Callable, Sequence
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -28,8 +31,44 @@ def one_of(argument: str, value: str, choices: tuple[str, ...]) -> None:
 
 def positive_int(argument: str, value: int | None, optional: bool = False) -> None:
     """Raise ValueError unless ``value`` is a positive integer, or None if ``optional``."""
-    if not (value is None and optional) and not (isinstance(value, int) and value >= 1):
+    if not (value is None and optional) and not (_is_int(value) and value >= 1):
         raise argument_error(argument, repr(value), f"a positive integer{' or None' if optional else ''}")
+
+
+def positive_ints(**values: int) -> None:
+    """Raise ValueError for the first of the named ``values`` that is no positive integer."""
+    for argument, value in values.items():
+        positive_int(argument, value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def even_int(argument: str, value: int, why: str) -> None:
+    """Raise ValueError unless ``value`` is a positive even integer; ``why`` explains it in the message."""
+    if not (_is_int(value) and value >= 1) or value % 2:
+        raise argument_error(argument, repr(value), f"an even number{why}")
+
+
+def number(argument: str, value: float, expected: str, accepts: Callable[[float], bool]) -> None:
+    """Raise ValueError unless ``value`` is a real number that ``accepts`` is true for, as ``expected`` states."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not accepts(value):
+        raise argument_error(argument, repr(value), expected)
+
+
+def boolean(argument: str, value: bool) -> None:
+    """Raise ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise argument_error(argument, repr(value), "True or False")
+
+
+def sample_shape(
+    argument: str, value: Sequence[int], expected: str = "one or more positive integers"
+) -> None:
+    """Raise ValueError unless ``value`` is the shape of a sample: a sequence of positive integers."""
+    if not isinstance(value, Sequence) or not value or not all(_is_int(n) and n >= 1 for n in value):
+        raise argument_error(argument, repr(value), expected)
 
 
 def floating_point(argument: str, t: Tensor, min_dim: int = 2) -> None:

@@ -126,12 +126,8 @@ class _Masked(nn.Module):
         self.net, self.swap_halves = net, swap_halves
         half = channels // 2
         self.padding = (0, 0, 0, 0, half, 0) if swap_halves else (0, 0, 0, 0, 0, half)
-        first = 0 if swap_halves else half
-        self.register_buffer(
-            "out",
-            torch.tensor([*range(first, first + half), *range(channels + first, channels + first + half)]),
-            False,
-        )
+        self.transformed = 0 if swap_halves else 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(F.pad(x, self.padding)).index_select(1, self.out)
+        scale_or_shift = self.net(F.pad(x, self.padding)).chunk(4, dim=1)
+        return torch.cat([scale_or_shift[self.transformed], scale_or_shift[2 + self.transformed]], dim=1)

@@ -1,8 +1,6 @@
 """Base class of models of images and vectors."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,18 +8,9 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.nn import AffineCoupling, BatchNorm, Dequantize, Flow, IdentityDequantize, Prior, Split
+from fastflow.nn.flow import in_mode
 from fastflow.nn.networks.residual_network import WeightNormConv2d
-
-
-@contextmanager
-def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put ``module`` in training or eval mode within the block, and restore its mode after it."""
-    before = module.training
-    module.train(training)
-    try:
-        yield
-    finally:
-        module.train(before)
+from fastflow.state_from_data import state_from_data
 
 
 class Model(nn.Module):
@@ -59,6 +48,13 @@ class Model(nn.Module):
         self.shape, self.n_bits, self.classes, self.config = tuple(shape), dequantize.n_bits, classes, config
         self.dequantize, self.prior = dequantize, prior
         self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, *args: object) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        if metadata.get("assign_to_params_buffers"):
+            # parameters become the given tensors, whose device and dtype may differ (meta, float64)
+            given = (v for k, v in state_dict.items() if k.startswith(prefix) and v.is_floating_point())
+            self.dequantize.like = next(given, self.dequantize.like).new_empty(0)
 
     def log_prob(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
@@ -105,10 +101,11 @@ class Model(nn.Module):
     ) -> None:
         """Initialize every uninitialized ActNorm from a batch, like the first forward pass in training mode.
 
+        Running statistics of batch norms move as well. Gradients need not be enabled.
         If torch.distributed is initialized, every rank must call it with its own part of the batch, see
         :class:`fastflow.nn.ActNorm`.
         """
-        with in_mode(self, training=True), torch.no_grad():
+        with in_mode(self, training=True), state_from_data(True), torch.no_grad():
             self.log_prob(x, context, seed=seed, offset=offset)
 
     def running_statistics(self) -> list[Tensor]:
@@ -141,16 +138,19 @@ class Model(nn.Module):
         Discrete samples are dequantized at the bin center. With a ``seed``, they are dequantized with noise
         computed from ``(seed, sample, element)``, as in training. The latents are then distributed as in
         training; latents of bin centers need not be. Decoded values may differ by 1 if the noise is
-        within rounding error of a bin edge.
+        within rounding error of a bin edge. In training mode as well, this initializes no ActNorm and moves
+        no running statistics.
         """
         self._check_samples(x)
         self._check_context(context, x.shape[0])
-        y, latents = self.dequantize.bin_center(x) if seed is None else self.dequantize(x, seed=seed)[0], []
-        for i, flow in enumerate(self.flows):
-            y, _ = flow(y)
-            if i < len(self.splits):
-                y, z, _ = self.splits[i](y)
-                latents.append(z)
+        latents = []
+        with state_from_data(False):
+            y = self.dequantize.bin_center(x) if seed is None else self.dequantize(x, seed=seed)[0]
+            for i, flow in enumerate(self.flows):
+                y, _ = flow(y)
+                if i < len(self.splits):
+                    y, z, _ = self.splits[i](y)
+                    latents.append(z)
         return *latents, y
 
     def decode(self, latents: tuple[Tensor, ...], context: Tensor | None = None) -> Tensor:
@@ -160,7 +160,7 @@ class Model(nn.Module):
         """
         self._check_latents(latents)
         self._check_context(context, latents[-1].shape[0])
-        with torch.inference_mode():
+        with torch.inference_mode(), state_from_data(False):
             *latents, y = latents
             for i in reversed(range(len(self.flows))):
                 if i < len(self.splits):
@@ -179,6 +179,8 @@ class Model(nn.Module):
     ) -> Tensor:
         """Draw ``n`` samples; an uninitialized ActNorm is the identity.
 
+        In training mode as well, sampling changes no state of the model except torch's generators.
+
         Args:
             n: number of samples.
             temperature: factor of the noise of every latent.
@@ -191,16 +193,15 @@ class Model(nn.Module):
         Raises ValueError for a negative ``n`` or temperature, and for a context or latents of other shapes or
         dtypes.
         """
-        if n < 0:
+        if not isinstance(n, int) or n < 0:
             raise validation.argument_error("n", n, "0 or more")
-        if temperature < 0:
-            raise validation.argument_error("temperature", temperature, "0 or more")
+        validation.number("temperature", temperature, "0 or more", lambda v: 0 <= v < math.inf)
         self._check_context(context, n)
         if latents is None:
             latents = (None,) * len(self.flows)
         self._check_latents(latents, n)
         # skips the autograd part of each op, a tenth of the sampling time on the CPU
-        with torch.inference_mode():
+        with torch.inference_mode(), state_from_data(False):
             y = latents[-1]
             if y is None:
                 y = self.prior.sample(n, self.dequantize.like, temperature, context, generator)

@@ -35,8 +35,9 @@ class NICEConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         shape = self.shape
-        if not shape or min(shape) < 1 or math.prod(shape) % 2:
-            expected = "an even number of dimensions, or the shape of an image that has one"
+        expected = "an even number of dimensions, or the shape of an image that has one"
+        validation.sample_shape("features", shape, expected)
+        if math.prod(shape) % 2:
             raise validation.argument_error("features", self.features, expected)
 
     @property

@@ -19,8 +19,9 @@ FORMER_NAMES = {"checkpoint_every": "activation_checkpoint_every"}
 class ModelConfig:
     """Base class of the options of a model.
 
-    A field annotated with a ``Literal`` takes one of its values, a field annotated ``int`` a positive
-    integer; other values raise ValueError. Sequences become tuples, so that equal options compare equal.
+    A field annotated with a ``Literal`` takes one of its values, a field annotated ``int`` a positive integer,
+    a field annotated ``bool`` True or False; other values raise ValueError. Sequences become tuples, so that
+    equal options compare equal.
     """
 
     def __post_init__(self) -> None:
@@ -30,13 +31,16 @@ class ModelConfig:
                 validation.one_of(field.name, value, get_args(field.type))
             elif field.type in (int, int | None):
                 validation.positive_int(field.name, value, optional=field.type is not int)
+            elif field.type is bool:
+                validation.boolean(field.name, value)
             elif isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
 
 
 def check_image_shape(image_shape: tuple[int, ...]) -> None:
     """Raise ValueError unless ``image_shape`` is ``(C, H, W)``."""
-    if len(image_shape) != 3 or min(image_shape) < 1:
+    validation.sample_shape("image_shape", image_shape, "(C, H, W)")
+    if len(image_shape) != 3:
         raise validation.argument_error("image_shape", image_shape, "(C, H, W)")
 
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops
+from fastflow import ops, validation
 from fastflow.distributed import merge_statistics
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.reversible import Gradients, vjp
+from fastflow.state_from_data import takes_state_from_data
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 class ActNorm(Flow):
     r"""Activation normalization, :math:`y = e^{s} (x + b)` per channel (Glow, arXiv:1807.03039, section 3.1).
 
-    The first forward pass in training mode, or :meth:`initialize`, sets s and b so that y has zero mean and
-    unit variance per channel. Before that, the layer is the identity, in eval mode and in the inverse
-    direction as well. A buffer holds the initialization flag, so a loaded checkpoint is not initialized
-    again. Constant channels keep scale 1. An empty batch does not initialize the layer.
+    The first forward pass in training mode with gradients enabled, or :meth:`initialize`, sets s and b so
+    that y has zero mean and unit variance per channel. Before that, the layer is the identity. Eval mode,
+    ``torch.no_grad``, the inverse direction of the layer or of a coupling around it, and samples do not
+    initialize it. A buffer holds the initialization flag, so a loaded checkpoint is not initialized again.
+    Constant channels keep scale 1. An empty batch does not initialize the layer.
 
     If torch.distributed is initialized, the statistics are computed over the batches of all ranks, and every
     rank must take part, even with an empty batch. Scale and bias are then bit-identical on all ranks.
@@ -32,13 +34,15 @@ class ActNorm(Flow):
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the number of positions of
     a sample (H W for an image, 1 for a vector).
-    Raises ValueError if C differs from ``num_features``.
+    Raises ValueError if C differs from ``num_features``, and for a ``num_features`` that is no positive
+    integer.
     """
 
     initialized: Tensor
 
     def __init__(self, num_features: int, process_group: "ProcessGroup | None" = None) -> None:
         super().__init__()
+        validation.positive_int("num_features", num_features)
         self.num_features, self.process_group = num_features, process_group
         self.log_scale = nn.Parameter(torch.zeros(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
@@ -74,9 +78,14 @@ class ActNorm(Flow):
         self.initialized.fill_(True)
         self._read = True
 
+    @property
+    def _pending(self) -> bool:
+        """Whether a forward pass would initialize the layer from its batch."""
+        return takes_state_from_data(self.training) and not self._initialized
+
     def initialize_once(self, x: Tensor) -> None:
-        """Initialize from ``x`` in training mode, unless the layer is initialized already."""
-        if self.training and not self._initialized:
+        """Initialize from ``x`` if the layer is pending: once, in training mode with gradients enabled."""
+        if self._pending:
             self.initialize(x)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -98,7 +107,7 @@ class ActNorm(Flow):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read = bool(self.initialized)
+        self._read = not self.initialized.is_meta and bool(self.initialized)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"

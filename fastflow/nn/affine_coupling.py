@@ -19,6 +19,7 @@ from fastflow.ops.affine_coupling import (
     affine_coupling_inverse_backward,
 )
 from fastflow.reversible import Gradients, vjp
+from fastflow.state_from_data import state_from_data
 
 _RENAMED = {"flip": "swap_halves", "order": "affine_order", "h_order": "params_layout"}
 
@@ -57,6 +58,9 @@ class AffineCoupling(Flow):
         num_scale_factors: int = 1,
     ) -> None:
         super().__init__()
+        if not callable(net):
+            raise validation.argument_error("net", repr(net), "a module")
+        validation.boolean("swap_halves", swap_halves)
         validation.one_of("mask", mask, MASKS)
         validation.one_of("scale", scale, SCALES)
         validation.one_of("affine_order", affine_order, AFFINE_ORDERS)
@@ -128,7 +132,8 @@ class AffineCoupling(Flow):
         factor: Tensor | None = None,
         *network_args: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        h = self._network(self.network_input(z), context, network_args)
+        with state_from_data(False):
+            h = self._network(self.network_input(z), context, network_args)
         return affine_coupling(z, h, self._factor(z, factor), **self._variant(), inverse=True)
 
     def inverse_backward(

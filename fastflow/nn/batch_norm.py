@@ -1,5 +1,6 @@
 """Batch normalization as a flow layer."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from fastflow.nn.flow import Flow, check_channels
 from fastflow.ops import positions
 from fastflow.ops.layout import all_but_channels, channel_view
 from fastflow.reversible import Gradients
+from fastflow.state_from_data import takes_state_from_data
 
 
 class BatchNorm(Flow):
@@ -17,12 +19,12 @@ class BatchNorm(Flow):
 
     Source: RealNVP, arXiv:1605.08803, section 3.7 and appendix E.
 
-    In training mode the running mean :math:`\mu` and variance v are updated first, with weight
-    :math:`(1 - \rho) / (1 - \rho^t)` for batch t (bias-corrected, so that the first batch sets them). The
-    updated values normalize the batch; gradients flow only through the current batch's contribution. With
-    :math:`\rho = 0`, :math:`\mu` and v are the statistics of the batch. Eval mode and the inverse do not
-    update them, so the inverse undoes the last forward pass. In a distributed run, each rank has the
-    statistics of its own batches.
+    In training mode with gradients enabled, the running mean :math:`\mu` and variance v are updated first,
+    with weight :math:`(1 - \rho) / (1 - \rho^t)` for batch t (bias-corrected, so that the first batch sets
+    them). The updated values normalize the batch; gradients flow only through the current batch's
+    contribution. With :math:`\rho = 0`, :math:`\mu` and v are the statistics of the batch. Eval mode,
+    ``torch.no_grad``, an empty batch and the inverse do not update them, so the inverse undoes the last
+    forward pass. In a distributed run, each rank has the statistics of its own batches.
 
     Args:
         num_features: number of channels C.
@@ -31,15 +33,16 @@ class BatchNorm(Flow):
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`-\tfrac12 P \sum_c \log(v_c + \epsilon)` with P
     the number of positions of a sample; it treats the statistics as constants.
-    Raises ValueError if C differs from ``num_features``, for a momentum outside ``[0, 1)``, and for an empty
-    batch in training mode. In a reversible chain, call backward before the next forward pass, which updates
-    the statistics; otherwise backward raises RuntimeError.
+    Raises ValueError if C differs from ``num_features``, for a momentum outside ``[0, 1)`` and for a negative
+    eps. In a reversible chain, call backward before the next forward pass, which updates the statistics;
+    otherwise backward raises RuntimeError.
     """
 
     def __init__(self, num_features: int, momentum: float = 0.9, eps: float = 1e-5) -> None:
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise validation.argument_error("momentum", momentum, "a number from 0 to below 1")
+        validation.positive_int("num_features", num_features)
+        validation.number("momentum", momentum, "a number from 0 to below 1", lambda v: 0 <= v < 1)
+        validation.number("eps", eps, "a number of 0 or more", lambda v: 0 <= v < math.inf)
         self.num_features, self.momentum, self.eps = num_features, momentum, eps
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("var", torch.ones(num_features))
@@ -48,13 +51,9 @@ class BatchNorm(Flow):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(x, self.num_features)
         validation.floating_point("x", x)
-        if not self.training:
+        if not self._moves(x):
             return ops.actnorm(x, *self._log_scale_and_bias(self.mean, self.var))
         validation.same_device_and_precision("mean", self.mean, "x", x)
-        if not x.numel():
-            raise validation.argument_error(
-                "x", validation.shape_of(x), "a batch that is not empty, in training mode"
-            )
         batch_var, batch_mean = torch.var_mean(x.to(self.mean.dtype), all_but_channels(x), correction=0)
         with torch.no_grad():
             self.batches.add_(1)
@@ -79,13 +78,17 @@ class BatchNorm(Flow):
         x, dx, dlog_scale, dbias = ops.actnorm_inverse_backward(
             z, *self._log_scale_and_bias(self.mean, self.var), dz, dlog_det
         )
-        if self.training:
+        if self._moves(z):
             each = self._share() / (x.shape[0] * positions(x))
             # dv/dx = 2 (x - mean) / count, and the log scale is -log(v + eps) / 2
             slope = -each * dlog_scale / (self.var + self.eps)
             centered = x - x.mean(all_but_channels(x), keepdim=True)
             dx = (dx - channel_view(each * dbias, x) + channel_view(slope, x) * centered).to(dx.dtype)
         return x, dx, {}
+
+    def _moves(self, x: Tensor) -> bool:
+        """Whether the batch updates the running statistics."""
+        return takes_state_from_data(self.training) and x.numel() > 0
 
     def _share(self) -> Tensor:
         return ((1 - self.momentum) / (1 - self.momentum ** self.batches.double())).to(self.mean.dtype)

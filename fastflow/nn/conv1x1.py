@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops
+from fastflow import ops, validation
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.ops import acc_dtype, positions
 from fastflow.reversible import Gradients, vjp
@@ -26,29 +26,34 @@ class InvertibleConv1x1(Flow):
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \log|\det W|` with P the number of positions
     of a sample.
-    Raises ValueError if C differs from ``num_features``.
+    Raises ValueError if C differs from ``num_features``, and for a ``num_features`` that is no positive
+    integer.
     """
 
     def __init__(self, num_features: int, lu: bool = True) -> None:
         super().__init__()
+        validation.positive_int("num_features", num_features)
+        validation.boolean("lu", lu)
         self.num_features, self.lu = num_features, lu
+        dtype = torch.get_default_dtype()
         rotation = torch.linalg.qr(torch.randn(num_features, num_features, dtype=torch.float64)).Q
         if lu:
             P, L, U = torch.linalg.lu(rotation)
             s = U.diagonal()
             self.register_buffer("perm", P.argmax(dim=1))  # P[i, perm[i]] = 1
-            self.register_buffer("sign_s", s.sign().float())
-            self.lower = nn.Parameter(L.tril(-1).float())
-            self.upper = nn.Parameter(U.triu(1).float())
-            self.log_s = nn.Parameter(s.abs().log().float())
+            self.register_buffer("sign_s", s.sign().to(dtype))
+            self.lower = nn.Parameter(L.tril(-1).to(dtype))
+            self.upper = nn.Parameter(U.triu(1).to(dtype))
+            self.log_s = nn.Parameter(s.abs().log().to(dtype))
         else:
-            self.weight = nn.Parameter(rotation.float())
+            self.weight = nn.Parameter(rotation.to(dtype))
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """W and its inverse, ``[C, C]`` each, and the scalar log|det W| in nats."""
+        """W and its inverse, ``[C, C]`` each, and the scalar log|det W| in nats; float32 if parameters are half."""
         if self.lu:
             return tuple(v[0] for v in stacked_weights([self]))
-        return self.weight, torch.linalg.inv(self.weight), torch.linalg.slogdet(self.weight).logabsdet
+        weight = self.weight.to(acc_dtype(self.weight.dtype))
+        return weight, torch.linalg.inv(weight), torch.linalg.slogdet(weight).logabsdet
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_channels(x, self.num_features)
@@ -86,5 +91,6 @@ def stacked_weights(layers: Sequence[Flow]) -> tuple[Tensor, Tensor, Tensor]:
     """
     if all(isinstance(layer, InvertibleConv1x1) and layer.lu for layer in layers):
         names = ("perm", "lower", "upper", "log_s", "sign_s")
-        return ops.lu_weight(*(torch.stack([getattr(layer, name) for layer in layers]) for name in names))
+        perm, *rest = (torch.stack([getattr(layer, name) for layer in layers]) for name in names)
+        return ops.lu_weight(perm, *(v.to(acc_dtype(v.dtype)) for v in rest))
     return tuple(torch.stack(v) for v in zip(*(layer.weights() for layer in layers), strict=True))

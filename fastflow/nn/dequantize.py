@@ -10,7 +10,21 @@ from fastflow.ops.noise import random_seed
 from fastflow.reversible import zero_log_det
 
 
-class Dequantize(Flow):
+class _Likeness(Flow):
+    """A flow with a buffer ``like``, without elements, that has the dtype and device of its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, *args: object) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        if metadata.get("assign_to_params_buffers") and self.like.is_meta:
+            # the buffer is not in the state dict, and no other tensor of the layer tells its device
+            self.like = torch.empty(0, dtype=self.like.dtype, device="cpu")
+
+
+class Dequantize(_Likeness):
     r"""Uniform dequantization to :math:`[-\tfrac12, \tfrac12)`: :math:`y = (x + u) / 2^n - \tfrac12`.
 
     Source: arXiv:1511.01844, section 3.1.
@@ -24,18 +38,16 @@ class Dequantize(Flow):
 
     Shape: x uint8 ``[N, ...]``; y like x; log_det ``[N]``, nats, :math:`-D \log 2^n` with D the number of
     values of a sample.
-    Raises ValueError if x is not uint8.
+    Raises ValueError for another ``n_bits``, and if x is not uint8.
     """
 
     scale, shift, logit = 1.0, -0.5, False
 
     def __init__(self, n_bits: int = 8) -> None:
         super().__init__()
-        if not 1 <= n_bits <= 8:
-            raise validation.argument_error("n_bits", n_bits, "1 to 8, the bit depth of uint8 images")
+        if not isinstance(n_bits, int) or isinstance(n_bits, bool) or not 1 <= n_bits <= 8:
+            raise validation.argument_error("n_bits", repr(n_bits), "1 to 8, the bit depth of uint8 images")
         self.n_bits = n_bits
-        # carries the dtype and device of the outputs
-        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(
         self,
@@ -91,8 +103,7 @@ class LogitDequantize(Dequantize):
     def __init__(self, n_bits: int = 8, alpha: float = 0.05, preset: str = "realnvp") -> None:
         super().__init__(n_bits)
         validation.one_of("preset", preset, ("realnvp", "tutorial"))
-        if not 0 < alpha < 1:
-            raise validation.argument_error("alpha", alpha, "a number between 0 and 1")
+        validation.number("alpha", alpha, "a number between 0 and 1", lambda v: 0 < v < 1)
         self.alpha, self.preset = alpha, preset
         self.scale = 1 - alpha
         self.shift = alpha if preset == "realnvp" else alpha / 2
@@ -101,17 +112,13 @@ class LogitDequantize(Dequantize):
         return f"n_bits={self.n_bits}, alpha={self.alpha}, preset={self.preset!r}"
 
 
-class IdentityDequantize(Flow):
+class IdentityDequantize(_Likeness):
     """Identity in place of a dequantization, for samples that are already continuous; its log-det is 0.
 
     Shape: x, y ``[N, ...]``, floating point; log_det ``[N]``, zeros.
     """
 
     n_bits = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0

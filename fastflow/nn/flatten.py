@@ -17,11 +17,12 @@ class Flatten(Flow):
         shape: shape of one sample.
 
     Shape: x ``[N, *shape]``; z ``[N, D]`` with D the product of ``shape``; log_det ``[N]``, zeros.
-    Raises ValueError for x or z of another shape.
+    Raises ValueError for x or z of another shape, and for a ``shape`` without positive integers.
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
+        validation.sample_shape("shape", shape)
         self.shape = tuple(shape)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.reversible import has_its_own_rule
+from fastflow.state_from_data import state_from_data
+
+
+@contextmanager
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put ``module`` in training or eval mode within the block, and restore the mode of each part after it."""
+    before = [(m, m.training) for m in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for m, was_training in before:
+            m.training = was_training
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,16 @@ class Flow(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Initialize every uninitialized :class:`ActNorm` within the flow from the batch ``x``.
+
+        It is one forward pass without gradients, in which the flow is in training mode. Running statistics of
+        :class:`BatchNorm` move as in training. If torch.distributed is initialized, every rank must call it,
+        see :class:`ActNorm`.
+        """
+        with in_mode(self, training=True), state_from_data(True), torch.no_grad():
+            self(x, context)
+
     def check(
         self,
         x: Tensor,
@@ -115,10 +139,11 @@ class Flow(nn.Module):
         """Measure the errors of the inverse, the log-det and the gradients on the batch ``x``.
 
         The log-det is compared with autograd's Jacobian, gradients with central differences, and
-        ``inverse_backward`` with autograd. The check runs on a float64 copy of the layer, which leaves
-        the layer unchanged. One pass in the layer's own mode initializes ActNorm; the check then uses eval
-        mode. The Jacobian costs one backward pass per element of a sample, so pass a small x. For an integer
-        x (dequantization), the check skips the Jacobian and the gradients.
+        ``inverse_backward`` with autograd. The check runs on a float64 copy of the layer in eval mode, so it
+        leaves the layer unchanged. It sets no state from x and communicates with no other rank: an ActNorm
+        that is not initialized is checked as the identity (see :meth:`initialize`). The Jacobian costs one
+        backward pass per element of a sample, so pass a small x. For an integer x (dequantization), the check
+        skips the Jacobian and the gradients.
 
         Args:
             x: batch ``[N, ...]``.
@@ -129,13 +154,10 @@ class Flow(nn.Module):
         Returns a report that prints as a table. Raises ValueError with that table if an error exceeds its
         tolerance.
         """
-        flow = copy.deepcopy(self).double()
+        flow = copy.deepcopy(self).double().eval()
         x = x.double() if x.is_floating_point() else x
         if context is not None and context.is_floating_point():
             context = context.double()
-        with torch.no_grad():
-            flow(x, context)
-        flow.eval()
         with torch.no_grad():
             z, log_det = flow(x, context)
             if log_det.shape != (x.shape[0],):

@@ -17,6 +17,7 @@ from fastflow.nn.networks.glow_network import GlowNetwork, network_args_of
 from fastflow.nn.permute import Permute
 from fastflow.nn.squeeze import Squeeze
 from fastflow.reversible import Gradients, add, run_reversible, run_storing, vjp
+from fastflow.state_from_data import state_from_data
 
 
 def _mixing(num_features: int, conv1x1: str) -> Flow:
@@ -41,7 +42,7 @@ class GlowStep(Flow):
         network: how the coupling network is computed, see :class:`GlowNetwork`.
 
     Shape: x, z ``[N, C, H, W]``; log_det ``[N]``, nats.
-    Raises ValueError for another shape, scale function or network.
+    Raises ValueError for another shape, and for any other argument.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class GlowStep(Flow):
         network: str = "auto",
     ) -> None:
         super().__init__()
+        validation.even_int("num_features", num_features, " of channels, to split into halves")
+        validation.positive_int("hidden", hidden)
+        validation.one_of("coupling", coupling, ("affine", "additive"))
+        validation.one_of("conv1x1", conv1x1, ("lu", "plain", "reverse", "shuffle"))
         half = num_features // 2
         self.actnorm = ActNorm(num_features)
         self.conv1x1 = _mixing(num_features, conv1x1)
@@ -145,8 +150,11 @@ def folded(steps: list[GlowStep]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
     position, nats.
     """
     weight, inverse, log_det = stacked_weights([step.conv1x1 for step in steps])
-    log_scale = torch.stack([step.actnorm.log_scale for step in steps])
-    bias = torch.stack([step.actnorm.bias for step in steps])
+    # half-precision parameters are folded in float32, so that the two matrices remain inverse to each other
+    log_scale, bias = (
+        torch.stack([getattr(step.actnorm, name) for step in steps]) for name in ("log_scale", "bias")
+    )
+    log_scale, bias = log_scale.to(ops.acc_dtype(log_scale.dtype)), bias.to(ops.acc_dtype(bias.dtype))
     weight = weight.to(bias.dtype) * log_scale.exp().unsqueeze(1)
     inverse = inverse.to(bias.dtype) * (-log_scale).exp().unsqueeze(2)
     inverse = inverse + _correction(weight, inverse)
@@ -180,8 +188,8 @@ class GlowLevel(Flow):
         activation_checkpoint_every: with ``reversible``, number of steps between two stored activations.
 
     Shape: x ``[N, C, H, W]``; z ``[N, 4C, H/2, W/2]``; log_det ``[N]``, nats.
-    Raises ValueError for another shape, and if ``activation_checkpoint_every`` is neither None nor a positive
-    integer.
+    Raises ValueError for another shape, for an empty list of steps, and if ``activation_checkpoint_every`` is
+    neither None nor a positive integer.
     """
 
     @renamed_arguments(checkpoint_every="activation_checkpoint_every")
@@ -190,6 +198,10 @@ class GlowLevel(Flow):
     ) -> None:
         super().__init__()
         validation.positive_int("activation_checkpoint_every", activation_checkpoint_every, optional=True)
+        validation.boolean("reversible", reversible)
+        listed = isinstance(steps, Sequence | nn.ModuleList) and len(steps) > 0
+        if not listed or not all(isinstance(step, nn.Module) for step in steps):
+            raise validation.argument_error("steps", repr(steps), "a list of one or more steps")
         self.squeeze = Squeeze()
         self.steps = nn.ModuleList(steps)
         self.reversible, self.activation_checkpoint_every = reversible, activation_checkpoint_every
@@ -199,7 +211,7 @@ class GlowLevel(Flow):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, log_det = self.squeeze(x)
         # a step with an uninitialized ActNorm cannot compute its weights before x reaches it
-        pending = self.training and not all(step.actnorm._initialized for step in self.steps)
+        pending = any(step.actnorm._pending for step in self.steps)
         args_of = partial(shared_args_of, shape=x.shape, device=x.device)
         shared_args = None if pending else args_of
         if self.reversible:
@@ -216,8 +228,9 @@ class GlowLevel(Flow):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = 0.0
-        shared_args = shared_args_of(list(self.steps), z.shape, z.device)
-        for step, args in zip(reversed(self.steps), reversed(shared_args), strict=True):
-            z, step_log_det = step.inverse(z, context, *args)
-            log_det = log_det + step_log_det
+        with state_from_data(False):
+            shared_args = shared_args_of(list(self.steps), z.shape, z.device)
+            for step, args in zip(reversed(self.steps), reversed(shared_args), strict=True):
+                z, step_log_det = step.inverse(z, context, *args)
+                log_det = log_det + step_log_det
         return self.squeeze.inverse(z)[0], log_det

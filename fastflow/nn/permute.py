@@ -1,6 +1,6 @@
 """Fixed permutations of channels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Permute(Flow):
 
     def __init__(self, num_features: int, order: str | Sequence[int] = "reverse") -> None:
         super().__init__()
+        validation.positive_int("num_features", num_features)
         self.num_features, self.order = num_features, order
         index = torch.arange(num_features)
         if isinstance(order, str):
@@ -34,8 +35,10 @@ class Permute(Flow):
             else:
                 perm = index.flip(0) if order == "reverse" else torch.cat([index[::2], index[1::2]])
         else:
-            if not all(isinstance(i, int) for i in order) or sorted(order) != list(range(num_features)):
-                raise validation.argument_error("order", list(order), f"each of 0 to {num_features - 1} once")
+            numbers = list(order) if isinstance(order, Iterable) else [order]
+            if not all(isinstance(i, int) for i in numbers) or sorted(numbers) != list(range(num_features)):
+                got = numbers if isinstance(order, Iterable) else order
+                raise validation.argument_error("order", got, f"each of 0 to {num_features - 1} once")
             perm = torch.tensor(order)
         self.register_buffer("perm", perm)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastflow import ops
+from fastflow import ops, validation
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.reversible import Gradients, vjp
 
@@ -20,11 +20,13 @@ class Scale(Flow):
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the number of positions of
     a sample.
-    Raises ValueError if C differs from ``num_features``.
+    Raises ValueError if C differs from ``num_features``, and for a ``num_features`` that is no positive
+    integer.
     """
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
+        validation.positive_int("num_features", num_features)
         self.num_features = num_features
         self.log_scale = nn.Parameter(torch.zeros(num_features))
 

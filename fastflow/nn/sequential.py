@@ -8,6 +8,7 @@ from fastflow import validation
 from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.flow import Flow
 from fastflow.reversible import has_hooks, run_reversible, run_storing, zero_log_det
+from fastflow.state_from_data import state_from_data
 
 
 class Sequential(Flow):
@@ -40,6 +41,7 @@ class Sequential(Flow):
     ) -> None:
         super().__init__()
         validation.positive_int("activation_checkpoint_every", activation_checkpoint_every, optional=True)
+        validation.boolean("reversible", reversible)
         for i, flow in enumerate(flows):
             if not isinstance(flow, Flow):
                 raise TypeError(f"flows[{i}]: got {type(flow).__name__}, expected a Flow")
@@ -57,9 +59,10 @@ class Sequential(Flow):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = zero_log_det(z)
-        for flow in reversed(self.flows):
-            z, step = flow.inverse(z, context)
-            log_det = log_det + step
+        with state_from_data(False):
+            for flow in reversed(self.flows):
+                z, step = flow.inverse(z, context)
+                log_det = log_det + step
         return z, log_det
 
     def _flat(self) -> Iterator[Flow]:

@@ -29,8 +29,7 @@ class Split(nn.Module):
     def __init__(self, num_features: int, prior: str = "learned") -> None:
         super().__init__()
         validation.one_of("prior", prior, ("standard", "learned"))
-        if num_features % 2:
-            raise validation.argument_error("num_features", num_features, "an even number of channels")
+        validation.even_int("num_features", num_features, " of channels")
         self.num_features, self.prior = num_features, prior
         self.net = ZeroConv2d(num_features // 2, num_features) if prior == "learned" else None
 

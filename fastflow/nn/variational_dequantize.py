@@ -38,15 +38,19 @@ class VariationalDequantize(LogitDequantize):
 
     def __init__(self, flow: Flow, n_bits: int = 8, alpha: float = 1e-5) -> None:
         super().__init__(n_bits, alpha, preset="tutorial")
+        if not isinstance(flow, Flow):
+            raise validation.argument_error("flow", type(flow).__name__, "a Flow")
         self.flow = flow
 
     def noise(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         r"""u from :math:`\epsilon`, and :math:`\log|\det \partial u / \partial \epsilon|` ``[N]`` in nats."""
-        image = 2 * x.to(noise.dtype) / (2**self.n_bits - 1) - 1
-        p = noise * self.scale + self.shift
+        # half precision would round epsilon to 0 and 1, whose logits are infinite
+        p = noise.to(ops.acc_dtype(noise.dtype)) * self.scale + self.shift
+        image = 2 * x.to(self.like.dtype) / (2**self.n_bits - 1) - 1
         v = torch.logit(p)
         log_det = -(p.log() + (-p).log1p()).flatten(1).sum(1) + math.log(self.scale) * math.prod(p.shape[1:])
-        v, log_det_flow = self.flow(v, image)
+        v, log_det_flow = self.flow(v.to(self.like.dtype), image)
+        v = v.to(p.dtype)
         log_det = log_det + log_det_flow - (F.softplus(v) + F.softplus(-v)).flatten(1).sum(1)
         return torch.sigmoid(v), log_det
 
@@ -61,14 +65,15 @@ class VariationalDequantize(LogitDequantize):
     ) -> tuple[Tensor, Tensor]:
         if noise is None:
             seed = random_seed(x.device) if seed is None else seed
-            noise = ops.uniform_noise(tuple(x.shape), seed, offset, self.like.dtype, x.device)
+            dtype = ops.acc_dtype(self.like.dtype)
+            noise = ops.uniform_noise(tuple(x.shape), seed, offset, dtype, x.device)
         elif seed is not None:
             raise validation.argument_error("noise, seed", "both", "one of them")
         validation.floating_point("noise", noise)
         validation.same_shape("noise", noise, x.shape, "like x")
         u, log_det_noise = self.noise(x, noise)
         y, log_det = super().forward(x, noise=u)
-        return y, log_det + log_det_noise
+        return y.to(self.like.dtype), log_det + log_det_noise
 
     def bin_center(self, x: Tensor) -> Tensor:
         """y at the center of each bin; the flow is not used."""

@@ -34,6 +34,7 @@ from fastflow.reversible.state import (
     training_modes,
 )
 from fastflow.reversible.vjp import Gradients, add, vjp
+from fastflow.state_from_data import state_from_data, takes_state_from_data
 
 SharedArgs = Callable[[list[nn.Module]], list[tuple[Tensor | None, ...]]]
 # error of forward(inverse(z)) relative to 1 + max|z|; beyond it, gradients are useless and backward raises
@@ -83,6 +84,8 @@ def run_segments(
             )
     log_det = zero_log_det(x)
     for segment in segments:
+        # asked here, because gradients are disabled within the function
+        segment.takes_state = takes_state_from_data(training=True)
         x, part = _Reversible.apply(segment, x, context, *segment.distinct)
         log_det = log_det + part
     return x, log_det
@@ -156,7 +159,7 @@ class _Segment:
         self.generators = generators_of(x.device, self.steps)
         self.replays: list[Replay] = []
         log_det = zero_log_det(x)
-        with same_autocast(self.autocast), no_parametrization_cache():
+        with same_autocast(self.autocast), no_parametrization_cache(), state_from_data(self.takes_state):
             states = [get() for get, _ in self.generators]
             shared = _shared_args(self.steps, self.shared_args)
             for i, (step, args) in enumerate(zip(self.steps, shared, strict=True)):
@@ -305,6 +308,7 @@ class _Segment:
                 same_autocast(self.autocast),
                 no_parametrization_cache(),
                 training_modes(modules, self.modes),
+                state_from_data(self.takes_state),
                 parameters_in_place(self.places),
                 hooks_suspended(self.distinct),
                 buffers_restored((m, name) for replay in self.replays for m, name, *_ in replay.buffers),

@@ -845,9 +845,9 @@ MODELS = [
     ),
     Fault(
         "eval mode lost by initialization",
-        "fastflow/models/model.py",
-        "module.train(before)",
-        "module.train()",
+        "fastflow/nn/flow.py",
+        "m.training = was_training",
+        "m.training = True",
         "tests/models/test_glow.py tests/models/test_models.py",
     ),
     Fault(

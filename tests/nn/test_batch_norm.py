@@ -219,10 +219,6 @@ def test_statistics_are_kept():
         (lambda: BatchNorm(4)(torch.randn(2, 3)), r"x: got shape \[2, 3\], expected \[N, 4, ...\]"),
         (lambda: BatchNorm(4).inverse(torch.randn(2, 3)), r"x: got shape \[2, 3\], expected \[N, 4, ...\]"),
         (
-            lambda: BatchNorm(4)(torch.randn(0, 4)),
-            r"x: got shape \[0, 4\], expected a batch that is not empty, in training mode",
-        ),
-        (
             lambda: BatchNorm(4)(torch.zeros(2, 4).long()),
             "x: got dtype torch.int64, expected a floating point tensor",
         ),
@@ -239,7 +235,7 @@ def test_errors(call, message):
 
 def test_an_error_leaves_the_statistics():
     layer = BatchNorm(4)
-    for x in (torch.zeros(2, 4).long(), torch.zeros(2, 4).double(), torch.zeros(0, 4)):
+    for x in (torch.zeros(2, 4).long(), torch.zeros(2, 4).double()):
         with pytest.raises(ValueError):
             layer(x)
     assert layer.batches == 0 and torch.equal(layer.mean, torch.zeros(4))

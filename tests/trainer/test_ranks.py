@@ -328,6 +328,37 @@ def test_ranks_whose_data_differ_keep_equal_parameters(find_unused_parameters, r
     assert all(bool(v) for k, v in first["state"].items() if k.endswith("initialized"))
 
 
+def sampled_by_one(folder):
+    """The first rank alone draws pictures and looks at images, in training mode; then all train."""
+    with init_process_group() as (ranks, _):
+        states = []
+        for looks in (False, True):
+            torch.manual_seed(0)
+            model = Glow((3, 8, 8), levels=2, steps=1, hidden=8)
+            x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)[2 * ranks.rank :][:2]
+            if looks and ranks.is_main:
+                latents = model.encode(x)
+                model.sample(2), model.decode(latents)
+                z = model.splits[0].inverse(latents[0], latents[0])
+                model.flows[0].inverse(z)
+                model.flows[0].steps[0].check(z[:1, :, :1, :1])
+                with torch.no_grad():
+                    model(x)
+                model.eval()(x), model.train()
+            wrapped = DistributedDataParallel(model)
+            wrapped(x, seed=1, offset=2 * ranks.rank).mean().backward()
+            states.append(model.state_dict())
+        torch.save(states, Path(folder) / f"{ranks.rank}.pt")
+
+
+def test_samples_of_one_rank_wait_for_no_other(tmp_path):
+    Run(tmp_path, 2, sampled_by_one, str(tmp_path)).finish()
+    (alone, first), (_, second) = (torch.load(tmp_path / f"{i}.pt") for i in (0, 1))
+    for name, value in alone.items():
+        assert torch.equal(value, first[name]) and torch.equal(value, second[name]), name
+    assert all(bool(v) for k, v in alone.items() if k.endswith("initialized"))
+
+
 def trained_with_a_capture(folder):
     """Four steps of two ranks, uncaptured, and with a capture that fails on the second rank within backward."""
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastflow import validation
+
 
 def concat_elu(x: Tensor) -> Tensor:
     r"""Concatenated ELU, :math:`[\operatorname{elu}(x), \operatorname{elu}(-x)]` along the channels.
@@ -50,10 +52,14 @@ class GatedNetwork(nn.Module):
 
     Shape: x ``[N, C, H, W]``; context ``[N, in_channels - C, H, W]`` or None; output
     ``[N, out_channels, H, W]``.
+    Raises ValueError unless all arguments are positive integers.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 32, blocks: int = 3) -> None:
         super().__init__()
+        validation.positive_ints(
+            in_channels=in_channels, out_channels=out_channels, hidden=hidden, blocks=blocks
+        )
         self.conv_in = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(GatedBlock(hidden) for _ in range(blocks))
         self.conv_out = nn.Conv2d(2 * hidden, out_channels, 3, padding=1)

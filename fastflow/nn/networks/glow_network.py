@@ -12,6 +12,7 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.nn.networks.folded_weights import folded
 from fastflow.reversible import has_hooks
+from fastflow.state_from_data import state_from_data
 
 NETWORKS = ("plain", "fused", "auto")
 FUSED_ARGS = 6  # weights and biases of the op; three convolutions have fewer shared arguments
@@ -28,13 +29,14 @@ class ActNormConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
+        validation.positive_ints(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         nn.init.normal_(self.conv.weight, std=0.05)
         self.actnorm = ActNorm(out_channels)
 
     def forward(self, x: Tensor, weight: Tensor | None = None, relu: bool = False) -> Tensor:
         """The output; ``weight`` is the convolution's weight if it is cast already."""
-        if self.training and not self.actnorm._initialized:
+        if self.actnorm._pending:
             self.actnorm.initialize(self.conv(x))
         weight = self.conv.weight if weight is None else weight
         bias, log_scale = self.actnorm.bias, self.actnorm.log_scale
@@ -54,6 +56,7 @@ class ZeroConv2d(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        validation.positive_ints(in_channels=in_channels, out_channels=out_channels)
         self.weight = nn.Parameter(torch.zeros(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.logs = nn.Parameter(torch.zeros(out_channels))
@@ -96,10 +99,11 @@ class GlowNetwork(nn.Sequential):
             under torch.compile, it is always three convolutions.
 
     Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
-    Raises ValueError for another ``network``.
+    Raises ValueError for any other argument.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 512, network: str = "auto") -> None:
+        validation.positive_ints(in_channels=in_channels, out_channels=out_channels, hidden=hidden)
         validation.one_of("network", network, NETWORKS)
         relu = nn.ReLU(inplace=True)  # shared: each module takes some 3 KB per step
         super().__init__(
@@ -163,13 +167,14 @@ def _is_glow_network(layers: Sequence[nn.Module]) -> bool:
 
 def _pending(layers: Sequence[nn.Module]) -> bool:
     """Whether the next batch initializes an ActNorm."""
-    return any(layer.training and not layer.actnorm._initialized for layer in layers[:3:2])
+    return any(layer.actnorm._pending for layer in layers[:3:2])
 
 
 @torch.no_grad()
 def _initialize(layers: Sequence[nn.Module], x: Tensor) -> None:
-    for layer in layers[:3:2]:
-        x = layer(x, relu=True)
+    with state_from_data(True):  # gradients are disabled here; the caller has asked
+        for layer in layers[:3:2]:
+            x = layer(x, relu=True)
 
 
 def _weights(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,13 +22,8 @@ class MLP(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, hidden: int = 64, layers: int = 2) -> None:
         super().__init__()
-        for name, value in {
-            "in_features": in_features,
-            "out_features": out_features,
-            "hidden": hidden,
-            "layers": layers,
-        }.items():
-            validation.positive_int(name, value)
+        sizes = {"in_features": in_features, "out_features": out_features, "hidden": hidden, "layers": layers}
+        validation.positive_ints(**sizes)
         widths = [in_features, *[hidden] * layers]
         body = [
             m

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastflow import validation
+from fastflow.state_from_data import takes_state_from_data
+
 
 class WeightNormConv2d(nn.Conv2d):
     r"""Weight-normalized convolution, :math:`w = g\, v / \lVert v \rVert` with one g per output channel.
@@ -25,15 +28,30 @@ class WeightNormConv2d(nn.Conv2d):
         return F.conv2d(x, self.weight * (self.g / self._norm()), self.bias, padding=self.padding)
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalization of a network, whose running statistics move only where state may come from data.
+
+    Within ``torch.no_grad`` and in the generating direction, training mode normalizes by the batch as ever. An
+    empty batch is normalized by the running statistics.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or takes_state_from_data(self.training) and x.numel():
+            return super().forward(x)
+        by_batch = x.numel() > 0
+        statistics = (None, None) if by_batch else (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, self.weight, self.bias, by_batch, 0.0, self.eps)
+
+
 class ResidualBlock(nn.Sequential):
     """Residual block: twice batch norm, ReLU and 3x3 convolution, plus the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
             nn.ReLU(inplace=True),
             WeightNormConv2d(channels, channels, 3),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
             nn.ReLU(inplace=True),
             WeightNormConv2d(channels, channels, 3, bias=True),
         )
@@ -59,15 +77,19 @@ class ResidualNetwork(nn.Module):
         blocks: number of residual blocks.
 
     Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
+    Raises ValueError unless all arguments are positive integers.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int = 64, blocks: int = 8) -> None:
         super().__init__()
-        self.norm_in = nn.BatchNorm2d(in_channels)
+        validation.positive_ints(
+            in_channels=in_channels, out_channels=out_channels, hidden=hidden, blocks=blocks
+        )
+        self.norm_in = BatchNorm2d(in_channels)
         self.conv_in = WeightNormConv2d(2 * in_channels, hidden, 3, bias=True)
         self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(blocks))
         self.skips = nn.ModuleList(WeightNormConv2d(hidden, hidden, 1, bias=True) for _ in range(blocks + 1))
-        self.norm_out = nn.BatchNorm2d(hidden)
+        self.norm_out = BatchNorm2d(hidden)
         self.conv_out = WeightNormConv2d(hidden, out_channels, 1, bias=True)
         nn.init.zeros_(self.conv_out.g)
         nn.init.zeros_(self.conv_out.bias)

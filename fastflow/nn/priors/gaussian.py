@@ -30,6 +30,7 @@ class GaussianPrior(Prior):
     def __init__(self, shape: tuple[int, ...], classes: int | None = None, learned: bool = False) -> None:
         super().__init__(shape)
         validation.positive_int("classes", classes, optional=True)
+        validation.boolean("learned", learned)
         self.classes, self.learned = classes, learned or classes is not None
         if self.learned:
             size = (shape[0],) if classes is None else (classes, shape[0])

@@ -25,7 +25,13 @@ class GaussianMixturePrior(Prior):
 
     def __init__(self, shape: tuple[int, ...], means: Tensor, learned: bool = True) -> None:
         super().__init__(shape)
-        means = torch.as_tensor(means, dtype=torch.get_default_dtype())
+        validation.boolean("learned", learned)
+        if not isinstance(means, Tensor):
+            try:
+                means = torch.as_tensor(means)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise validation.argument_error("means", repr(means), f"a tensor [K, {shape[0]}]") from error
+        means = means.to(torch.get_default_dtype())
         if means.ndim != 2 or means.shape[1] != shape[0] or not means.shape[0]:
             raise validation.argument_error(
                 "means", validation.shape_of(means), f"[K, {shape[0]}], one mean per component and channel"

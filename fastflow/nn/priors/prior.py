@@ -22,6 +22,7 @@ class Prior(nn.Module):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
+        validation.sample_shape("shape", shape)
         self.shape = tuple(shape)
 
     @abstractmethod
