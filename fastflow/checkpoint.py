@@ -148,8 +148,8 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Model:
     """Load a trained model to ``device``, in eval mode.
 
-    ``path``: a checkpoint, a run folder (its last.pt is loaded), or a checkpoint of PyTorch Lightning that
-    :func:`fastflow.models.load_published` supports.
+    ``path``: a checkpoint, a run folder (its last.pt is loaded), or published weights that
+    :func:`fastflow.models.load_published` supports, stored as ``state_dict``.
 
     Raises CheckpointError, a ValueError of one line, if the file cannot be read (see :func:`read`), for an
     unknown model and for weights that do not fit it.
@@ -162,7 +162,7 @@ def opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple
     path = Path(path)
     path = path / "last.pt" if (path / "last.pt").is_file() else path
     contents = archive.read(path, device)
-    if isinstance(contents, dict) and "pytorch-lightning_version" in contents:
+    if isinstance(contents, dict) and "state_dict" in contents and "fastflow" not in contents:
         from fastflow.models import load_published
 
         return load_published(path, device), None

@@ -329,8 +329,14 @@ COUNT = "expected a positive integer"
             },
         ),
         (
-            lambda variant: mnist_flow(variant),
-            {"variant": {"small": "expected one of 'simple', 'vardeq', 'multiscale'"}},
+            mnist_flow,
+            {
+                "variant": dict.fromkeys(
+                    ("small", None, 1), "expected one of 'simple', 'vardeq', 'multiscale'"
+                ),
+                "reversible": dict.fromkeys((None, "no", 1), "expected True or False"),
+                "pre_activation": dict.fromkeys((None, "2022", 0), "expected True or False"),
+            },
         ),
     ],
     ids=["RealNVP", "NICE", "VectorGlow", "MNISTFlow"],
@@ -509,8 +515,10 @@ def test_size_of_vector_glow(prior):
 
 
 @pytest.mark.parametrize(
-    "variant, published", [("simple", 335128), ("vardeq", 379556), ("multiscale", 1062090)]
+    "variant, published, since_2022",
+    [("simple", 335128, 556312), ("vardeq", 379556, 628388), ("multiscale", 1062090, 1711818)],
 )
-def test_size_of_the_tutorial_s_flows(variant, published):
-    """As the tutorial prints them."""
+def test_size_of_the_tutorial_s_flows(variant, published, since_2022):
+    """As the tutorial prints them; with pre-activation, 9 h^2 more in each of the three blocks of a network of h channels."""
     assert size(mnist_flow(variant)) == published
+    assert size(mnist_flow(variant, pre_activation=True)) == since_2022

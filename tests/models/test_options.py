@@ -30,6 +30,7 @@ class Options(ModelConfig):
     classes: int | None = None
     shape: tuple[int, ...] = (1, 2)
     rate: float = 0.5
+    flag: bool = False
 
 
 class Thing:
@@ -56,6 +57,8 @@ def test_a_constructor_takes_the_fields():
         ({"depth": 1.0}, "depth: got 1.0, expected a positive integer"),
         ({"depth": 1, "classes": -1}, "classes: got -1, expected a positive integer or None"),
         ({"depth": 1, "kind": "c"}, "kind: got 'c', expected one of 'a', 'b'"),
+        ({"depth": 1, "flag": 1}, "flag: got 1, expected True or False"),
+        ({"depth": 1, "flag": None}, "flag: got None, expected True or False"),
     ],
 )
 def test_fields_are_checked(options, said):

@@ -27,7 +27,7 @@ from fastflow.nn import (
     Split,
 )
 from fastflow.nn.glow_level import folded
-from fastflow.nn.networks.gated_network import GatedBlock
+from fastflow.nn.networks.gated_network import GatedBlock, concat_elu
 from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d, network_args_of
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 from fastflow.ops.affine_coupling import SCALES
@@ -300,7 +300,9 @@ def test_weight_norm_is_torchs():
 def test_residual_and_gated_networks_start_at_zero():
     x = batch((3, 4, 2))
     assert (ResidualNetwork(3, 6, hidden=4, blocks=2).double()(x) == 0).all()
-    assert (GatedNetwork(5, 6, hidden=4, blocks=2).double()(x, batch((2, 4, 2))) == 0).all()
+    for pre_activation in (False, True):
+        network = GatedNetwork(5, 6, hidden=4, blocks=2, pre_activation=pre_activation).double()
+        assert (network(x, batch((2, 4, 2))) == 0).all()
 
 
 def test_residual_network_sees_its_input_with_both_signs():
@@ -309,6 +311,15 @@ def test_residual_network_sees_its_input_with_both_signs():
     network(x)
     normalized = network.norm_in(x)
     assert torch.equal(seen[0], torch.cat([normalized.relu(), (-normalized).relu()], dim=1))
+
+
+def test_pre_activation_precedes_both_convolutions():
+    block, x, seen = GatedBlock(2, pre_activation=True).double(), batch((2, 4, 2)), []
+    for convolution in (block.conv_in, block.conv_out):
+        convolution.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    block(x)
+    for given, before in zip(seen, (x, block.conv_in(concat_elu(x))), strict=False):
+        assert torch.equal(given, torch.cat([nn.functional.elu(before), nn.functional.elu(-before)], dim=1))
 
 
 def test_gated_block_gates_the_first_half():

@@ -25,17 +25,21 @@ class ChannelLayerNorm(nn.LayerNorm):
 class GatedBlock(nn.Module):
     r"""Gated residual block :math:`x + v \sigma(g)`, then layer normalization; two convolutions give [v, g].
 
+    With ``pre_activation``, concatenated ELU precedes both convolutions, otherwise only the second one.
+
     Shape: ``[N, channels, H, W]`` to the same.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, pre_activation: bool = False) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(channels, channels, 3, padding=1)
+        self.pre_activation = pre_activation
+        self.conv_in = nn.Conv2d(channels * (2 if pre_activation else 1), channels, 3, padding=1)
         self.conv_out = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.norm = ChannelLayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.conv_out(concat_elu(self.conv_in(x))).chunk(2, dim=1)
+        hidden = self.conv_in(concat_elu(x) if self.pre_activation else x)
+        value, gate = self.conv_out(concat_elu(hidden)).chunk(2, dim=1)
         return self.norm(torch.addcmul(x, value, torch.sigmoid(gate)))
 
 
@@ -49,19 +53,29 @@ class GatedNetwork(nn.Module):
         out_channels: number of output channels.
         hidden: number of channels inside.
         blocks: number of gated blocks.
+        pre_activation: apply concatenated ELU to the input of each block before its first convolution, which
+            then has ``2 * hidden`` input channels (pre-activation, arXiv:1603.05027).
 
     Shape: x ``[N, C, H, W]``; context ``[N, in_channels - C, H, W]`` or None; output
     ``[N, out_channels, H, W]``.
-    Raises ValueError unless all arguments are positive integers.
+    Raises ValueError unless ``pre_activation`` is a bool and all other arguments are positive integers.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 32, blocks: int = 3) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int = 32,
+        blocks: int = 3,
+        pre_activation: bool = False,
+    ) -> None:
         super().__init__()
         validation.positive_ints(
             in_channels=in_channels, out_channels=out_channels, hidden=hidden, blocks=blocks
         )
+        validation.boolean("pre_activation", pre_activation)
         self.conv_in = nn.Conv2d(in_channels, hidden, 3, padding=1)
-        self.blocks = nn.ModuleList(GatedBlock(hidden) for _ in range(blocks))
+        self.blocks = nn.ModuleList(GatedBlock(hidden, pre_activation) for _ in range(blocks))
         self.conv_out = nn.Conv2d(2 * hidden, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
