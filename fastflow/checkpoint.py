@@ -60,6 +60,11 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
     import fastflow.models
 
     path, name = Path(path), type(model).__name__
+    if isinstance(model, fastflow.models.FlowModel):
+        raise CheckpointError(
+            f"{path}: model: got {name}, expected a model that its options rebuild; build the flow again, and "
+            "save and load model.state_dict() with torch"
+        )
     if name not in fastflow.models.__all__:
         raise CheckpointError(
             f"{path}: model: got {name}, expected one of {', '.join(fastflow.models.__all__)}"

@@ -127,7 +127,13 @@ def resample(
     context = None if context is None else context.repeat_interleave(n, 0)
     generator = torch.Generator(latents[-1].device).manual_seed(seed)
     with in_mode(model, training=False):
-        x = model.sample(n * len(latents[-1]), temperature, context, generator, latents=tuple(kept))
+        x = model.sample(
+            n * len(latents[-1]),
+            temperature=temperature,
+            context=context,
+            generator=generator,
+            latents=tuple(kept),
+        )
     return x.unflatten(0, (-1, n))
 
 

@@ -1,6 +1,7 @@
 """Base class of models of images and vectors."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ class Model(nn.Module):
         splits: the splits between the levels, one fewer than ``flows``.
         prior: prior of the last latent.
         classes: number of classes of a class-conditional model, None for an unconditional one.
-        config: constructor arguments of the subclass, stored in checkpoints to rebuild the model.
+        config: constructor arguments of the subclass, stored in checkpoints to rebuild the model; None if
+            checkpoints cannot rebuild it.
 
     Shape: x uint8 ``[N, *shape]`` with values in ``[0, 2 ** n_bits)``, or floating point if the samples are
     continuous; context int64 ``[N]`` with values in ``[0, classes)``, or None.
@@ -42,7 +44,7 @@ class Model(nn.Module):
         splits: list[Split],
         prior: Prior,
         classes: int | None,
-        config: dict,
+        config: dict | None,
     ) -> None:
         super().__init__()
         self.shape, self.n_bits, self.classes, self.config = tuple(shape), dequantize.n_bits, classes, config
@@ -76,13 +78,18 @@ class Model(nn.Module):
 
     def _log_prob_dequantized(self, y: Tensor, log_prob: Tensor, context: Tensor | None = None) -> Tensor:
         """The other part, which depends on tensors only: a CUDA graph can replay it on another batch."""
+        of_flows, of_prior = self._contexts(context, y.shape[0])
         for i, flow in enumerate(self.flows):
-            y, log_det = flow(y)
+            y, log_det = flow(y, of_flows)
             log_prob = log_prob + log_det
             if i < len(self.splits):
                 y, _, log_prob_z = self.splits[i](y)
                 log_prob = log_prob + log_prob_z
-        return log_prob + self.prior.log_prob(y, context)
+        return log_prob + self.prior.log_prob(y, of_prior)
+
+    def _contexts(self, context: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
+        """Context of the flows and context of the prior for ``n`` samples: classes are the prior's only."""
+        return None, None if context is None else tiled(context, n)
 
     def bits_per_dim(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
@@ -129,9 +136,13 @@ class Model(nn.Module):
             if isinstance(module, AffineCoupling):
                 module.net.compile(**{"dynamic": False} | options)
 
-    @torch.no_grad()
     def encode(
-        self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        differentiable: bool = False,
     ) -> tuple[Tensor, ...]:
         """Latents of x, from the finest level to the coarsest; ``decode(encode(x))`` is x.
 
@@ -140,78 +151,180 @@ class Model(nn.Module):
         training; latents of bin centers need not be. Decoded values may differ by 1 if the noise is
         within rounding error of a bin edge. In training mode as well, this initializes no ActNorm and moves
         no running statistics.
+
+        ``differentiable`` keeps the graph, for continuous samples; uint8 samples raise ValueError.
         """
+        if differentiable:
+            self._check_continuous("differentiable")
         self._check_samples(x)
         self._check_context(context, x.shape[0])
         latents = []
-        with state_from_data(False):
+        with nullcontext() if differentiable else torch.no_grad(), state_from_data(False):
             y = self.dequantize.bin_center(x) if seed is None else self.dequantize(x, seed=seed)[0]
+            of_flows, _ = self._contexts(context, x.shape[0])
             for i, flow in enumerate(self.flows):
-                y, _ = flow(y)
+                y, _ = flow(y, of_flows)
                 if i < len(self.splits):
                     y, z, _ = self.splits[i](y)
                     latents.append(z)
         return *latents, y
 
-    def decode(self, latents: tuple[Tensor, ...], context: Tensor | None = None) -> Tensor:
+    def decode(
+        self, latents: tuple[Tensor, ...], context: Tensor | None = None, *, differentiable: bool = False
+    ) -> Tensor:
         """Samples from latents, which :meth:`encode` returns; uint8 if the model's samples are.
 
-        Raises ValueError for latents of other shapes or dtypes, and for NaN.
+        ``differentiable`` keeps the graph, for continuous samples. Raises ValueError for latents of other
+        shapes or dtypes, for NaN, and for ``differentiable`` with uint8 samples.
         """
+        if differentiable:
+            self._check_continuous("differentiable")
         self._check_latents(latents)
-        self._check_context(context, latents[-1].shape[0])
-        with torch.inference_mode(), state_from_data(False):
-            *latents, y = latents
-            for i in reversed(range(len(self.flows))):
-                if i < len(self.splits):
-                    y = self.splits[i].inverse(y, latents[i])
-                y, _ = self.flows[i].inverse(y)
-            x = self.dequantize.inverse(y)[0]
-        return x.clone()  # not an inference tensor
+        n = latents[-1].shape[0]
+        self._check_context(context, n)
+        with nullcontext() if differentiable else torch.inference_mode():
+            x, _ = self._generate(latents, n, context)
+        return x if differentiable else x.clone()  # not an inference tensor
 
     def sample(
         self,
-        n: int,
+        n: int | tuple[int, ...],
         temperature: float = 1.0,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         latents: tuple[Tensor | None, ...] | None = None,
     ) -> Tensor:
-        """Draw ``n`` samples; an uninitialized ActNorm is the identity.
+        """Draw ``n`` samples without a graph; an uninitialized ActNorm is the identity.
 
         In training mode as well, sampling changes no state of the model except torch's generators.
 
         Args:
-            n: number of samples.
+            n: number of samples. A tuple is a sample shape as in torch.distributions: so many samples for
+                every row of the context.
             temperature: factor of the noise of every latent.
-            context: classes of the samples, int64 ``[n]``, for a class-conditional model.
+            context: context of the samples. For a class-conditional model: int64 ``[n]``, or ``[N]`` if n is
+                a tuple.
             generator: generator that seeds the noise; None: torch's default generator.
             latents: latents to use, in the order of :meth:`encode`. None in place of a latent draws it, given
                 the coarser latents.
 
-        Shape: ``[n, *shape]``, uint8 if the model's samples are.
+        Shape: ``[n, *shape]``, or ``[*n, N, *shape]`` if n is a tuple, without N if there is no context; uint8
+        if the model's samples are.
         Raises ValueError for a negative ``n`` or temperature, and for a context or latents of other shapes or
         dtypes.
         """
-        if not isinstance(n, int) or n < 0:
+        if isinstance(temperature, Tensor) and temperature.ndim:
+            raise validation.argument_error("temperature", "a tensor", "a number, or context=... by name")
+        leading = self._leading(n, context)
+        # skips the autograd part of each op, a tenth of the sampling time on the CPU
+        with torch.inference_mode():
+            x, _ = self._draw(math.prod(leading), context, temperature, generator, latents)
+        return x.clone().view(*leading, *x.shape[1:])
+
+    def rsample(
+        self,
+        n: int | tuple[int, ...],
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """:meth:`sample` of continuous samples, differentiable in parameters and context (reparameterized).
+
+        The graph stores the activations of the inverse. Raises ValueError for the arguments that
+        :meth:`sample` rejects, for a model of uint8 samples, and for a prior without ``has_rsample``.
+        """
+        self._check_reparameterized("rsample")
+        leading = self._leading(n, context)
+        x, _ = self._draw(math.prod(leading), context, temperature, generator)
+        return x.view(*leading, *x.shape[1:])
+
+    def sample_and_log_prob(
+        self,
+        n: int | tuple[int, ...],
+        context: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Continuous samples and their log-densities in nats, without a graph, from one pass of the inverse.
+
+        Shape: x as :meth:`sample`'s; log_prob ``[n]``, or ``[*n, N]`` if n is a tuple. Raises ValueError for the
+        arguments that :meth:`sample` rejects, and for a model of uint8 samples.
+        """
+        self._check_continuous("sample_and_log_prob")
+        leading = self._leading(n, context)
+        with torch.inference_mode():
+            x, log_prob = self._draw(math.prod(leading), context, 1.0, generator, density=True)
+        return x.clone().view(*leading, *x.shape[1:]), log_prob.clone().view(leading)
+
+    def rsample_and_log_prob(
+        self,
+        n: int | tuple[int, ...],
+        context: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`rsample` and the log-densities of the samples, both differentiable, from one pass of the inverse.
+
+        The gradient of the log-density includes its dependence on x. It is the estimator of reverse KL:
+        ``(log_prob - target(x)).mean()``. Shapes as :meth:`sample_and_log_prob`'s, errors as :meth:`rsample`'s.
+        """
+        self._check_reparameterized("rsample_and_log_prob")
+        leading = self._leading(n, context)
+        x, log_prob = self._draw(math.prod(leading), context, 1.0, generator, density=True)
+        return x.view(*leading, *x.shape[1:]), log_prob.view(leading)
+
+    def _leading(self, n: int | tuple[int, ...], context: Tensor | None) -> tuple[int, ...]:
+        """Leading dimensions of the samples, after checks of ``n`` and of the context."""
+        several = isinstance(n, (tuple, list))
+        sizes = tuple(n) if several else (n,)
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
             raise validation.argument_error("n", n, "0 or more")
+        if not several or context is None:
+            self._check_context(context, math.prod(sizes))
+            return sizes
+        self._check_context(context, len(context))
+        return *sizes, len(context)
+
+    def _draw(
+        self,
+        n: int,
+        context: Tensor | None,
+        temperature: float,
+        generator: torch.Generator | None,
+        latents: tuple[Tensor | None, ...] | None = None,
+        density: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         validation.number("temperature", temperature, "0 or more", lambda v: 0 <= v < math.inf)
-        self._check_context(context, n)
         if latents is None:
             latents = (None,) * len(self.flows)
         self._check_latents(latents, n)
-        # skips the autograd part of each op, a tenth of the sampling time on the CPU
-        with torch.inference_mode(), state_from_data(False):
+        return self._generate(latents, n, context, temperature, generator, density)
+
+    def _generate(
+        self,
+        latents: tuple[Tensor | None, ...],
+        n: int,
+        context: Tensor | None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        density: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Samples from latents, of which None are drawn, and with ``density`` their log-densities."""
+        with state_from_data(False):
+            of_flows, of_prior = self._contexts(context, n)
             y = latents[-1]
             if y is None:
-                y = self.prior.sample(n, self.dequantize.like, temperature, context, generator)
+                y = self.prior.sample(n, self.dequantize.like, temperature, of_prior, generator)
+            log_prob = self.prior.log_prob(y, of_prior) if density else None
             for i in reversed(range(len(self.flows))):
                 if i < len(self.splits):
                     z, split = latents[i], self.splits[i]
                     y = split.sample(y, temperature, generator) if z is None else split.inverse(y, z)
-                y, _ = self.flows[i].inverse(y)
-            x = self.dequantize.inverse(y)[0]
-        return x.clone()
+                    log_prob = log_prob + split(y)[2] if density else None
+                y, log_det = self.flows[i].inverse(y, of_flows)
+                log_prob = log_prob - log_det if density else None
+            return self.dequantize.inverse(y)[0], log_prob
 
     def latent_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of one sample's latents, from the finest level to the coarsest."""
@@ -220,6 +333,24 @@ class Model(nn.Module):
             shape = (2 * shape[0], shape[1] // 2, shape[2] // 2)
             shapes.append(shape)
         return [*shapes, self.prior.shape]
+
+    def _check_continuous(self, argument: str) -> None:
+        if self.n_bits is not None:
+            raise validation.argument_error(
+                argument,
+                "a model of uint8 samples",
+                "one of continuous samples: rounding to integers has no gradient, and log_prob of a uint8 sample "
+                "is a bound that draws noise",
+            )
+
+    def _check_reparameterized(self, argument: str) -> None:
+        self._check_continuous(argument)
+        if not self.prior.has_rsample:
+            raise validation.argument_error(
+                argument,
+                f"the prior {type(self.prior).__name__}, whose samples have no gradient in its parameters",
+                "a prior with has_rsample, such as GaussianPrior",
+            )
 
     def _check_samples(self, x: Tensor) -> None:
         dtype = self.dequantize.like.dtype if self.n_bits is None else torch.uint8
@@ -232,11 +363,11 @@ class Model(nn.Module):
             raise validation.argument_error("x", validation.shape_of(x), values)
         self._check_device("x", x)
         if self.n_bits is None:
-            if _values_are_free(x) and not x.isfinite().all():
+            if values_are_free(x) and not x.isfinite().all():
                 raise validation.argument_error("x", "inf or NaN", values)
         elif (
             self.n_bits < 8
-            and _values_are_free(x)
+            and values_are_free(x)
             and x.numel()
             and (largest := int(x.max())) >= 2**self.n_bits
         ):
@@ -258,7 +389,7 @@ class Model(nn.Module):
             )
         self._check_device("context", context)
         if (
-            _values_are_free(context)
+            values_are_free(context)
             and n
             and not (0 <= int(context.min()) and int(context.max()) < self.classes)
         ):
@@ -288,7 +419,7 @@ class Model(nn.Module):
                 raise validation.argument_error(
                     f"latents[{i}]", f"dtype {z.dtype}", f"{like.dtype}, the model's dtype"
                 )
-            if _values_are_free(z) and z.isnan().any():
+            if values_are_free(z) and z.isnan().any():
                 raise validation.argument_error(f"latents[{i}]", "NaN", "numbers")
 
     def _check_device(self, argument: str, t: Tensor) -> None:
@@ -298,6 +429,14 @@ class Model(nn.Module):
             )
 
 
-def _values_are_free(t: Tensor) -> bool:
+def values_are_free(t: Tensor) -> bool:
     """Whether reading values of t neither synchronizes with a device nor breaks a graph."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def tiled(context: Tensor, n: int) -> Tensor:
+    """The rows of a context, repeated as a whole so that there are ``n``: sample i has row i mod N."""
+    if context.shape[0] == n:
+        return context
+    repeats = n // max(context.shape[0], 1)
+    return context.expand(repeats, *context.shape).flatten(0, 1)

@@ -15,6 +15,7 @@ from fastflow.nn.networks.glow_network import GlowNetwork
 from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.networks.residual_network import ResidualNetwork
 from fastflow.nn.permute import Permute
+from fastflow.nn.priors.distribution import DistributionPrior
 from fastflow.nn.priors.gaussian import GaussianPrior
 from fastflow.nn.priors.logistic import LogisticPrior
 from fastflow.nn.priors.mixture import GaussianMixturePrior
@@ -31,6 +32,7 @@ __all__ = [
     "AffineCoupling",
     "BatchNorm",
     "Dequantize",
+    "DistributionPrior",
     "EncoderDecoder",
     "Flatten",
     "Flow",

@@ -27,6 +27,8 @@ class GaussianPrior(Prior):
     with ``classes`` for a context that is not int64 ``[N]``.
     """
 
+    has_rsample = True
+
     def __init__(self, shape: tuple[int, ...], classes: int | None = None, learned: bool = False) -> None:
         super().__init__(shape)
         validation.positive_int("classes", classes, optional=True)

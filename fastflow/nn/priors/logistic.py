@@ -23,6 +23,8 @@ class LogisticPrior(Prior):
     Raises ValueError for a z of another shape.
     """
 
+    has_rsample = True
+
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_latent(z)
         z = z.to(acc_dtype(z.dtype))

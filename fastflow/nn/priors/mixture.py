@@ -48,6 +48,11 @@ class GaussianMixturePrior(Prior):
             else:
                 self.register_buffer(name, value)
 
+    @property
+    def has_rsample(self) -> bool:
+        """Whether all parameters are fixed: the choice of a component has no gradient in learned weights."""
+        return not self.learned
+
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_latent(z)
         each = [

@@ -11,7 +11,8 @@ from fastflow import validation
 class Prior(nn.Module):
     """Base class of priors, the densities of a model's last latent.
 
-    Subclasses implement :meth:`log_prob` and :meth:`sample`.
+    Subclasses implement :meth:`log_prob` and :meth:`sample`. If ``sample`` is differentiable in all their
+    parameters, they set ``has_rsample = True``, and models can then draw reparameterized samples.
 
     Args:
         shape: shape of one latent.
@@ -19,6 +20,8 @@ class Prior(nn.Module):
     Shape: z ``[N, *shape]``; context int64 classes ``[N]`` for a class-conditional prior, otherwise None.
     Raises ValueError for a z of another shape, or one that is not floating point.
     """
+
+    has_rsample = False
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
