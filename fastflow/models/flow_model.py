@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from fastflow import validation
-from fastflow.models.model import Model, tiled, values_are_free
+from fastflow.models.model import Model, check_float_context, tiled
 from fastflow.nn import DistributionPrior, Flow, IdentityDequantize, Prior
 
 
@@ -88,18 +88,7 @@ class FlowModel(Model):
         return tiled(embedded, n), tiled(context, n)
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
-        if context is None:
-            return
-        rows = f"[{n}, ...] or [1, ...]"
-        if not isinstance(context, Tensor):
-            raise validation.argument_error("context", type(context).__name__, f"a tensor {rows}")
-        if context.ndim == 0 or context.shape[0] not in (1, n):
-            raise validation.argument_error("context", validation.shape_of(context), rows)
-        self._check_device("context", context)
-        dtype = self.dequantize.like.dtype
-        if context.is_floating_point() and context.dtype != dtype:
-            raise validation.argument_error(
-                "context", f"dtype {context.dtype}", f"{dtype}, the model's dtype"
-            )
-        if values_are_free(context) and context.is_floating_point() and not context.isfinite().all():
-            raise validation.argument_error("context", "inf or NaN", "finite numbers")
+        if context is not None:
+            like = self.dequantize.like
+            expected = f"a tensor [{n}, ...] or [1, ...], {like.dtype} or of integers"
+            check_float_context(context, n, like, expected)

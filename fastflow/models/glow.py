@@ -9,7 +9,13 @@ from torch import nn
 from fastflow import validation
 from fastflow.deprecation import renamed_arguments
 from fastflow.models.model import Model
-from fastflow.models.options import FORMER_NAMES, ModelConfig, check_image_shape, takes_fields_of
+from fastflow.models.options import (
+    FORMER_NAMES,
+    ModelConfig,
+    check_image_shape,
+    context_shape_of,
+    takes_fields_of,
+)
 from fastflow.nn import Dequantize, GaussianPrior, GlowLevel, GlowNetwork, GlowStep, LogitDequantize, Split
 from fastflow.nn.networks.fastest import is_fused_on_cpu
 
@@ -38,10 +44,17 @@ class GlowConfig(ModelConfig):
     reversible: bool = True
     activation_checkpoint_every: int | None = None
     network: Network = "auto"
+    context_features: int | None = None
+    context_image: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_levels(self.image_shape, self.levels)
+        self.context_shape()
+
+    def context_shape(self) -> tuple[int, ...] | None:
+        """Shape of one context of the flows, or None."""
+        return context_shape_of(self.image_shape, self.context_features, self.context_image, self.classes)
 
 
 class Glow(Model):
@@ -71,8 +84,12 @@ class Glow(Model):
         network: how the coupling networks are computed: ``"plain"``, as three convolutions; ``"fused"``, as one
             op that keeps hidden activations out of memory (:func:`fastflow.ops.glow_network`); ``"auto"``, as the
             op where it is faster, see :class:`fastflow.nn.GlowNetwork`.
+        context_features: number of channels of the context, an input of every coupling network; None: no
+            context. The context is a vector ``[N, context_features]``, repeated at every position.
+        context_image: the context is an image ``[N, context_features, H, W]`` instead, squeezed with x.
 
-    Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
+    Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, floating point with
+    ``context_features``, otherwise None.
     Raises ValueError for any other argument; for too many levels, the message names the largest number that
     fits.
 
@@ -92,17 +109,27 @@ class Glow(Model):
         flows, splits = [], []
         for level in range(config.levels):
             c, h, w = 4 * c, h // 2, w // 2
-            steps = [
-                GlowStep(c, config.hidden, config.coupling, config.conv1x1, config.scale, config.network)
-                for _ in range(config.steps)
-            ]
+            features = config.context_features
+            if config.context_image:
+                features *= 4 ** (level + 1)
+            options = config.hidden, config.coupling, config.conv1x1, config.scale, config.network, features
+            steps = [GlowStep(c, *options) for _ in range(config.steps)]
             flows.append(GlowLevel(steps, config.reversible, config.activation_checkpoint_every))
             if level < config.levels - 1:
                 splits.append(Split(c))
                 c //= 2
         dequantize = LogitDequantize(config.n_bits) if config.logit else Dequantize(config.n_bits)
         prior = GaussianPrior((c, h, w), config.classes, config.learned_prior)
-        super().__init__(config.image_shape, dequantize, flows, splits, prior, config.classes, asdict(config))
+        super().__init__(
+            config.image_shape,
+            dequantize,
+            flows,
+            splits,
+            prior,
+            config.classes,
+            asdict(config),
+            config.context_shape(),
+        )
 
 
 def _check_levels(image_shape: tuple[int, ...], levels: int) -> None:

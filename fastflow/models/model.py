@@ -31,9 +31,11 @@ class Model(nn.Module):
         classes: number of classes of a class-conditional model, None for an unconditional one.
         config: constructor arguments of the subclass, stored in checkpoints to rebuild the model; None if
             checkpoints cannot rebuild it.
+        context_shape: shape of one context of the flows, ``(C,)`` or ``(C, H, W)``; None: flows have none.
 
     Shape: x uint8 ``[N, *shape]`` with values in ``[0, 2 ** n_bits)``, or floating point if the samples are
-    continuous; context int64 ``[N]`` with values in ``[0, classes)``, or None.
+    continuous; context int64 ``[N]`` with values in ``[0, classes)``, or floating point
+    ``[N, *context_shape]``, or None.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class Model(nn.Module):
         prior: Prior,
         classes: int | None,
         config: dict | None,
+        context_shape: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.n_bits, self.classes, self.config = tuple(shape), dequantize.n_bits, classes, config
+        self.context_shape = context_shape
         self.dequantize, self.prior = dequantize, prior
         self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
 
@@ -89,7 +93,10 @@ class Model(nn.Module):
 
     def _contexts(self, context: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
         """Context of the flows and context of the prior for ``n`` samples: classes are the prior's only."""
-        return None, None if context is None else tiled(context, n)
+        if context is None:
+            return None, None
+        context = tiled(context, n)
+        return None if self.context_shape is None else context, context
 
     def bits_per_dim(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
@@ -374,6 +381,11 @@ class Model(nn.Module):
             raise validation.argument_error("x", f"a value of {largest}", values)
 
     def _check_context(self, context: Tensor | None, n: int) -> None:
+        if self.context_shape is not None:
+            sizes = ", ".join(map(str, self.context_shape))
+            expected = f"{self.dequantize.like.dtype} of shape [{n}, {sizes}] or [1, {sizes}]"
+            check_float_context(context, n, self.dequantize.like, expected, self.context_shape)
+            return
         if self.classes is None:
             if context is not None:
                 raise validation.argument_error(
@@ -440,3 +452,20 @@ def tiled(context: Tensor, n: int) -> Tensor:
         return context
     repeats = n // max(context.shape[0], 1)
     return context.expand(repeats, *context.shape).flatten(0, 1)
+
+
+def check_float_context(
+    context: Tensor | None, n: int, like: Tensor, expected: str, shape: tuple[int, ...] | None = None
+) -> None:
+    """Raise ValueError unless the context has n rows or one, of the given shape, in the dtype of ``like``."""
+    if not isinstance(context, Tensor):
+        got = "None" if context is None else type(context).__name__
+        raise validation.argument_error("context", got, expected)
+    if context.ndim == 0 or context.shape[0] not in (1, n) or shape not in (None, tuple(context.shape[1:])):
+        raise validation.argument_error("context", validation.shape_of(context), expected)
+    if context.device != like.device:
+        raise validation.argument_error("context", f"device {context.device}", f"{like.device}, the model's")
+    if context.dtype != like.dtype and (shape is not None or context.is_floating_point()):
+        raise validation.argument_error("context", f"dtype {context.dtype}", expected)
+    if values_are_free(context) and context.is_floating_point() and not context.isfinite().all():
+        raise validation.argument_error("context", "inf or NaN", "finite numbers")

@@ -44,6 +44,21 @@ def check_image_shape(image_shape: tuple[int, ...]) -> None:
         raise validation.argument_error("image_shape", image_shape, "(C, H, W)")
 
 
+def context_shape_of(
+    image_shape: tuple[int, ...], context_features: int | None, context_image: bool, classes: int | None
+) -> tuple[int, ...] | None:
+    """Shape of one context of the flows of an image model; raises ValueError for options that exclude others."""
+    if context_features is None:
+        if context_image:
+            raise validation.argument_error("context_image", True, "False without context_features")
+        return None
+    if classes is not None:
+        raise validation.argument_error(
+            "classes", classes, "None with context_features: there is one context"
+        )
+    return (context_features, *image_shape[1:]) if context_image else (context_features,)
+
+
 def takes_fields_of(
     config_class: Callable[P, Options],
 ) -> Callable[[Callable[[Self, Options], None]], Callable[Concatenate[Self, P], None]]:

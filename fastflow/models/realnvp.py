@@ -5,7 +5,13 @@ from dataclasses import asdict, dataclass
 from fastflow import validation
 from fastflow.deprecation import renamed_arguments
 from fastflow.models.model import Model
-from fastflow.models.options import FORMER_NAMES, ModelConfig, check_image_shape, takes_fields_of
+from fastflow.models.options import (
+    FORMER_NAMES,
+    ModelConfig,
+    check_image_shape,
+    context_shape_of,
+    takes_fields_of,
+)
 from fastflow.nn import (
     AffineCoupling,
     BatchNorm,
@@ -32,6 +38,8 @@ class RealNVPConfig(ModelConfig):
     momentum: float = 0.9
     reversible: bool = True
     activation_checkpoint_every: int | None = None
+    context_features: int | None = None
+    context_image: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +49,11 @@ class RealNVPConfig(ModelConfig):
         if h % multiple or w % multiple:
             got = f"{self.scales} for image_shape {self.image_shape}"
             raise validation.argument_error("scales", got, f"a height and width that {multiple} divides")
+        self.context_shape()
+
+    def context_shape(self) -> tuple[int, ...] | None:
+        """Shape of one context of the flows, or None."""
+        return context_shape_of(self.image_shape, self.context_features, self.context_image, self.classes)
 
 
 class RealNVP(Model):
@@ -65,11 +78,15 @@ class RealNVP(Model):
             before the next forward pass, because a forward pass updates the statistics of the batch
             normalizations.
         activation_checkpoint_every: number of layers of a reversible chain between two stored activations.
+        context_features: number of channels of the context, an input of every coupling network; None: no
+            context. The context is a vector ``[N, context_features]``, repeated at every position.
+        context_image: the context is an image ``[N, context_features, H, W]`` instead, squeezed with x.
 
     In training mode, an image's result depends on the other images of its batch, also in ``encode``,
     ``decode`` and ``sample``; call ``eval()`` before these.
 
-    Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, otherwise None.
+    Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, floating point with
+    ``context_features``, otherwise None.
     Raises ValueError for any other argument.
 
     Example:
@@ -82,11 +99,11 @@ class RealNVP(Model):
     @renamed_arguments(**FORMER_NAMES)
     @takes_fields_of(RealNVPConfig)
     def __init__(self, config: RealNVPConfig) -> None:
-        (c, h, w), hidden = config.image_shape, config.hidden
+        (c, h, w), hidden, features = config.image_shape, config.hidden, config.context_features
 
         def coupling(channels: int, hidden: int, mask: str, flip: bool) -> list:
             seen, changed = (channels, channels) if mask == "checkerboard" else (channels // 2, channels // 2)
-            net = ResidualNetwork(seen, 2 * changed, hidden, config.blocks)
+            net = ResidualNetwork(seen, 2 * changed, hidden, config.blocks, features)
             return [
                 AffineCoupling(
                     net,
@@ -109,6 +126,7 @@ class RealNVP(Model):
                 # halves are the rows of 2x2 blocks, which the checkerboards mix
                 layers.append(Squeeze("space"))
                 c, h, w, hidden = 4 * c, h // 2, w // 2, 2 * hidden
+                features = 4 * features if config.context_image else features
                 layers += [m for i in range(3) for m in coupling(c, hidden, "halves", i % 2 == 1)]
                 layers.append(Permute(c, _diagonals_first(c)))
                 splits.append(Split(c, prior="standard"))
@@ -119,7 +137,16 @@ class RealNVP(Model):
             }
             flows.append(Sequential(*layers, **chain))
         dequantize, prior = LogitDequantize(config.n_bits), GaussianPrior((c, h, w), config.classes)
-        super().__init__(config.image_shape, dequantize, flows, splits, prior, config.classes, asdict(config))
+        super().__init__(
+            config.image_shape,
+            dequantize,
+            flows,
+            splits,
+            prior,
+            config.classes,
+            asdict(config),
+            config.context_shape(),
+        )
 
 
 def _diagonals_first(channels: int) -> list[int]:

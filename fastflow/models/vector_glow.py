@@ -31,6 +31,7 @@ class VectorGlowConfig(ModelConfig):
     prior: Literal["gaussian", "mixture"] = "gaussian"
     components: int = 2
     reversible: bool = True
+    context_features: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,8 +54,11 @@ class VectorGlow(Model):
             directions (torch's generator) around 0, at a root mean square distance of 2.
         components: number of Gaussians in the mixture.
         reversible: recompute activations in backward instead of storing them.
+        context_features: number of features of the context, an input of every coupling network; None: no
+            context.
 
-    Shape: x ``[N, D]``, floating point in the model's dtype.
+    Shape: x ``[N, D]``, context ``[N, context_features]``, or ``[1, context_features]`` for all samples,
+    floating point in the model's dtype.
     Raises ValueError for any other argument.
 
     Example:
@@ -72,14 +76,17 @@ class VectorGlow(Model):
         layers = []
         for _ in range(config.steps):
             layers += [ActNorm(features), InvertibleConv1x1(features)]
-            net = MLP(half, features, config.hidden, config.layers)
+            net = MLP(half, features, config.hidden, config.layers, config.context_features)
             layers.append(AffineCoupling(net, num_scale_factors=half))
         if config.prior == "gaussian":
             prior = GaussianPrior((features,))
         else:
             prior = GaussianMixturePrior((features,), _means(config.components, features))
         flow = Sequential(*layers, reversible=config.reversible)
-        super().__init__((features,), IdentityDequantize(), [flow], [], prior, None, asdict(config))
+        context_shape = None if config.context_features is None else (config.context_features,)
+        super().__init__(
+            (features,), IdentityDequantize(), [flow], [], prior, None, asdict(config), context_shape
+        )
 
 
 def _means(components: int, features: int) -> torch.Tensor:

@@ -40,6 +40,8 @@ class GlowStep(Flow):
             decomposition; ``"reverse"`` or ``"shuffle"``, a fixed permutation.
         scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`.
         network: how the coupling network is computed, see :class:`GlowNetwork`.
+        context_features: number of channels of the context at the size of x, see :class:`GlowNetwork`; None:
+            no context.
 
     Shape: x, z ``[N, C, H, W]``; log_det ``[N]``, nats.
     Raises ValueError for another shape, and for any other argument.
@@ -53,6 +55,7 @@ class GlowStep(Flow):
         conv1x1: str = "lu",
         scale: str = "soft_clamp",
         network: str = "auto",
+        context_features: int | None = None,
     ) -> None:
         super().__init__()
         validation.even_int("num_features", num_features, " of channels, to split into halves")
@@ -63,10 +66,10 @@ class GlowStep(Flow):
         self.actnorm = ActNorm(num_features)
         self.conv1x1 = _mixing(num_features, conv1x1)
         if coupling == "affine":
-            net = GlowNetwork(half, num_features, hidden, network)
+            net = GlowNetwork(half, num_features, hidden, network, context_features)
             self.coupling = AffineCoupling(net, scale=scale, num_scale_factors=half)
         else:
-            self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden, network))
+            self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden, network, context_features))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None

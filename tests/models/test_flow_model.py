@@ -224,9 +224,9 @@ def test_a_prior_without_reparameterized_samples(prior):
             lambda: FlowModel(flow(), PRIORS["StudentT"]()).sample(2, torch.ones(1, 3), temperature=0.5),
             "temperature: got 0.5, expected 1, with the prior StudentT",
         ),
-        (lambda: made().sample(4, torch.ones(3, 3)), "context: got shape [3, 3], expected [4, ...] or [1, ...]"),
+        (lambda: made().sample(4, torch.ones(3, 3)), "context: got shape [3, 3], expected a tensor [4, ...] or [1, ...], torch.float64 or of"),
         (lambda: made().sample(4, [1.0]), "context: got list, expected a tensor [4, ...] or [1, ...]"),
-        (lambda: made().sample(4, torch.ones(4, 3)), "context: got dtype torch.float32, expected torch.float64"),
+        (lambda: made().sample(4, torch.ones(4, 3)), "context: got dtype torch.float32, expected a tensor [4, ...] or [1, ...], torch.float64 or of"),
         (lambda: made().sample(1, torch.full((1, 3), torch.nan).double()), "context: got inf or NaN"),
         (
             lambda: made(embedding=nn.Flatten(0)).sample(2, torch.ones(2, 3).double()),
@@ -287,3 +287,69 @@ def test_save_says_what_to_do(tmp_path):
         fastflow.CheckpointError, match="FlowModel, expected a model that its options rebuild"
     ):
         fastflow.save(tmp_path / "model.pt", made())
+
+
+# densities with a known answer ------------------------------------------------------------------------------------------------
+
+
+def conditional_gaussian(n, generator):
+    """Samples, their contexts and log-densities; the mean is linear and the scale log-linear in the context."""
+    context = 2 * torch.rand(n, 2, generator=generator) - 1
+    mean = context @ torch.tensor([[1.0, 0.5], [-0.5, 1.0]])
+    log_scale = context @ torch.tensor([[0.4, -0.3], [0.0, 0.5]]) - 0.5
+    x = mean + log_scale.exp() * torch.randn(n, 2, generator=generator)
+    return x, context, td.Normal(mean, log_scale.exp()).log_prob(x).sum(1)
+
+
+def banana(x):
+    """Log-density of a Gaussian that is bent: x1 ~ N(0, 1), x2 ~ N(x1² / 2, 1/4)."""
+    x1, x2 = x.unbind(1)
+    return td.Normal(0.0, 1.0).log_prob(x1) + td.Normal(x1.square() / 2, 0.5).log_prob(x2)
+
+
+def couplings(k, context_features=None):
+    return FlowModel(
+        fnn.Sequential(
+            *(
+                fnn.AffineCoupling(
+                    fnn.MLP(1, 2, 16, 1, context_features=context_features), swap_halves=i % 2 == 1
+                )
+                for i in range(k)
+            )
+        ),
+        fnn.GaussianPrior((2,)),
+    )
+
+
+def minimize(model, loss_of, steps=200):
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_conditional_gaussian_is_learned():
+    torch.manual_seed(0)
+    model, generator = couplings(2, context_features=2), torch.Generator().manual_seed(0)
+    minimize(model, lambda: -model.log_prob(*conditional_gaussian(256, generator)[:2]).mean())
+    x, context, log_prob = conditional_gaussian(20_000, generator)
+    with torch.no_grad():
+        divergence = (log_prob - model.log_prob(x, context)).mean()
+    assert -0.01 < divergence < 0.03
+
+
+def test_reverse_kl_finds_a_banana():
+    torch.manual_seed(0)
+    model = couplings(3)
+
+    def divergence(draw, n):
+        x, log_prob = draw(n)
+        return (log_prob - banana(x)).mean()
+
+    before = divergence(model.sample_and_log_prob, 20_000)
+    minimize(model, lambda: divergence(model.rsample_and_log_prob, 256), steps=250)
+    assert before > 0.5
+    assert -0.005 < divergence(model.sample_and_log_prob, 20_000) < 0.02

@@ -9,6 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastflow import ops, validation
 from fastflow.nn.actnorm import ActNorm
+from fastflow.nn.networks.context import with_context
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.nn.networks.folded_weights import folded
 from fastflow.reversible import has_hooks
@@ -97,26 +98,38 @@ class GlowNetwork(nn.Sequential):
             and shape; on a CPU, the op in float32 and float64, if the extension has AVX2 or AVX-512 for it;
             otherwise three convolutions. Results differ by rounding. If a layer was exchanged or has hooks, and
             under torch.compile, it is always three convolutions.
+        context_features: number of channels of the context, which is concatenated to the input. A vector is
+            repeated at every position, an image larger than x is squeezed to its size first. None: no context.
 
-    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
-    Raises ValueError for any other argument.
+    Shape: x ``[N, in_channels, H, W]``; context ``[N, context_features]``, an image, or None; output
+    ``[N, out_channels, H, W]``.
+    Raises ValueError for any other argument or context.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 512, network: str = "auto") -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int = 512,
+        network: str = "auto",
+        context_features: int | None = None,
+    ) -> None:
         validation.positive_ints(in_channels=in_channels, out_channels=out_channels, hidden=hidden)
         validation.one_of("network", network, NETWORKS)
+        validation.positive_int("context_features", context_features, optional=True)
         relu = nn.ReLU(inplace=True)  # shared: each module takes some 3 KB per step
         super().__init__(
-            ActNormConv2d(in_channels, hidden, 3),
+            ActNormConv2d(in_channels + (context_features or 0), hidden, 3),
             relu,
             ActNormConv2d(hidden, hidden, 1),
             relu,
             ZeroConv2d(hidden, out_channels),
         )
-        self.network = network
+        self.network, self.context_features = network, context_features
 
-    def forward(self, x: Tensor, shared_args: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, shared_args: Sequence[Tensor] = ()) -> Tensor:
         """The output; ``shared_args`` is the network's entry of :func:`network_args_of`, if it is computed."""
+        x = with_context(x, context, self.context_features)
         layers = list(self._modules.values())
         if not _is_glow_network(layers):  # a layer was exchanged, or watches its input
             for layer in layers:

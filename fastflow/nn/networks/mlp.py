@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from fastflow import validation
+from fastflow.nn.networks.context import with_context
 
 
 class MLP(nn.Module):
@@ -15,16 +16,27 @@ class MLP(nn.Module):
         out_features: number of output features.
         hidden: number of units per hidden layer.
         layers: number of hidden layers.
+        context_features: number of features of the context, which is concatenated to the input; None: no
+            context.
 
-    Shape: ``[N, in_features]`` to ``[N, out_features]``.
-    Raises ValueError unless all arguments are positive integers.
+    Shape: x ``[N, in_features]``; context ``[N, context_features]`` or None; output ``[N, out_features]``.
+    Raises ValueError unless all arguments are positive integers, and for another context.
     """
 
-    def __init__(self, in_features: int, out_features: int, hidden: int = 64, layers: int = 2) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden: int = 64,
+        layers: int = 2,
+        context_features: int | None = None,
+    ) -> None:
         super().__init__()
         sizes = {"in_features": in_features, "out_features": out_features, "hidden": hidden, "layers": layers}
         validation.positive_ints(**sizes)
-        widths = [in_features, *[hidden] * layers]
+        validation.positive_int("context_features", context_features, optional=True)
+        self.context_features = context_features
+        widths = [in_features + (context_features or 0), *[hidden] * layers]
         body = [
             m
             for a, b in zip(widths, widths[1:], strict=False)
@@ -34,5 +46,5 @@ class MLP(nn.Module):
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.net(with_context(x, context, self.context_features))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow import validation
+from fastflow.nn.networks.context import with_context
 from fastflow.state_from_data import takes_state_from_data
 
 
@@ -75,18 +76,32 @@ class ResidualNetwork(nn.Module):
         out_channels: number of output channels.
         hidden: number of channels inside.
         blocks: number of residual blocks.
+        context_features: number of channels of the context, which is concatenated to the normalized input. A
+            vector is repeated at every position, an image larger than x is squeezed to its size first. None:
+            no context.
 
-    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H, W]``.
-    Raises ValueError unless all arguments are positive integers.
+    Shape: x ``[N, in_channels, H, W]``; context ``[N, context_features]``, an image, or None; output
+    ``[N, out_channels, H, W]``.
+    Raises ValueError unless all arguments are positive integers, and for another context.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int = 64, blocks: int = 8) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: int = 64,
+        blocks: int = 8,
+        context_features: int | None = None,
+    ) -> None:
         super().__init__()
         validation.positive_ints(
             in_channels=in_channels, out_channels=out_channels, hidden=hidden, blocks=blocks
         )
+        validation.positive_int("context_features", context_features, optional=True)
+        self.context_features = context_features
         self.norm_in = BatchNorm2d(in_channels)
-        self.conv_in = WeightNormConv2d(2 * in_channels, hidden, 3, bias=True)
+        # the context is not normalized: one that is the same for a whole batch would become 0
+        self.conv_in = WeightNormConv2d(2 * (in_channels + (context_features or 0)), hidden, 3, bias=True)
         self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(blocks))
         self.skips = nn.ModuleList(WeightNormConv2d(hidden, hidden, 1, bias=True) for _ in range(blocks + 1))
         self.norm_out = BatchNorm2d(hidden)
@@ -94,8 +109,8 @@ class ResidualNetwork(nn.Module):
         nn.init.zeros_(self.conv_out.g)
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm_in(x)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = with_context(self.norm_in(x), context, self.context_features)
         x = self.conv_in(torch.relu(torch.cat([x, -x], dim=1)))
         total = self.skips[0](x)
         for block, skip in zip(self.blocks, self.skips[1:], strict=True):

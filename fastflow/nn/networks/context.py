@@ -1,0 +1,45 @@
+"""The context of a coupling network, as further channels of its input."""
+
+import torch
+from torch import Tensor
+
+from fastflow import ops, validation
+
+
+def with_context(x: Tensor, context: Tensor | None, context_features: int | None) -> Tensor:
+    """x and, after it along the channels, the context.
+
+    A vector is repeated at every position of an image x. An image twice, four, ... times as large as x is
+    squeezed (order ``"channel"``) to the size of x, which multiplies its channels by 4, 16, ...
+
+    Shape: x ``[N, C, ...]``; context ``[N, context_features]``, or of an image with that many channels after it
+    is squeezed. Raises ValueError for another context.
+    """
+    if context_features is None:
+        if context is None:
+            return x
+        got = f"a tensor of {validation.shape_of(context)}"
+        raise validation.argument_error("context", got, "None: the network has no context_features")
+    n, _, *sides = x.shape
+    expected = f"[{n}, {context_features}]"
+    if sides:
+        expected += (
+            f", or an image that is [{', '.join(map(str, (n, context_features, *sides)))}] after squeezes"
+        )
+    if context is None:
+        raise validation.argument_error("context", "None", expected)
+    given = context
+    if sides and context.ndim == 2:
+        context = context.view(*context.shape, *[1] * len(sides)).expand(*context.shape, *sides)
+    while len(sides) == 2 and context.ndim == 4 and _is_twice(context.shape[2:], sides):
+        context = ops.squeeze2d(context)
+    if tuple(context.shape) != (n, context_features, *sides):
+        raise validation.argument_error("context", validation.shape_of(given), expected)
+    if not context.is_floating_point():
+        raise validation.argument_error("context", f"dtype {context.dtype}", "floating point")
+    return torch.cat([x, context], dim=1)
+
+
+def _is_twice(size: torch.Size, sides: list[int]) -> bool:
+    """Whether halves of an image's size are at least as large as x, so that it can be squeezed."""
+    return all(a % 2 == 0 and a >= 2 * b > 0 for a, b in zip(size, sides, strict=True))
