@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from fastflow import validation
-from fastflow.models.model import Model, check_float_context, tiled
+from fastflow.models.model import Model, check_float_context
 from fastflow.nn import DistributionPrior, Flow, IdentityDequantize, Prior
+from fastflow.nn.networks.context import tiled
 
 
 class FlowModel(Model):

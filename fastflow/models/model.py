@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import validation
+from fastflow.models.distribution import FlowDistribution, distribution_class
 from fastflow.nn import AffineCoupling, BatchNorm, Dequantize, Flow, IdentityDequantize, Prior, Split
 from fastflow.nn.flow import in_mode
+from fastflow.nn.networks.context import tiled
 from fastflow.nn.networks.residual_network import WeightNormConv2d
 from fastflow.state_from_data import state_from_data
 
@@ -281,6 +283,16 @@ class Model(nn.Module):
         x, log_prob = self._draw(math.prod(leading), context, 1.0, generator, density=True)
         return x.view(*leading, *x.shape[1:]), log_prob.view(leading)
 
+    def distribution(
+        self, context: Tensor | None = None, *, validate_args: bool | None = None
+    ) -> FlowDistribution:
+        """The model of continuous samples as a ``torch.distributions.Distribution``.
+
+        Shape: ``event_shape`` is the shape of one sample, ``batch_shape`` the number of rows of the context; see
+        :class:`~fastflow.models.distribution.FlowDistribution`. Raises ValueError for a model of uint8 samples.
+        """
+        return distribution_class()(self, context, validate_args)
+
     def _leading(self, n: int | tuple[int, ...], context: Tensor | None) -> tuple[int, ...]:
         """Leading dimensions of the samples, after checks of ``n`` and of the context."""
         several = isinstance(n, (tuple, list))
@@ -444,14 +456,6 @@ class Model(nn.Module):
 def values_are_free(t: Tensor) -> bool:
     """Whether reading values of t neither synchronizes with a device nor breaks a graph."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def tiled(context: Tensor, n: int) -> Tensor:
-    """The rows of a context, repeated as a whole so that there are ``n``: sample i has row i mod N."""
-    if context.shape[0] == n:
-        return context
-    repeats = n // max(context.shape[0], 1)
-    return context.expand(repeats, *context.shape).flatten(0, 1)
 
 
 def check_float_context(

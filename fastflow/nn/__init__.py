@@ -24,6 +24,7 @@ from fastflow.nn.scale import Scale
 from fastflow.nn.sequential import Sequential
 from fastflow.nn.split import Split
 from fastflow.nn.squeeze import Squeeze
+from fastflow.nn.transform import FlowTransform
 from fastflow.nn.variational_dequantize import VariationalDequantize
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Flatten",
     "Flow",
     "FlowReport",
+    "FlowTransform",
     "GatedNetwork",
     "GaussianMixturePrior",
     "GaussianPrior",

@@ -43,3 +43,11 @@ def with_context(x: Tensor, context: Tensor | None, context_features: int | None
 def _is_twice(size: torch.Size, sides: list[int]) -> bool:
     """Whether halves of an image's size are at least as large as x, so that it can be squeezed."""
     return all(a % 2 == 0 and a >= 2 * b > 0 for a, b in zip(size, sides, strict=True))
+
+
+def tiled(context: Tensor, n: int) -> Tensor:
+    """The rows of a context, repeated as a whole so that there are ``n``: sample i has row i mod N."""
+    if context.shape[0] == n:
+        return context
+    repeats = n // max(context.shape[0], 1)
+    return context.expand(repeats, *context.shape).flatten(0, 1)
