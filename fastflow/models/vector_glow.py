@@ -35,8 +35,10 @@ class VectorGlowConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.features % 2:
-            raise validation.argument_error("features", self.features, "an even number, to split into halves")
+        if self.features == 1 and self.context_features is None:
+            raise validation.argument_error(
+                "features", 1, "2 or more, or context_features for couplings to read"
+            )
 
 
 class VectorGlow(Model):
@@ -46,7 +48,8 @@ class VectorGlow(Model):
     exact log-density.
 
     Args:
-        features: number of dimensions D, even.
+        features: number of dimensions D. Couplings pass ``D // 2`` of them through and transform the others; a
+            single one needs ``context_features``.
         steps: number of flow steps.
         hidden: number of units of each hidden layer.
         layers: number of hidden layers per coupling network.
@@ -72,12 +75,13 @@ class VectorGlow(Model):
     @takes_fields_of(VectorGlowConfig)
     def __init__(self, config: VectorGlowConfig) -> None:
         features = config.features
-        half = features // 2
+        kept = features // 2
+        transformed = features - kept
         layers = []
         for _ in range(config.steps):
             layers += [ActNorm(features), InvertibleConv1x1(features)]
-            net = MLP(half, features, config.hidden, config.layers, config.context_features)
-            layers.append(AffineCoupling(net, num_scale_factors=half))
+            net = MLP(kept, 2 * transformed, config.hidden, config.layers, config.context_features)
+            layers.append(AffineCoupling(net, num_scale_factors=transformed))
         if config.prior == "gaussian":
             prior = GaussianPrior((features,))
         else:

@@ -32,7 +32,9 @@ class AffineCoupling(Flow):
     Args:
         net: coupling network, any module. It is called as ``net(x_a)``, or ``net(x_a, context)`` if a context
             is given. With ``mask="halves"`` its input has the shape ``[N, C/2, ...]`` and its output
-            ``[N, C, ...]``. With ``"checkerboard"`` its input has the shape ``[N, C, ...]`` and is zero at
+            ``[N, C, ...]``; of an odd C, ``C // 2`` channels are its input, and the other ``C // 2 + 1`` are
+            transformed, so that its output has ``C + 1``. With C = 1 its input is empty, and the coupling
+            depends on the context only. With ``"checkerboard"`` its input has the shape ``[N, C, ...]`` and is zero at
             the transformed positions; its output has the shape ``[N, 2C, ...]``.
         mask, swap_halves, affine_order, params_layout: see :func:`fastflow.ops.affine_coupling`.
         scale: scale function s, see :func:`fastflow.ops.affine_coupling`. ``"soft_clamp"`` and ``"tanh"``
@@ -41,7 +43,7 @@ class AffineCoupling(Flow):
         num_scale_factors: number of learned factors of ``"soft_clamp"`` and ``"tanh"``: 1, or the number of
             transformed channels.
 
-    Shape: x, y ``[N, C, ...]``, C even for ``mask="halves"``; log_det ``[N]``, nats.
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats.
     Raises ValueError for other shapes, and if the shape of the network's output does not match.
     """
 
@@ -83,17 +85,14 @@ class AffineCoupling(Flow):
         validation.floating_point("x", x)
         if self.mask == "checkerboard":
             return x.masked_fill(checkerboard_transformed(x, self.swap_halves), 0)
-        if x.shape[1] % 2:
-            raise validation.argument_error(
-                "x", validation.shape_of(x), "an even number of channels, to split into halves"
-            )
-        return x.chunk(2, dim=1)[1 if self.swap_halves else 0]
+        kept = x.shape[1] // 2
+        return x[:, x.shape[1] - kept :] if self.swap_halves else x[:, :kept]
 
     def factor(self, x: Tensor) -> Tensor | None:
         """Factor of the scale function per transformed channel of x; None if the function has none."""
         if self.log_factor is None:
             return None
-        transformed = x.shape[1] if self.mask == "checkerboard" else x.shape[1] // 2
+        transformed = x.shape[1] if self.mask == "checkerboard" else (x.shape[1] + 1) // 2
         factor = self.log_factor.exp()
         return factor.expand(transformed) if factor.shape[0] == 1 else factor
 
@@ -104,6 +103,26 @@ class AffineCoupling(Flow):
 
     def _factor(self, x: Tensor, shared: Tensor | None) -> Tensor | None:
         return self.factor(x) if shared is None else shared
+
+    def _is_odd(self, x: Tensor) -> bool:
+        return self.mask == "halves" and x.shape[1] % 2 == 1
+
+    def _check_odd(self, x: Tensor, h: Tensor) -> None:
+        # the op's own check would name the shape of the padded x
+        transformed = x.shape[1] // 2 + 1
+        size = (x.shape[0], transformed if self.scale == "none" else 2 * transformed, *x.shape[2:])
+        why = f"x is {list(x.shape)}, of which {transformed} channels are transformed"
+        validation.same_shape("params", h, size, why)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x with a channel of zeros after the part that passes through, as the op's halves are equal."""
+        kept, zeros = x.shape[1] // 2, torch.zeros_like(x[:, :1])
+        return torch.cat([x, zeros] if self.swap_halves else [x[:, :kept], zeros, x[:, kept:]], dim=1)
+
+    def _unpadded(self, x: Tensor) -> Tensor:
+        """x without that channel."""
+        kept = x.shape[1] // 2 - 1
+        return x[:, :-1] if self.swap_halves else torch.cat([x[:, :kept], x[:, kept + 1 :]], dim=1)
 
     def _variant(self) -> dict:
         return {
@@ -123,7 +142,12 @@ class AffineCoupling(Flow):
     ) -> tuple[Tensor, Tensor]:
         """``(y, log_det)``; ``factor`` and further arguments of the network if these are computed already."""
         h = self._network(self.network_input(x), context, network_args)
-        return affine_coupling(x, h, self._factor(x, factor), **self._variant())
+        factor = self._factor(x, factor)
+        if not self._is_odd(x):
+            return affine_coupling(x, h, factor, **self._variant())
+        self._check_odd(x, h)
+        y, log_det = affine_coupling(self._padded(x), h, factor, **self._variant())
+        return self._unpadded(y), log_det
 
     def inverse(
         self,
@@ -134,7 +158,12 @@ class AffineCoupling(Flow):
     ) -> tuple[Tensor, Tensor]:
         with state_from_data(False):
             h = self._network(self.network_input(z), context, network_args)
-        return affine_coupling(z, h, self._factor(z, factor), **self._variant(), inverse=True)
+        factor = self._factor(z, factor)
+        if not self._is_odd(z):
+            return affine_coupling(z, h, factor, **self._variant(), inverse=True)
+        self._check_odd(z, h)
+        x, log_det = affine_coupling(self._padded(z), h, factor, **self._variant(), inverse=True)
+        return self._unpadded(x), log_det
 
     def inverse_backward(
         self,
@@ -151,9 +180,12 @@ class AffineCoupling(Flow):
             # a view, because hooks on a module's input do not accept a leaf
             h = self._network(x_a.view_as(x_a), context, network_args)
             factor = self._factor(z, factor)
+        odd = self._is_odd(z)
+        z, dz = (self._padded(z), self._padded(dz)) if odd else (z, dz)
         x, dx, dh, dfactor = affine_coupling_inverse_backward(
             z, h.detach(), None if factor is None else factor.detach(), dz, dlog_det, **self._variant()
         )
+        x, dx = (self._unpadded(x), self._unpadded(dx)) if odd else (x, dx)
         gradients = vjp((h, factor), (dh, dfactor), [x_a, *wanted])
         dx_a = gradients.pop(x_a, None)
         if dx_a is not None:
@@ -174,7 +206,7 @@ class AdditiveCoupling(AffineCoupling):
         net: coupling network as for :class:`AffineCoupling`, with half as many output channels.
         mask, swap_halves: see :func:`fastflow.ops.affine_coupling`.
 
-    Shape: x, y ``[N, C, ...]``, C even for ``mask="halves"``; log_det ``[N]``, zeros.
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, zeros.
     Raises ValueError for other shapes, and if the shape of the network's output does not match.
     """
 

@@ -33,7 +33,7 @@ class GlowStep(Flow):
     :math:`W' = W \operatorname{diag}(e^{s})`, so that both take one pass over x.
 
     Args:
-        num_features: number of channels C, even.
+        num_features: number of channels C, 2 or more, or 1 with ``context_features``.
         hidden: number of channels inside the coupling network.
         coupling: ``"affine"`` or ``"additive"``.
         conv1x1: channel mixing: ``"lu"`` or ``"plain"``, a learned 1x1 convolution with or without LU
@@ -58,18 +58,23 @@ class GlowStep(Flow):
         context_features: int | None = None,
     ) -> None:
         super().__init__()
-        validation.even_int("num_features", num_features, " of channels, to split into halves")
+        validation.positive_int("num_features", num_features)
+        if num_features < 2 and context_features is None:
+            raise validation.argument_error("num_features", num_features, "2 or more, or context_features")
         validation.positive_int("hidden", hidden)
         validation.one_of("coupling", coupling, ("affine", "additive"))
         validation.one_of("conv1x1", conv1x1, ("lu", "plain", "reverse", "shuffle"))
-        half = num_features // 2
+        kept = num_features // 2
+        transformed = num_features - kept
         self.actnorm = ActNorm(num_features)
         self.conv1x1 = _mixing(num_features, conv1x1)
         if coupling == "affine":
-            net = GlowNetwork(half, num_features, hidden, network, context_features)
-            self.coupling = AffineCoupling(net, scale=scale, num_scale_factors=half)
+            net = GlowNetwork(kept, 2 * transformed, hidden, network, context_features)
+            self.coupling = AffineCoupling(net, scale=scale, num_scale_factors=transformed)
         else:
-            self.coupling = AdditiveCoupling(GlowNetwork(half, half, hidden, network, context_features))
+            self.coupling = AdditiveCoupling(
+                GlowNetwork(kept, transformed, hidden, network, context_features)
+            )
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None

@@ -224,9 +224,9 @@ def test_a_prior_without_reparameterized_samples(prior):
             lambda: FlowModel(flow(), PRIORS["StudentT"]()).sample(2, torch.ones(1, 3), temperature=0.5),
             "temperature: got 0.5, expected 1, with the prior StudentT",
         ),
-        (lambda: made().sample(4, torch.ones(3, 3)), "context: got shape [3, 3], expected a tensor [4, ...] or [1, ...], torch.float64 or of"),
+        (lambda: made().sample(4, torch.ones(3, 3)), "context: got shape [3, 3], expected a tensor [4, ...] or"),
         (lambda: made().sample(4, [1.0]), "context: got list, expected a tensor [4, ...] or [1, ...]"),
-        (lambda: made().sample(4, torch.ones(4, 3)), "context: got dtype torch.float32, expected a tensor [4, ...] or [1, ...], torch.float64 or of"),
+        (lambda: made().sample(4, torch.ones(4, 3)), "context: got dtype torch.float32, expected a tensor [4, ...] or"),
         (lambda: made().sample(1, torch.full((1, 3), torch.nan).double()), "context: got inf or NaN"),
         (
             lambda: made(embedding=nn.Flatten(0)).sample(2, torch.ones(2, 3).double()),

@@ -320,7 +320,7 @@ COUNT = "expected a positive integer"
         (
             vector_glow,
             {
-                "features": {3: "expected an even number", 0: COUNT},
+                "features": {1: "expected 2 or more", 0: COUNT},
                 "steps": {0: COUNT},
                 "hidden": {0: COUNT},
                 "layers": {0: COUNT},

@@ -395,7 +395,7 @@ MODULES = {
     ),
     "coupling's odd channels": (
         lambda: AffineCoupling(nn.Identity())(x_(2, 5)),
-        r"x: got shape \[2, 5\], expected an even number of channels",
+        r"params: got shape \[2, 2\], expected \[2, 6\] \(x is \[2, 5\], of which 3 channels",
     ),
     "coupling's network": (
         lambda: AffineCoupling(nn.Linear(2, 3))(x_(2, 4)),

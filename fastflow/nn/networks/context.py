@@ -6,6 +6,13 @@ from torch import Tensor
 from fastflow import ops, validation
 
 
+def check_features(argument: str, value: int, context_features: int | None) -> None:
+    """Raise ValueError unless the number of input features is positive, or 0 with a context."""
+    validation.positive_int("context_features", context_features, optional=True)
+    if context_features is None or value != 0:
+        validation.positive_int(argument, value)
+
+
 def with_context(x: Tensor, context: Tensor | None, context_features: int | None) -> Tensor:
     """x and, after it along the channels, the context.
 

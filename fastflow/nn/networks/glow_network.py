@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fastflow import ops, validation
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.networks.context import with_context
+from fastflow.nn.networks.context import check_features, with_context
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.nn.networks.folded_weights import folded
 from fastflow.reversible import has_hooks
@@ -90,7 +90,7 @@ class GlowNetwork(nn.Sequential):
     Source: openai/glow, function `f` of model.py.
 
     Args:
-        in_channels: number of input channels.
+        in_channels: number of input channels; 0 with ``context_features``: the output depends on the context only.
         out_channels: number of output channels.
         hidden: number of channels inside.
         network: ``"plain"``: three convolutions; ``"fused"``: one op, :func:`fastflow.ops.glow_network`;
@@ -114,9 +114,9 @@ class GlowNetwork(nn.Sequential):
         network: str = "auto",
         context_features: int | None = None,
     ) -> None:
-        validation.positive_ints(in_channels=in_channels, out_channels=out_channels, hidden=hidden)
+        check_features("in_channels", in_channels, context_features)
+        validation.positive_ints(out_channels=out_channels, hidden=hidden)
         validation.one_of("network", network, NETWORKS)
-        validation.positive_int("context_features", context_features, optional=True)
         relu = nn.ReLU(inplace=True)  # shared: each module takes some 3 KB per step
         super().__init__(
             ActNormConv2d(in_channels + (context_features or 0), hidden, 3),

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from fastflow import validation
-from fastflow.nn.networks.context import with_context
+from fastflow.nn.networks.context import check_features, with_context
 
 
 class MLP(nn.Module):
@@ -12,7 +12,7 @@ class MLP(nn.Module):
     The last layer is zero-initialized, so a coupling starts as the identity.
 
     Args:
-        in_features: number of input features.
+        in_features: number of input features; 0 with ``context_features``: the output depends on the context only.
         out_features: number of output features.
         hidden: number of units per hidden layer.
         layers: number of hidden layers.
@@ -32,9 +32,8 @@ class MLP(nn.Module):
         context_features: int | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"in_features": in_features, "out_features": out_features, "hidden": hidden, "layers": layers}
-        validation.positive_ints(**sizes)
-        validation.positive_int("context_features", context_features, optional=True)
+        check_features("in_features", in_features, context_features)
+        validation.positive_ints(out_features=out_features, hidden=hidden, layers=layers)
         self.context_features = context_features
         widths = [in_features + (context_features or 0), *[hidden] * layers]
         body = [
