@@ -52,6 +52,8 @@ class FlowModel(Model):
         if not isinstance(prior, (Prior, Distribution)):
             expected = "a fastflow.nn.Prior or a torch.distributions.Distribution"
             raise validation.argument_error("prior", type(prior).__name__, expected)
+        if shape is not None:
+            validation.sample_shape("shape", shape)
         if embedding is not None and not isinstance(embedding, nn.Module):
             raise validation.argument_error(
                 "embedding", type(embedding).__name__, "a torch.nn.Module or None"

@@ -41,7 +41,11 @@ class FlowTransform(Transform):
     ) -> None:
         if not isinstance(flow, Flow):
             raise validation.argument_error("flow", type(flow).__name__, "a Flow")
+        if context is not None and not (isinstance(context, Tensor) and context.ndim):
+            raise validation.argument_error("context", repr(context), "a tensor [N, ...] or None")
         validation.positive_int("event_dim", event_dim)
+        if cache_size not in (0, 1):
+            raise validation.argument_error("cache_size", repr(cache_size), "0 or 1")
         super().__init__(cache_size)
         self.flow, self.context = flow, context
         self.domain = self.codomain = constraints.independent(constraints.real, event_dim)

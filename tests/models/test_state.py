@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastflow.nn as fnn
-from fastflow.models import NICE, Glow, RealNVP, VectorGlow, mnist_flow
+from fastflow.models import NICE, FlowModel, Glow, RealNVP, VectorGlow, mnist_flow
 from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d
 from fastflow.state_from_data import state_from_data, takes_state_from_data
 from tests.support.flows import FLOWS, IMAGE, VECTOR, batch, conv
@@ -343,8 +343,10 @@ CONSTRUCTORS = {
     fnn.AffineCoupling: {"net": conv(2, 4)},
     fnn.BatchNorm: {"num_features": 4},
     fnn.Dequantize: {},
+    fnn.DistributionPrior: {"distribution": torch.distributions.Laplace(torch.zeros(4), torch.ones(4))},
     fnn.EncoderDecoder: {"flow": fnn.ActNorm(4)},
     fnn.Flatten: {"shape": IMAGE},
+    fnn.FlowTransform: {"flow": fnn.ActNorm(4)},
     fnn.GatedNetwork: {"in_channels": 2, "out_channels": 2},
     fnn.GaussianMixturePrior: {"shape": IMAGE, "means": torch.eye(4)},
     fnn.GaussianPrior: {"shape": IMAGE},
@@ -367,6 +369,7 @@ CONSTRUCTORS = {
     Glow: {"image_shape": (1, 4, 4), "levels": 1, "steps": 1, "hidden": 4},
     RealNVP: {"image_shape": (1, 4, 4), "scales": 1, "hidden": 4, "blocks": 1},
     NICE: {"features": 4, "hidden": 4},
+    FlowModel: {"flow": fnn.ActNorm(4), "prior": fnn.GaussianPrior((4,))},
     VectorGlow: {"features": 4, "steps": 1, "hidden": 4},
     mnist_flow: {"variant": "simple"},
 }
