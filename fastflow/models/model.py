@@ -13,6 +13,7 @@ from fastflow.nn import AffineCoupling, BatchNorm, Dequantize, Flow, IdentityDeq
 from fastflow.nn.flow import in_mode
 from fastflow.nn.networks.context import tiled
 from fastflow.nn.networks.residual_network import WeightNormConv2d
+from fastflow.ops.dispatch import in_transform
 from fastflow.state_from_data import state_from_data
 
 
@@ -454,8 +455,8 @@ class Model(nn.Module):
 
 
 def values_are_free(t: Tensor) -> bool:
-    """Whether reading values of t neither synchronizes with a device nor breaks a graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values of t can be read, and this neither synchronizes with a device nor breaks a graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not in_transform()
 
 
 def check_float_context(

@@ -10,7 +10,7 @@ from fastflow import ops, validation
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.ops import positions
 from fastflow.ops.layout import all_but_channels, channel_view
-from fastflow.reversible import Gradients
+from fastflow.reversible import Gradients, is_replay
 from fastflow.state_from_data import takes_state_from_data
 
 
@@ -56,10 +56,12 @@ class BatchNorm(Flow):
         validation.same_device_and_precision("mean", self.mean, "x", x)
         batch_var, batch_mean = torch.var_mean(x.to(self.mean.dtype), all_but_channels(x), correction=0)
         with torch.no_grad():
-            self.batches.add_(1)
+            if not (again := is_replay()):
+                self.batches.add_(1)
             share = self._share()
-            self.mean.lerp_(batch_mean, share)
-            self.var.lerp_(batch_var, share)
+            if not again:
+                self.mean.lerp_(batch_mean, share)
+                self.var.lerp_(batch_var, share)
             new_mean, new_var, share = (
                 self._kept(share) if torch.compiler.is_compiling() else (self.mean, self.var, share)
             )

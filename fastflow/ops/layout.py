@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastflow.ops.dispatch import in_transform
+
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """Accumulation dtype: float64 for float64, float32 for everything else."""
@@ -17,6 +19,10 @@ def dense_like(y: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor
     With it, all implementations of an op and its fake return the same strides.
     """
     y = y.to(dtype or x.dtype)
+    if (
+        in_transform()
+    ):  # vmap's tensors have other strides, and a tensor that it does not batch cannot be written
+        return y
     if y.stride() == x.stride() or y.stride() == torch.empty_like(x, device="meta").stride():
         return y
     return torch.empty_like(x, dtype=y.dtype).copy_(y)
@@ -48,6 +54,11 @@ def positions(x: Tensor) -> int:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Memory format of a squeezed or unsqueezed ``x``: channels_last if channels of ``x`` are contiguous."""
+    """Memory format of a squeezed or unsqueezed ``x``: channels_last if channels of ``x`` are contiguous.
+
+    In a transform it is contiguous, because vmap supports no other.
+    """
+    if in_transform():
+        return torch.contiguous_format
     side_by_side = x.ndim == 4 and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
     return torch.channels_last if side_by_side else torch.contiguous_format

@@ -7,12 +7,14 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch._C._functorch import _add_batch_dim
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._functorch.vmap import unwrap_batched
 from torch.autograd.graph import increment_version
+from torch.utils._pytree import tree_map
 
 from fastflow import validation
-from fastflow.ops.dispatch import Implementations
+from fastflow.ops.dispatch import Implementations, in_transform
 
 OPS: dict[str, Implementations] = {}  # every registered op by name
 
@@ -36,10 +38,9 @@ def register(
     outputs: str = "",
     backward: Callable | None = None,
     gradients: str = "",
-    differentiable_backward: bool = False,
-    differentiable_reference: bool = False,
     integers: str = "",
     writes: str = "",
+    batched: str = "",
 ) -> Implementations:
     """Defines ``torch.ops.fastflow.NAME`` from ``reference``, a plain PyTorch function named NAME.
 
@@ -47,7 +48,12 @@ def register(
     shapes, dtypes and strides agree by construction. The gradient is an ``autograd.Function`` under the
     Autograd key, generated from ``backward``. The op itself is therefore differentiable, ``opcheck`` passes
     for inputs that require grad, and torch.compile traces one node. (``torch.library.register_autograd`` was
-    measured and rejected: it is slower per call, and a second derivative is silently wrong.)
+    measured and rejected: it is slower per call.)
+
+    Where more than a first derivative is wanted, PyTorch differentiates the references, so they must be
+    differentiable, and neither read values nor write tensors that vmap does not batch: with ``create_graph=True`` it
+    records the reference of the backward, under a transform of torch.func and forward-mode AD the reference of
+    the op.
 
     Args:
         reference: function of ``fastflow/ops/FOLDER/reference.py``; FOLDER is also the name of the Triton
@@ -69,12 +75,11 @@ def register(
         gradients: names of the arguments whose gradients ``backward`` returns, in order. The gradient of an
             argument that is None is None.
         integers: names of the outputs that are integers and have no gradient.
-        differentiable_backward: whether ``backward`` is differentiable; otherwise double backward raises an
-            error.
-        differentiable_reference: whether autograd differentiates the reference, which then runs instead of a
-            kernel wherever a gradient of the op is wanted. For a backward that is differentiable.
         writes: name of the first argument, if the op works in place. The reference then writes it and returns
             None, and so does the op. For ``backward``, the written argument is the output.
+        batched: names of the arguments whose first dimension is that of all outputs, such as samples. Under vmap
+            over these only, the op runs once, with vmap's dimension folded into the first one. vmap over other
+            arguments runs the reference.
 
     Returns the implementations, for ops that call this op.
     """
@@ -103,21 +108,17 @@ def register(
     torch.library.register_fake(qualified, checked(reference))
     if writes:
         torch.library.impl(qualified, "ADInplaceOrView", _counting_writes(name))
-    if backward is not None:
+    recorded = _without_autocast(reference)
+    if backward is None:
+        autograd = _recorded(recorded, name)
+    else:
         function = _function(
-            name,
-            parameters,
-            outputs.split(),
-            backward,
-            gradients.split(),
-            differentiable_backward,
-            integers.split(),
-            bool(writes),
+            name, parameters, outputs.split(), backward, gradients.split(), integers.split(), bool(writes)
         )
-        skipping = _skipping(function, name)
-        torch.library.impl(qualified, "Autograd", _in_place(skipping, writes) if writes else skipping)
-    if differentiable_reference:
-        torch.library.impl(qualified, "Autograd", _recorded(_without_autocast(reference), name))
+        autograd = _skipping(function, recorded, name)
+    torch.library.impl(qualified, "Autograd", _in_place(autograd, writes) if writes else autograd)
+    folded = [names.index(v) for v in batched.split()]
+    torch.library.impl(qualified, "FuncTorchBatched", _vmapped(recorded, name, folded))
     if compiled:
         define_compiled(name, compiled_schema or schema, emulated="cuda" in compiled)
     return implementations
@@ -184,7 +185,6 @@ def _function(
     outputs: list[str],
     backward: Callable,
     gradients: list[str],
-    differentiable_backward: bool,
     integers: list[str],
     in_place: bool,
 ) -> type[torch.autograd.Function]:
@@ -207,6 +207,7 @@ def _function(
     optional = [arguments.index(p.name) for p in parameters if p.annotation == Tensor | None]
     # prefer the op of that name, which chooses its implementation
     vjp = getattr(torch.ops.fastflow, backward.__name__).default if _is_op(backward.__name__) else backward
+    differentiable_vjp = _without_autocast(backward)
 
     # mark_dirty increments the version of a written argument, so that the op below need not
     below = torch._C._AutoDispatchBelowADInplaceOrView if in_place else torch._C._AutoDispatchBelowAutograd
@@ -230,14 +231,17 @@ def _function(
 
         @staticmethod
         def backward(ctx, *grads):
-            found = vjp(*arguments_of_backward(ctx.saved_tensors + ctx.others + grads))
+            values = arguments_of_backward(ctx.saved_tensors + ctx.others + grads)
+            if torch.is_grad_enabled():  # create_graph=True
+                found = differentiable_vjp(*values)
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    found = vjp(*values)
             result = arranged((*found, None) if type(found) is tuple else (found, None))
             for i in ctx.absent if optional else ():
                 result = (*result[:i], None, *result[i + 1 :])
             return result
 
-    if not differentiable_backward:
-        Function.backward = staticmethod(once_differentiable(Function.backward))
     Function.__name__ = Function.__qualname__ = f"{name}_function"
     return Function
 
@@ -246,16 +250,17 @@ def _is_op(name: str) -> bool:
     return hasattr(torch.ops.fastflow, name)
 
 
-def _skipping(function: type[torch.autograd.Function], name: str) -> Callable:
-    """Calls ``function.apply``, or the op below autograd if gradients are disabled.
+def _skipping(function: type[torch.autograd.Function], reference: Callable, name: str) -> Callable:
+    """Calls ``function.apply``, in a transform the reference, or the op below autograd if gradients are disabled.
 
-    ``apply`` takes 7 us, half the time of a small op. Forward-mode AD stays enabled under ``no_grad``, so
-    ``apply`` is still called there and raises an error, because it has no jvp.
+    ``apply`` takes 7 us, half the time of a small op. Forward-mode AD stays enabled under ``no_grad``.
     """
     op = getattr(torch.ops.fastflow, name).default
 
     def body(*args: object) -> object:
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if in_transform():
+            return reference(*args)
+        if torch.is_grad_enabled():
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -269,10 +274,42 @@ def _recorded(reference: Callable, name: str) -> Callable:
 
     def body(*args: object) -> object:
         wanted = torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in args)
-        if wanted or forward_ad._current_level >= 0:
+        if wanted or in_transform():
             return reference(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
+
+    return body
+
+
+def _vmapped(reference: Callable, name: str, folded: list[int]) -> Callable:
+    """Runs an op under vmap: on samples at the positions ``folded`` at once, else the reference.
+
+    Not ``torch.library.register_vmap``, which could not run the reference: it hides vmap from it.
+    """
+    op = getattr(torch.ops.fastflow, name).default
+
+    def body(*args: object) -> object:
+        interpreter = retrieve_current_functorch_interpreter()
+        values, dims = unwrap_batched(args, interpreter.level())
+        mapped = [i for i, d in enumerate(dims) if d is not None]
+        # a vector is one value per channel, which the samples share
+        if mapped and (not set(mapped) <= set(folded) or any(values[i].ndim == 2 for i in mapped)):
+            return reference(*args)
+        size, values = interpreter.batch_size(), list(values)
+        for i in folded if mapped else ():
+            if dims[i] is not None:
+                values[i] = values[i].movedim(dims[i], 0).flatten(0, 1)
+            elif values[i] is not None and values[i].ndim > 1:
+                values[i] = values[i].expand(size, *values[i].shape).flatten(0, 1)
+        with torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
+        ):
+            results = op(*values)
+            if not mapped:
+                return results
+            split = tree_map(lambda v: v.unflatten(0, (size, v.shape[0] // size)), results)
+        return tree_map(lambda v: _add_batch_dim(v, 0, interpreter.level()), split)
 
     return body
 

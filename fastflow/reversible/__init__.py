@@ -5,6 +5,7 @@ from fastflow.reversible.log_det import zero_log_det
 from fastflow.reversible.rules import has_hooks, has_its_own_rule
 from fastflow.reversible.run import run_reversible
 from fastflow.reversible.segments import SharedArgs, run_storing
+from fastflow.reversible.state import is_replay
 from fastflow.reversible.vjp import Gradients, add, vjp
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "add",
     "has_hooks",
     "has_its_own_rule",
+    "is_replay",
     "run_reversible",
     "run_storing",
     "vjp",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow.deprecation import renamed_arguments
+from fastflow.ops.dispatch import in_transform
 from fastflow.reversible.segments import SharedArgs, run_segments, run_storing
 
 
@@ -20,10 +21,12 @@ def run_reversible(
 ) -> tuple[Tensor, Tensor]:
     """``(z, log_det)`` of a chain of flows, differentiable in x, context and parameters; only z is stored.
 
-    If gradients are disabled, this is :func:`run_storing`. Backward restores autocast, training mode, RNG
-    state and buffers to their forward values; running statistics are not updated twice. A step that draws
-    random numbers must draw the same numbers in its inverse. Tensors that reach a step other than as x,
-    context or a parameter receive no gradient.
+    If gradients are disabled, in a transform of torch.func, in forward-mode AD and in ``torch.jit.trace``,
+    this is :func:`run_storing`. Backward restores autocast, training mode, RNG state and buffers to their
+    forward values; running statistics are not updated twice. With ``create_graph=True``, backward stores the
+    activations of each segment, and derivatives of any order are correct. A step that draws random numbers
+    must draw the same numbers in its inverse. Tensors that reach a step other than as x, context or a
+    parameter receive no gradient.
 
     Args:
         steps: flows, applied in order.
@@ -34,14 +37,14 @@ def run_reversible(
             accumulate over at most this many steps.
 
     Raises ValueError for a step without an inverse or with a log_det that is not ``[N]``, TypeError for a
-    context that is not a tensor. Backward raises RuntimeError for second derivatives, and if a parameter or
-    buffer changed after forward. For steps without their own rule, backward on the CPU also raises
+    context that is not a tensor. Backward raises RuntimeError if a parameter or buffer changed after forward.
+    For steps without their own rule, and with ``create_graph=True``, backward on the CPU also raises
     RuntimeError if the inverse is inaccurate; on a GPU this check would synchronize.
     """
     steps = list(steps)
     # torch 2.11 reports both while compiling
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if not torch.is_grad_enabled() or x.is_meta or exporting:
+    if not torch.is_grad_enabled() or x.is_meta or exporting or in_transform() or torch.jit.is_tracing():
         return run_storing(steps, x, context, shared_args=shared_args)
     run = run_segments
     if torch.compiler.is_compiling():

@@ -8,7 +8,6 @@ inverts the step, runs it again and differentiates that; a step can have its own
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from fastflow.reversible.state import (
     hooks_suspended,
     no_parametrization_cache,
     parameters_in_place,
+    replaying,
     rng_restored,
     same_autocast,
     training_modes,
@@ -86,7 +86,8 @@ def run_segments(
     for segment in segments:
         # asked here, because gradients are disabled within the function
         segment.takes_state = takes_state_from_data(training=True)
-        x, part = _Reversible.apply(segment, x, context, *segment.distinct)
+        place = _Place.apply(x) if x.requires_grad else None
+        x, part = _Reversible.apply(segment, place, x.detach(), context, *segment.distinct)
         log_det = log_det + part
     return x, log_det
 
@@ -97,41 +98,57 @@ def _shared_args(steps: list[nn.Module], shared_args: SharedArgs | None) -> list
 
 
 class _Reversible(torch.autograd.Function):
-    """Autograd of one segment. Parameters are inputs, so that their hooks run."""
+    """Autograd of one segment. Parameters are inputs, so that their hooks run.
+
+    ``place`` stands for x in the graph of autograd, and ``x`` has no gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, segment: "_Segment", x: Tensor, context: Tensor | None, *parameters: Tensor
+        ctx: FunctionCtx,
+        segment: "_Segment",
+        place: Tensor | None,
+        x: Tensor,
+        context: Tensor | None,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        z, log_det = segment.forward(x.detach(), None if context is None else context.detach())
+        z, log_det = segment.forward(x, None if context is None else context.detach())
         ctx.segment = segment
-        ctx.save_for_backward(z, context)
+        ctx.save_for_backward(z, context, place)
         return z, log_det
 
     @staticmethod
     def backward(ctx: FunctionCtx, dz: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
-        z, context = ctx.saved_tensors
-        with torch.no_grad():
-            dx, dcontext, gradients = ctx.segment.backward(z, context, dz, dlog_det, ctx.needs_input_grad[1])
-        found = (dx, dcontext, *(gradients.get(p) for p in ctx.segment.distinct))
+        z, context, place = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            found = _Once.apply(*(None if g is None else g.detach().requires_grad_() for g in found))
-        return None, *found
+            dx, dcontext, gradients = ctx.segment.differentiable_backward(z, place, context, dz, dlog_det)
+        else:
+            dx, dcontext, gradients = ctx.segment.backward(z, context, dz, dlog_det, ctx.needs_input_grad[1])
+        return None, dx, None, dcontext, *(gradients.get(p) for p in ctx.segment.distinct)
 
 
-class _Once(torch.autograd.Function):
-    """Identity of gradients that raises if they are differentiated again."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
+class _Place(torch.autograd.Function):
+    """The place of x in the graph of autograd, without its values: one element, expanded to the shape of x."""
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *_: Tensor) -> NoReturn:
-        raise RuntimeError(
-            "the gradients of a reversible chain cannot be differentiated again: "
-            "there are no second derivatives"
-        )
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dx: Tensor) -> Tensor:
+        return dx
+
+
+class _Put(torch.autograd.Function):
+    """Values of x, recomputed, at its place in the graph of autograd."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, place: Tensor, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor, None]:
+        return dx, None
 
 
 class _Segment:
@@ -240,6 +257,38 @@ class _Segment:
                     ),
                 )
         return dz if need_dx else None, None if context is None else gradients.pop(context, None), gradients
+
+    def differentiable_backward(
+        self, z: Tensor, place: Tensor | None, context: Tensor | None, dz: Tensor, dlog_det: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Gradients]:
+        """:meth:`backward` with a graph of the gradients, which stores the activations of the segment.
+
+        It inverts all steps, runs them again and differentiates that. x, context and parameters are views, through
+        which no other use of theirs is differentiated.
+        """
+        self._assert_unchanged()
+        with self._as_it_was():
+            with torch.no_grad():
+                x, shared = z.detach(), _shared_args(self.steps, self.shared_args)
+                for i in reversed(range(len(self.steps))):
+                    self.replays[i].restore_flows()
+                    x = self.steps[i].inverse(x, context, *shared[i])[0]
+            views = {p: p.view_as(p) for p in self.distinct if p.requires_grad}
+            exchanged = [(m, name, views.get(p, p)) for m, name, p in self.places]
+            with parameters_in_place(exchanged), replaying():
+                x = first = x.detach() if place is None else _Put.apply(place, x.detach())
+                context = None if context is None else context.view_as(context)
+                log_det = zero_log_det(x)
+                shared = _shared_args(self.steps, self.shared_args)
+                for i, step in enumerate(self.steps):
+                    self.replays[i].restore(self.generators)
+                    x, step_log_det = step(x, context, *shared[i])
+                    log_det = log_det + step_log_det
+            self._assert_inverse(len(self.steps) - 1, x.detach(), z.detach())
+            wanted = [v for v in (first, context, *views.values()) if v is not None and v.requires_grad]
+            found = vjp((x, log_det), (dz, dlog_det), wanted, create_graph=True)
+        gradients = {p: found[view] for p, view in views.items() if view in found}
+        return found.get(first), None if context is None else found.get(context), gradients
 
     def _first(self, context: Tensor | None) -> int:
         """Index of the first step that needs a gradient."""

@@ -46,6 +46,25 @@ def parameters_in_place(places: Iterable[tuple[nn.Module, str, Tensor | None]]) 
             m._parameters[name] = p
 
 
+_replays = 0
+
+
+@contextmanager
+def replaying() -> Iterator[None]:
+    """Tell flows within the block that forward runs again, on statistics that it has updated already."""
+    global _replays
+    _replays += 1
+    try:
+        yield
+    finally:
+        _replays -= 1
+
+
+def is_replay() -> bool:
+    """Whether forward runs again in the backward pass of a reversible chain, and must not update statistics."""
+    return _replays > 0
+
+
 @contextmanager
 def hooks_suspended(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Remove gradient hooks of ``tensors`` within the block: they run on gradients that leave the chain."""

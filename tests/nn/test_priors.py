@@ -266,3 +266,29 @@ ONE_OF_EACH = [make(VECTOR) for make in PRIORS.values()]
 def test_errors(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call()
+
+
+@every_prior
+@every_shape
+def test_second_derivatives_and_vmap(name, shape):
+    prior, z = trained(name, shape), torch.randn(3, *shape, dtype=F64)
+    context = classes(name, 3)
+    variables = [v.detach().clone().requires_grad_() for v in (z, *prior.parameters())]
+    names = [n for n, _ in prior.named_parameters()]
+
+    def log_prob(z, *parameters):
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(prior, given, (z, context))
+
+    prior.forward = prior.log_prob
+    assert torch.autograd.gradgradcheck(log_prob, variables, fast_mode=True)
+    score = torch.func.grad(lambda z, c: prior.log_prob(z[None], None if c is None else c[None])[0])
+    found = torch.vmap(score, (0, None if context is None else 0))(z, context)
+    one_by_one = [score(z[i], None if context is None else context[i]) for i in range(3)]
+    torch.testing.assert_close(found, torch.stack(one_by_one))
+
+
+def test_the_hessian_of_a_standard_gaussian():
+    prior = GaussianPrior((2,))
+    found = torch.autograd.functional.hessian(lambda z: prior.log_prob(z[None])[0], torch.tensor([0.3, -1.2]))
+    torch.testing.assert_close(found, -torch.eye(2))

@@ -335,11 +335,3 @@ def test_what_lies_under_the_mask_is_not_read(scale):
         y.isfinite().all() and log_det.isfinite().all() and dx.isfinite().all() and dfactor.isfinite().all()
     )
     assert (dh[passing] == 0).all() and torch.equal(y[passing[:, :4]], x[passing[:, :4]])
-
-
-def test_double_backward_is_an_error():
-    x, h, _ = leaves(*inputs("halves", "exp"))
-    y, _ = ops.affine_coupling(x, h)
-    (dx,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()

@@ -720,17 +720,6 @@ def test_random_numbers_of_others_are_left_alone():
 # refusals ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_second_derivatives_are_refused():
-    steps, x = chain(2), batch((4,)).requires_grad_()
-    z, log_det = run_reversible(steps, x)
-    (dx,) = torch.autograd.grad(z.sum() + log_det.sum(), x, create_graph=True)
-    torch.testing.assert_close(
-        dx, torch.autograd.grad(sum(v.sum() for v in run_storing(steps, x)), x)[0], rtol=1e-10, atol=1e-10
-    )
-    with pytest.raises(RuntimeError, match="gradients of a reversible chain cannot be differentiated again"):
-        dx.square().sum().backward()
-
-
 class OneWay(Flow):
     def forward(self, x, context=None):
         return 2 * x, x.new_full((x.shape[0],), 4 * 0.6931)

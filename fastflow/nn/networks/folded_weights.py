@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
+
+from fastflow.ops.dispatch import in_transform
 
 Layers = Sequence[Sequence[Tensor]]  # of each layer the tensors of all networks
 
@@ -24,9 +26,23 @@ def folded(
     then of each layer the biases. The weights are in channels_last, which Triton's kernel reads; on a CPU they
     keep their memory format.
     """
+    if in_transform():
+        return _folded_one_by_one(weights, biases, log_scales, times, dtype)
     tensors = [tensor for kind in (weights, biases, log_scales) for layer in kind for tensor in layer]
     found, networks = _Folded.apply(dtype, tuple(times), *tensors), len(weights[0])
     return [found[i : i + networks] for i in range(0, len(found), networks)]
+
+
+def _folded_one_by_one(
+    weights: Layers, biases: Layers, log_scales: Layers, times: Sequence[int], dtype: torch.dtype
+) -> list[tuple[Tensor, ...]]:
+    """:func:`folded` in operations that every transform of PyTorch can differentiate and batch."""
+    factors = [[(n * s).exp() for s in layer] for n, layer in zip(times, log_scales, strict=True)]
+    both = list(zip(weights, biases, factors, strict=True))
+    of_weights = [
+        tuple((w * _each_output(f)).to(dtype) for w, f in zip(ws, fs, strict=True)) for ws, _, fs in both
+    ]
+    return of_weights + [tuple(b * f for b, f in zip(bs, fs, strict=True)) for _, bs, fs in both]
 
 
 class _Folded(torch.autograd.Function):
@@ -40,7 +56,7 @@ class _Folded(torch.autograd.Function):
         weights, biases, log_scales = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
         ctx.times, ctx.sizes = times, [b.numel() * networks for b in biases[::networks]]
         factor = _multiplied(torch.cat(log_scales), ctx).exp_()
-        ctx.save_for_backward(factor, *weights, *biases)
+        ctx.save_for_backward(factor, *weights, *biases, *log_scales)
         of_layers = []
         for weight, scale in zip(_stacked(weights, networks), factor.split(ctx.sizes), strict=True):
             if weight.is_cpu:
@@ -55,11 +71,15 @@ class _Folded(torch.autograd.Function):
         return *(w for layer in of_layers for w in layer.unbind()), *of_biases
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         factor, *saved = ctx.saved_tensors
-        third, networks = len(saved) // 2, len(saved) // 2 // len(ctx.times)
-        weights, biases = saved[:third], saved[third:]
+        third, networks = len(saved) // 3, len(saved) // 3 // len(ctx.times)
+        weights, biases, log_scales = saved[:third], saved[third : 2 * third], saved[2 * third :]
+        if torch.is_grad_enabled():  # create_graph=True
+            times = [n for n in ctx.times for _ in range(networks)]
+            each = zip(times, weights, biases, log_scales, gradients[:third], gradients[third:], strict=True)
+            of_kinds = zip(*(_gradients_of_one(*one) for one in each), strict=True)
+            return None, None, *(gradient for kind in of_kinds for gradient in kind)
         dbias = torch.cat(gradients[third:]).mul_(factor)
         dlog_scale = torch.cat(biases).mul_(dbias)
         of_layers = []
@@ -98,6 +118,19 @@ def _stacked(tensors: Sequence[Tensor], networks: int) -> list[Tensor]:
         stacks.append(first.new_empty_strided((networks, *first.shape), strides))
     torch._foreach_copy_([one for stack in stacks for one in stack.unbind()], list(tensors))
     return stacks
+
+
+def _each_output(scale: Tensor) -> Tensor:
+    return scale.view(-1, 1, 1, 1)
+
+
+def _gradients_of_one(
+    n: int, weight: Tensor, bias: Tensor, log_scale: Tensor, dweight: Tensor, dbias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a layer's weight, bias and log scale from those of what :func:`folded` makes of them."""
+    factor = (n * log_scale).exp()
+    dweight, dbias = dweight.to(weight.dtype) * _each_output(factor), dbias * factor
+    return dweight, dbias, n * ((dweight * weight).sum((1, 2, 3)) + dbias * bias)
 
 
 def _per_output(scale: Tensor, networks: int) -> Tensor:

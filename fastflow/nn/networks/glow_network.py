@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from fastflow import ops, validation
 from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.networks.context import check_features, with_context
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.nn.networks.folded_weights import folded
+from fastflow.ops.dispatch import in_transform
 from fastflow.reversible import has_hooks
 from fastflow.state_from_data import state_from_data
 
@@ -43,7 +44,7 @@ class ActNormConv2d(nn.Module):
         bias, log_scale = self.actnorm.bias, self.actnorm.log_scale
         if relu and not torch.compiler.is_compiling():
             y = F.conv2d(x, weight, padding=self.conv.padding)
-            return ops.bias_relu(y, bias, log_scale, inplace=True)
+            return ops.bias_relu(y, bias, log_scale, inplace=not in_transform())
         # backward does not need this output, so an activation may write over it
         y = _folded_convolution(x, weight, bias, log_scale)
         return y.relu_() if relu else y
@@ -69,7 +70,7 @@ class ZeroConv2d(nn.Module):
         if torch.compiler.is_compiling():
             return _folded_convolution(x, weight, self.bias, log_scale)
         y = F.conv2d(x, weight, padding=1)
-        return ops.bias_relu(y, self.bias, log_scale, relu=False, inplace=True)
+        return ops.bias_relu(y, self.bias, log_scale, relu=False, inplace=not in_transform())
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
@@ -240,7 +241,10 @@ def network_args_of(
     autocast_dtype = _autocast_dtype(device)
     if autocast_dtype is None or any(w.dtype != torch.float32 for w in weights):
         return [(s,) for s in log_scales]
-    weights = _Cast.apply(autocast_dtype, *weights)
+    if in_transform():
+        weights = [w.to(autocast_dtype) for w in weights]
+    else:
+        weights = _Cast.apply(autocast_dtype, *weights)
     return [(s, *weights[3 * i : 3 * i + 3]) for i, s in enumerate(log_scales)]
 
 
@@ -271,8 +275,9 @@ class _Cast(torch.autograd.Function):
         return _cast(tensors, [dtype] * len(tensors))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, *(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
         given = {i: g for i, g in enumerate(gradients) if g is not None}
         cast = dict(zip(given, _cast(given.values(), [ctx.dtypes[i] for i in given]), strict=True))
         return None, *(cast.get(i) for i in range(len(gradients)))

@@ -34,6 +34,7 @@ register(
     outputs="y log_det",
     backward=reference.actnorm_backward,
     gradients="x log_scale bias",
+    batched="x",
 )
 
 
@@ -50,7 +51,7 @@ def actnorm(x: Tensor, log_scale: Tensor, bias: Tensor, *, inverse: bool = False
     Shape: x, y ``[N, C, ...]``; log_scale, bias ``[C]``; log_det ``[N]``, nats, :math:`\pm P \sum_c s_c`
     with P positions per sample (H W for an image, 1 for a vector), float32 (float64 for float64 x).
 
-    Raises ValueError for other shapes, dtypes or devices. Double backward raises an error.
+    Raises ValueError for other shapes, dtypes or devices.
     """
     return torch.ops.fastflow.actnorm.default(x, log_scale, bias, inverse)
 

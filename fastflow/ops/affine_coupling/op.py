@@ -67,6 +67,7 @@ register(
     outputs="y log_det",
     backward=reference.affine_coupling_backward,
     gradients="x params factor",
+    batched="x params",
 )
 
 
@@ -106,7 +107,7 @@ def affine_coupling(
     ``[N, 2C, ...]`` for checkerboard, half as many channels for ``scale="none"``; log_det ``[N]``, nats,
     :math:`\pm\sum \log s`, float32 (float64 for float64 x).
 
-    Raises ValueError for other shapes, dtypes, devices or names. Double backward raises an error.
+    Raises ValueError for other shapes, dtypes, devices or names.
     """
     return torch.ops.fastflow.affine_coupling.default(
         x, params, factor, mask, swap_halves, scale, affine_order, params_layout, inverse

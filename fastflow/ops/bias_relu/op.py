@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastflow import validation
 from fastflow.ops.bias_relu import reference
+from fastflow.ops.dispatch import in_transform
 from fastflow.ops.registry import register
 
 
@@ -28,7 +29,7 @@ differentiable = {
     "gradients": "x bias log_scale",
 }
 register(reference.bias_relu_backward, **kernels)
-register(reference.bias_relu, **kernels, **differentiable, check=_check)
+register(reference.bias_relu, **kernels, **differentiable, check=_check, batched="x")
 register(reference.bias_relu_, **kernels, **differentiable, check=_check_in_place, writes="x")
 
 
@@ -61,8 +62,10 @@ def bias_relu(
     Shape: x, y ``[N, C, ...]``; bias, log_scale ``[C]``.
 
     Raises ValueError for other shapes, dtypes or devices; with ``inplace=True`` also for an expanded x and
-    for a leaf that requires a gradient. Double backward raises an error.
+    for a leaf that requires a gradient.
     """
+    if inplace and in_transform():
+        return x.copy_(torch.ops.fastflow.bias_relu.default(x, bias, log_scale, relu))
     if inplace:
         torch.ops.fastflow.bias_relu_.default(x, bias, log_scale, relu)
         return x

@@ -68,6 +68,7 @@ register(
     outputs="y",
     backward=reference.conv1x1_backward,
     gradients="x weight bias",
+    batched="x",
 )
 
 
@@ -80,7 +81,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Shape: x, y ``[N, C, ...]``; weight ``[C, C]``; bias ``[C]``.
 
-    Raises ValueError for other shapes, dtypes or devices. Double backward raises an error.
+    Raises ValueError for other shapes, dtypes or devices.
     """
     return torch.ops.fastflow.conv1x1.default(x, weight, bias)
 

@@ -76,6 +76,7 @@ register(
     outputs="y log_det",
     backward=reference.dequantize_backward,
     gradients="noise",
+    batched="x noise",
 )
 register(
     reference.dequantize_inverse,
@@ -86,6 +87,7 @@ register(
     integers="x",
     backward=reference.dequantize_inverse_backward,
     gradients="y",
+    batched="y",
 )
 
 

@@ -71,8 +71,7 @@ def dequantize_inverse(
 
 def dequantize_inverse_backward(y: Tensor, dlog_det: Tensor, logit: bool) -> Tensor:
     """Gradient dy of the log-det; pixels are integers and have no gradient."""
-    dy = torch.zeros_like(y)
     if not logit:
-        return dy
+        return torch.zeros_like(y)
     # d/dy (log sigmoid(y) + log sigmoid(-y)) = 1 - 2 sigmoid(y) = -tanh(y / 2)
-    return dy.copy_(-torch.tanh(y.to(acc_dtype(y.dtype)) / 2) * sample_view(dlog_det, y))
+    return dense_like(-torch.tanh(y.to(acc_dtype(y.dtype)) / 2) * sample_view(dlog_det, y), y)

@@ -49,6 +49,7 @@ register(
     outputs="log_prob",
     backward=reference.gaussian_log_prob_backward,
     gradients="z mean log_scale",
+    batched="z mean log_scale",
 )
 register(
     reference.gaussian_sample,
@@ -73,7 +74,7 @@ def gaussian_log_prob(z: Tensor, mean: Tensor | None = None, log_scale: Tensor |
     Shape: z ``[N, C, ...]``; mean, log_scale the same or ``[C]``; the result ``[N]``, nats, float32 (float64
     for float64 z).
 
-    Raises ValueError for other shapes, dtypes or devices. Double backward raises an error.
+    Raises ValueError for other shapes, dtypes or devices.
     """
     return torch.ops.fastflow.gaussian_log_prob.default(z, mean, log_scale)
 

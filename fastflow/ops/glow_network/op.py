@@ -83,7 +83,6 @@ register(
     **kernels,
     eligible=_eligible_backward,
     call=_backward,
-    differentiable_reference=True,
 )
 register(
     reference.glow_network,
@@ -93,7 +92,7 @@ register(
     outputs="y",
     backward=reference.glow_network_backward,
     gradients="x w1 b1 w2 b2 w3 b3",
-    differentiable_backward=True,
+    batched="x",
 )
 
 

@@ -59,6 +59,7 @@ register(
     outputs="weight weight_inverse log_det",
     backward=reference.lu_weight_backward,
     gradients="lower upper log_s",
+    batched="perm lower upper log_s sign_s",
 )
 
 
@@ -81,6 +82,6 @@ def lu_weight(
 
     Raises ValueError for other shapes, dtypes or devices. Raises SingularError, a ValueError with the index
     of the matrix, if :math:`e^{\log s}` is 0, inf or NaN; on a CUDA device a later call raises it, see
-    :func:`raise_singular`. Double backward raises an error.
+    :func:`raise_singular`.
     """
     return torch.ops.fastflow.lu_weight.default(perm, lower, upper, log_s, sign_s)

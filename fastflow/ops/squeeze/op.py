@@ -50,7 +50,7 @@ register(
     outputs="y",
     backward=_backward,
     gradients="x",
-    differentiable_backward=True,
+    batched="x",
 )
 
 

@@ -1,6 +1,5 @@
 """Squeeze and unsqueeze in plain PyTorch."""
 
-import torch
 from torch import Tensor
 
 from fastflow.ops.layout import memory_format
@@ -14,23 +13,18 @@ def squeeze(x: Tensor, order: str, inverse: bool) -> Tensor:
     layout = memory_format(x)
     if order == "realnvp" and inverse:
         x = x.reshape(n, 4, c, h, w)[:, [REALNVP_PIXELS.index(k) for k in range(4)]].flatten(1, 2)
-    # copy into new memory: for some sizes (2x2) reshape returns a view, and an op must not return its input
-    y = torch.empty(
-        (n, c, 2 * h, 2 * w) if inverse else (n, 4 * c, h, w),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=layout,
-    )
-    image, squeezed = (y, x) if inverse else (x, y)
-    pixels = image.view(n, c, h, 2, w, 2)
-    if order == "channel":
-        blocks = squeezed.view(n, c, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
-    else:
-        blocks = squeezed.view(n, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2)
     if inverse:
-        pixels.copy_(blocks)
+        if order == "channel":
+            pixels = x.reshape(n, c, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
+        else:
+            pixels = x.reshape(n, 2, 2, c, h, w).permute(0, 3, 4, 1, 5, 2)
+        y = pixels.reshape(n, c, 2 * h, 2 * w)
     else:
-        blocks.copy_(pixels)
+        blocks = x.reshape(n, c, h, 2, w, 2).permute(0, 1, 3, 5, 2, 4)
+        if order != "channel":
+            blocks = blocks.permute(0, 2, 3, 1, 4, 5)
+        y = blocks.reshape(n, 4 * c, h, w)
     if order == "realnvp" and not inverse:
-        y.copy_(y.view(n, 4, c, h, w)[:, list(REALNVP_PIXELS)].flatten(1, 2))
-    return y
+        y = y.view(n, 4, c, h, w)[:, list(REALNVP_PIXELS)].flatten(1, 2)
+    # new memory: for some sizes (2x2) reshape returns a view, and an op must not return its input
+    return y.clone(memory_format=layout)

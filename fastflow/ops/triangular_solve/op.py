@@ -39,6 +39,7 @@ _solve = register(
     outputs="X",
     backward=reference.triangular_solve_backward,
     gradients="A B",
+    batched="A B",
 )
 
 
@@ -59,7 +60,7 @@ def triangular_solve(
 
     Raises ValueError for other shapes, dtypes or devices. Raises SingularError, a ValueError with the index
     of the matrix, if a diagonal contains 0, inf or NaN; on a CUDA device a later call raises it, see
-    :func:`raise_singular`. Double backward raises an error.
+    :func:`raise_singular`.
     """
     return torch.ops.fastflow.triangular_solve.default(A, B, upper, unit_diagonal, transpose)
 
