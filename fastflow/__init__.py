@@ -4,8 +4,21 @@ __version__ = "0.1.0"
 
 from fastflow import _moved, models, nn, ops, reference
 from fastflow.checkpoint import CheckpointError, load, save
+from fastflow.fitting import FitHistory, fit
 from fastflow.ops import backend
 
-__all__ = ["CheckpointError", "__version__", "backend", "load", "models", "nn", "ops", "reference", "save"]
+__all__ = [
+    "CheckpointError",
+    "FitHistory",
+    "__version__",
+    "backend",
+    "fit",
+    "load",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+    "save",
+]
 
 _moved.install()
