@@ -10,7 +10,9 @@ import torch
 class _Forced(threading.local):
     """Answer of the innermost :func:`state_from_data` block of this thread, None outside."""
 
-    allowed: bool | None = None
+    def __init__(self) -> None:
+        # an instance attribute of each thread: torch.compile's guards see one that a block would add
+        self.allowed: bool | None = None
 
 
 _forced = _Forced()  # torch.compile traces a threading.local, and no ContextVar (torch 2.14)
@@ -33,6 +35,9 @@ def state_from_data(allowed: bool) -> Iterator[None]:
     Passes in the generating direction forbid it, so that samples do not initialize a model. ``initialize``
     allows it.
     """
+    if torch.compiler.is_exporting():  # a graph has no side effects, and no layer to initialize
+        yield
+        return
     before, _forced.allowed = _forced.allowed, allowed
     try:
         yield

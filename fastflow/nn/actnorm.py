@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+class _Group:
+    """A process group in the state of a copied module: ``deepcopy`` keeps it, a pickle cannot."""
+
+    def __init__(self, group: "ProcessGroup | None" = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict) -> "_Group":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _Group, ()
+
+
 class ActNorm(Flow):
     r"""Activation normalization, :math:`y = e^{s} (x + b)` per channel (Glow, arXiv:1807.03039, section 3.1).
 
@@ -30,7 +43,7 @@ class ActNorm(Flow):
 
     Args:
         num_features: number of channels C.
-        process_group: ranks that share statistics; None: all ranks.
+        process_group: ranks that share statistics; None: all ranks. A pickle does not keep it.
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`P \sum_c s_c` with P the number of positions of
     a sample (H W for an image, 1 for a vector).
@@ -108,6 +121,13 @@ class ActNorm(Flow):
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._read = not self.initialized.is_meta and bool(self.initialized)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"process_group": self.process_group and _Group(self.process_group)}
+
+    def __setstate__(self, state: dict) -> None:
+        group = state.get("process_group")
+        super().__setstate__(state | {"process_group": group.group if isinstance(group, _Group) else group})
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"

@@ -123,14 +123,6 @@ def test_samples_are_of_the_density(make):
 
 
 @of(MODELS)
-def test_empty_batch(make):
-    model = trained(make)
-    x, context = data(model, 0), labels(model, 0)
-    assert model(x, context).shape == (0,) and model.sample(0, context=context).shape == (0, *model.shape)
-    assert model.decode(model.encode(x, context), context).shape == (0, *model.shape)
-
-
-@of(MODELS)
 def test_a_sample_does_not_depend_on_its_batch(make):
     """In eval mode; the noise is that of its place."""
     model = trained(make).double()

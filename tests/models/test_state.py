@@ -2,17 +2,17 @@
 
 import copy
 import inspect
-import io
-import pickle
 import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fastflow.nn as fnn
 from fastflow.models import NICE, FlowModel, Glow, RealNVP, VectorGlow, mnist_flow
 from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d
 from fastflow.state_from_data import state_from_data, takes_state_from_data
+from tests.support.copies import COPIES
 from tests.support.flows import FLOWS, IMAGE, VECTOR, batch, conv
 from tests.support.flows import trained as trained_flow
 from tests.support.models import MNIST, MODELS, data, labels, of
@@ -118,6 +118,16 @@ def test_the_rule():
         assert not takes_state_from_data(True)
         raise KeyError
     assert takes_state_from_data(True)
+
+
+def test_a_compiled_inverse_sets_no_state():
+    level = fnn.GlowLevel([fnn.GlowStep(4, 4)], reversible=False)
+    inverse = torch.compile(lambda z: level.inverse(z), fullgraph=True, backend="eager")
+    for _ in range(2):
+        inverse(torch.randn(2, 4, 2, 2))
+    assert not any(flags(level))
+    torch.compile(lambda x: level(x), fullgraph=True, backend="eager")(torch.randn(2, 1, 4, 4))
+    assert all(flags(level))
 
 
 def test_a_reversible_pass_forbidden_state_is_differentiated_as_it_ran():
@@ -268,16 +278,6 @@ PRIORS = {
 }
 
 
-def saved(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved)
-
-
 @pytest.mark.parametrize("make, shape", MODULES.values(), ids=MODULES.keys())
 def test_copies_of_modules(make, shape):
     module = make()
@@ -298,11 +298,16 @@ def test_copies_of_priors(make):
         assert torch.equal(made(prior).log_prob(z), prior.log_prob(z))
 
 
-@every_flow
-def test_flows_are_saved_whole(make, shape):
-    flow, x = trained_flow(make), batch(shape)
-    for made in COPIES:
-        torch.testing.assert_close(made(flow)(x), flow(x), rtol=0, atol=0)
+def test_a_process_group_is_kept_by_deepcopy_alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        layer = fnn.ActNorm(4, process_group=dist.group.WORLD)
+        copied, pickled, loaded = (made(layer) for made in COPIES)
+        assert copied.process_group is layer.process_group is dist.group.WORLD
+        assert pickled.process_group is loaded.process_group is None
+        layer.check(batch(VECTOR))
+    finally:
+        dist.destroy_process_group()
 
 
 # empty batches ----------------------------------------------------------------------------------------------------------------
