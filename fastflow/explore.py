@@ -168,6 +168,7 @@ def density(
     limits: tuple[tuple[float, float], tuple[float, float]],
     size: int = 400,
     batch_size: int = 2**16,
+    context: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Density of a two-dimensional model on a grid, and its integral over the grid by the midpoint rule.
 
@@ -179,6 +180,7 @@ def density(
         limits: ``(low, high)`` of the first and of the second dimension.
         size: number of cells per dimension.
         batch_size: number of points per call of the model.
+        context: one context ``[1, ...]`` of a conditional model.
 
     Shape: returns float64 ``[size, size]`` on the CPU, densities at the centers of the cells, where row i is
     the i-th value of the second dimension; and the integral.
@@ -196,7 +198,9 @@ def density(
     )
     points = torch.cartesian_prod(y, x).flip(1).to(like)
     with in_mode(model, training=False):
-        values = torch.cat([model.log_prob(part).double().exp().cpu() for part in points.split(batch_size)])
+        values = torch.cat(
+            [model.log_prob(part, context).double().exp().cpu() for part in points.split(batch_size)]
+        )
     return values.view(size, size), values.sum().item() * cell
 
 

@@ -364,6 +364,7 @@ def test_several_temperatures_are_rows_of_one_noise(files, tmp_path, capsys):
 
 ARGUMENTS = {
     "anomaly": ["multiscale.pt", "--data", "digits.npz", "--images", "8"],
+    "conditional": ["--steps", "5", "--size", "20"],
     "density": ["--steps", "2", "--size", "20"],
     "dequantization": ["simple.pt", "multiscale.pt", "--data", "digits.npz", "--images", "2"],
     "interpolation": ["multiscale.pt", "--data", "digits.npz", "--pairs", "1", "--steps", "3"],
@@ -383,5 +384,7 @@ def test_examples_run(script, files, tmp_path, monkeypatch, capsys):
         rows = [line.rsplit(maxsplit=3) for line in printed.splitlines()[1:]]
         assert {row[0] for row in rows} >= {"test", "inverted", "constant"}
         assert all(math.isfinite(float(v)) for row in rows for v in row[1:])
+    if script == "conditional":
+        assert printed.count("KL(exact, flow)") == 3
     if script == "density":
         assert printed.count("integral of the density") == 2 and "10 Gaussians" in printed

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import distributions as td
 
+from fastflow import explore
 from fastflow import nn as fnn
 from fastflow.models import NICE, FlowModel, VectorGlow
 from tests.support.cases import randomize
@@ -113,6 +114,16 @@ def test_wrappers_of_torch_distributions_take_it():
 def test_errors(make, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         make()
+
+
+def test_density_of_one_context_on_a_grid():
+    model = FlowModel(fnn.AffineCoupling(fnn.MLP(1, 2, 5, context_features=1)), fnn.GaussianPrior((2,)))
+    randomize(model, std=0.3).eval()
+    context = torch.tensor([[2.0]])
+    density, integral = explore.density(model, ((-9.0, 9.0), (-9.0, 9.0)), 90, context=context)
+    assert abs(integral - 1) < 1e-3
+    x = torch.tensor([[-8.9 + 0.2 * 30, -8.9 + 0.2 * 40]])
+    torch.testing.assert_close(density[40, 30].float(), model.log_prob(x, context)[0].exp())
 
 
 # transforms -------------------------------------------------------------------------------------------------------------------
