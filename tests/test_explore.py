@@ -368,6 +368,7 @@ ARGUMENTS = {
     "density": ["--steps", "2", "--size", "20"],
     "dequantization": ["simple.pt", "multiscale.pt", "--data", "digits.npz", "--images", "2"],
     "interpolation": ["multiscale.pt", "--data", "digits.npz", "--pairs", "1", "--steps", "3"],
+    "fit": ["--samples", "60", "--epochs", "2"],
     "resampling": ["multiscale.pt", "--data", "digits.npz", "--rows", "1", "--n", "2"],
     "temperature": ["multiscale.pt", "--n", "2", "--temperatures", "0.5", "1"],
 }

@@ -113,7 +113,7 @@ def found(tmp_path_factory) -> dict[str, str]:
 
 
 def test_no_kernel_spills_or_moves_less_than_16_bytes_at_a_time(found):
-    """On sm_90, each dtype, layout and constant of a kernel; `python -m benchmarks.tools.triton_code` compiles all for three generations."""
+    """On sm_90, each dtype, layout and constant of a kernel; `benchmarks.tools.triton_code` compiles all, for three generations."""
     assert not found["defects"], found["defects"]
 
 
