@@ -23,6 +23,14 @@ SOME_MNIST = {"MNIST, vardeq": MNIST["MNIST, vardeq"]}
 SMALL = {name: make for name, make in MODELS.items() if "three scales" not in name}
 
 
+def flow_model():
+    steps = (fnn.ActNorm(4), fnn.InvertibleConv1x1(4), fnn.AffineCoupling(fnn.MLP(2, 4)), fnn.BatchNorm(4))
+    return FlowModel(fnn.Sequential(*steps), fnn.GaussianPrior((4,), learned=True))
+
+
+FLOW_MODEL = {"FlowModel": flow_model}
+
+
 def snapshot(module):
     return {k: v.clone() for k, v in (*module.named_parameters(), *module.named_buffers())}
 
@@ -72,7 +80,7 @@ def test_check_sets_no_state(make):
     assert_unmoved(flow[0], before, "check")
 
 
-@of(SMALL, SOME_MNIST)
+@of(SMALL, FLOW_MODEL, SOME_MNIST)
 def test_only_training_sets_the_state_of_a_model(make):
     model = make().train()
     x, context = data(model, 2), labels(model, 2)
@@ -173,7 +181,7 @@ def trained_without_a_cast(make):
     return flow.eval()
 
 
-@of(SMALL, SOME_MNIST)
+@of(SMALL, FLOW_MODEL, SOME_MNIST)
 def test_models_have_the_default_dtype(make, float64_by_default):
     model = trained_model(make, n=2)
     assert not other_dtypes(model, torch.float64)
@@ -195,7 +203,7 @@ def test_variational_dequantization_in_bfloat16():
     assert (layer.inverse(y)[0].int() - x.int()).abs().max() <= 2
 
 
-@of(SMALL)
+@of(SMALL, FLOW_MODEL)
 def test_models_in_bfloat16(make):
     """Density within bfloat16's rounding of the sum of its terms, gradients for each parameter, samples."""
     exact = trained_model(make, n=4)
@@ -243,7 +251,7 @@ def test_flows_load_onto_meta(make, shape):
         assert flags(other) == flags(flow)
 
 
-@of(SMALL, {"MNIST, multiscale": MNIST["MNIST, multiscale"]})
+@of(SMALL, FLOW_MODEL, {"MNIST, multiscale": MNIST["MNIST, multiscale"]})
 def test_models_load_onto_meta(make):
     model = trained_model(make, n=2)
     x, context = data(model, 1), labels(model, 1)
@@ -325,7 +333,7 @@ def test_flows_of_no_samples(make, shape):
             assert torch.equal(flow(x)[0], z)
 
 
-@of(SMALL, SOME_MNIST)
+@of(SMALL, FLOW_MODEL, SOME_MNIST)
 def test_models_of_no_samples(make):
     for training in (True, False):
         model = make().train(training)
