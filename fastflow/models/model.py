@@ -13,8 +13,8 @@ from fastflow.nn import AffineCoupling, BatchNorm, Dequantize, Flow, IdentityDeq
 from fastflow.nn.flow import in_mode
 from fastflow.nn.networks.context import tiled
 from fastflow.nn.networks.residual_network import WeightNormConv2d
-from fastflow.ops.dispatch import in_transform
 from fastflow.state_from_data import state_from_data
+from fastflow.transforms import in_transform
 
 
 class Model(nn.Module):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.autograd import forward_ad
 
 from fastflow import validation
 from fastflow.ops import extension
@@ -26,11 +25,6 @@ def _checked(name: str, source: str) -> str:
             f'{source}: got "emulated", which needs the extension built with FASTFLOW_EMULATOR=1, for tests'
         )
     return name
-
-
-def in_transform() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is active, which both see PyTorch's own ops only."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # One setting for all threads, not a ContextVar: autograd runs backward passes in threads of its own.

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastflow.ops.dispatch import in_transform
+from fastflow.transforms import in_transform
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,8 @@ from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map
 
 from fastflow import validation
-from fastflow.ops.dispatch import Implementations, in_transform
+from fastflow.ops.dispatch import Implementations
+from fastflow.transforms import in_transform
 
 OPS: dict[str, Implementations] = {}  # every registered op by name
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fastflow.deprecation import renamed_arguments
-from fastflow.ops.dispatch import in_transform
 from fastflow.reversible.segments import SharedArgs, run_segments, run_storing
+from fastflow.transforms import in_transform
 
 
 @renamed_arguments(weights="shared_args", checkpoint_every="activation_checkpoint_every")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fastflow.ops.dispatch import in_transform
+from fastflow.transforms import in_transform
 
 Layers = Sequence[Sequence[Tensor]]  # of each layer the tensors of all networks
 

@@ -12,9 +12,9 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.networks.context import check_features, with_context
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.nn.networks.folded_weights import folded
-from fastflow.ops.dispatch import in_transform
 from fastflow.reversible import has_hooks
 from fastflow.state_from_data import state_from_data
+from fastflow.transforms import in_transform
 
 NETWORKS = ("plain", "fused", "auto")
 FUSED_ARGS = 6  # weights and biases of the op; three convolutions have fewer shared arguments

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fastflow import validation
 from fastflow.ops.bias_relu import reference
-from fastflow.ops.dispatch import in_transform
 from fastflow.ops.registry import register
+from fastflow.transforms import in_transform
 
 
 def _check(argument: str, x: Tensor, bias: Tensor, log_scale: Tensor | None) -> None:

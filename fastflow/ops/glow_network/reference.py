@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.ops.dispatch import in_transform
 from fastflow.ops.layout import dense_like, memory_format
+from fastflow.transforms import in_transform
 
 _ONES, _ZEROS = (1, 1), (0, 0)
 
