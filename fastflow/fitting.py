@@ -56,6 +56,7 @@ def fit(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    standardize: bool = False,
 ) -> FitHistory:
     """Fits ``model`` to samples by maximum likelihood, until held-out samples no longer become likelier.
 
@@ -77,6 +78,9 @@ def fit(
         device: device of model and batches; None: the model's.
         seed: seed of the split, the batches, the noise of dequantization and dropout.
         progress: show a progress bar, if tqdm is installed.
+        standardize: standardize x by the mean and the deviation of each feature over the training samples. It
+            becomes a part of the model (:meth:`~fastflow.models.model.Model.standardize_by`), of which samples and
+            log-densities stay those of x as given.
 
     Raises ValueError for other arguments, and NonFiniteError with the first layer whose output is not finite
     if a loss or a gradient is not finite; the model then has its best weights.
@@ -91,6 +95,7 @@ def fit(
         3
     """
     _check(model, validation, batch_size, lr, patience, max_epochs)
+    checks.boolean("standardize", standardize)
     device = torch.device(device) if device is not None else model.dequantize.like.device
     model.to(device)
     samples = _tensors(model, x, context, device)
@@ -100,6 +105,8 @@ def fit(
     if held_out == len(order):
         raise checks.argument_error("x", f"{len(order)} samples", "at least 2, one to train and one held out")
     held_out, train = order[:held_out], order[held_out:]
+    if standardize:
+        model.standardize_by(samples[0][train.to(device)])
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     history, best, started = FitHistory(), _state(model), time.monotonic()
     try:

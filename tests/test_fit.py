@@ -8,7 +8,8 @@ import torch
 
 import fastflow
 from fastflow import fitting
-from fastflow.models import Glow, VectorGlow
+from fastflow import nn as fnn
+from fastflow.models import FlowModel, Glow, VectorGlow
 from fastflow.trainer.nonfinite import NonFiniteError
 
 MIXING = torch.tensor([[1.0, 0.8], [0.0, 0.5]])
@@ -84,6 +85,59 @@ def test_ctrl_c_keeps_the_best_weights(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        small,
+        lambda: FlowModel(fnn.Sequential(fnn.ActNorm(2), fnn.InvertibleConv1x1(2)), fnn.GaussianPrior((2,))),
+    ],
+    ids=["VectorGlow", "FlowModel"],
+)
+def test_standardize_is_part_of_the_model(make):
+    """Statistics of the training samples; log_prob, coding and samples are those of x as given."""
+    units, shift = torch.tensor([1000.0, 0.01]), torch.tensor([5000.0, -3.0])
+    x = gaussian(400) * units + shift
+    model = make()
+    fastflow.fit(model, x, standardize=True, max_epochs=2, batch_size=100, lr=1e-2, progress=False)
+    held_out = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:40]
+    train = torch.ones(400, dtype=torch.bool).index_fill(0, held_out, False)
+    torch.testing.assert_close(model.standardize.mean, x[train].mean(0))
+    torch.testing.assert_close(model.standardize.scale, x[train].std(0, correction=0))
+
+    plain = make().eval()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("standardize.")})
+    z = (x - model.standardize.mean) / model.standardize.scale
+    with torch.no_grad():
+        expected = plain.log_prob(z) - model.standardize.scale.log().sum()
+        torch.testing.assert_close(model.log_prob(x), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.encode(x), plain.encode(z), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.decode(model.encode(x)), x, rtol=1e-4, atol=1e-4)
+    new, log_prob = model.double().sample_and_log_prob(500)
+    torch.testing.assert_close(model.log_prob(new), log_prob, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(new.std(0).float(), x.std(0), rtol=0.3, atol=0)
+
+
+def test_a_standardized_model_is_saved_and_loaded(tmp_path):
+    model, x = small(), gaussian(50) * 100
+    fastflow.fit(model, x, standardize=True, max_epochs=1, progress=False)
+    fastflow.save(tmp_path / "model.pt", model)
+    loaded = fastflow.load(tmp_path / "model.pt")
+    assert torch.equal(loaded.log_prob(x), model.log_prob(x)) and loaded.config["standardize"]
+    again = fastflow.fit(loaded, x / 100, standardize=True, max_epochs=1, progress=False)
+    assert np.isfinite(again.best) and loaded.standardize.scale.max() < 3
+
+
+def test_what_cannot_be_standardized():
+    model, before = small(), small().state_dict()
+    with pytest.raises(ValueError, match="x: got constant feature 1, expected features that vary"):
+        fastflow.fit(model, torch.tensor([[1.0, 2], [3, 2], [4, 2]]), standardize=True)
+    assert model.standardize is None
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="standardize: got a model of uint8 samples, expected one of cont"):
+        glow = Glow((1, 4, 4), levels=1, steps=1, hidden=4)
+        fastflow.fit(glow, torch.zeros(4, 1, 4, 4, dtype=torch.uint8), standardize=True)
+
+
+@pytest.mark.parametrize(
     "part, said",
     [
         ("net", "the first output that is not finite: flows.0.*net"),
@@ -109,6 +163,7 @@ def test_a_loss_that_is_not_finite_names_the_layer(part, said):
         ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
         ({"patience": -1}, "patience: got -1"),
         ({"max_epochs": 0}, "max_epochs: got 0"),
+        ({"standardize": None}, "standardize: got None, expected True or False"),
         ({"x": torch.zeros(5, 3)}, r"x: got shape \[5, 3\], expected \[N, 2\]"),
         ({"x": torch.full((5, 2), torch.nan)}, "x: got inf or NaN"),
         ({"x": torch.zeros(1, 2)}, "x: got 1 samples, expected at least 2"),

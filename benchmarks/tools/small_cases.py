@@ -31,6 +31,7 @@ def layers(c: int) -> list[nn.Flow]:
         ),
         nn.AffineCoupling(wide, mask="checkerboard", scale="tanh"),
         nn.BatchNorm(c),
+        nn.Standardize(c),
     ]
 
 

@@ -20,6 +20,8 @@ class FlowModel(Model):
         shape: shape of one sample; None: the shape of one latent, right for flows that keep the shape.
         embedding: network that maps the context to the flow's context; None: the context itself. A call
             computes it once per row of the context, for all samples of that row.
+        standardize: standardize samples before the flow, see :meth:`Model.standardize_by`. ``fastflow.fit`` with
+            ``standardize=True`` adds it.
 
     One row of the context is for all samples, or there is one row per sample. With a tuple for ``n``,
     :meth:`sample` and the methods like it draw ``n`` samples for every row. The leading dimensions are then
@@ -46,6 +48,7 @@ class FlowModel(Model):
         *,
         shape: tuple[int, ...] | None = None,
         embedding: nn.Module | None = None,
+        standardize: bool = False,
     ) -> None:
         if not isinstance(flow, Flow):
             raise validation.argument_error("flow", type(flow).__name__, "a Flow")
@@ -61,7 +64,16 @@ class FlowModel(Model):
         if isinstance(prior, Distribution):
             prior = DistributionPrior(prior)
         classes = getattr(prior, "classes", None)
-        super().__init__(shape or prior.shape, IdentityDequantize(), [flow], [], prior, classes, None)
+        super().__init__(
+            shape or prior.shape,
+            IdentityDequantize(),
+            [flow],
+            [],
+            prior,
+            classes,
+            None,
+            standardize=standardize,
+        )
         self.embedding = embedding
 
     @property

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.models.distribution import FlowDistribution, distribution_class
-from fastflow.nn import AffineCoupling, BatchNorm, Dequantize, Flow, IdentityDequantize, Prior, Split
+from fastflow.nn import (
+    AffineCoupling,
+    BatchNorm,
+    Dequantize,
+    Flow,
+    IdentityDequantize,
+    Prior,
+    Split,
+    Standardize,
+)
 from fastflow.nn.flow import in_mode
 from fastflow.nn.networks.context import tiled
 from fastflow.nn.networks.residual_network import WeightNormConv2d
@@ -35,6 +44,7 @@ class Model(nn.Module):
         config: constructor arguments of the subclass, stored in checkpoints to rebuild the model; None if
             checkpoints cannot rebuild it.
         context_shape: shape of one context of the flows, ``(C,)`` or ``(C, H, W)``; None: flows have none.
+        standardize: standardize continuous samples before the first flow, see :meth:`standardize_by`.
 
     Shape: x uint8 ``[N, *shape]`` with values in ``[0, 2 ** n_bits)``, or floating point if the samples are
     continuous; context int64 ``[N]`` with values in ``[0, classes)``, or floating point
@@ -51,12 +61,36 @@ class Model(nn.Module):
         classes: int | None,
         config: dict | None,
         context_shape: tuple[int, ...] | None = None,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.n_bits, self.classes, self.config = tuple(shape), dequantize.n_bits, classes, config
         self.context_shape = context_shape
         self.dequantize, self.prior = dequantize, prior
         self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
+        validation.boolean("standardize", standardize)
+        self.standardize = Standardize(self.shape[0]) if standardize else None
+
+    def standardize_by(self, x: Tensor) -> None:
+        """Standardize continuous samples before the first flow, by the mean and the deviation of ``x`` per feature.
+
+        ``standardize``, a :class:`~fastflow.nn.Standardize`, then is a part of the model: log-densities and
+        samples are those of x as given, and state dicts and checkpoints hold mean and scale. If the model has
+        the layer already, its values change.
+
+        Shape: x ``[N, *shape]``. Raises ValueError for a model of uint8 samples, for an x of another shape or
+        dtype, and for constant features.
+        """
+        if self.n_bits is not None:
+            raise validation.argument_error(
+                "standardize", "a model of uint8 samples", "one of continuous samples"
+            )
+        self._check_samples(x)
+        layer = self.standardize or Standardize(self.shape[0]).to(self.dequantize.like)
+        layer.fit(x)
+        self.standardize = layer
+        if self.config is not None:
+            self.config = {**self.config, "standardize": True}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
@@ -86,6 +120,9 @@ class Model(nn.Module):
     def _log_prob_dequantized(self, y: Tensor, log_prob: Tensor, context: Tensor | None = None) -> Tensor:
         """The other part, which depends on tensors only: a CUDA graph can replay it on another batch."""
         of_flows, of_prior = self._contexts(context, y.shape[0])
+        if self.standardize is not None:
+            y, log_det = self.standardize(y)
+            log_prob = log_prob + log_det
         for i, flow in enumerate(self.flows):
             y, log_det = flow(y, of_flows)
             log_prob = log_prob + log_det
@@ -172,6 +209,8 @@ class Model(nn.Module):
         with nullcontext() if differentiable else torch.no_grad(), state_from_data(False):
             y = self.dequantize.bin_center(x) if seed is None else self.dequantize(x, seed=seed)[0]
             of_flows, _ = self._contexts(context, x.shape[0])
+            if self.standardize is not None:
+                y, _ = self.standardize(y)
             for i, flow in enumerate(self.flows):
                 y, _ = flow(y, of_flows)
                 if i < len(self.splits):
@@ -343,6 +382,9 @@ class Model(nn.Module):
                     y = split.sample(y, temperature, generator) if z is None else split.inverse(y, z)
                     log_prob = log_prob + split(y)[2] if density else None
                 y, log_det = self.flows[i].inverse(y, of_flows)
+                log_prob = log_prob - log_det if density else None
+            if self.standardize is not None:
+                y, log_det = self.standardize.inverse(y)
                 log_prob = log_prob - log_det if density else None
             return self.dequantize.inverse(y)[0], log_prob
 

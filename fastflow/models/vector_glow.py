@@ -32,6 +32,7 @@ class VectorGlowConfig(ModelConfig):
     components: int = 2
     reversible: bool = True
     context_features: int | None = None
+    standardize: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +60,8 @@ class VectorGlow(Model):
         reversible: recompute activations in backward instead of storing them.
         context_features: number of features of the context, an input of every coupling network; None: no
             context.
+        standardize: standardize samples before the first step, see :meth:`Model.standardize_by`. ``fastflow.fit``
+            with ``standardize=True`` adds it.
 
     Shape: x ``[N, D]``, context ``[N, context_features]``, or ``[1, context_features]`` for all samples,
     floating point in the model's dtype.
@@ -89,7 +92,15 @@ class VectorGlow(Model):
         flow = Sequential(*layers, reversible=config.reversible)
         context_shape = None if config.context_features is None else (config.context_features,)
         super().__init__(
-            (features,), IdentityDequantize(), [flow], [], prior, None, asdict(config), context_shape
+            (features,),
+            IdentityDequantize(),
+            [flow],
+            [],
+            prior,
+            None,
+            asdict(config),
+            context_shape,
+            config.standardize,
         )
 
 

@@ -24,6 +24,7 @@ from fastflow.nn.scale import Scale
 from fastflow.nn.sequential import Sequential
 from fastflow.nn.split import Split
 from fastflow.nn.squeeze import Squeeze
+from fastflow.nn.standardize import Standardize
 from fastflow.nn.transform import FlowTransform
 from fastflow.nn.variational_dequantize import VariationalDequantize
 
@@ -57,6 +58,7 @@ __all__ = [
     "Sequential",
     "Split",
     "Squeeze",
+    "Standardize",
     "VariationalDequantize",
 ]
 

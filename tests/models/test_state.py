@@ -376,6 +376,7 @@ CONSTRUCTORS = {
     fnn.Sequential: {},
     fnn.Split: {"num_features": 4},
     fnn.Squeeze: {},
+    fnn.Standardize: {"num_features": 4},
     fnn.VariationalDequantize: {"flow": fnn.ActNorm(4)},
     ActNormConv2d: {"in_channels": 2, "out_channels": 2, "kernel_size": 3},
     ZeroConv2d: {"in_channels": 2, "out_channels": 2},

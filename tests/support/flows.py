@@ -19,6 +19,7 @@ from fastflow.nn import (
     Scale,
     Sequential,
     Squeeze,
+    Standardize,
 )
 from fastflow.ops.affine_coupling import SCALES
 from tests.support.cases import randomize
@@ -57,6 +58,14 @@ def batch_norm() -> BatchNorm:
     return layer.eval()
 
 
+def standardize() -> Standardize:
+    """A layer with the statistics of some data."""
+    layer = Standardize(4)
+    layer.mean.copy_(torch.tensor([3.0, -1.0, 0.0, 2.0]))
+    layer.scale.copy_(torch.tensor([2.0, 0.5, 1.0, 4.0]))
+    return layer
+
+
 def affine(net, c_in: int = 2, **options) -> AffineCoupling:
     return AffineCoupling(net(c_in, 2 * c_in), **options)
 
@@ -75,6 +84,7 @@ ANY_SHAPE = {
     "a permutation": lambda: Permute(4, order=[2, 0, 3, 1]),
     "Scale": lambda: Scale(4),
     "BatchNorm": batch_norm,
+    "Standardize": standardize,
     "IdentityDequantize": lambda: IdentityDequantize(),
 }
 OF_VECTORS = {
