@@ -20,6 +20,18 @@ from fastflow.ops import spec
 SIZES = ((3, 12, 5, 7), (2, 6, 16, 16), (1, 48, 4, 4))
 
 
+class Affine:
+    """Affine function of :class:`fastflow.nn.Coupling`."""
+
+    def __call__(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = h.chunk(2, dim=1)
+        return x * log_scale.exp() + shift, log_scale.flatten(1).sum(1)
+
+    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = h.chunk(2, dim=1)
+        return (y - shift) * (-log_scale).exp(), -log_scale.flatten(1).sum(1)
+
+
 def layers(c: int) -> list[nn.Flow]:
     net, wide = torch.nn.Conv2d(c // 2, c, 3, padding=1), torch.nn.Conv2d(c, 2 * c, 3, padding=1)
     return [
@@ -30,6 +42,9 @@ def layers(c: int) -> list[nn.Flow]:
             net, swap_halves=True, scale="sigmoid", affine_order="shift_first", params_layout="interleaved"
         ),
         nn.AffineCoupling(wide, mask="checkerboard", scale="tanh"),
+        nn.AffineCoupling(torch.nn.Conv2d(c - 1, 2, 3, padding=1), split=c - 1),
+        nn.AffineCoupling(net, mask=torch.arange(c) % 2 == 0),
+        nn.Coupling(net, Affine(), swap_halves=True),
         nn.BatchNorm(c),
         nn.Standardize(c),
     ]

@@ -12,6 +12,7 @@ from fastflow.models.distribution import FlowDistribution, distribution_class
 from fastflow.nn import (
     AffineCoupling,
     BatchNorm,
+    Coupling,
     Dequantize,
     Flow,
     IdentityDequantize,
@@ -180,7 +181,7 @@ class Model(nn.Module):
         # torch would otherwise stop compiling after 8 of these variants
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(self.flows))
         for module in self.modules():
-            if isinstance(module, AffineCoupling):
+            if isinstance(module, (AffineCoupling, Coupling)):
                 module.net.compile(**{"dynamic": False} | options)
 
     def encode(

@@ -5,6 +5,7 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1
+from fastflow.nn.coupling import Coupling
 from fastflow.nn.dequantize import Dequantize, IdentityDequantize, LogitDequantize
 from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
@@ -33,6 +34,7 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "BatchNorm",
+    "Coupling",
     "Dequantize",
     "DistributionPrior",
     "EncoderDecoder",

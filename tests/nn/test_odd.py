@@ -116,7 +116,7 @@ def test_one_number_is_a_gaussian_of_the_context():
         (lambda: GlowStep(1, 5), "num_features: got 1, expected 2 or more, or context_features"),
         (
             lambda: AffineCoupling(MLP(2, 5))(torch.zeros(2, 5)),
-            "params: got shape [2, 5], expected [2, 6] (x is [2, 5], of which 3 channels are transformed)",
+            "params: got shape [2, 5], expected [2, 6] (x is [2, 5], shift and scale of 3 channels)",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from fastflow.nn import (
     AdditiveCoupling,
     AffineCoupling,
     BatchNorm,
+    Coupling,
     Flatten,
     GlowNetwork,
     IdentityDequantize,
@@ -48,6 +49,27 @@ class WithContext(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         return self.net(torch.cat([x, context], dim=1))
+
+
+class Asinh(nn.Module):
+    """Scales and shifts on the scale of asinh, with a learned factor of the shift; h ``[N, 2C, ...]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = h.chunk(2, dim=1)
+        return self._mapped(x, log_scale.exp(), self.factor * shift, log_scale)
+
+    def inverse(self, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        shift, log_scale = h.chunk(2, dim=1)
+        scale = (-log_scale).exp()
+        return self._mapped(y, scale, -self.factor * shift * scale, -log_scale)
+
+    def _mapped(self, x: Tensor, scale: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.sinh(scale * torch.asinh(x) + shift)
+        return y, (log_scale + 0.5 * (torch.log1p(y * y) - torch.log1p(x * x))).flatten(1).sum(1)
 
 
 def batch_norm() -> BatchNorm:
@@ -91,6 +113,8 @@ OF_VECTORS = {
     **{scale: partial(affine, mlp, scale=scale) for scale in SCALES if scale != "none"},
     "checkerboard": partial(affine, mlp, 4, mask="checkerboard", params_layout="scale_shift"),
     "additive": partial(additive, mlp, swap_halves=True),
+    "mask of channels": lambda: AffineCoupling(mlp(2, 4), mask=torch.tensor([True, False, False, True])),
+    "Coupling": lambda: Coupling(mlp(1, 6), Asinh(), split=1),
 }
 OF_IMAGES = {
     **{scale: partial(affine, conv, scale=scale, swap_halves=True) for scale in SCALES if scale != "none"},
@@ -100,6 +124,9 @@ OF_IMAGES = {
     "checkerboard, flipped": partial(affine, conv, 4, mask="checkerboard", swap_halves=True, scale="tanh"),
     "factor for each channel": partial(affine, conv, num_scale_factors=2),
     "additive": partial(additive, conv),
+    "unequal parts": lambda: AffineCoupling(conv(1, 6), split=0.25, swap_halves=True),
+    "mask of positions": lambda: AffineCoupling(conv(4, 8), mask=torch.arange(32).view(IMAGE) % 3 == 0),
+    "Coupling": lambda: Coupling(conv(2, 4), Asinh()),
     "additive checkerboard": partial(additive, conv, 4, mask="checkerboard"),
     "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),
     "Flatten": lambda: Flatten(IMAGE),

@@ -1,0 +1,121 @@
+"""Coupling with any invertible function of the transformed part."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import validation
+from fastflow.nn.flow import Flow
+from fastflow.nn.mask import Checkerboard, Halves, Parts, own_mask
+from fastflow.reversible import Gradients, vjp
+from fastflow.state_from_data import state_from_data
+
+
+class Coupling(Flow):
+    r"""Coupling with a function g, :math:`y_a = x_a,\; y_b = g(x_b; h),\; h = \mathrm{net}(x_a)`.
+
+    Source: NICE, arXiv:1410.8516, section 3.2. :class:`AffineCoupling` and :class:`AdditiveCoupling` are the fused
+    couplings of affine and additive g.
+
+    Args:
+        net: coupling network, called as ``net(x_a)``, or ``net(x_a, context)`` if a context is given.
+        transformer: the function g. ``transformer(x_b, h)`` returns ``(y_b, log_det)``, and
+            ``transformer.inverse(y_b, h)`` returns ``(x_b, log_det)`` of the inverse. Parameters of a module are
+            parameters of the coupling.
+        mask, swap_halves, split: as for :class:`AffineCoupling`.
+
+    Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats. With ``"halves"`` or a mask ``[C]``, k channels pass through;
+    :math:`x_b` is ``[N, C - k, ...]``, and h is the output of the network for ``[N, k, ...]``. With
+    ``"checkerboard"`` or a mask of a sample's shape, :math:`x_b` is ``[N, E]``, the E transformed elements. The
+    input of the network ``[N, C, ...]`` is zero where x is transformed, and its output is ``[N, P C, ...]``: P
+    parameters of each channel, the first of all channels before the second. h is then ``[N, P E]``.
+    Raises ValueError for other shapes, as :class:`AffineCoupling` does for masks, and for a transformer whose
+    output has another shape.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> class Sinh:
+        ...     def __call__(self, x, h):
+        ...         y = torch.sinh(torch.asinh(x) + h)
+        ...         return y, 0.5 * (torch.log1p(y * y) - torch.log1p(x * x)).flatten(1).sum(1)
+        ...     def inverse(self, y, h):
+        ...         return self(y, -h)
+        >>> layer = fnn.Coupling(fnn.MLP(1, 2), Sinh(), split=1)
+        >>> y, log_det = layer(torch.randn(8, 3))
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        transformer: Callable,
+        *,
+        mask: str | Tensor = "halves",
+        swap_halves: bool = False,
+        split: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(net):
+            raise validation.argument_error("net", repr(net), "a module")
+        if not callable(transformer) or not callable(getattr(transformer, "inverse", None)):
+            expected = "a function of (x, h) with a method inverse(y, h)"
+            raise validation.argument_error("transformer", repr(transformer), expected)
+        own = own_mask(mask, swap_halves, split)
+        self.net, self.transformer = net, transformer
+        self.own_mask, self.mask = own, "own" if own is not None else mask
+        self.swap_halves, self.split = swap_halves, split
+
+    def _parts(self, x: Tensor) -> Parts:
+        validation.floating_point("x", x)
+        if self.own_mask is not None:
+            return self.own_mask
+        if self.mask == "checkerboard":
+            return Checkerboard(x, self.swap_halves)
+        return Halves(self.split, self.swap_halves)
+
+    def _network(self, parts: Parts, x: Tensor, context: Tensor | None) -> Tensor:
+        x_a = parts.network_input(x)
+        return parts.parameters(self.net(x_a) if context is None else self.net(x_a, context), x)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        parts = self._parts(x)
+        h = self._network(parts, x, context)
+        y_b, log_det = _called(self.transformer, parts.taken(x), h)
+        return parts.merged(x, y_b), log_det
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        parts = self._parts(z)
+        with state_from_data(False):
+            h = self._network(parts, z, context)
+            x_b, log_det = _called(self.transformer.inverse, parts.taken(z), h)
+        return parts.merged(z, x_b), log_det
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        parts = self._parts(z)
+        with torch.enable_grad():
+            kept = z.detach().requires_grad_()
+            h = self._network(parts, kept, context)
+        with torch.no_grad(), state_from_data(False):
+            x_b, _ = _called(self.transformer.inverse, parts.taken(z), h.detach())
+        with torch.enable_grad():
+            x_b = x_b.detach().requires_grad_()
+            y_b, log_det = _called(self.transformer, x_b, h)
+        gradients = vjp((y_b, log_det), (parts.taken(dz), dlog_det), [kept, x_b, *wanted])
+        dx_b, dkept = gradients.pop(x_b, torch.zeros_like(x_b)), gradients.pop(kept, None)
+        dx = parts.merged(dz, dx_b)
+        return parts.merged(z, x_b.detach()), dx if dkept is None else dx + dkept, gradients
+
+    def extra_repr(self) -> str:
+        split = "" if self.split is None else f", split={self.split}"
+        function = "" if isinstance(self.transformer, nn.Module) else f"{type(self.transformer).__name__}, "
+        return f"{function}mask={self.mask!r}{split}, swap_halves={self.swap_halves}"
+
+
+def _called(function: Callable, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    y, log_det = function(x, h)
+    validation.same_shape("transformer's output", y, x.shape, "the shape of its input")
+    validation.same_shape("transformer's log_det", log_det, x.shape[:1], "one value per sample")
+    return y.to(x.dtype), log_det
