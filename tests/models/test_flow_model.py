@@ -141,6 +141,22 @@ def test_classes_reach_the_prior():
     torch.testing.assert_close(model.log_prob(x[1], labels), log_prob[1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_context_reaches_the_prior():
+    """Also one row for all samples, and a sample shape; the flow gets the embedding, the prior the context."""
+    torch.manual_seed(0)
+    prior = fnn.GaussianPrior((4,), context_features=2)
+    model = randomize(FlowModel(flow(), prior, embedding=nn.Linear(2, 3)), std=0.3).double()
+    context = torch.randn(2, 2, dtype=F64, requires_grad=True)
+    x, log_prob = model.rsample_and_log_prob((5,), context)
+    assert x.shape == (5, 2, 4) and log_prob.shape == (5, 2)
+    torch.testing.assert_close(model.log_prob(x[1], context), log_prob[1])
+    torch.testing.assert_close(
+        model.log_prob(x[0], context[:1]), model.log_prob(x[0], context[:1].expand(2, 2))
+    )
+    log_prob.sum().backward()
+    assert context.grad.abs().min() > 0 and all(p.grad is not None for p in prior.parameters())
+
+
 def test_encode_and_decode_with_gradients():
     model, context = made(), torch.randn(1, 3, dtype=F64, requires_grad=True)
     x = torch.randn(5, 4, dtype=F64, requires_grad=True)

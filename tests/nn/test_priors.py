@@ -221,6 +221,56 @@ def test_what_is_learned_starts_as_the_standard_gaussian():
     )
 
 
+def of_context(shape, hidden=None):
+    return GaussianPrior(shape, context_features=3, hidden=hidden)
+
+
+conditional = pytest.mark.parametrize(
+    ("shape", "hidden"), [(VECTOR, None), (IMAGE, None), (VECTOR, 4), (IMAGE, 4)]
+)
+
+
+@conditional
+def test_a_prior_given_the_context(shape, hidden):
+    """The density and the samples are those of the Gaussians that the network names, one for each row."""
+    z, context = torch.randn(5, *shape, dtype=F64), torch.randn(5, 3, dtype=F64)
+    prior = of_context(shape, hidden).double()
+    torch.testing.assert_close(prior.log_prob(z, context), GaussianPrior(shape).log_prob(z))
+    prior = randomize(prior, std=0.3)
+    mean, log_scale = (columns(v, shape) for v in prior.net(context).chunk(2, dim=1))
+    expected = Independent(Normal(mean, log_scale.exp()), len(shape)).log_prob(z)
+    torch.testing.assert_close(prior.log_prob(z, context), expected, rtol=1e-12, atol=1e-12)
+    noise, found = (
+        p.sample(5, z, 0.5, c, torch.Generator().manual_seed(1))
+        for p, c in ((GaussianPrior(shape), None), (prior, context))
+    )
+    torch.testing.assert_close(found, mean + log_scale.exp() * noise, rtol=1e-12, atol=1e-12)
+    assert prior.log_prob(z[:0], context[:0]).shape == (0,)
+    assert prior.sample(0, z, context=context[:0]).shape == (0, *shape)
+
+
+@conditional
+def test_derivatives_of_a_prior_given_the_context(shape, hidden):
+    prior = randomize(of_context(shape, hidden), std=0.3).double()
+    z, context = torch.randn(3, *shape, dtype=F64), torch.randn(3, 3, dtype=F64)
+    names, parameters = zip(*prior.named_parameters(), strict=True)
+    prior.forward = prior.log_prob
+
+    def log_prob(z, context, *parameters):
+        return torch.func.functional_call(prior, dict(zip(names, parameters, strict=True)), (z, context))
+
+    def sample(context, *_):
+        return prior.sample(3, z, context=context, generator=torch.Generator().manual_seed(1))
+
+    variables = [v.detach().clone().requires_grad_() for v in (z, context, *parameters)]
+    assert torch.autograd.gradcheck(log_prob, variables)
+    assert torch.autograd.gradgradcheck(log_prob, variables, fast_mode=True)
+    assert torch.autograd.gradcheck(sample, (context.clone().requires_grad_(), *parameters))
+    score = torch.func.grad(lambda z, c: prior.log_prob(z[None], c[None])[0], argnums=(0, 1))
+    one_by_one = [torch.stack(v) for v in zip(*map(score, z, context), strict=True)]
+    torch.testing.assert_close(torch.vmap(score)(z, context), tuple(one_by_one))
+
+
 ONE_OF_EACH = [make(VECTOR) for make in PRIORS.values()]
 
 
@@ -249,6 +299,35 @@ ONE_OF_EACH = [make(VECTOR) for make in PRIORS.values()]
         (
             lambda: GaussianPrior(VECTOR, 3).sample(3, torch.zeros(0), context=torch.tensor([1])),
             r"context: got torch.int64 of shape \[1\]",
+        ),
+        (
+            lambda: GaussianPrior(VECTOR, context_features=0),
+            "context_features: got 0, expected a positive integer or",
+        ),
+        (
+            lambda: GaussianPrior(VECTOR, context_features=2, hidden=-1),
+            "hidden: got -1, expected a positive integer or",
+        ),
+        (lambda: GaussianPrior(VECTOR, hidden=4), "hidden: got 4, expected None without context_features"),
+        (
+            lambda: GaussianPrior(VECTOR, 3, context_features=2),
+            "classes: got 3, expected None with context_features",
+        ),
+        (
+            lambda: of_context(VECTOR).log_prob(torch.zeros(2, 2)),
+            r"context: got None, expected torch.float32 of shape \[2, 3\]",
+        ),
+        (
+            lambda: of_context(VECTOR).log_prob(torch.zeros(2, 2), torch.zeros(1, 3)),
+            r"context: got shape \[1, 3\], expected torch.float32 of shape \[2, 3\]",
+        ),
+        (
+            lambda: of_context(VECTOR).sample(2, torch.zeros(0), context=torch.zeros(2, 3).long()),
+            "context: got dtype torch.int64, expected torch.float32",
+        ),
+        (
+            lambda: of_context(VECTOR).sample(2, torch.zeros(0), context=torch.zeros(2, 3).double()),
+            "context: got dtype torch.float64, expected torch.float32",
         ),
         *(
             (

@@ -17,7 +17,8 @@ class Prior(nn.Module):
     Args:
         shape: shape of one latent.
 
-    Shape: z ``[N, *shape]``; context int64 classes ``[N]`` for a class-conditional prior, otherwise None.
+    Shape: z ``[N, *shape]``; context int64 classes ``[N]`` or floating point ``[N, ...]`` for a conditional
+    prior, otherwise None.
     Raises ValueError for a z of another shape, or one that is not floating point.
     """
 
