@@ -1,6 +1,7 @@
 """Analysis of trained models: interpolation, resampling, dequantization, densities, outlier scores."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ def interpolate(
     context: Tensor | None = None,
     method: str = "linear",
     seed: int | None = None,
+    normalized: bool = True,
 ) -> Tensor:
     r"""Samples on a path from x0 to x1.
 
@@ -30,6 +32,9 @@ def interpolate(
     (arXiv:1609.04468). Each level has its own angle :math:`\Omega` between :math:`z_0` and :math:`z_1`.
     The linear midpoint of two draws from a Gaussian has about :math:`1 / \sqrt 2` of their norm; the
     spherical midpoint has about their norm.
+
+    The latents are normalized by default, see :meth:`~fastflow.models.model.Model.encode`. The mean and the
+    scale of a learned split then belong to the coarser latents at t; raw latents mix those of both ends.
 
     Args:
         model: model of the samples.
@@ -41,6 +46,7 @@ def interpolate(
             training, and intermediate samples look more like the data. Single values of x0 and x1 may then
             differ by 1. None: dequantize at bin centers; x0 and x1 are recovered, with the
             exceptions in docs/index.md.
+        normalized: mix normalized latents; False: raw latents.
 
     Shape: x0, x1 ``[N, *shape]``; returns ``[N, steps, *shape]``.
     Raises ValueError for another method, for fewer than 2 steps, and for samples that
@@ -60,13 +66,13 @@ def interpolate(
         )
         ends = list(
             zip(
-                model.encode(x0, context, seed=seeds[0]),
-                model.encode(x1, context, seed=seeds[1]),
+                model.encode(x0, context, seed=seeds[0], normalized=normalized),
+                model.encode(x1, context, seed=seeds[1], normalized=normalized),
                 strict=True,
             )
         )
         path = [
-            model.decode(tuple(mix(z0, z1, t) for z0, z1 in ends), context)
+            model.decode(tuple(mix(z0, z1, t) for z0, z1 in ends), context, normalized=normalized)
             for t in torch.linspace(0, 1, steps).tolist()
         ]
     return torch.stack(path, dim=1)
@@ -86,6 +92,70 @@ def _arc(z0: Tensor, z1: Tensor, t: float) -> Tensor:
     second = torch.where(straight, t, (t * angle).sin() / sine)
     first, second = (w.to(z0.dtype).view(-1, *[1] * (z0.ndim - 1)) for w in (first, second))
     return first * z0 + second * z1
+
+
+@torch.no_grad()
+def vary(
+    model: Model,
+    x: Tensor,
+    level: int,
+    dimension: int | tuple[int, ...],
+    values: Sequence[float] | Tensor,
+    context: Tensor | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """Samples that differ from x in one dimension of one normalized latent.
+
+    A value of 0 is the mean of the dimension, and 1 is one standard deviation from it, for a Gaussian prior.
+
+    Args:
+        model: model of the samples.
+        x: samples.
+        level: index of the latent in the order of ``model.encode``: 0 is the finest, -1 the coarsest.
+        dimension: index of the dimension, ``(channel, row, column)``, or one number into the flattened latent.
+        values: values of the dimension.
+        context: context of the samples.
+        seed: seed of the dequantization noise of uint8 samples; None: bin centers.
+
+    Shape: x ``[N, *shape]``; values ``[M]``; returns ``[N, M, *shape]``.
+    Raises ValueError for a level or a dimension that the model does not have, and for values that are not a
+    vector of finite numbers.
+    """
+    shapes = model.latent_shapes()
+    if isinstance(level, bool) or not isinstance(level, int) or not -len(shapes) <= level < len(shapes):
+        raise validation.argument_error("level", level, f"an index of {len(shapes)} latents")
+    index = _flat_index(dimension, shapes[level])
+    values = torch.as_tensor(values)
+    if values.ndim != 1 or not values.isfinite().all():
+        got = validation.shape_of(values) if values.ndim != 1 else "inf or NaN"
+        raise validation.argument_error("values", got, "finite numbers [M]")
+    with in_mode(model, training=False):
+        seed = None if seed is None else derive(seed, Stream.EXPLORE, 0)
+        latents = list(model.encode(x, context, seed=seed, normalized=True))
+        varied = latents[level]
+        rows = []
+        for value in values.tolist():
+            latents[level] = varied.flatten(1).clone()
+            latents[level][:, index] = value
+            latents[level] = latents[level].view_as(varied)
+            rows.append(model.decode(tuple(latents), context, normalized=True))
+    return torch.stack(rows, dim=1) if rows else x.new_empty(len(x), 0, *model.shape)
+
+
+def _flat_index(dimension: int | tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """Index into a flattened latent of the given shape."""
+    sizes = (math.prod(shape),) if isinstance(dimension, int) else shape
+    indices = (dimension,) if isinstance(dimension, int) else tuple(dimension)
+    if len(indices) != len(sizes) or not all(
+        isinstance(i, int) and -size <= i < size for i, size in zip(indices, sizes, strict=True)
+    ):
+        raise validation.argument_error(
+            "dimension", dimension, f"an index of a latent of shape {list(shape)}"
+        )
+    flat = 0
+    for i, size in zip(indices, sizes, strict=True):
+        flat = flat * size + i % size
+    return flat
 
 
 @torch.no_grad()

@@ -83,6 +83,34 @@ def test_all_latents_are_interpolated(multiscale):
     assert torch.equal(explore.interpolate(multiscale, x[:1], x[1:], 3)[:, 1], multiscale.decode(halves))
 
 
+def test_latents_are_mixed_normalized_unless_raw_ones_are_asked_for(glow):
+    x, labels = images(2, 3, 8), torch.tensor([1])
+    middle = {}
+    for normalized in (True, False):
+        ends = [glow.encode(end, labels, normalized=normalized) for end in x.split(1)]
+        halves = tuple((z0 + z1) / 2 for z0, z1 in zip(*ends, strict=True))
+        path = explore.interpolate(glow, x[:1], x[1:], 3, labels, normalized=normalized)
+        middle[normalized] = path[:, 1]
+        assert torch.equal(path[:, 1], glow.decode(halves, labels, normalized=normalized))
+    assert not torch.equal(middle[True], middle[False])
+    default = explore.interpolate(glow, x[:1], x[1:], 3, labels)
+    assert torch.equal(default[:, 1], middle[True])
+
+
+def test_one_dimension_of_one_latent_varies(glow, plane):
+    x, labels = images(2, 3, 8), torch.tensor([0, 1])
+    c, h, w = glow.latent_shapes()[1]
+    varied = explore.vary(glow, x, 1, (2, 1, 0), [-2.0, 0.0, 2.0], labels)
+    assert varied.shape == (2, 3, 3, 8, 8) and varied.dtype == torch.uint8
+    assert torch.equal(varied, explore.vary(glow, x, -2, 2 * h * w + w, torch.tensor([-2.0, 0, 2]), labels))
+    latents = list(glow.encode(x, labels, normalized=True))
+    latents[1][:, 2, 1, 0] = -2
+    assert torch.equal(varied[:, 0], glow.decode(tuple(latents), labels, normalized=True))
+    own = glow.encode(x[:1], labels[:1], normalized=True)[1][0, 2, 1, 0].item()
+    assert torch.equal(explore.vary(glow, x[:1], 1, (2, 1, 0), [own], labels[:1])[:, 0], x[:1])
+    assert explore.vary(plane, torch.zeros(4, 2), 0, 1, []).shape == (4, 0, 2)
+
+
 def test_each_end_has_its_own_noise(multiscale, monkeypatch):
     latents, encode = [], multiscale.encode
     monkeypatch.setattr(
@@ -202,6 +230,24 @@ def test_scores_of_anomaly():
         (
             lambda m: explore.dequantized(VectorGlow(), torch.zeros(1, 2)),
             "model: got continuous samples, expected a model of uint8",
+        ),
+        (lambda m: explore.vary(m, images(1), 2, 0, [0.0]), "level: got 2, expected an index of 2 latents"),
+        (
+            lambda m: explore.vary(m, images(1), 1, (8, 0, 0), [0.0]),
+            r"dimension: got \(8, 0, 0\), expected an index of a latent of shape \[8, 7, 7\]",
+        ),
+        (lambda m: explore.vary(m, images(1), 1, 392, [0.0]), "dimension: got 392, expected an index"),
+        (
+            lambda m: explore.vary(m, images(1), 1, (0, 0), [0.0]),
+            r"dimension: got \(0, 0\), expected an index",
+        ),
+        (
+            lambda m: explore.vary(m, images(1), 1, 0, [float("nan")]),
+            "values: got inf or NaN, expected finite numbers",
+        ),
+        (
+            lambda m: explore.vary(m, images(1), 1, 0, 1.0),
+            r"values: got shape \[\], expected finite numbers \[M\]",
         ),
         (lambda m: explore.dequantized(m, images(1), draws=0), "draws: got 0, expected a positive integer"),
         (
@@ -370,6 +416,7 @@ ARGUMENTS = {
     "interpolation": ["multiscale.pt", "--data", "digits.npz", "--pairs", "1", "--steps", "3"],
     "fit": ["--samples", "60", "--epochs", "2"],
     "resampling": ["multiscale.pt", "--data", "digits.npz", "--rows", "1", "--n", "2"],
+    "vary": ["multiscale.pt", "--data", "digits.npz", "--dimensions", "1"],
     "temperature": ["multiscale.pt", "--n", "2", "--temperatures", "0.5", "1"],
 }
 

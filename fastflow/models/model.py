@@ -190,15 +190,20 @@ class Model(nn.Module):
         context: Tensor | None = None,
         *,
         seed: int | Tensor | None = None,
+        normalized: bool = False,
         differentiable: bool = False,
     ) -> tuple[Tensor, ...]:
-        """Latents of x, from the finest level to the coarsest; ``decode(encode(x))`` is x.
+        r"""Latents of x, from the finest level to the coarsest; ``decode(encode(x))`` is x.
 
         Discrete samples are dequantized at the bin center. With a ``seed``, they are dequantized with noise
         computed from ``(seed, sample, element)``, as in training. The latents are then distributed as in
         training; latents of bin centers need not be. Decoded values may differ by 1 if the noise is
         within rounding error of a bin edge. In training mode as well, this initializes no ActNorm and moves
         no running statistics.
+
+        ``normalized`` latents are :math:`(z - \mu) / \sigma`, with the mean and scale that a learned split
+        computes from the coarser latents, or that a Gaussian prior has per channel or class. They follow a
+        standard Gaussian as far as the model fits the data. Latents of other priors stay as they are.
 
         ``differentiable`` keeps the graph, for continuous samples; uint8 samples raise ValueError.
         """
@@ -209,20 +214,28 @@ class Model(nn.Module):
         latents = []
         with nullcontext() if differentiable else torch.no_grad(), state_from_data(False):
             y = self.dequantize.bin_center(x) if seed is None else self.dequantize(x, seed=seed)[0]
-            of_flows, _ = self._contexts(context, x.shape[0])
+            of_flows, of_prior = self._contexts(context, x.shape[0])
             if self.standardize is not None:
                 y, _ = self.standardize(y)
             for i, flow in enumerate(self.flows):
                 y, _ = flow(y, of_flows)
                 if i < len(self.splits):
                     y, z, _ = self.splits[i](y)
-                    latents.append(z)
-        return *latents, y
+                    latents.append(self.splits[i].normalize(y, z)[0] if normalized else z)
+            return *latents, self.prior.normalize(y, of_prior)[0] if normalized else y
 
     def decode(
-        self, latents: tuple[Tensor, ...], context: Tensor | None = None, *, differentiable: bool = False
+        self,
+        latents: tuple[Tensor, ...],
+        context: Tensor | None = None,
+        *,
+        normalized: bool = False,
+        differentiable: bool = False,
     ) -> Tensor:
         """Samples from latents, which :meth:`encode` returns; uint8 if the model's samples are.
+
+        ``normalized`` must be as for :meth:`encode`. With it and a Gaussian prior, draws from a standard
+        Gaussian are decoded to samples of the model.
 
         ``differentiable`` keeps the graph, for continuous samples. Raises ValueError for latents of other
         shapes or dtypes, for NaN, and for ``differentiable`` with uint8 samples.
@@ -233,7 +246,7 @@ class Model(nn.Module):
         n = latents[-1].shape[0]
         self._check_context(context, n)
         with nullcontext() if differentiable else torch.inference_mode():
-            x, _ = self._generate(latents, n, context)
+            x, _ = self._generate(latents, n, context, normalized=normalized)
         return x if differentiable else x.clone()  # not an inference tensor
 
     def sample(
@@ -369,6 +382,7 @@ class Model(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         density: bool = False,
+        normalized: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Samples from latents, of which None are drawn, and with ``density`` their log-densities."""
         with state_from_data(False):
@@ -376,10 +390,14 @@ class Model(nn.Module):
             y = latents[-1]
             if y is None:
                 y = self.prior.sample(n, self.dequantize.like, temperature, of_prior, generator)
+            elif normalized:
+                y, _ = self.prior.denormalize(y, of_prior)
             log_prob = self.prior.log_prob(y, of_prior) if density else None
             for i in reversed(range(len(self.flows))):
                 if i < len(self.splits):
                     z, split = latents[i], self.splits[i]
+                    if z is not None and normalized:
+                        z, _ = split.denormalize(y, z)
                     y = split.sample(y, temperature, generator) if z is None else split.inverse(y, z)
                     log_prob = log_prob + split(y)[2] if density else None
                 y, log_det = self.flows[i].inverse(y, of_flows)

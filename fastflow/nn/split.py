@@ -7,6 +7,7 @@ from fastflow import ops, validation
 from fastflow.deprecation import renamed_method
 from fastflow.nn.flow import check_channels
 from fastflow.nn.networks.glow_network import ZeroConv2d
+from fastflow.nn.priors.gaussian import denormalize, normalize
 from fastflow.ops.noise import random_seed
 
 
@@ -49,6 +50,14 @@ class Split(nn.Module):
         if z.shape != kept.shape:
             raise validation.argument_error("z", validation.shape_of(z), f"{list(kept.shape)}, like kept")
         return torch.cat([kept, z], dim=1)
+
+    def normalize(self, kept: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Normalized latent :math:`(z - \mu(x_a)) e^{-s(x_a)}`, a standard Gaussian, and its log-det ``[N]``."""
+        return normalize(z, *self.mean_and_log_scale(kept))
+
+    def denormalize(self, kept: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`normalize`."""
+        return denormalize(z, *self.mean_and_log_scale(kept))
 
     def sample(
         self, kept: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None

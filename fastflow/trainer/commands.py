@@ -77,6 +77,8 @@ class Interpolate:
     """Images per row, including both ends."""
     method: Literal[explore.METHODS] = "linear"
     """Path between the latents."""
+    normalized: bool = True
+    """Mix normalized latents; --no-normalized mixes raw ones."""
     seed: int = 0
     """Random seed of the dequantization noise."""
     data: str | None = None
@@ -200,7 +202,9 @@ def _interpolate(options: Interpolate) -> None:
         raise config_error("pairs", options.pairs, most)
     x0, x1 = images.to(options.device).chunk(2)
     context = None if model.classes is None else source.test_labels[: options.pairs].to(options.device)
-    rows = explore.interpolate(model, x0, x1, options.steps, context, options.method, options.seed).cpu()
+    rows = explore.interpolate(
+        model, x0, x1, options.steps, context, options.method, options.seed, options.normalized
+    ).cpu()
     picture.save_grid(options.out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
     latents = len(model.latent_shapes())
     print(f"{options.out}: {options.pairs} pairs of {source.name}, {options.method} in {latents} latents")

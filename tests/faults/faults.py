@@ -1222,6 +1222,13 @@ EXPLORE = [
         "tests/test_explore.py",
     ),
     Fault(
+        "normalized latents multiplied by the scale",
+        "fastflow/nn/priors/gaussian.py",
+        "(z - mean) * (-log_scale).exp()",
+        "(z - mean) * log_scale.exp()",
+        "tests/models/test_latents.py",
+    ),
+    Fault(
         "what is more likely than usual counts as typical",
         "fastflow/explore.py",
         "return (scores - train_scores.mean()).abs()",

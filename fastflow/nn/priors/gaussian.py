@@ -7,7 +7,33 @@ from fastflow import ops, validation
 from fastflow.deprecation import renamed_method
 from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.priors.prior import Prior
+from fastflow.ops import acc_dtype
 from fastflow.ops.noise import random_seed
+
+
+def normalize(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    r"""Normalized latents :math:`(z - \mu) e^{-s}` and their log-det per sample, :math:`-\sum s`.
+
+    Shape: z ``[N, C, ...]``; mean and log_scale ``[C]``, like z, or None for a standard Gaussian.
+    """
+    if mean is None:
+        return z, z.new_zeros(z.shape[0], dtype=acc_dtype(z.dtype))
+    mean, log_scale = (_like(v, z) for v in (mean, log_scale))
+    return ((z - mean) * (-log_scale).exp()).to(z.dtype), -log_scale.expand_as(z).flatten(1).sum(1)
+
+
+def denormalize(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    r"""The inverse of :func:`normalize`: :math:`\mu + e^s z` and :math:`\sum s`."""
+    if mean is None:
+        return z, z.new_zeros(z.shape[0], dtype=acc_dtype(z.dtype))
+    mean, log_scale = (_like(v, z) for v in (mean, log_scale))
+    return (mean + z * log_scale.exp()).to(z.dtype), log_scale.expand_as(z).flatten(1).sum(1)
+
+
+def _like(v: Tensor, z: Tensor) -> Tensor:
+    """Values per channel ``[C]`` or per element, in a shape and dtype that operate with z."""
+    v = v.to(acc_dtype(z.dtype))
+    return v.view(-1, *[1] * (z.ndim - 2)) if v.ndim == 1 else v
 
 
 class GaussianPrior(Prior):
@@ -100,6 +126,14 @@ class GaussianPrior(Prior):
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_latent(z)
         return ops.gaussian_log_prob(z, *self.mean_and_log_scale(z.shape[0], context))
+
+    def normalize(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_latent(z)
+        return normalize(z, *self.mean_and_log_scale(z.shape[0], context))
+
+    def denormalize(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.check_latent(z)
+        return denormalize(z, *self.mean_and_log_scale(z.shape[0], context))
 
     def sample(
         self,

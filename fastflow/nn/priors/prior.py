@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import validation
+from fastflow.ops import acc_dtype
 
 
 class Prior(nn.Module):
@@ -48,6 +49,17 @@ class Prior(nn.Module):
         Noise is scaled by ``temperature`` and seeded from ``generator``, or from torch's default generator.
         """
         raise NotImplementedError(f"{type(self).__name__} has no sample")
+
+    def normalize(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalized latents and the log-det per sample; z itself, unless the prior has a mean and a scale.
+
+        Shape: z ``[N, *shape]``; returns ``[N, *shape]`` and ``[N]``, nats.
+        """
+        return z, z.new_zeros(z.shape[0], dtype=acc_dtype(z.dtype))
+
+    def denormalize(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`normalize`."""
+        return z, z.new_zeros(z.shape[0], dtype=acc_dtype(z.dtype))
 
     def check_latent(self, z: Tensor) -> None:
         """Raise ValueError unless z is floating point with the shape ``[N, *shape]``."""
