@@ -69,6 +69,12 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
         raise CheckpointError(
             f"{path}: model: got {name}, expected one of {', '.join(fastflow.models.__all__)}"
         )
+    for option, value in model.config.items():
+        if callable(value):
+            raise CheckpointError(
+                f"{path}: {option}: got {value!r}, expected a value that a file can hold; build the model again, "
+                "and save and load model.state_dict() with torch"
+            )
     contents = {
         "format": FORMAT,
         "fastflow": fastflow.__version__,

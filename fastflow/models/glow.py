@@ -17,6 +17,7 @@ from fastflow.models.options import (
     takes_fields_of,
 )
 from fastflow.nn import Dequantize, GaussianPrior, GlowLevel, GlowNetwork, GlowStep, LogitDequantize, Split
+from fastflow.nn.networks.builder import NetworkBuilder
 from fastflow.nn.networks.fastest import is_fused_on_cpu
 
 Coupling = Literal["affine", "additive"]
@@ -43,7 +44,7 @@ class GlowConfig(ModelConfig):
     scale: Scale = "soft_clamp"
     reversible: bool = True
     activation_checkpoint_every: int | None = None
-    network: Network = "auto"
+    network: Network | NetworkBuilder = "auto"
     context_features: int | None = None
     context_image: bool = False
 
@@ -83,7 +84,8 @@ class Glow(Model):
             Rounding errors accumulate over at most this many steps.
         network: how the coupling networks are computed: ``"plain"``, as three convolutions; ``"fused"``, as one
             op that keeps hidden activations out of memory (:func:`fastflow.ops.glow_network`); ``"auto"``, as the
-            op where it is faster, see :class:`fastflow.nn.GlowNetwork`.
+            op where it is faster, see :class:`fastflow.nn.GlowNetwork`. Or a function of (in_channels, out_channels)
+            that returns the network of one coupling, a module; ``hidden`` then has no effect.
         context_features: number of channels of the context, an input of every coupling network; None: no
             context. The context is a vector ``[N, context_features]``, repeated at every position.
         context_image: the context is an image ``[N, context_features, H, W]`` instead, squeezed with x.

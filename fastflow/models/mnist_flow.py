@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastflow import validation
 from fastflow.models.model import Model
 from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
@@ -20,6 +21,7 @@ from fastflow.nn import (
     Squeeze,
     VariationalDequantize,
 )
+from fastflow.nn.networks.builder import NetworkBuilder, built
 
 Variant = Literal["simple", "vardeq", "multiscale"]
 VARIANTS = get_args(Variant)
@@ -33,6 +35,17 @@ class MNISTFlowConfig(ModelConfig):
     variant: Variant = "multiscale"
     reversible: bool = True
     pre_activation: bool = False
+    depth: int = 8
+    width: int = 32
+    blocks: int = 3
+    alpha: float = 1e-5
+    network: NetworkBuilder | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.even_int("width", self.width, ", the dequantization's networks have half of it")
+        if self.variant == "multiscale" and self.depth % 4:
+            raise validation.argument_error("depth", self.depth, "a multiple of 4 for 'multiscale'")
 
 
 class MNISTFlow(Model):
@@ -42,9 +55,17 @@ class MNISTFlow(Model):
         variant: ``"simple"``, ``"vardeq"`` or ``"multiscale"``, see :func:`mnist_flow`.
         reversible: recompute activations in backward instead of storing them.
         pre_activation: concatenated ELU before both convolutions of a gated block, as published since 2022.
+        depth: number of couplings of the flow; for ``"multiscale"`` a multiple of 4, of which a quarter are at
+            28x28, a quarter at 14x14 and half at 7x7.
+        width: number of channels inside the networks at 28x28, even. Networks of the dequantization have half as
+            many, at 14x14 one and a half times as many, and at 7x7 twice as many.
+        blocks: number of gated blocks of each network.
+        alpha: alpha of the logit, between 0 and 1. See :class:`fastflow.nn.LogitDequantize`.
+        network: a function of (in_channels, out_channels) that returns the network of one coupling, a module;
+            None: the gated network. With a function, ``width``, ``blocks`` and ``pre_activation`` have no effect.
 
     Shape: x uint8 ``[N, 1, 28, 28]``.
-    Raises ValueError for another variant and for flags that are not bools.
+    Raises ValueError for any other argument.
     """
 
     @takes_fields_of(MNISTFlowConfig)
@@ -52,8 +73,10 @@ class MNISTFlow(Model):
         def chain(*layers: Flow) -> Sequential:
             return Sequential(*layers, reversible=config.reversible)
 
-        def network(*channels: int) -> GatedNetwork:
-            return GatedNetwork(*channels, pre_activation=config.pre_activation)
+        def network(seen: int, parameters: int, hidden: int) -> nn.Module:
+            if config.network is not None:
+                return built(config.network, seen, parameters)
+            return GatedNetwork(seen, parameters, hidden, config.blocks, config.pre_activation)
 
         def checkerboard(hidden: int, i: int, seen: int = 1) -> AffineCoupling:
             net = network(seen, 2, hidden)
@@ -62,23 +85,25 @@ class MNISTFlow(Model):
         def halves(channels: int, hidden: int, i: int) -> _ChannelCoupling:
             return _ChannelCoupling(network(channels, 2 * channels, hidden), channels, i % 2 == 1)
 
+        depth, width = config.depth, config.width
         if config.variant == "simple":
-            dequantize = LogitDequantize(alpha=1e-5, preset="tutorial")
+            dequantize = LogitDequantize(alpha=config.alpha, preset="tutorial")
         else:
-            dequantize = VariationalDequantize(chain(*(checkerboard(16, i, seen=2) for i in range(4))))
+            noise = chain(*(checkerboard(width // 2, i, seen=2) for i in range(4)))
+            dequantize = VariationalDequantize(noise, alpha=config.alpha)
         if config.variant != "multiscale":
-            flow = chain(*(checkerboard(32, i) for i in range(8)))
+            flow = chain(*(checkerboard(width, i) for i in range(depth)))
             super().__init__(_SHAPE, dequantize, [flow], [], GaussianPrior(_SHAPE), None, asdict(config))
             return
-        images = [checkerboard(32, i) for i in range(2)]
-        first = chain(*images, Squeeze(), *(halves(4, 48, i) for i in range(2)))
-        second = chain(Squeeze(), *(halves(8, 64, i) for i in range(4)))
+        images = [checkerboard(width, i) for i in range(depth // 4)]
+        first = chain(*images, Squeeze(), *(halves(4, 3 * width // 2, i) for i in range(depth // 4)))
+        second = chain(Squeeze(), *(halves(8, 2 * width, i) for i in range(depth // 2)))
         split, prior = Split(4, prior="standard"), GaussianPrior((8, 7, 7))
         super().__init__(_SHAPE, dequantize, [first, second], [split], prior, None, asdict(config))
 
 
 def mnist_flow(
-    variant: Variant = "multiscale", reversible: bool = True, pre_activation: bool = False
+    variant: Variant = "multiscale", reversible: bool = True, pre_activation: bool = False, **options: object
 ) -> MNISTFlow:
     r"""Build a flow for MNIST from P. Lippe's tutorial (UvA Deep Learning, tutorial 11).
 
@@ -95,9 +120,11 @@ def mnist_flow(
         reversible: recompute activations in backward instead of storing them.
         pre_activation: apply concatenated ELU before both convolutions of each gated block, as in the weights
             published since June 2022; False: before the second one only, as in the weights of October 2020.
+        options: ``depth``, ``width``, ``blocks``, ``alpha`` and ``network`` of :class:`MNISTFlow`, whose defaults are
+            the tutorial's.
 
     Shape: x uint8 ``[N, 1, 28, 28]``.
-    Raises ValueError for another variant and for flags that are not bools.
+    Raises ValueError for any other argument.
 
     Example:
         >>> import torch
@@ -105,7 +132,7 @@ def mnist_flow(
         >>> model = mnist_flow("simple")
         >>> model(torch.randint(0, 256, (4, 1, 28, 28), dtype=torch.uint8)).mean().backward()
     """
-    return MNISTFlow(variant, reversible, pre_activation)
+    return MNISTFlow(variant, reversible, pre_activation, **options)
 
 
 _FORM = {"scale": "soft_clamp", "affine_order": "shift_first", "params_layout": "scale_shift"}

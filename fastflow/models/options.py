@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from fastflow import validation
+from fastflow.nn.networks.builder import NetworkBuilder
 
 P = ParamSpec("P")
 Self = TypeVar("Self")
@@ -19,22 +20,36 @@ FORMER_NAMES = {"checkpoint_every": "activation_checkpoint_every"}
 class ModelConfig:
     """Base class of the options of a model.
 
-    A field annotated with a ``Literal`` takes one of its values, a field annotated ``int`` a positive integer,
-    a field annotated ``bool`` True or False; other values raise ValueError. Sequences become tuples, so that
-    equal options compare equal.
+    A field annotated with a ``Literal`` takes one of its values, a field annotated with ``NetworkBuilder`` a
+    function, a field annotated ``int`` a positive integer, a field annotated ``bool`` True or False; other values
+    raise ValueError. Sequences become tuples, so that equal options compare equal.
     """
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if get_origin(field.type) is Literal:
-                validation.one_of(field.name, value, get_args(field.type))
+            value, literal = getattr(self, field.name), literal_of(field.type)
+            if NetworkBuilder in get_args(field.type):
+                _check_network(field.name, value, literal)
+            elif literal is not None:
+                validation.one_of(field.name, value, get_args(literal))
             elif field.type in (int, int | None):
                 validation.positive_int(field.name, value, optional=field.type is not int)
             elif field.type is bool:
                 validation.boolean(field.name, value)
             elif isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
+
+
+def literal_of(annotation: type) -> type | None:
+    """The ``Literal`` that an annotation is or has; None if there is none."""
+    return next((t for t in (annotation, *get_args(annotation)) if get_origin(t) is Literal), None)
+
+
+def _check_network(argument: str, value: object, literal: type | None) -> None:
+    names = (None,) if literal is None else get_args(literal)
+    if value not in names and not callable(value):
+        expected = f"one of {', '.join(map(repr, names))}, or a function of (in_channels, out_channels)"
+        raise validation.argument_error(argument, repr(value), expected)
 
 
 def check_image_shape(image_shape: tuple[int, ...]) -> None:

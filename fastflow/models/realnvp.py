@@ -23,6 +23,7 @@ from fastflow.nn import (
     Split,
     Squeeze,
 )
+from fastflow.nn.networks.builder import NetworkBuilder, built
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class RealNVPConfig(ModelConfig):
     activation_checkpoint_every: int | None = None
     context_features: int | None = None
     context_image: bool = False
+    network: NetworkBuilder | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +83,8 @@ class RealNVP(Model):
         context_features: number of channels of the context, an input of every coupling network; None: no
             context. The context is a vector ``[N, context_features]``, repeated at every position.
         context_image: the context is an image ``[N, context_features, H, W]`` instead, squeezed with x.
+        network: a function of (in_channels, out_channels) that returns the network of one coupling, a module;
+            None: the paper's residual network. With a function, ``hidden`` and ``blocks`` have no effect.
 
     In training mode, an image's result depends on the other images of its batch, also in ``encode``,
     ``decode`` and ``sample``; call ``eval()`` before these.
@@ -103,7 +107,10 @@ class RealNVP(Model):
 
         def coupling(channels: int, hidden: int, mask: str, flip: bool) -> list:
             seen, changed = (channels, channels) if mask == "checkerboard" else (channels // 2, channels // 2)
-            net = ResidualNetwork(seen, 2 * changed, hidden, config.blocks, features)
+            if config.network is None:
+                net = ResidualNetwork(seen, 2 * changed, hidden, config.blocks, features)
+            else:
+                net = built(config.network, seen, 2 * changed)
             return [
                 AffineCoupling(
                     net,

@@ -13,6 +13,7 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.conv1x1 import InvertibleConv1x1, stacked_weights
 from fastflow.nn.flow import Flow
+from fastflow.nn.networks.builder import NetworkBuilder, built
 from fastflow.nn.networks.glow_network import GlowNetwork, network_args_of
 from fastflow.nn.permute import Permute
 from fastflow.nn.squeeze import Squeeze
@@ -39,7 +40,8 @@ class GlowStep(Flow):
         conv1x1: channel mixing: ``"lu"`` or ``"plain"``, a learned 1x1 convolution with or without LU
             decomposition; ``"reverse"`` or ``"shuffle"``, a fixed permutation.
         scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`.
-        network: how the coupling network is computed, see :class:`GlowNetwork`.
+        network: how the coupling network is computed, see :class:`GlowNetwork`; or a function of
+            (in_channels, out_channels) that returns the network, a module.
         context_features: number of channels of the context at the size of x, see :class:`GlowNetwork`; None:
             no context.
 
@@ -54,7 +56,7 @@ class GlowStep(Flow):
         coupling: str = "affine",
         conv1x1: str = "lu",
         scale: str = "soft_clamp",
-        network: str = "auto",
+        network: str | NetworkBuilder = "auto",
         context_features: int | None = None,
     ) -> None:
         super().__init__()
@@ -68,13 +70,15 @@ class GlowStep(Flow):
         transformed = num_features - kept
         self.actnorm = ActNorm(num_features)
         self.conv1x1 = _mixing(num_features, conv1x1)
+        outputs = 2 * transformed if coupling == "affine" else transformed
+        if callable(network):
+            net = built(network, kept, outputs)
+        else:
+            net = GlowNetwork(kept, outputs, hidden, network, context_features)
         if coupling == "affine":
-            net = GlowNetwork(kept, 2 * transformed, hidden, network, context_features)
             self.coupling = AffineCoupling(net, scale=scale, num_scale_factors=transformed)
         else:
-            self.coupling = AdditiveCoupling(
-                GlowNetwork(kept, transformed, hidden, network, context_features)
-            )
+            self.coupling = AdditiveCoupling(net)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None

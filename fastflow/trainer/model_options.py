@@ -7,14 +7,14 @@ model is written once, there.
 import inspect
 import re
 from dataclasses import Field, dataclass, field, fields, make_dataclass
-from typing import Union
+from typing import Union, get_args
 
 from fastflow.models import NICE, Glow, MNISTFlow, RealNVP
 from fastflow.models.glow import GlowConfig
 from fastflow.models.mnist_flow import VARIANTS, MNISTFlowConfig
 from fastflow.models.model import Model
 from fastflow.models.nice import NICEConfig
-from fastflow.models.options import ModelConfig
+from fastflow.models.options import ModelConfig, NetworkBuilder, literal_of
 from fastflow.models.realnvp import RealNVPConfig
 
 # fields that follow from the data or from the model's name; the trainer's data have no context but classes
@@ -39,7 +39,11 @@ class TrainerModel:
 
     def options(self) -> dict[str, Field]:
         """The model's fields by their names as options of the trainer."""
-        return {self.names.get(f.name, f.name): f for f in fields(self.config) if f.name not in _NOT_OPTIONS}
+        return {
+            self.names.get(f.name, f.name): f
+            for f in fields(self.config)
+            if f.name not in _NOT_OPTIONS and f.type != NetworkBuilder | None
+        }
 
     def default(self, option: str) -> object:
         """The trainer's default of an option."""
@@ -72,6 +76,12 @@ def argument_docs(docstring: str) -> dict[str, str]:
     return {name: re.split(r"\. |\.$", text.replace("`", ""))[0] for name, text in plain.items()}
 
 
+def _type(option: Field) -> type:
+    """Type of an option on the command line, which names networks and takes no functions."""
+    takes_functions = NetworkBuilder in get_args(option.type)
+    return literal_of(option.type) if takes_functions else option.type
+
+
 def _dataclass_of_options() -> type:
     """A dataclass with one field for each option of any model.
 
@@ -85,7 +95,7 @@ def _dataclass_of_options() -> type:
     members, help_texts = [], []
     for option, models in takers.items():
         defaults = {known.default(option) for known in models.values()}
-        types = [known.options()[option].type for known in models.values()]
+        types = [_type(known.options()[option]) for known in models.values()]
         default = defaults.pop() if len(defaults) == 1 else None
         members.append((option, Union[*types, *([type(None)] if defaults else [])], default))
         help_texts.append(f"    {option}: {_help(option, models, each_default=bool(defaults))}")
