@@ -159,8 +159,9 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
 def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Model:
     """Load a trained model to ``device``, in eval mode.
 
-    ``path``: a checkpoint, a run folder (its last.pt is loaded), or published weights that
-    :func:`fastflow.models.load_published` supports, stored as ``state_dict``.
+    ``path``: a checkpoint, a run folder, or published weights that :func:`fastflow.models.load_published`
+    supports, stored as ``state_dict``. The model of a run folder is its best.pt if the run has a validation set,
+    otherwise its last.pt.
 
     Raises CheckpointError, a ValueError of one line, if the file cannot be read (see :func:`read`), for an
     unknown model and for weights that do not fit it.
@@ -171,11 +172,15 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Model:
 def opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[Model, dict | None]:
     """The model that :func:`load` returns and the ``training`` dict that was saved with it, or None."""
     path = Path(path)
-    path = path / "last.pt" if (path / "last.pt").is_file() else path
+    folder, path = path, path / "last.pt" if path.is_dir() else path
     contents = archive.read(path, device)
     if isinstance(contents, dict) and "state_dict" in contents and "fastflow" not in contents:
         from fastflow.models import load_published
 
         return load_published(path, device), None
     contents = _checked(contents, path)
-    return build(contents, path).to(device), contents["training"]
+    training = contents["training"]
+    best = folder / "best.pt"
+    if path != folder and (training or {}).get("chosen") == best.name and best.is_file():
+        contents, path = read(best, device), best
+    return build(contents, path).to(device), training

@@ -10,6 +10,7 @@ class Stream(IntEnum):
 
     PERMUTATION = 1
     BATCH = 2
+    VALIDATION = 3
     INITIALIZE = 10
     TRAINING_NOISE = 11
     TEST_NOISE = 12

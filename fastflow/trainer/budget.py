@@ -26,13 +26,21 @@ class TimeBudget:
         target_steps: steps planned so far.
         seconds: time used by earlier processes of the run.
         test_images: number of test images.
+        eval_images: number of images that evaluations during training can use; None: the test images.
         began: time.monotonic() when this process began its setup.
     """
 
     def __init__(
-        self, config: Config, step: int, target_steps: int, seconds: float, test_images: int, began: float
+        self,
+        config: Config,
+        step: int,
+        target_steps: int,
+        seconds: float,
+        test_images: int,
+        began: float,
+        eval_images: int | None = None,
     ) -> None:
-        self.config, self.test_images = config, test_images
+        self.config, self.images = config, (test_images, eval_images)
         self.limit = 60 * (config.minutes or (PHOTOS_MINUTES if config.data == "photos" else math.inf))
         self.target_steps = target_steps
         self._seconds, self._began = seconds, began
@@ -59,7 +67,7 @@ class TimeBudget:
             return False
         self._last_estimate_at = now
         left = self.limit - self.elapsed()
-        fitting = step + steps_that_fit(self.config, left, self._step_seconds / timed, self.test_images)
+        fitting = step + steps_that_fit(self.config, left, self._step_seconds / timed, *self.images)
         fitting = min(max(fitting, step + 1), self.config.steps)
         least = (1 - TOLERANCE) * target_steps if step < target_steps / 2 else target_steps
         if least <= fitting <= (1 + TOLERANCE) * target_steps:
@@ -68,12 +76,15 @@ class TimeBudget:
         return True
 
 
-def steps_that_fit(config: Config, seconds: float, seconds_per_step: float, test_images: int) -> int:
+def steps_that_fit(
+    config: Config, seconds: float, seconds_per_step: float, test_images: int, eval_images: int | None = None
+) -> int:
     """How many steps fit into ``seconds``, with their evaluations and the final one."""
+    eval_images = test_images if eval_images is None else eval_images
     forward = (
         seconds_per_step / config.batch_size / 2
     )  # per image, on the safe side: a step takes three forwards
     end = SECONDS_FOR_PICTURES + forward * (test_images * config.final_samples + config.samples)
-    evaluation = forward * min(config.eval_images, test_images) * config.eval_samples
+    evaluation = forward * min(config.eval_images, eval_images) * config.eval_samples
     per_step = seconds_per_step + evaluation / config.eval_every
     return max(0, int((seconds - end - evaluation) / per_step))

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,7 +24,7 @@ class Evaluate:
     """Bits/dim of a trained model on a test set, compared with image codecs."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A checkpoint, or a run folder (its last.pt)."""
+    """A checkpoint, or a run folder: best.pt if a validation set chose it, otherwise last.pt."""
     data: str | None = None
     """Data, as in train. Default: the data of the training run."""
     data_dir: str | None = None
@@ -48,7 +48,7 @@ class Sample:
     """Write a grid of samples of a trained model as a PNG."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A checkpoint, or a run folder (its last.pt)."""
+    """A checkpoint, or a run folder: best.pt if a validation set chose it, otherwise last.pt."""
     out: str = "samples.png"
     """File to write."""
     n: int | None = None
@@ -68,7 +68,7 @@ class Interpolate:
     """Write rows of images decoded from latents between two test images, as a PNG."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A checkpoint, or a run folder (its last.pt)."""
+    """A checkpoint, or a run folder: best.pt if a validation set chose it, otherwise last.pt."""
     out: str = "interpolation.png"
     """File to write."""
     pairs: int = 4
@@ -104,8 +104,19 @@ def run_command(argv: list[str]) -> None:
         prog="fastflow",
         description="Train, evaluate and explore normalizing flows on images.",
     )
+    if isinstance(options, Config):
+        options = _with_one_length(options, default)
     commands = {Config: train, Evaluate: _evaluate, Sample: _sample, Interpolate: _interpolate}
     commands[type(options)](options)
+
+
+def _with_one_length(options: Config, resumed: Config) -> Config:
+    """``options`` of a resumed run with new steps instead of its epochs, or the other way around."""
+    if resumed.epochs is not None and options.epochs == resumed.epochs and options.steps is not None:
+        return replace(options, epochs=None)
+    if resumed.steps is not None and options.steps == resumed.steps and options.epochs is not None:
+        return replace(options, steps=None)
+    return options
 
 
 def _with_present_names(argv: list[str]) -> list[str]:
@@ -139,7 +150,7 @@ def _resume_folder(argv: list[str]) -> str | None:
 
 
 def _evaluate(options: Evaluate) -> None:
-    path = _file(options.checkpoint)
+    path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
     source = _source(options, model, training, path)
     images = source.test[: options.images] >> (8 - model.n_bits)
@@ -166,7 +177,7 @@ def _evaluate(options: Evaluate) -> None:
 
 
 def _sample(options: Sample) -> None:
-    path = _file(options.checkpoint)
+    path = Path(options.checkpoint)
     model = checkpoint.load(path, options.device)
     _check_images(model, path)
     several = len(options.temperature) > 1
@@ -193,7 +204,7 @@ def _interpolate(options: Interpolate) -> None:
     for name, least in {"pairs": 1, "steps": 2}.items():
         if (got := getattr(options, name)) < least:
             raise config_error(name, got, f"at least {least}")
-    path = _file(options.checkpoint)
+    path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
     source = _source(options, model, training, path)
     images = source.test[: 2 * options.pairs] >> (8 - model.n_bits)
@@ -235,7 +246,3 @@ def _check_images(model: Model, path: Path) -> None:
     if len(model.shape) != 3:
         got = f"a {type(model).__name__} of vectors {list(model.shape)}"
         raise ConfigError(f"{path}: got {got}, expected a model of images")
-
-
-def _file(path: str) -> Path:
-    return Path(path) / "last.pt" if Path(path).is_dir() else Path(path)

@@ -9,9 +9,10 @@ from fastflow.trainer.model_options import MODELS, ModelOptions
 
 # Options that may differ when a run is resumed.
 _MAY_CHANGE = set(
-    "resume out steps minutes lr clip save_every device workers data_dir accumulate bf16 compile cuda_graph "
+    "resume out steps epochs minutes patience lr clip save_every device workers data_dir accumulate bf16 compile cuda_graph "
     "deterministic timeout".split()
 )
+STEPS = 800
 # Old names of options: checkpoints of runs hold them, and the command line takes them for one more release.
 RENAMED = {"flip": "horizontal_flip", "activations_every": "activation_checkpoint_every"}
 # Values of ``reversible``, which was a flag: checkpoints of runs hold True or False, and the command line takes
@@ -24,9 +25,13 @@ class DataOptions:
     """Options of the data, and the model."""
 
     data: str = "photos"
-    """photos, cifar10, mnist, a folder of images, or a .npz file (uint8 x; optional: y, x_test, y_test)."""
+    """photos, cifar10, mnist, a folder of images, or a .npz file (uint8 x; optional: y, x_test, y_test, x_val,
+    y_val)."""
     data_dir: str = "data"
     """Folder of torchvision's cifar10 and mnist, which are downloaded to it if absent."""
+    validation: float | None = None
+    """Share of the training set that is held out as a validation set, chosen by the seed; 0: none. Default: the
+    validation set of the data, if they have one."""
     image_size: int | None = None
     """Image side. Folders: default 32. MNIST: 32 (zero-padded) or 28, the default of mnist- models."""
     n_bits: int = 8
@@ -43,8 +48,10 @@ class DataOptions:
 class Config(ModelOptions, DataOptions):
     """Train a flow on images."""
 
-    steps: int = 800
-    """Number of optimizer steps."""
+    steps: int | None = None
+    """Number of optimizer steps. Default: 800, or those of --epochs."""
+    epochs: int | None = None
+    """Number of passes over the training set, instead of --steps."""
     minutes: float | None = None
     """Time limit, final evaluation and pictures included. If the steps do not fit, their number and the
     learning-rate schedule are shortened. Default: 2.9 for photos, no limit (inf) for other data."""
@@ -90,9 +97,11 @@ class Config(ModelOptions, DataOptions):
     """Number of data-loading processes. Default: 0 for data in memory, up to 4 for a folder."""
 
     eval_every: int = 100
-    """Steps between evaluations on the test set."""
+    """Steps between evaluations on the validation set, or on the test set if there is none."""
+    patience: int = 0
+    """Stop after this many evaluations in a row without a new best; 0: never. Needs a validation set."""
     eval_images: int = 1000
-    """Number of test images in these evaluations, taken from the start; the final evaluation uses all."""
+    """Number of images in these evaluations, taken from the start; the final one uses the whole test set."""
     eval_samples: int = 1
     """Importance samples in these evaluations."""
     final_samples: int = 8
@@ -138,13 +147,16 @@ def validate_config(config: Config) -> None:
         value = getattr(config, field.name)
         if choices and value not in choices:
             raise config_error(field.name, repr(value), f"one of {', '.join(choices)}")
-    ones = (
-        "steps batch_size accumulate eval_every eval_images eval_samples final_samples sample_every samples"
-    )
+    ones = "batch_size accumulate eval_every eval_images eval_samples final_samples sample_every samples"
     least = dict.fromkeys(f"{ones} save_every n_bits".split(), 1) | {"seed": 0, "warmup": 0, "temperature": 0}
+    least |= {"patience": 0} | {name: 1 for name in ("steps", "epochs") if getattr(config, name) is not None}
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise config_error(name, getattr(config, name), f"at least {bound}")
+    if config.steps is not None and config.epochs is not None:
+        raise config_error("epochs", config.epochs, f"none with steps {config.steps}: give one of the two")
+    if config.validation is not None and not 0 <= config.validation < 1:
+        raise config_error("validation", config.validation, "a share from 0 to below 1")
     if config.n_bits > 8:
         raise config_error("n_bits", config.n_bits, "at most 8")
     if config.minutes is not None and not config.minutes > 0:
@@ -165,7 +177,18 @@ def stored_config(training: dict) -> dict[str, object]:
     kept = {RENAMED.get(name, name): value for name, value in training["config"].items()}
     if isinstance(kept.get("reversible"), bool):
         kept["reversible"] = REVERSIBLE[kept["reversible"]]
+    kept.setdefault("validation", 0.0)  # older runs have none
+    if kept.get("epochs") is not None:
+        kept["steps"] = None  # those of the epochs
     return kept
+
+
+def with_steps(config: Config, images: int) -> Config:
+    """``config`` with the number of its steps, for this many training images."""
+    steps = STEPS if config.steps is None else config.steps
+    if config.epochs is not None:
+        steps = -(-config.epochs * images // config.batch_size)
+    return replace(config, steps=steps)
 
 
 def with_choice_kept(training: dict, config: Config) -> Config:
@@ -185,5 +208,3 @@ def check_changes(training: dict, config: Config) -> None:
             raise config_error(name, given[name], expected)
     if config.out is not None:
         raise config_error("out", config.out, f"none: a resumed run continues in its folder, {config.resume}")
-    if config.steps < training["step"]:
-        raise config_error("steps", config.steps, f"at least {training['step']}, the current step of the run")

@@ -121,19 +121,23 @@ def save_pictures(
     *,
     board: "SummaryWriter | None",
     step: int,
+    evaluated: str = "test",
     codecs: dict[str, float] | None = None,
     draw: Captured | None = None,
 ) -> None:
-    """Write samples.png, and curve.png from metrics.csv; also write the samples to TensorBoard."""
+    """Write samples.png, and curve.png from metrics.csv; also write the samples to TensorBoard.
+
+    ``evaluated``: the set of the evaluations, test or validation.
+    """
     seed = derive(config.seed, Stream.SAMPLES)
     images = sample(model, config.samples, config.temperature, seed, draw=draw)
     picture.save_grid(folder / "samples.png", images, config.n_bits)
     if board:
         board.add_image("samples", picture.grid(images, config.n_bits), step, dataformats="HWC")
     metrics = read_metrics(folder / "metrics.csv")
-    rows = [(row["step"], row["train_bits_per_dim"], row["test_bits_per_dim"]) for row in metrics]
+    rows = [(row["step"], row["train_bits_per_dim"], row[f"{evaluated}_bits_per_dim"]) for row in metrics]
     if rows:
-        picture.save_curve(folder / "curve.png", rows, codecs)
+        picture.save_curve(folder / "curve.png", rows, codecs, evaluated)
 
 
 def report(result: dict) -> str:
@@ -150,4 +154,7 @@ def report(result: dict) -> str:
     for name, value in result["codecs_bits_per_dim"].items():
         first = ", the first 1000 images" if result["test_images"] > 1000 else ""
         lines.append(f"  {name:{width}s} {value:.3f}  ({notes[name]}, each image alone{first})")
+    if "validation_bits_per_dim" in result:
+        found = f"{result['validation_bits_per_dim']:.3f} on {result['validation_images']} images"
+        lines.append(f"best.pt of step {result['step']}, chosen by the validation set: {found}")
     return "\n".join(lines)

@@ -48,17 +48,18 @@ def save_curve(
     path: Path | str,
     rows: Sequence[tuple[int, float, float | None]],
     baselines: Mapping[str, float] | None = None,
+    evaluated: str = "test",
 ) -> None:
     """Write the loss curve as a PNG.
 
-    ``rows``: (step, train bits/dim, test bits/dim or None) in order. ``baselines``: {name: bits/dim}, drawn
-    as lines.
+    ``rows``: (step, train bits/dim, bits/dim of an evaluation or None) in order. ``baselines``:
+    {name: bits/dim}, drawn as lines. ``evaluated``: the name of the evaluated set.
     """
     from matplotlib.figure import Figure
 
     steps = np.array([row[0] for row in rows])
     train = np.array([row[1] for row in rows])
-    test = [(row[0], row[2]) for row in rows if row[2] is not None]
+    found = [(row[0], row[2]) for row in rows if row[2] is not None]
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(steps, train, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -66,12 +67,12 @@ def save_curve(
     if len(train) >= 2 * width:
         smooth = np.convolve(train, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color="tab:blue", label=f"train, mean of {width}")
-    if test:
-        axes.plot(*zip(*test, strict=True), "o-", color="tab:orange", markersize=3, label="test")
+    if found:
+        axes.plot(*zip(*found, strict=True), "o-", color="tab:orange", markersize=3, label=evaluated)
     for (name, bits), style in zip((baselines or {}).items(), ("--", ":", "-."), strict=False):
         axes.axhline(bits, color="gray", linestyle=style, linewidth=1, label=f"{name} {bits:.2f}")
     shown = np.concatenate(
-        [train[len(train) // 20 :], [bits for _, bits in test], list((baselines or {}).values())]
+        [train[len(train) // 20 :], [bits for _, bits in found], list((baselines or {}).values())]
     )
     if len(shown):
         low, high = shown.min(), np.quantile(shown, 0.98)

@@ -15,15 +15,16 @@ from fastflow.checkpoint import CheckpointError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_COLUMNS = "step,epoch,lr,train_bits_per_dim,grad_norm,test_bits_per_dim"
-
 
 class Metrics:
-    """metrics.csv, one row per step. Rows after ``step`` are cut: the resumed run writes them again."""
+    """metrics.csv, one row per step. Rows after ``step`` are cut: the resumed run writes them again.
 
-    def __init__(self, path: Path, step: int) -> None:
+    ``evaluated``: the set of the evaluations, test or validation.
+    """
+
+    def __init__(self, path: Path, step: int, evaluated: str = "test") -> None:
         self.path = path
-        kept = [_COLUMNS]
+        kept = [f"step,epoch,lr,train_bits_per_dim,grad_norm,{evaluated}_bits_per_dim"]
         if step and path.exists():
             lines = path.read_bytes().decode(errors="replace").split("\n")
             for line in lines[1:-1]:  # the last one is empty, or a row whose end was not written
@@ -38,12 +39,12 @@ class Metrics:
         self._file = open(path, "ab", buffering=0)  # unbuffered: each row is one write
 
     def write(
-        self, step: int, epoch: int, lr: float, bits: float, grad_norm: float, test_bits: float | None
+        self, step: int, epoch: int, lr: float, bits: float, grad_norm: float, eval_bits: float | None
     ) -> None:
         """Append a row. Raises OSError, naming the file, if the disk refuses it."""
-        test = "" if test_bits is None else f"{test_bits:.12g}"
+        evaluated = "" if eval_bits is None else f"{eval_bits:.12g}"
         try:
-            self._file.write(f"{step},{epoch},{lr:.6g},{bits:.12g},{grad_norm:.12g},{test}\n".encode())
+            self._file.write(f"{step},{epoch},{lr:.6g},{bits:.12g},{grad_norm:.12g},{evaluated}\n".encode())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
@@ -53,7 +54,7 @@ class Metrics:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, int | float | None]]:
-    """The rows of a metrics.csv as dicts; test_bits_per_dim is None for steps without evaluation."""
+    """The rows of a metrics.csv as dicts; the last column is None for steps without evaluation."""
     integers = {"step", "epoch"}
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))

@@ -28,6 +28,7 @@ from fastflow.trainer.config import (
     config_error,
     stored_config,
     with_choice_kept,
+    with_steps,
 )
 from fastflow.trainer.evaluate import captured_log_prob, captured_sample, evaluate, report, save_pictures
 from fastflow.trainer.nonfinite import NonFiniteError, diagnose
@@ -39,18 +40,31 @@ from fastflow.validation import SingularError
 
 @dataclass
 class RunState:
-    """Steps done and planned, best test bits/dim, and seconds used by earlier processes."""
+    """Steps done and planned, seconds used by earlier processes, and the best evaluation.
+
+    ``best``: its bits/dim; ``best_step``: its step; ``stale``: the number of evaluations since.
+    """
 
     step: int
     target_steps: int
     best: float | None = None
     seconds: float = 0.0
+    best_step: int | None = None
+    stale: int = 0
 
-    def improve(self, test_bits: float) -> bool:
-        """Keep the best test bits/dim; whether ``test_bits`` is better than all before."""
-        better = self.best is None or test_bits < self.best
-        self.best = test_bits if better else self.best
+    def improve(self, bits: float) -> bool:
+        """Keep the best bits/dim of the evaluations; whether ``bits`` is better than all before."""
+        better = self.best is None or bits < self.best
+        self.best = bits if better else self.best
+        self.best_step, self.stale = (self.step, 0) if better else (self.best_step, self.stale + 1)
         return better
+
+    def stop_if_stale(self, patience: int) -> bool:
+        """Plan no more steps after ``patience`` evaluations without a new best; 0: never."""
+        stale = 0 < patience <= self.stale and self.step < self.target_steps
+        if stale:
+            self.target_steps = self.step
+        return stale
 
 
 class StepReport(NamedTuple):
@@ -83,13 +97,22 @@ class Run:
             check_changes(saved["training"], config)
         self.config, self.notes = config, []
         self._load_data()
+        self.config = config = with_steps(config, self.source.length)
         if saved:
             self._restore(saved)
         else:
             self._create()
         self._set_up_training(saved)
         state = self.state
-        self.budget = TimeBudget(config, state.step, state.target_steps, state.seconds, len(self.test), began)
+        self.budget = TimeBudget(
+            config,
+            state.step,
+            state.target_steps,
+            state.seconds,
+            len(self.test),
+            began,
+            len(self.eval_set[0]),
+        )
         self._open_files()
         if not saved:
             self.save()
@@ -100,6 +123,11 @@ class Run:
         if side is None and config.data == "mnist" and config.model.startswith("mnist-"):
             side = 28
         source = ranks.local_main_first(lambda: data.load(config.data, config.data_dir, side))
+        data.set_validation(source, config.validation, config.seed)
+        self.evaluated = "test" if source.validation is None else "validation"
+        if config.patience and source.validation is None:
+            expected = "0 without a validation set, such as that of --validation 0.1"
+            raise config_error("patience", config.patience, expected)
         if self.device.type == "cuda" and not config.workers and isinstance(source, data.Images):
             if source.nbytes < torch.cuda.mem_get_info(self.device)[0] / 8:
                 source.to(self.device)
@@ -107,9 +135,15 @@ class Run:
         self.batches = data.Batches(
             source, config.batch_size, config.seed, config.n_bits, config.horizontal_flip, self.part
         )
-        self.test = source.test >> (8 - config.n_bits)
-        self.test_labels = source.test_labels if config.class_conditional else None
+        self.test, self.test_labels = self._as_evaluated(source.test, source.test_labels)
+        self.eval_set = self.test, self.test_labels
+        if source.validation is not None:
+            self.eval_set = self._as_evaluated(source.validation, source.validation_labels)
         self.data_fingerprint = [source.length, len(source.test), *source.image_shape, source.classes]
+        self.data_fingerprint += [] if source.validation is None else [len(source.validation)]
+
+    def _as_evaluated(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return images >> (8 - self.config.n_bits), labels if self.config.class_conditional else None
 
     def _create(self) -> None:
         """A new model, initialized from the first batch, and a new folder."""
@@ -136,9 +170,18 @@ class Run:
             got = f"data of sizes {self.data_fingerprint}"
             raise config_error("data", got, f"{training['data']} as in the run {self.folder}")
         self.eval_model = checkpoint.build(saved, self.last).to(self.device)
-        self.state = RunState(training["step"], training["total"], training["best"], training["seconds"])
-        kept = training["config"]
-        if (config.steps, config.minutes) != (kept["steps"], kept["minutes"]):
+        if config.steps < (step := training["step"]):
+            raise config_error("steps", config.steps, f"at least {step}, the current step of the run")
+        self.state = RunState(
+            step,
+            training["total"],
+            training["best"],
+            training["seconds"],
+            training.get("best_step"),
+            training.get("stale", 0),
+        )
+        kept = {"patience": 0} | training["config"]  # older runs have no patience
+        if any(getattr(config, name) != kept[name] for name in ("steps", "minutes", "patience")):
             self.state.target_steps = config.steps
         self.model = self.eval_model
         if config.ema:
@@ -183,11 +226,13 @@ class Run:
         if not self.ranks.is_main:
             return
         config, step = self.config, self.state.step
-        self.metrics = Metrics(self.folder / "metrics.csv", step)
+        self.metrics = Metrics(self.folder / "metrics.csv", step, self.evaluated)
         self.board = open_tensorboard(self.folder, step)
         self.progress = Progress(self.state.target_steps, step, config.batch_size)
         size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         count, images = self.ranks.world_size, f"{self.source.length:,} images of {self.source.name}"
+        if self.source.validation is not None:
+            images += f", {len(self.source.validation):,} for validation"
         where = f"{count} x {self.device.type}" if count > 1 else self.device.type
         self.progress.say(f"{self.folder}: {size:,} parameters, {images}, {where}")
         for note in self.notes:
@@ -247,12 +292,18 @@ class Run:
         for average, value in self._statistics:
             average.copy_(value)
 
-    def test_bits_per_dim(self, samples: int, images: int | None = None) -> list[float]:
-        """Mean bits/dim of the first ``images`` test images with 1, 2, ... ``samples`` importance samples."""
-        labels = None if self.test_labels is None else self.test_labels[:images]
+    def evaluate(self) -> float:
+        """Mean bits/dim on the validation set, or on the test set if there is none."""
+        count = self.config.eval_images
+        images, labels = self.eval_set
+        labels = None if labels is None else labels[:count]
+        return self._bits_per_dim(images[:count], labels, self.config.eval_samples)[-1]
+
+    def _bits_per_dim(self, images: Tensor, labels: Tensor | None, samples: int) -> list[float]:
+        """Mean bits/dim with 1, 2, ... ``samples`` importance samples."""
         bounds = evaluate(
             self.eval_model,
-            self.test[:images],
+            images,
             labels,
             samples=samples,
             seed=self.config.seed,
@@ -273,18 +324,26 @@ class Run:
             fitting, minutes = self.budget.target_steps, self.budget.limit / 60
             self.progress.say(f"step {step}: {fitting} of {config.steps} steps fit in {minutes:g} minutes")
 
-    def log(self, lr: float, bits: float, grad_norm: float, test_bits: float | None) -> None:
+    def stop_early(self) -> None:
+        """Plan no more steps if ``patience`` is used up."""
+        state, patience = self.state, self.config.patience
+        if state.stop_if_stale(patience) and self.ranks.is_main:
+            best = f"{state.best:.3f} bits/dim of step {state.best_step}"
+            self.progress.say(f"step {state.step}: {patience} evaluations without a new best, {best}")
+
+    def log(self, lr: float, bits: float, grad_norm: float, eval_bits: float | None) -> None:
         """Write the step's row of metrics.csv and its TensorBoard scalars."""
         if not self.ranks.is_main:
             return
         step = self.state.step
-        if test_bits is not None:
-            self.progress.say(f"step {step}: train {self.progress.bits:.3f}, test {test_bits:.3f} bits/dim")
+        if eval_bits is not None:
+            found = f"{self.evaluated} {eval_bits:.3f} bits/dim"
+            self.progress.say(f"step {step}: train {self.progress.bits:.3f}, {found}")
         epoch = step * self.config.batch_size // self.source.length
-        self.metrics.write(step, epoch, lr, bits, grad_norm, test_bits)
+        self.metrics.write(step, epoch, lr, bits, grad_norm, eval_bits)
         if self.board:
             scalars = {"train/bits_per_dim": bits, "train/grad_norm": grad_norm, "train/lr": lr}
-            scalars["test/bits_per_dim"] = test_bits
+            scalars[f"{self.evaluated}/bits_per_dim"] = eval_bits
             scalars["images_per_second"] = self.progress.images_per_second
             for name, value in scalars.items():
                 if value is not None:
@@ -306,6 +365,9 @@ class Run:
             "step": state.step,
             "total": state.target_steps,
             "best": state.best,
+            "best_step": state.best_step,
+            "stale": state.stale,
+            "chosen": "last.pt" if self.source.validation is None else "best.pt",
             "seconds": self.budget.elapsed(),
             "optimizer": self.optimizer.state_dict(),
             "rng": _rng_states(),
@@ -319,26 +381,36 @@ class Run:
         """Write samples.png and curve.png; ``codecs``: bits/dim of image codecs, drawn into the curve."""
         if self.ranks.is_main:
             options = {"board": self.board, "step": self.state.step, "codecs": codecs, "draw": self._draw}
-            save_pictures(self.folder, self.config, self.eval_model, **options)
+            save_pictures(self.folder, self.config, self.eval_model, evaluated=self.evaluated, **options)
 
     def close_progress(self) -> None:
         if self.ranks.is_main:
             self.progress.close()
 
     def finish(self) -> None:
-        """Evaluate on the whole test set; write result.json and the pictures."""
+        """Evaluate on the whole test set; write result.json and the pictures.
+
+        With a validation set, this evaluates best.pt, which it chose, otherwise the last weights.
+        """
         config = self.config
-        bounds = self.test_bits_per_dim(config.final_samples)
+        chosen = {}
+        if self.source.validation is not None:
+            best = checkpoint.read(self.folder / "best.pt", self.device)
+            self.eval_model.load_state_dict(best["state_dict"])
+            images = min(config.eval_images, len(self.source.validation))
+            chosen = {"validation_bits_per_dim": self.state.best, "validation_images": images}
+        bounds = self._bits_per_dim(self.test, self.test_labels, config.final_samples)
         if self.ranks.is_main:
             codecs = picture.codec_bits_per_dim(self.test[:1000]) if config.n_bits == 8 else {}
             result = {
                 "model": type(self.eval_model).__name__,
-                "step": self.state.step,
+                "step": self.state.best_step if chosen else self.state.step,
                 "test_images": len(self.test),
                 "importance_samples": config.final_samples,
                 "test_bits_per_dim": bounds[-1],
                 "test_bits_per_dim_1_sample": bounds[0],
                 "codecs_bits_per_dim": codecs,
+                **chosen,
             }
             self.save_pictures(codecs)
             with checkpoint.replacing(self.folder / "result.json") as file:

@@ -1,10 +1,10 @@
 """Training of an image flow, one loop to be read from top to bottom: see :func:`train`.
 
-A run folder holds ``last.pt`` (all that is needed to continue), ``best.pt`` (the model with the best test
-bits/dim so far), ``metrics.csv`` (one row per step), ``samples.png``, ``curve.png``, ``result.json`` at the
-end, and TensorBoard events if tensorboard is installed. Batches, noise and samples are pure functions of
-(seed, step). Therefore a run that is killed at any moment and resumed ends with the same weights and the same
-metrics.csv, byte for byte.
+A run folder holds ``last.pt`` (all that is needed to continue), ``best.pt`` (the model with the best
+evaluation so far, on the validation set if there is one, otherwise on the test set), ``metrics.csv`` (one row
+per step), ``samples.png``, ``curve.png``, ``result.json`` at the end, and TensorBoard events if tensorboard is
+installed. Batches, noise and samples are pure functions of (seed, step). Therefore a run that is killed at any
+moment and resumed ends with the same weights and the same metrics.csv, byte for byte.
 
 Started by torchrun, each rank processes its part of every batch; the main rank writes and prints.
 """
@@ -70,14 +70,16 @@ def train_steps(run: Run) -> None:
             run.average_weights()
             run.update_progress(bits)
 
+            eval_bits, improved = None, False
+            if state.step % config.eval_every == 0 or state.step >= state.target_steps:
+                eval_bits = run.evaluate()
+                improved = state.improve(eval_bits)
+            run.log(lr, bits, grad_norm, eval_bits)
+            if eval_bits is not None:
+                run.stop_early()
             last = state.step >= state.target_steps
             saving = state.step % config.save_every == 0 or last
             sampling = state.step % config.sample_every == 0 and not last
-            test_bits, improved = None, False
-            if state.step % config.eval_every == 0 or last:
-                test_bits = run.test_bits_per_dim(config.eval_samples, config.eval_images)[-1]
-                improved = state.improve(test_bits)
-            run.log(lr, bits, grad_norm, test_bits)
             if improved:
                 run.save_best()
             if saving:

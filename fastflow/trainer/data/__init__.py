@@ -12,10 +12,10 @@ from fastflow.trainer.data.folder import Folder
 from fastflow.trainer.data.images import Images
 from fastflow.trainer.data.npz import load_npz
 from fastflow.trainer.data.photos import Photos
-from fastflow.trainer.data.source import DataError, Source
+from fastflow.trainer.data.source import DataError, Source, set_validation
 from fastflow.trainer.data.torchvision_sets import load_cifar10, load_mnist
 
-__all__ = ["Batches", "DataError", "Folder", "Images", "Photos", "Source", "load"]
+__all__ = ["Batches", "DataError", "Folder", "Images", "Photos", "Source", "load", "set_validation"]
 
 
 def load(name: str, data_dir: str = "data", image_size: int | None = None) -> Source:

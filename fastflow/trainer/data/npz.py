@@ -9,7 +9,10 @@ from fastflow.trainer.data.source import DataError
 
 
 def load_npz(path: Path, image_size: int | None) -> Images:
-    """Load ``x`` and optionally ``y``, ``x_test``, ``y_test``. Raises DataError for other contents."""
+    """Load ``x`` and optionally ``y``, ``x_test``, ``y_test``, ``x_val``, ``y_val``.
+
+    Raises DataError for other contents.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -24,16 +27,12 @@ def load_npz(path: Path, image_size: int | None) -> Images:
     x, y = (arrays.get(key, arrays.get(f"{key}_train")) for key in "xy")
     if x is None:
         raise DataError(
-            f"{path}: got arrays {', '.join(arrays)}, expected x (images) and optionally y, x_test, y_test"
+            f"{path}: got arrays {', '.join(arrays)}, expected x (images) and optionally y, x_test, y_test, x_val, y_val"
         )
     x, y = _as_images(path, "x", x), _as_labels(path, "y", y, len(x))
+    x_val, y_val = _part(path, arrays, "val", x)
     if "x_test" in arrays:
-        x_test = _as_images(path, "x_test", arrays["x_test"])
-        y_test = _as_labels(path, "y_test", arrays.get("y_test"), len(x_test))
-        if x_test.shape[1:] != x.shape[1:]:
-            raise DataError(
-                f"{path}: x_test: got images {x_test.shape[1:]}, expected {x.shape[1:]} (C, H, W) as in x"
-            )
+        x_test, y_test = _part(path, arrays, "test", x)
     elif len(x) < 2:
         raise DataError(f"{path}: x: got {len(x)} image, expected at least 2, one of them to test on")
     else:
@@ -44,11 +43,27 @@ def load_npz(path: Path, image_size: int | None) -> Images:
         raise DataError(
             f"image_size: got {image_size}, expected {x.shape[2]}x{x.shape[3]}, the size of {path}"
         )
-    if y is not None and y_test is not None and y_test.max() > y.max():
-        raise DataError(
-            f"{path}: y_test: got class {y_test.max()}, expected at most {y.max()}, the largest class in y"
-        )
-    return Images(path.stem, x, x_test, None if y_test is None else y, y_test)
+    for name, labels in (("y_test", y_test), ("y_val", y_val)):
+        if y is not None and labels is not None and labels.max() > y.max():
+            got = f"got class {labels.max()}"
+            raise DataError(f"{path}: {name}: {got}, expected at most {y.max()}, the largest class in y")
+    if y_test is None or (x_val is not None and y_val is None):
+        y = y_test = y_val = None
+    return Images(path.stem, x, x_test, y, y_test, validation=x_val, validation_labels=y_val)
+
+
+def _part(
+    path: Path, arrays: dict[str, np.ndarray], name: str, x: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Images and labels that are held out, ``x_NAME`` and ``y_NAME``, like the training images ``x``."""
+    images = arrays.get(f"x_{name}")
+    if images is None:
+        return None, None
+    images = _as_images(path, f"x_{name}", images)
+    if images.shape[1:] != x.shape[1:]:
+        got = f"got images {images.shape[1:]}"
+        raise DataError(f"{path}: x_{name}: {got}, expected {x.shape[1:]} (C, H, W) as in x")
+    return images, _as_labels(path, f"y_{name}", arrays.get(f"y_{name}"), len(images))
 
 
 def _as_images(path: Path, key: str, x: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ class Photos:
     """
 
     name, classes, test_labels, horizontal_flip = "photos", None, None, True
+    validation, validation_labels = None, None
 
     def __init__(self, size: int = 32) -> None:
         from PIL import Image
@@ -45,3 +46,6 @@ class Photos:
         photos, _, rows, columns = self._windows.shape[:4]
         photo, row, column = (uniform * (photos, rows, columns)).astype(np.int64).T
         return torch.from_numpy(self._windows[photo, :, row, column]), None
+
+    def hold_out(self, fraction: float, seed: int) -> None:
+        raise DataError(f"validation: got {fraction}, expected 0 for photos, whose training crops overlap")

@@ -5,6 +5,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from fastflow.seeds import Stream, derive
+
 
 class DataError(ValueError):
     """Data that cannot be used; the message is one line."""
@@ -21,6 +23,8 @@ class Source(Protocol):
         horizontal_flip: whether training images are usually flipped.
         test: test images.
         test_labels: int64 ``[N]``, or None.
+        validation: validation images, which the source has of its own or :meth:`hold_out` took; or None.
+        validation_labels: int64 ``[N]``, or None.
     """
 
     name: str
@@ -30,7 +34,33 @@ class Source(Protocol):
     horizontal_flip: bool
     test: Tensor
     test_labels: Tensor | None
+    validation: Tensor | None
+    validation_labels: Tensor | None
 
     def draw(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Images and labels of ``indices`` ``[N]``; ``uniform`` ``[N, 3]`` is the only randomness."""
         ...
+
+    def hold_out(self, fraction: float, seed: int) -> None:
+        """Move this share of the training images to ``validation``; ``seed`` chooses them."""
+        ...
+
+
+def set_validation(source: Source, fraction: float | None, seed: int) -> None:
+    """Hold out a validation set; None: keep the source's own, if it has one; 0: use none."""
+    if fraction == 0:
+        source.validation = source.validation_labels = None
+    elif fraction is not None:
+        if source.validation is not None:
+            got = f"validation: got {fraction}, expected none or 0"
+            raise DataError(f"{got}: {source.name} has a validation set of its own")
+        source.hold_out(fraction, seed)
+
+
+def held_out(length: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the samples that stay, in order, and of a share that is held out, in random order."""
+    count = max(1, round(fraction * length))
+    if count >= length:
+        raise DataError(f"validation: got {fraction} of {length} samples, expected some left to train on")
+    order = np.random.default_rng(derive(seed, Stream.VALIDATION)).permutation(length)
+    return np.sort(order[count:]), order[:count]
