@@ -172,7 +172,7 @@ def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Model:
 def opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[Model, dict | None]:
     """The model that :func:`load` returns and the ``training`` dict that was saved with it, or None."""
     path = Path(path)
-    folder, path = path, path / "last.pt" if path.is_dir() else path
+    folder, path = path, path / "last.pt" if (path / "last.pt").is_file() else path
     contents = archive.read(path, device)
     if isinstance(contents, dict) and "state_dict" in contents and "fastflow" not in contents:
         from fastflow.models import load_published
