@@ -192,10 +192,13 @@ def with_steps(config: Config, images: int) -> Config:
 
 
 def with_choice_kept(training: dict, config: Config) -> Config:
-    """``config`` with the choice that the run made at its start, if ``reversible`` is auto."""
+    """``config`` with the choices that the run made at its start, where it leaves them open."""
+    kept = stored_config(training)
+    if config.validation is None:
+        config = replace(config, validation=kept["validation"])
     if config.reversible != "auto":
         return config
-    return replace(config, reversible=stored_config(training).get("reversible", "auto"))
+    return replace(config, reversible=kept.get("reversible", "auto"))
 
 
 def check_changes(training: dict, config: Config) -> None:
