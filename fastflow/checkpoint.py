@@ -60,7 +60,7 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
     import fastflow.models
 
     path, name = Path(path), type(model).__name__
-    if isinstance(model, fastflow.models.FlowModel):
+    if isinstance(model, Model) and model.config is None:
         raise CheckpointError(
             f"{path}: model: got {name}, expected a model that its options rebuild; build the flow again, and "
             "save and load model.state_dict() with torch"

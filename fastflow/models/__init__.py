@@ -2,10 +2,21 @@
 
 from fastflow.models.flow_model import FlowModel
 from fastflow.models.glow import Glow
+from fastflow.models.image_flow import ImageFlow
 from fastflow.models.mnist_flow import MNISTFlow, mnist_flow
 from fastflow.models.nice import NICE
 from fastflow.models.published import load_published
 from fastflow.models.realnvp import RealNVP
 from fastflow.models.vector_glow import VectorGlow
 
-__all__ = ["NICE", "FlowModel", "Glow", "MNISTFlow", "RealNVP", "VectorGlow", "load_published", "mnist_flow"]
+__all__ = [
+    "NICE",
+    "FlowModel",
+    "Glow",
+    "ImageFlow",
+    "MNISTFlow",
+    "RealNVP",
+    "VectorGlow",
+    "load_published",
+    "mnist_flow",
+]

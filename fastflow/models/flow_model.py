@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from fastflow import validation
+from fastflow.models.levels import latent_shape
 from fastflow.models.model import Model, check_float_context
 from fastflow.nn import DistributionPrior, Flow, IdentityDequantize, Prior
 from fastflow.nn.networks.context import tiled
@@ -29,7 +30,8 @@ class FlowModel(Model):
 
     Shape: x floating point ``[N, *shape]`` in the model's dtype; context ``[N, ...]`` or ``[1, ...]``, in the
     model's dtype or int64, or None; log_prob ``[N]``, nats.
-    Raises ValueError for any other argument.
+    Raises ValueError for any other argument, and for a prior of another shape than the flow's latents, if the flow
+    runs without a context.
 
     Example:
         >>> import torch
@@ -63,10 +65,21 @@ class FlowModel(Model):
             )
         if isinstance(prior, Distribution):
             prior = DistributionPrior(prior)
+        dequantize, shape = IdentityDequantize(), tuple(shape or prior.shape)
+        try:
+            found = latent_shape(flow, shape, dequantize.like)
+        except ValueError as error:
+            expected = f"a shape that the flow takes ({error})"
+            raise validation.argument_error(
+                "prior, shape", f"shapes {list(prior.shape)}, {list(shape)}", expected
+            ) from error
+        if found not in (None, prior.shape):
+            got, expected = f"shape {list(prior.shape)}", f"{list(found)}, the shape of the flow's latents"
+            raise validation.argument_error("prior", got, expected)
         classes = getattr(prior, "classes", None)
         super().__init__(
-            shape or prior.shape,
-            IdentityDequantize(),
+            shape,
+            dequantize,
             [flow],
             [],
             prior,

@@ -10,6 +10,23 @@ from fastflow.ops import checkerboard_transformed
 from fastflow.ops.affine_coupling import MASKS
 
 
+def check_kept(argument: str, value: float | None) -> None:
+    """Raise ValueError unless ``value`` is a number of channels, a fraction of them, or None."""
+    if value is not None:
+        whole = isinstance(value, int)
+        expected = "a number of channels, or a fraction of them between 0 and 1"
+        validation.number(argument, value, expected, lambda v: v >= 1 if whole else 0 < v < 1)
+
+
+def kept_of(argument: str, value: float, channels: int) -> int:
+    """The number that ``value`` is of so many channels; raises ValueError if one part is empty."""
+    kept = value if isinstance(value, int) else math.floor(value * channels)
+    if not 1 <= kept < channels:
+        got = f"{value!r}, by which {kept} of {channels} channels pass through"
+        raise validation.argument_error(argument, got, "at least 1 channel in each part")
+    return kept
+
+
 class Channels:
     """Methods of masks of channels: the transformed part is ``[N, transformed, ...]``."""
 
@@ -30,14 +47,7 @@ class Halves(Channels):
 
     def kept(self, x: Tensor) -> int:
         """Number of channels that pass through; raises ValueError if ``split`` leaves one part empty."""
-        channels, split = x.shape[1], self.split
-        if split is None:
-            return channels // 2
-        kept = split if isinstance(split, int) else math.floor(split * channels)
-        if not 1 <= kept < channels:
-            got = f"{split!r}, by which {kept} of {channels} channels pass through"
-            raise validation.argument_error("split", got, "at least 1 channel in each part")
-        return kept
+        return x.shape[1] // 2 if self.split is None else kept_of("split", self.split, x.shape[1])
 
     def network_input(self, x: Tensor) -> Tensor:
         """The part of x that passes through."""
@@ -154,12 +164,9 @@ Parts = Halves | Checkerboard | OwnChannels | OwnPositions
 def own_mask(mask: str | Tensor, swap_halves: bool, split: float | None) -> OwnMask | None:
     """Check the arguments of a coupling; the module of a mask that is a tensor, None for one of ``MASKS``."""
     validation.boolean("swap_halves", swap_halves)
-    if split is not None:
-        expected = "a number of channels, or a fraction of them between 0 and 1"
-        whole = isinstance(split, int)
-        validation.number("split", split, expected, lambda v: v >= 1 if whole else 0 < v < 1)
-        if not isinstance(mask, str) or mask != "halves":
-            raise validation.argument_error("split", repr(split), "None, as mask is not 'halves'")
+    check_kept("split", split)
+    if split is not None and not (isinstance(mask, str) and mask == "halves"):
+        raise validation.argument_error("split", repr(split), "None, as mask is not 'halves'")
     if isinstance(mask, str) and mask in MASKS:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -257,6 +257,18 @@ def test_errors_name_the_argument(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("flow", "shape", "message"),
+    [
+        (fnn.ActNorm(4), None, "prior, shape: got shapes [3], [3], expected a shape that the flow takes (x: got shape [1, 3], ex"),
+        (fnn.Flatten((1, 2, 2)), (1, 2, 2), "prior: got shape [3], expected [4], the shape of the flow's latents"),
+    ],
+)  # fmt: skip
+def test_priors_of_another_shape(flow, shape, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        FlowModel(flow, fnn.GaussianPrior((3,)), shape=shape)
+
+
 def test_distribution_prior_computes_in_the_dtype_of_the_latents():
     base = td.MultivariateNormal(torch.tensor([1.0, -1.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
     prior = fnn.DistributionPrior(base)

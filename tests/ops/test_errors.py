@@ -395,7 +395,7 @@ MODULES = {
     ),
     "coupling's odd channels": (
         lambda: AffineCoupling(nn.Identity())(x_(2, 5)),
-        r"params: got shape \[2, 2\], expected \[2, 6\] \(x is \[2, 5\], of which 3 channels",
+        r"params: got shape \[2, 2\], expected \[2, 6\] \(x is \[2, 5\], shift and scale of 3 channels",
     ),
     "coupling's network": (
         lambda: AffineCoupling(nn.Linear(2, 3))(x_(2, 4)),
@@ -472,7 +472,7 @@ MODULES = {
     ),
     "split's latent": (
         lambda: Split(4).inverse(x_(2, 2, 2, 2), x_(2, 2, 2, 4)),
-        r"z: got shape \[2, 2, 2, 4\], expected \[2, 2, 2, 2\]",
+        r"z: got shape \[2, 2, 2, 4\], expected \[2, 2, 2, 2\] \(with kept \[2, 2, 2, 2\]\)",
     ),
     "bit depth": (lambda: Dequantize(0), r"n_bits: got 0, expected 1 to 8, the bit depth"),
     "float images": (lambda: Dequantize()(x_(2, 3)), r"x: got dtype torch.float32, expected uint8 images"),
