@@ -24,16 +24,28 @@ _KEYS = ("format", "fastflow", "model", "config", "state_dict", "training")
 
 
 @contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Name ``path`` in an OSError of the block that names no file, as errors of ``write`` do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file that replaces ``path`` when the block ends; if the block fails, ``path`` stays as it was.
 
     It is written as ``path.tmp``, flushed to the disk and renamed, and the rename is flushed too. Whenever
-    the process or the machine stops, ``path`` holds either the old bytes or the new ones.
+    the process or the machine stops, ``path`` holds either the old bytes or the new ones. An OSError names
+    the file.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -296,17 +296,18 @@ def sources(options: argparse.Namespace) -> dict[str, tuple[data.Batches, int]]:
 def measure_loader(options: argparse.Namespace) -> list[dict]:
     about, rows = harness.metadata(options.device), []
     for name, (drawn, workers) in tqdm(sources(options).items(), desc="loader"):
-        stream, taken = drawn.stream(0, 10**6, workers), []
-        for _ in range(4):  # workers start and draw ahead
-            next(stream)
-        end = time.perf_counter() + options.seconds
-        while time.perf_counter() < end or len(taken) < 3:
-            before = time.perf_counter()
-            x, _ = next(stream)
-            x.to(options.device)
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - before)
+        taken = []
+        with drawn.stream(0, 10**6, workers) as stream:
+            for _ in range(4):  # workers start and draw ahead
+                next(stream)
+            end = time.perf_counter() + options.seconds
+            while time.perf_counter() < end or len(taken) < 3:
+                before = time.perf_counter()
+                x, _ = next(stream)
+                x.to(options.device)
+                if options.device == "cuda":
+                    torch.cuda.synchronize()
+                taken.append(time.perf_counter() - before)
         # the mean: workers deliver batches that they drew ahead at once, and the next one after a wait
         speed = drawn.size * len(taken) / sum(taken)
         rows.append(

@@ -1,24 +1,45 @@
 """The command line: ``fastflow``, or ``python -m fastflow``."""
 
+import contextlib
 import ctypes
+import gc
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 _EXTRA = {"tyro", "tqdm", "PIL", "sklearn", "matplotlib", "torchvision", "numpy"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; errors that a user can correct are one line on stderr."""
-    if argv is None:  # the process runs this command only
-        keep_memory()
-        argv = sys.argv[1:]
+    if argv is not None:
+        return _run(argv)
+    keep_memory()  # the process runs this command only
+    threading.excepthook = _but_disk_errors
+    code = _run(sys.argv[1:])
+    if code:
+        _leave(code)
+    gc.freeze()  # Python's last garbage collections would pass over torch's modules for a second
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once: other ranks learn of it by its sockets, which Python's exit closes last."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         from fastflow.checkpoint import CheckpointError
         from fastflow.trainer.captured import CaptureError
         from fastflow.trainer.commands import run_command
         from fastflow.trainer.config import ConfigError
-        from fastflow.trainer.data import DataError
+        from fastflow.trainer.data import DataError, WorkerError
         from fastflow.trainer.nonfinite import NonFiniteError
         from fastflow.trainer.ranks import DeviceError, LostRankError
         from fastflow.trainer.train import Interrupted
@@ -26,21 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _missing(error)
     errors_of_a_user = (CheckpointError, ConfigError, DataError, DeviceError)
-    errors_of_a_run = (CaptureError, LostRankError, NonFiniteError, SingularError)
+    errors_of_a_run = (CaptureError, LostRankError, NonFiniteError, SingularError, WorkerError)
     try:
         run_command(list(argv))
+        sys.stdout.flush()
         return 0
     except ModuleNotFoundError as error:
         return _missing(error)
     except (*errors_of_a_user, *errors_of_a_run) as error:
-        line = (
-            str(error).strip().splitlines()[-1]
-        )  # a worker process sends its traceback; the error is its last line
-        return _fail(line.removeprefix(f"{DataError.__module__}.DataError: "))
+        return _fail(str(error).strip().splitlines()[-1])
     except OSError as error:
-        if error.filename is None or error.strerror is None:
+        if error.strerror is None:
             raise
-        return _fail(f"{error.filename}: {error.strerror}")
+        if error.filename is None:  # of print: all other writers name their file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's exit
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror}")
     except Interrupted as error:
         if not int(os.environ.get("RANK", 0)):
             print(error)
@@ -63,6 +84,12 @@ def keep_memory() -> None:
     trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
     mallopt(trim_threshold, most)
     mallopt(mmap_threshold, most)
+
+
+def _but_disk_errors(args: threading.ExceptHookArgs) -> None:
+    """Print the error of a thread, unless it is TensorBoard's for a disk, which the trainer then meets too."""
+    if not issubclass(args.exc_type, OSError):
+        threading.__excepthook__(args)
 
 
 def _fail(line: str, code: int = 1) -> int:

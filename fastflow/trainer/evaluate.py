@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastflow.checkpoint import naming
 from fastflow.models.model import Model, in_mode
 from fastflow.seeds import Stream, derive
 from fastflow.trainer import picture
@@ -133,7 +134,8 @@ def save_pictures(
     images = sample(model, config.samples, config.temperature, seed, draw=draw)
     picture.save_grid(folder / "samples.png", images, config.n_bits)
     if board:
-        board.add_image("samples", picture.grid(images, config.n_bits), step, dataformats="HWC")
+        with naming(folder / "events"):
+            board.add_image("samples", picture.grid(images, config.n_bits), step, dataformats="HWC")
     metrics = read_metrics(folder / "metrics.csv")
     rows = [(row["step"], row["train_bits_per_dim"], row[f"{evaluated}_bits_per_dim"]) for row in metrics]
     if rows:

@@ -43,10 +43,8 @@ class Metrics:
     ) -> None:
         """Append a row. Raises OSError, naming the file, if the disk refuses it."""
         evaluated = "" if eval_bits is None else f"{eval_bits:.12g}"
-        try:
+        with checkpoint.naming(self.path):
             self._file.write(f"{step},{epoch},{lr:.6g},{bits:.12g},{grad_norm:.12g},{evaluated}\n".encode())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def sync(self) -> None:
         """Flush the rows to the disk."""

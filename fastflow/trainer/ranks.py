@@ -77,7 +77,8 @@ class Ranks:
         if self.world_size == 1:
             return text
         texts = [text]
-        dist.broadcast_object_list(texts, group=self.long_timeout_group, device=torch.device("cpu"))
+        with self.translate_collective_errors():
+            dist.broadcast_object_list(texts, group=self.long_timeout_group, device=torch.device("cpu"))
         return texts[0]
 
     @contextmanager

@@ -345,9 +345,10 @@ class Run:
             scalars = {"train/bits_per_dim": bits, "train/grad_norm": grad_norm, "train/lr": lr}
             scalars[f"{self.evaluated}/bits_per_dim"] = eval_bits
             scalars["images_per_second"] = self.progress.images_per_second
-            for name, value in scalars.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, step)
+            with checkpoint.naming(self.folder / "events"):
+                for name, value in scalars.items():
+                    if value is not None:
+                        self.board.add_scalar(name, value, step)
 
     def save_best(self) -> None:
         """Write best.pt."""
@@ -387,6 +388,12 @@ class Run:
         if self.ranks.is_main:
             self.progress.close()
 
+    def close_events(self) -> None:
+        """Write the TensorBoard events that wait in memory, and close their file."""
+        if self.ranks.is_main and self.board:
+            with checkpoint.naming(self.folder / "events"):
+                self.board.close()
+
     def finish(self) -> None:
         """Evaluate on the whole test set; write result.json and the pictures.
 
@@ -415,8 +422,7 @@ class Run:
             self.save_pictures(codecs)
             with checkpoint.replacing(self.folder / "result.json") as file:
                 file.write((json.dumps(result, indent=2) + "\n").encode())
-            if self.board:
-                self.board.close()
+            self.close_events()
             print(report(result))
             print(f"{self.folder}: last.pt, best.pt, metrics.csv, curve.png, samples.png")
         self.ranks.barrier()

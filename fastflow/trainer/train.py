@@ -19,7 +19,8 @@ import torch
 
 from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
-from fastflow.trainer.config import GAMMA, Config, validate_config
+from fastflow.trainer.config import Config, validate_config
+from fastflow.trainer.data.workers import STOP_SIGNALS
 from fastflow.trainer.ranks import init_process_group
 from fastflow.trainer.run import Run
 
@@ -37,7 +38,7 @@ def train(config: Config) -> tuple[Path, Model]:
 
     Raises ConfigError, DataError, DeviceError or CheckpointError (each a ValueError of one line) if the run
     cannot be started, NonFiniteError if the loss diverges, LostRankError if another rank died, Interrupted
-    after SIGINT or SIGTERM (in the main thread).
+    after SIGINT, SIGTERM, SIGHUP or SIGUSR1 (in the main thread).
     """
     validate_config(config)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
@@ -54,14 +55,16 @@ def train(config: Config) -> tuple[Path, Model]:
 def train_steps(run: Run) -> None:
     """The training loop. A step counts when its optimizer step is done and its row is written."""
     config, state, ranks = run.config, run.state, run.ranks
-    batches = run.batches.stream(state.step, config.steps, config.workers)
     stop = False
     run.model.train()
-    with received_signals() as signals:
+    with (
+        received_signals() as signals,
+        run.batches.stream(state.step, config.steps, config.workers) as batches,
+    ):
         while state.step < state.target_steps and not stop:
             run.budget.start_step()
             x, labels = run.to_device(next(batches))
-            lr = learning_rate(config, state.step, state.target_steps, run.source.length)
+            lr = learning_rate(config, state.step, state.target_steps)
             seed = derive(config.seed, Stream.TRAINING_NOISE, state.step)
             # a step also sums the votes over the ranks, so that all of them stop after the same step
             votes = (len(signals), run.budget.target_steps if ranks.is_main else 0)
@@ -91,31 +94,21 @@ def train_steps(run: Run) -> None:
     run.close_progress()
     if stop and state.step < state.target_steps:
         run.save()
+        run.close_events()
         ranks.barrier()
         done = f"stopped at step {state.step} of {state.target_steps}, saved {run.last}"
         signum = signals[0] if signals else signal.SIGTERM
         raise Interrupted(f"{done}; to go on: python -m fastflow train --resume {run.folder}", signum)
 
 
-def learning_rate(config: Config, step: int, target_steps: int, images: int) -> float:
-    """Rate of 0-based ``step`` with ``images`` training images: the schedule, after a linear warm-up.
-
-    A pure function of its arguments, which a resumed run therefore continues. With ``schedule_by="epoch"`` all
-    steps of an epoch have the rate of its first step.
-    """
-    epoch = step * config.batch_size // images
-    exponential = config.schedule == "exponential"
-    by_epoch = (config.schedule_by or ("epoch" if exponential else "step")) == "epoch"
-    rate = config.lr
-    if exponential:
-        rate *= (GAMMA if config.gamma is None else config.gamma) ** (epoch if by_epoch else step)
+def learning_rate(config: Config, step: int, target_steps: int) -> float:
+    """Rate of 0-based ``step``: a linear warm-up, then constant or a cosine to 0 at ``target_steps``."""
     if step < config.warmup:
-        return rate * (step + 1) / config.warmup
-    if config.schedule == "cosine":
-        first = max(config.warmup, -(-epoch * images // config.batch_size)) if by_epoch else step
-        progress = (first - config.warmup) / max(1, target_steps - config.warmup)
-        return rate * 0.5 * (1 + math.cos(math.pi * progress))
-    return rate
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, target_steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @contextmanager
@@ -131,7 +124,10 @@ def cudnn_deterministic(enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def received_signals() -> Iterator[list[int]]:
-    """A list to which SIGINT and SIGTERM are appended; a second signal acts as outside the block."""
+    """A list to which signals that stop a run are appended; a second signal acts as outside the block.
+
+    A signal that is ignored outside the block stays ignored, such as SIGHUP under nohup.
+    """
     received, former = [], {}
 
     def handler(signum: int, frame: object) -> None:
@@ -139,8 +135,9 @@ def received_signals() -> Iterator[list[int]]:
         signal.signal(signum, former[signum])
 
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            former[signum] = signal.signal(signum, handler)
+        for signum in STOP_SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                former[signum] = signal.signal(signum, handler)
     except ValueError:  # not the main thread: the caller handles signals
         pass
     try:

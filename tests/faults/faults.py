@@ -1034,10 +1034,10 @@ TRAINER = [
         "tests/trainer/test_data.py",
     ),
     Fault(
-        "a loader draws from the global generator",
-        "fastflow/trainer/data/batches.py",
-        "generator=torch.Generator(),",
-        "generator=None,",
+        "a worker draws the batches of another",
+        "fastflow/trainer/data/workers.py",
+        "steps[i::count]",
+        "steps[i:]",
         "tests/trainer/test_data.py",
     ),
     Fault(

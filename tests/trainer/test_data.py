@@ -118,8 +118,8 @@ def test_fewer_bits_drop_the_lowest_and_pictures_shift_back(n_bits):
 def test_workers_give_the_same_batches_and_no_global_generator_moves(photos):
     batches = Batches(photos, 4, seed=0)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    here = [x for x, _ in batches.stream(5, 9)]
-    there = [x for x, _ in batches.stream(5, 9, workers=2)]
+    with batches.stream(5, 9) as here, batches.stream(5, 9, workers=3) as there:
+        here, there = ([x for x, _ in stream] for stream in (here, there))
     assert len(here) == 4 and all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
     assert torch.equal(here[0], batches[5][0])
     assert torch.equal(before[0], torch.get_rng_state())

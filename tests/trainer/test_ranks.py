@@ -184,7 +184,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(index, alone, arrays
 def test_a_rank_that_dies_ends_the_run_and_it_resumes(alone, arrays, tmp_path):
     """Under torchrun itself, which names the rank and how it died."""
     run, log = tmp_path / "run", tmp_path / "log.txt"
-    argv = ["--data", str(arrays), "--out", str(run), *SETTINGS, "--steps", "1000000"]
+    argv = ["--data", str(arrays), "--out", str(run), *SETTINGS, "--steps", "1000000", "--workers", "1"]
     launcher = [
         sys.executable,
         "-m",
@@ -222,7 +222,7 @@ def fail_alone(argv):
     if os.environ["RANK"] == "1":
         from fastflow.trainer import train
 
-        def broken(config, step, *_):
+        def broken(config, step, total):
             if step == 3:
                 raise ZeroDivisionError("of the second rank")
             return config.lr
@@ -248,7 +248,7 @@ def wait_in_vain(argv):
     if os.environ["RANK"] == "1":
         from fastflow.trainer import train
 
-        def hangs(config, step, *_):
+        def hangs(config, step, total):
             if step == 3:
                 time.sleep(600)
             return config.lr

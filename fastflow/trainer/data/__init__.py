@@ -14,8 +14,19 @@ from fastflow.trainer.data.npz import load_npz
 from fastflow.trainer.data.photos import Photos
 from fastflow.trainer.data.source import DataError, Source, set_validation
 from fastflow.trainer.data.torchvision_sets import load_cifar10, load_mnist
+from fastflow.trainer.data.workers import WorkerError
 
-__all__ = ["Batches", "DataError", "Folder", "Images", "Photos", "Source", "load", "set_validation"]
+__all__ = [
+    "Batches",
+    "DataError",
+    "Folder",
+    "Images",
+    "Photos",
+    "Source",
+    "WorkerError",
+    "load",
+    "set_validation",
+]
 
 
 def load(name: str, data_dir: str = "data", image_size: int | None = None) -> Source:

@@ -1,20 +1,20 @@
 """Batches as pure functions of (seed, step)."""
 
 import os
-import signal
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from fastflow.seeds import Stream, derive
 from fastflow.trainer.data.folder import Folder
 from fastflow.trainer.data.source import Source
+from fastflow.trainer.data.workers import Batch, drawn_by_workers
 
 
-class Batches(Dataset):
+class Batches:
     """Training batches of a source: item ``step`` is ``(x, labels)``, a pure function of (seed, step).
 
     Images follow a new permutation in each epoch; a batch may end one epoch and begin the next.
@@ -64,30 +64,18 @@ class Batches(Dataset):
             indices[here] = self._order[places[here]]
         return indices
 
-    def stream(self, start: int, stop: int, workers: int | None = None) -> Iterator:
-        """Iterate over the batches of steps ``start`` to ``stop - 1``.
+    @contextmanager
+    def stream(self, start: int, stop: int, workers: int | None = None) -> Iterator[Iterator[Batch]]:
+        """Give an iterator over the batches of steps ``start`` to ``stop - 1`` for the time of a block.
 
-        ``workers``: number of processes that draw batches ahead into pinned memory. None: up to four for a
-        folder, no process for images in memory.
+        ``workers``: number of processes that draw batches ahead. They end with the block. None: up to four
+        for a folder, no process for images in memory.
         """
         if workers is None:
             workers = min(4, os.cpu_count() or 1) if isinstance(self.source, Folder) else 0
+        steps = range(start, stop)
         if not workers:
-            return map(self.__getitem__, range(start, stop))
-        return iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                sampler=range(start, stop),
-                num_workers=workers,
-                worker_init_fn=_ignore_signals,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # otherwise the loader draws from the global generator
-            )
-        )
-
-
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C reaches the workers too, but only the trainer must act on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            yield map(self.__getitem__, steps)
+            return
+        with closing(drawn_by_workers(self.__getitem__, steps, workers)) as batches:
+            yield batches
