@@ -57,6 +57,8 @@ def fit(
     seed: int = 0,
     progress: bool = True,
     standardize: bool = False,
+    schedule: str = "constant",
+    gamma: float = 0.99,
 ) -> FitHistory:
     """Fits ``model`` to samples by maximum likelihood, until held-out samples no longer become likelier.
 
@@ -81,6 +83,9 @@ def fit(
         standardize: standardize x by the mean and the deviation of each feature over the training samples. It
             becomes a part of the model (:meth:`~fastflow.models.model.Model.standardize_by`), of which samples and
             log-densities stay those of x as given.
+        schedule: learning rate after each epoch: ``"constant"``, ``"exponential"`` (multiplied by ``gamma``) or
+            ``"cosine"`` (decays to 0 at ``max_epochs``, which must be given).
+        gamma: factor of the exponential schedule.
 
     Raises ValueError for other arguments, and NonFiniteError with the first layer whose output is not finite
     if a loss or a gradient is not finite; the model then has its best weights.
@@ -96,6 +101,7 @@ def fit(
     """
     _check(model, validation, batch_size, lr, patience, max_epochs)
     checks.boolean("standardize", standardize)
+    _check_schedule(schedule, gamma, max_epochs)
     device = torch.device(device) if device is not None else model.dequantize.like.device
     model.to(device)
     samples = _tensors(model, x, context, device)
@@ -108,6 +114,7 @@ def fit(
     if standardize:
         model.standardize_by(samples[0][train.to(device)])
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
+    scheduler = _scheduler(optimizer, schedule, gamma, max_epochs)
     history, best, started = FitHistory(), _state(model), time.monotonic()
     try:
         with _seeded(seed, device), _bar(max_epochs, progress) as bar:
@@ -116,6 +123,7 @@ def fit(
                 history.train.append(
                     _epoch(model, optimizer, samples, shuffled, batch_size, len(history.train))
                 )
+                scheduler.step()
                 history.validation.append(_log_prob(model, samples, held_out, batch_size))
                 epoch, found = len(history.validation) - 1, history.validation[-1]
                 if math.isfinite(found) and not found <= history.best:
@@ -144,6 +152,23 @@ def _check(
     checks.positive_int("max_epochs", max_epochs, optional=True)
     if not 0 < lr < math.inf:
         raise checks.argument_error("lr", lr, "a positive number")
+
+
+def _check_schedule(schedule: str, gamma: float, max_epochs: int | None) -> None:
+    checks.one_of("schedule", schedule, ("constant", "exponential", "cosine"))
+    if not 0 < gamma <= 1:
+        raise checks.argument_error("gamma", gamma, "a factor above 0 and at most 1")
+    if schedule == "cosine" and max_epochs is None:
+        raise checks.argument_error("max_epochs", None, "a number with schedule 'cosine'")
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, schedule: str, gamma: float, max_epochs: int | None
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The scheduler of the learning rate, which takes a step after each epoch."""
+    if schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_epochs)
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma if schedule == "exponential" else 1.0)
 
 
 def _tensors(

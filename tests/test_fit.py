@@ -62,6 +62,27 @@ def test_the_same_seed_gives_the_same_model():
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.5] * 4),
+        ("exponential", [0.5, 0.25, 0.125, 0.0625]),
+        ("cosine", [0.5, 0.426777, 0.25, 0.073223]),
+    ],
+)
+def test_the_learning_rate_follows_the_schedule(schedule, expected, monkeypatch):
+    rates = []
+
+    def epoch(model, optimizer, *_):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        return 0.0
+
+    monkeypatch.setattr(fitting, "_epoch", epoch)
+    fastflow.fit(small(), gaussian(20), lr=0.5, max_epochs=4, schedule=schedule, gamma=0.5, progress=False)
+    assert rates == pytest.approx(expected, abs=1e-6)
+
+
 def test_images_with_classes():
     model = Glow((1, 4, 4), levels=1, steps=1, hidden=4, classes=2)
     x = torch.randint(0, 256, (12, 1, 4, 4), dtype=torch.uint8)
@@ -163,6 +184,9 @@ def test_a_loss_that_is_not_finite_names_the_layer(part, said):
         ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
         ({"patience": -1}, "patience: got -1"),
         ({"max_epochs": 0}, "max_epochs: got 0"),
+        ({"schedule": "linear"}, "schedule: got 'linear', expected"),
+        ({"gamma": 0.0}, "gamma: got 0.0, expected a factor above 0 and at most 1"),
+        ({"schedule": "cosine"}, "max_epochs: got None, expected a number with schedule 'cosine'"),
         ({"standardize": None}, "standardize: got None, expected True or False"),
         ({"x": torch.zeros(5, 3)}, r"x: got shape \[5, 3\], expected \[N, 2\]"),
         ({"x": torch.full((5, 2), torch.nan)}, "x: got inf or NaN"),

@@ -13,6 +13,7 @@ _MAY_CHANGE = set(
     "deterministic timeout".split()
 )
 STEPS = 800
+GAMMA = 0.99
 # Old names of options: checkpoints of runs hold them, and the command line takes them for one more release.
 RENAMED = {"flip": "horizontal_flip", "activations_every": "activation_checkpoint_every"}
 # Values of ``reversible``, which was a flag: checkpoints of runs hold True or False, and the command line takes
@@ -65,8 +66,13 @@ class Config(ModelOptions, DataOptions):
     """Adam's decay rates of the averages of gradients and of squared gradients."""
     warmup: int = 50
     """Steps over which the learning rate rises linearly."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: cosine decay to zero at the last step, or constant."""
+    schedule: Literal["cosine", "constant", "exponential"] = "cosine"
+    """Learning rate after the warm-up: cosine decay to zero at the last step, constant, or multiplied by --gamma
+    after every epoch or step."""
+    schedule_by: Literal["step", "epoch"] | None = None
+    """Unit after which the learning rate changes. Default: epoch for exponential, otherwise step."""
+    gamma: float | None = None
+    """Factor of the exponential schedule per epoch, or per step with --schedule-by step. Default: 0.99."""
     scale_l2: float = 0.0
     """Weight in the loss of squared scales of weight-normalized convolutions (realnvp; paper: 5e-5)."""
     clip: float = 100.0
@@ -168,8 +174,20 @@ def validate_config(config: Config) -> None:
         raise config_error("scale_l2", config.scale_l2, "0 or a positive number")
     if not 0 <= config.ema < 1:
         raise config_error("ema", config.ema, "a decay from 0 to below 1")
+    _validate_schedule(config)
     if config.float64 and config.bf16:
         raise config_error("bf16", True, "False with float64")
+
+
+def _validate_schedule(config: Config) -> None:
+    if config.schedule_by not in (None, "step", "epoch"):
+        raise config_error("schedule_by", repr(config.schedule_by), "step or epoch")
+    if config.gamma is None:
+        return
+    if config.schedule != "exponential":
+        raise config_error("gamma", config.gamma, f"no value with schedule {config.schedule}")
+    if not 0 < config.gamma <= 1:
+        raise config_error("gamma", config.gamma, "a factor above 0 and at most 1")
 
 
 def stored_config(training: dict) -> dict[str, object]:

@@ -19,7 +19,7 @@ import torch
 
 from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
-from fastflow.trainer.config import Config, validate_config
+from fastflow.trainer.config import GAMMA, Config, validate_config
 from fastflow.trainer.data.workers import STOP_SIGNALS
 from fastflow.trainer.ranks import init_process_group
 from fastflow.trainer.run import Run
@@ -64,7 +64,7 @@ def train_steps(run: Run) -> None:
         while state.step < state.target_steps and not stop:
             run.budget.start_step()
             x, labels = run.to_device(next(batches))
-            lr = learning_rate(config, state.step, state.target_steps)
+            lr = learning_rate(config, state.step, state.target_steps, run.source.length)
             seed = derive(config.seed, Stream.TRAINING_NOISE, state.step)
             # a step also sums the votes over the ranks, so that all of them stop after the same step
             votes = (len(signals), run.budget.target_steps if ranks.is_main else 0)
@@ -101,14 +101,25 @@ def train_steps(run: Run) -> None:
         raise Interrupted(f"{done}; to go on: python -m fastflow train --resume {run.folder}", signum)
 
 
-def learning_rate(config: Config, step: int, target_steps: int) -> float:
-    """Rate of 0-based ``step``: a linear warm-up, then constant or a cosine to 0 at ``target_steps``."""
+def learning_rate(config: Config, step: int, target_steps: int, images: int) -> float:
+    """Rate of 0-based ``step`` with ``images`` training images: the schedule, after a linear warm-up.
+
+    A pure function of its arguments, which a resumed run therefore continues. With ``schedule_by="epoch"`` all
+    steps of an epoch have the rate of its first step.
+    """
+    epoch = step * config.batch_size // images
+    exponential = config.schedule == "exponential"
+    by_epoch = (config.schedule_by or ("epoch" if exponential else "step")) == "epoch"
+    rate = config.lr
+    if exponential:
+        rate *= (GAMMA if config.gamma is None else config.gamma) ** (epoch if by_epoch else step)
     if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup) / max(1, target_steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return rate * (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        first = max(config.warmup, -(-epoch * images // config.batch_size)) if by_epoch else step
+        progress = (first - config.warmup) / max(1, target_steps - config.warmup)
+        return rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return rate
 
 
 @contextmanager

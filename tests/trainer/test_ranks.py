@@ -222,7 +222,7 @@ def fail_alone(argv):
     if os.environ["RANK"] == "1":
         from fastflow.trainer import train
 
-        def broken(config, step, total):
+        def broken(config, step, *_):
             if step == 3:
                 raise ZeroDivisionError("of the second rank")
             return config.lr
@@ -248,7 +248,7 @@ def wait_in_vain(argv):
     if os.environ["RANK"] == "1":
         from fastflow.trainer import train
 
-        def hangs(config, step, total):
+        def hangs(config, step, *_):
             if step == 3:
                 time.sleep(600)
             return config.lr

@@ -192,11 +192,65 @@ def test_bf16_trains(arrays, tmp_path):
 
 def test_learning_rate():
     config = Config(lr=2.0, warmup=4, steps=14)
-    rates = [train.learning_rate(config, step, 14) for step in range(14)]
+    rates = [train.learning_rate(config, step, 14, 100) for step in range(14)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[9] == pytest.approx(1.0)
     assert all(a > b > 0 for a, b in zip(rates[4:], rates[5:], strict=False))
     constant = replace(config, schedule="constant")
-    assert {train.learning_rate(constant, step, 14) for step in range(3, 14)} == {2.0}
+    assert {train.learning_rate(constant, step, 14, 100) for step in range(3, 14)} == {2.0}
+
+
+def rates_of(optimizer, scheduler, count):
+    """The learning rates of torch's scheduler in so many epochs."""
+    found = []
+    for _ in range(count):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_schedules_by_epoch_are_those_of_torch():
+    # 10 images in batches of 4: the steps of the epochs are 0-2, 3-4, 5-7, 8-9
+    lengths = [3, 2, 3, 2]
+    config = Config(lr=0.5, warmup=0, batch_size=4, steps=10, schedule="exponential", gamma=0.9)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def repeated(make):
+        optimizer = torch.optim.SGD([parameter], lr=0.5)
+        by_epoch = rates_of(optimizer, make(optimizer), 4)
+        return [rate for rate, length in zip(by_epoch, lengths, strict=True) for _ in range(length)]
+
+    found = [train.learning_rate(config, step, 10, 10) for step in range(10)]
+    expected = repeated(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9))
+    assert found == pytest.approx(expected, rel=1e-12)
+    cosine = replace(config, schedule="cosine", gamma=None, schedule_by="epoch")
+    found = [train.learning_rate(cosine, step, 10, 10) for step in range(10)]
+    assert found == pytest.approx(
+        [0.25 * (1 + math.cos(math.pi * first / 10)) for first in (0, 0, 0, 3, 3, 5, 5, 5, 8, 8)], rel=1e-12
+    )
+
+
+def test_the_exponential_schedule_by_step_and_its_warm_up():
+    config = Config(lr=2.0, warmup=2, schedule="exponential", schedule_by="step", gamma=0.5)
+    assert [train.learning_rate(config, step, 5, 7) for step in range(5)] == [1, 1, 0.5, 0.25, 0.125]
+    by_default = replace(config, schedule_by=None, gamma=None, batch_size=7)
+    assert train.learning_rate(by_default, 3, 5, 7) == pytest.approx(2 * 0.99**3)  # an epoch is one step
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gamma": 0.5}, "gamma: got 0.5, expected no value with schedule cosine"),
+        (
+            {"gamma": 1.5, "schedule": "exponential"},
+            "gamma: got 1.5, expected a factor above 0 and at most 1",
+        ),
+        ({"schedule_by": "image"}, "schedule_by: got 'image', expected step or epoch"),
+    ],
+)
+def test_schedules_that_cannot_be(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate_config(Config(**options))
 
 
 def test_importance_samples_average_probabilities():
@@ -377,7 +431,7 @@ def test_settings_that_cannot_be(argv, words, arrays, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, choices",
     [
-        ("train --schedule linear", "'cosine', 'constant'"),
+        ("train --schedule linear", "'cosine', 'constant', 'exponential'"),
         ("train --coupling quadratic", "'affine', 'additive'"),
         ("train --model flow++", "'glow', 'realnvp', 'nice'"),
         ("interpolate last.pt --method cubic", "'linear', 'spherical'"),
