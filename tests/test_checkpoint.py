@@ -76,7 +76,12 @@ def test_a_checkpoint_of_an_old_version_loads():
     model, kept = checkpoint.opened(path)
     config = contents["config"]
     config["activation_checkpoint_every"] = config.pop("checkpoint_every")  # renamed since
-    config |= {"network": "auto", "context_features": None, "context_image": False}  # added since
+    config |= {
+        "network": "auto",
+        "context_features": None,
+        "context_image": False,
+        "standardize": False,
+    }  # added since
     assert model.flows[0].steps[0].coupling.net.network == "auto"
     assert type(model) is Glow and model.config == config and model.classes == 2
     assert all(torch.equal(v, contents["state_dict"][k]) for k, v in model.state_dict().items())

@@ -16,7 +16,16 @@ from fastflow.models.options import (
     context_shape_of,
     takes_fields_of,
 )
-from fastflow.nn import Dequantize, GaussianPrior, GlowLevel, GlowNetwork, GlowStep, LogitDequantize, Split
+from fastflow.nn import (
+    Dequantize,
+    GaussianPrior,
+    GlowLevel,
+    GlowNetwork,
+    GlowStep,
+    IdentityDequantize,
+    LogitDequantize,
+    Split,
+)
 from fastflow.nn.networks.builder import NetworkBuilder
 from fastflow.nn.networks.fastest import is_fused_on_cpu
 
@@ -37,7 +46,7 @@ class GlowConfig(ModelConfig):
     hidden: int = 512
     coupling: Coupling = "affine"
     conv1x1: Conv1x1 = "lu"
-    n_bits: int = 8
+    n_bits: int | None = 8
     classes: int | None = None
     learned_prior: bool = False
     logit: bool = False
@@ -47,10 +56,17 @@ class GlowConfig(ModelConfig):
     network: Network | NetworkBuilder = "auto"
     context_features: int | None = None
     context_image: bool = False
+    standardize: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_levels(self.image_shape, self.levels)
+        if self.logit and self.n_bits is None:
+            raise validation.argument_error(
+                "logit", True, "False with n_bits=None: floats are not dequantized"
+            )
+        if self.standardize and self.n_bits is not None:
+            raise validation.argument_error("standardize", True, "False, unless n_bits is None")
         self.context_shape()
 
     def context_shape(self) -> tuple[int, ...] | None:
@@ -69,7 +85,8 @@ class Glow(Model):
         coupling: type of coupling, ``"affine"`` or ``"additive"``.
         conv1x1: channel mixing of a step: a learned 1x1 convolution (``"lu"``: LU-factored, ``"plain"``) or a
             fixed permutation (``"reverse"``, ``"shuffle"``).
-        n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``.
+        n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``. None: images are floating point
+            in any range and are not dequantized.
         classes: number of classes; the prior of the last latent then has a learned mean and scale per class.
         learned_prior: learn the mean and scale of the last latent's prior per channel (`learntop` in the
             paper's code); otherwise they are 0 and 1. Class-conditional models always learn them.
@@ -89,9 +106,15 @@ class Glow(Model):
         context_features: number of channels of the context, an input of every coupling network; None: no
             context. The context is a vector ``[N, context_features]``, repeated at every position.
         context_image: the context is an image ``[N, context_features, H, W]`` instead, squeezed with x.
+        standardize: with ``n_bits=None``, standardize images before the first level, see
+            :meth:`Model.standardize_by`. ``fastflow.fit`` with ``standardize=True`` adds it.
 
-    Shape: x uint8 ``[N, C, H, W]``; context int64 ``[N]`` with ``classes``, floating point with
-    ``context_features``, otherwise None.
+    Of floating point images, :meth:`log_prob` is the exact log-density in nats, and :meth:`bits_per_dim` the same in
+    bits per dimension. It depends on the unit of the values and may be negative: it is not comparable with bits/dim
+    of uint8 images.
+
+    Shape: x uint8 ``[N, C, H, W]``, or floating point in the model's dtype with ``n_bits=None``; context int64
+    ``[N]`` with ``classes``, floating point with ``context_features``, otherwise None.
     Raises ValueError for any other argument; for too many levels, the message names the largest number that
     fits.
 
@@ -120,7 +143,10 @@ class Glow(Model):
             if level < config.levels - 1:
                 splits.append(Split(c))
                 c //= 2
-        dequantize = LogitDequantize(config.n_bits) if config.logit else Dequantize(config.n_bits)
+        if config.n_bits is None:
+            dequantize = IdentityDequantize()
+        else:
+            dequantize = LogitDequantize(config.n_bits) if config.logit else Dequantize(config.n_bits)
         prior = GaussianPrior((c, h, w), config.classes, config.learned_prior)
         super().__init__(
             config.image_shape,
@@ -131,6 +157,7 @@ class Glow(Model):
             config.classes,
             asdict(config),
             config.context_shape(),
+            config.standardize,
         )
 
 

@@ -439,6 +439,9 @@ class Model(nn.Module):
         values = f"{str(dtype).removeprefix('torch.')} {kind} [N, {', '.join(map(str, self.shape))}]"
         values += "" if self.n_bits is None else f" with values in [0, {2**self.n_bits})"
         if x.dtype != dtype:
+            if self.n_bits is not None and x.is_floating_point():  # as torchvision's ToTensor makes them
+                values += "; floats in [0, 1] become uint8 by (255 * x).round().to(torch.uint8)"
+                values += f" >> {8 - self.n_bits}" if self.n_bits < 8 else ""
             raise validation.argument_error("x", f"dtype {x.dtype}", values)
         if tuple(x.shape[1:]) != self.shape or x.ndim != 1 + len(self.shape):
             raise validation.argument_error("x", validation.shape_of(x), values)

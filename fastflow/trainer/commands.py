@@ -246,3 +246,6 @@ def _check_images(model: Model, path: Path) -> None:
     if len(model.shape) != 3:
         got = f"a {type(model).__name__} of vectors {list(model.shape)}"
         raise ConfigError(f"{path}: got {got}, expected a model of images")
+    if model.n_bits is None:
+        got = f"a {type(model).__name__} of floating point images"
+        raise ConfigError(f"{path}: got {got}, expected a model of uint8 images")

@@ -18,7 +18,15 @@ from fastflow.models.options import ModelConfig, NetworkBuilder, literal_of
 from fastflow.models.realnvp import RealNVPConfig
 
 # fields that follow from the data or from the model's name; the trainer's data have no context but classes
-_NOT_OPTIONS = {"image_shape", "features", "classes", "variant", "context_features", "context_image"}
+_NOT_OPTIONS = {
+    "image_shape",
+    "features",
+    "classes",
+    "variant",
+    "context_features",
+    "context_image",
+    "standardize",
+}
 # options that the trainer's own configuration declares: they also concern the data, or have more values
 _DECLARED_ELSEWHERE = {"n_bits", "reversible"}
 
