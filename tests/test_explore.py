@@ -413,6 +413,7 @@ ARGUMENTS = {
     "conditional": ["--steps", "5", "--size", "20"],
     "density": ["--steps", "2", "--size", "20"],
     "dequantization": ["simple.pt", "multiscale.pt", "--data", "digits.npz", "--images", "2"],
+    "levels": ["--steps", "2"],
     "interpolation": ["multiscale.pt", "--data", "digits.npz", "--pairs", "1", "--steps", "3"],
     "fit": ["--samples", "60", "--epochs", "2"],
     "resampling": ["multiscale.pt", "--data", "digits.npz", "--rows", "1", "--n", "2"],
