@@ -5,7 +5,7 @@ r"""Measures the error of inverting a 1x1 convolution with LU weights: one produ
 W = P L (U + diag s) of C channels has float32 parameters; its condition number is computed from them in
 float64. The kinds of W, each at several settings:
 
-- rotation: as the layer starts;
+- rotation: as the layer starts, an orthogonal matrix;
 - trained: the layers of a Glow L=3 K=8 hidden 32 after that many steps on photographs;
 - log_s: strict triangles normal with standard deviation 0.5 / sqrt(C), log s uniform in [-a, a];
 - lower: strict triangle of L normal with t / sqrt(C), U as in log_s with a = 0; upper: with L and U

@@ -14,11 +14,14 @@ from fastflow.reversible import Gradients, vjp
 class InvertibleConv1x1(Flow):
     r"""Invertible 1x1 convolution :math:`y = W x` at every position (Glow, arXiv:1807.03039, section 3.2).
 
-    W is initialized to a random rotation. With ``lu=True``, :math:`W = P L (U + \operatorname{diag}(s))` (eq.
-    10), where P and the signs of s are fixed: :math:`\log|\det W|` is then a sum, and :math:`W^{-1}` follows
-    from triangular solves. With ``lu=False``, W is an unconstrained matrix, and each pass computes its
-    determinant and its inverse. The inverse direction multiplies by :math:`W^{-1}`; docs/precision.md
-    compares its accuracy with two triangular solves.
+    W is initialized to a random orthogonal matrix, the factor Q of the QR decomposition of a Gaussian matrix, as in
+    openai/glow. It is a rotation or a reflection: with LAPACK, :math:`\det W = (-1)^{C - 1}`. Q is not uniformly
+    distributed (Haar), since the signs of the diagonal of R are not normalized.
+
+    With ``lu=True``, :math:`W = P L (U + \operatorname{diag}(s))` (eq. 10), where P and the signs of s are fixed:
+    :math:`\log|\det W|` is then a sum, and :math:`W^{-1}` follows from triangular solves. With ``lu=False``, W is
+    an unconstrained matrix, and each pass computes its determinant and its inverse. The inverse direction multiplies
+    by :math:`W^{-1}`; docs/precision.md compares its accuracy with two triangular solves.
 
     Args:
         num_features: number of channels C.
@@ -36,9 +39,9 @@ class InvertibleConv1x1(Flow):
         validation.boolean("lu", lu)
         self.num_features, self.lu = num_features, lu
         dtype = torch.get_default_dtype()
-        rotation = torch.linalg.qr(torch.randn(num_features, num_features, dtype=torch.float64)).Q
+        orthogonal = torch.linalg.qr(torch.randn(num_features, num_features, dtype=torch.float64)).Q
         if lu:
-            P, L, U = torch.linalg.lu(rotation)
+            P, L, U = torch.linalg.lu(orthogonal)
             s = U.diagonal()
             self.register_buffer("perm", P.argmax(dim=1))  # P[i, perm[i]] = 1
             self.register_buffer("sign_s", s.sign().to(dtype))
@@ -46,7 +49,7 @@ class InvertibleConv1x1(Flow):
             self.upper = nn.Parameter(U.triu(1).to(dtype))
             self.log_s = nn.Parameter(s.abs().log().to(dtype))
         else:
-            self.weight = nn.Parameter(rotation.to(dtype))
+            self.weight = nn.Parameter(orthogonal.to(dtype))
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """W and its inverse, ``[C, C]`` each, and the scalar log|det W| in nats; float32 if parameters are half."""

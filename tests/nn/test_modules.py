@@ -125,10 +125,11 @@ def test_what_the_network_sees_passes_through(mask, flip):
     assert changed == x.numel() // 2
 
 
-def test_conv1x1_starts_as_a_rotation():
+def test_conv1x1_starts_as_an_orthogonal_matrix():
     for lu in (True, False):
         layer = InvertibleConv1x1(12, lu=lu)
         weight, inverse, log_det = layer.weights()
+        assert torch.linalg.det(weight).round() == -1  # (-1)^(C - 1), as the docstring has it
         torch.testing.assert_close(weight @ weight.mT, torch.eye(12), rtol=0, atol=1e-5)
         torch.testing.assert_close(inverse, weight.mT, rtol=0, atol=1e-5)
         assert abs(log_det) < 1e-5
