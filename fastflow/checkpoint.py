@@ -82,7 +82,7 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
             f"{path}: model: got {name}, expected one of {', '.join(fastflow.models.__all__)}"
         )
     for option, value in model.config.items():
-        if callable(value):
+        if not isinstance(value, (str, int, float, tuple, type(None))):
             raise CheckpointError(
                 f"{path}: {option}: got {value!r}, expected a value that a file can hold; build the model again, "
                 "and save and load model.state_dict() with torch"

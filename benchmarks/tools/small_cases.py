@@ -46,6 +46,7 @@ def layers(c: int) -> list[nn.Flow]:
         nn.AffineCoupling(net, mask=torch.arange(c) % 2 == 0),
         nn.Coupling(net, Affine(), swap_halves=True),
         nn.BatchNorm(c),
+        nn.Affine(c),
         nn.Standardize(c),
     ]
 

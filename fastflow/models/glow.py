@@ -1,6 +1,6 @@
 """The Glow model."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -155,7 +155,7 @@ class Glow(Model):
             splits,
             prior,
             config.classes,
-            asdict(config),
+            config.arguments(),
             config.context_shape(),
             config.standardize,
         )

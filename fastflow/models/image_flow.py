@@ -69,7 +69,7 @@ class ImageFlow(Model):
             expected = "a Dequantize or an IdentityDequantize"
             raise validation.argument_error("dequantize", type(dequantize).__name__, expected)
         shapes = latent_shapes(tuple(shape), flows, splits, dequantize.like, context_shape)
-        prior = _prior(prior, shapes[-1])
+        prior = prior_of(prior, shapes[-1])
         classes = getattr(prior, "classes", None)
         if classes is not None and context_shape is not None:
             raise validation.argument_error("context_shape", context_shape, "None, as the prior has classes")
@@ -90,8 +90,8 @@ def _listed(argument: str, modules: Sequence, kind: type) -> list:
     return list(modules)
 
 
-def _prior(prior: Prior | Distribution | None, shape: tuple[int, ...]) -> Prior:
-    """The prior of a latent of this shape."""
+def prior_of(prior: Prior | Distribution | None, shape: tuple[int, ...]) -> Prior:
+    """The prior of a latent of this shape; None: a standard Gaussian. Raises ValueError for any other prior."""
     if prior is None:
         return GaussianPrior(shape)
     if isinstance(prior, Distribution):

@@ -1,6 +1,6 @@
 """The three MNIST flows of the UvA tutorial on image flows."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -93,13 +93,13 @@ class MNISTFlow(Model):
             dequantize = VariationalDequantize(noise, alpha=config.alpha)
         if config.variant != "multiscale":
             flow = chain(*(checkerboard(width, i) for i in range(depth)))
-            super().__init__(_SHAPE, dequantize, [flow], [], GaussianPrior(_SHAPE), None, asdict(config))
+            super().__init__(_SHAPE, dequantize, [flow], [], GaussianPrior(_SHAPE), None, config.arguments())
             return
         images = [checkerboard(width, i) for i in range(depth // 4)]
         first = chain(*images, Squeeze(), *(halves(4, 3 * width // 2, i) for i in range(depth // 4)))
         second = chain(Squeeze(), *(halves(8, 2 * width, i) for i in range(depth // 2)))
         split, prior = Split(4, prior="standard"), GaussianPrior((8, 7, 7))
-        super().__init__(_SHAPE, dequantize, [first, second], [split], prior, None, asdict(config))
+        super().__init__(_SHAPE, dequantize, [first, second], [split], prior, None, config.arguments())
 
 
 def mnist_flow(

@@ -30,7 +30,11 @@ class ModelConfig:
             value, literal = getattr(self, field.name), literal_of(field.type)
             if NetworkBuilder in get_args(field.type):
                 _check_network(field.name, value, literal)
-            elif literal is not None:
+            elif literal is not None and not isinstance(value, classes := _classes_of(field.type)):
+                if classes and value not in get_args(literal):
+                    names = ", ".join(map(repr, get_args(literal)))
+                    expected = f"one of {names}, or a {' or a '.join(c.__name__ for c in classes)}"
+                    raise validation.argument_error(field.name, repr(value), expected)
                 validation.one_of(field.name, value, get_args(literal))
             elif field.type in (int, int | None):
                 validation.positive_int(field.name, value, optional=field.type is not int)
@@ -39,10 +43,19 @@ class ModelConfig:
             elif isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
 
+    def arguments(self) -> dict[str, object]:
+        """The constructor's arguments by name; values are not copied."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
 
 def literal_of(annotation: type) -> type | None:
     """The ``Literal`` that an annotation is or has; None if there is none."""
     return next((t for t in (annotation, *get_args(annotation)) if get_origin(t) is Literal), None)
+
+
+def _classes_of(annotation: type) -> tuple[type, ...]:
+    """Classes of which a field with a ``Literal`` also takes instances."""
+    return tuple(t for t in get_args(annotation) if isinstance(t, type))
 
 
 def _check_network(argument: str, value: object, literal: type | None) -> None:

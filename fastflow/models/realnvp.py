@@ -1,6 +1,6 @@
 """The RealNVP model."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from fastflow import validation
 from fastflow.deprecation import renamed_arguments
@@ -151,7 +151,7 @@ class RealNVP(Model):
             splits,
             prior,
             config.classes,
-            asdict(config),
+            config.arguments(),
             config.context_shape(),
         )
 

@@ -1,11 +1,13 @@
 """A model of vectors with the steps of Glow."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.distributions import Distribution
 
 from fastflow import validation
+from fastflow.models.image_flow import prior_of
 from fastflow.models.model import Model
 from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
@@ -16,6 +18,7 @@ from fastflow.nn import (
     GaussianPrior,
     IdentityDequantize,
     InvertibleConv1x1,
+    Prior,
     Sequential,
 )
 
@@ -28,11 +31,13 @@ class VectorGlowConfig(ModelConfig):
     steps: int = 10
     hidden: int = 64
     layers: int = 2
-    prior: Literal["gaussian", "mixture"] = "gaussian"
+    prior: Literal["gaussian", "mixture"] | Prior | Distribution = "gaussian"
     components: int = 2
     reversible: bool = True
     context_features: int | None = None
     standardize: bool = False
+    scale: Literal["soft_clamp", "tanh", "sigmoid", "exp"] = "soft_clamp"
+    alternate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,13 +60,16 @@ class VectorGlow(Model):
         hidden: number of units of each hidden layer.
         layers: number of hidden layers per coupling network.
         prior: ``"gaussian"``, or ``"mixture"``: a learned mixture of Gaussians. The means start in random
-            directions (torch's generator) around 0, at a root mean square distance of 2.
+            directions (torch's generator) around 0, at a root mean square distance of 2. Or a
+            :class:`~fastflow.nn.Prior` or a continuous distribution of torch.distributions of shape ``[D]``.
         components: number of Gaussians in the mixture.
         reversible: recompute activations in backward instead of storing them.
         context_features: number of features of the context, an input of every coupling network; None: no
             context.
         standardize: standardize samples before the first step, see :meth:`Model.standardize_by`. ``fastflow.fit``
             with ``standardize=True`` adds it.
+        scale: scale function of the couplings, see :func:`fastflow.ops.affine_coupling`.
+        alternate: every other coupling passes the last dimensions through instead of the first.
 
     Shape: x ``[N, D]``, context ``[N, context_features]``, or ``[1, context_features]`` for all samples,
     floating point in the model's dtype.
@@ -81,11 +89,14 @@ class VectorGlow(Model):
         kept = features // 2
         transformed = features - kept
         layers = []
-        for _ in range(config.steps):
+        for step in range(config.steps):
             layers += [ActNorm(features), InvertibleConv1x1(features)]
             net = MLP(kept, 2 * transformed, config.hidden, config.layers, config.context_features)
-            layers.append(AffineCoupling(net, num_scale_factors=transformed))
-        if config.prior == "gaussian":
+            form = {"scale": config.scale, "swap_halves": config.alternate and step % 2 == 1}
+            layers.append(AffineCoupling(net, num_scale_factors=transformed, **form))
+        if isinstance(config.prior, (Prior, Distribution)):
+            prior = prior_of(config.prior, (features,))
+        elif config.prior == "gaussian":
             prior = GaussianPrior((features,))
         else:
             prior = GaussianMixturePrior((features,), _means(config.components, features))
@@ -98,7 +109,7 @@ class VectorGlow(Model):
             [],
             prior,
             None,
-            asdict(config),
+            config.arguments(),
             context_shape,
             config.standardize,
         )

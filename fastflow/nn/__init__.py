@@ -2,6 +2,8 @@
 
 from fastflow.deprecation import renamed_attributes
 from fastflow.nn.actnorm import ActNorm
+from fastflow.nn.adapters import FromEncoderDecoder, FromReverse, WithReverse
+from fastflow.nn.affine import Affine
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1
@@ -21,6 +23,7 @@ from fastflow.nn.priors.gaussian import GaussianPrior
 from fastflow.nn.priors.logistic import LogisticPrior
 from fastflow.nn.priors.mixture import GaussianMixturePrior
 from fastflow.nn.priors.prior import Prior
+from fastflow.nn.priors.uniform import UniformPrior
 from fastflow.nn.scale import Scale
 from fastflow.nn.sequential import Sequential
 from fastflow.nn.split import Split
@@ -32,6 +35,7 @@ from fastflow.nn.variational_dequantize import VariationalDequantize
 __all__ = [
     "ActNorm",
     "AdditiveCoupling",
+    "Affine",
     "AffineCoupling",
     "BatchNorm",
     "Coupling",
@@ -42,6 +46,8 @@ __all__ = [
     "Flow",
     "FlowReport",
     "FlowTransform",
+    "FromEncoderDecoder",
+    "FromReverse",
     "GatedNetwork",
     "GaussianMixturePrior",
     "GaussianPrior",
@@ -61,7 +67,9 @@ __all__ = [
     "Split",
     "Squeeze",
     "Standardize",
+    "UniformPrior",
     "VariationalDequantize",
+    "WithReverse",
 ]
 
 __getattr__ = renamed_attributes(__name__, Continuous=IdentityDequantize)

@@ -16,7 +16,7 @@ from torch.distributions import (
 from torch.distributions.transforms import SigmoidTransform
 
 from fastflow import ops
-from fastflow.nn import GaussianMixturePrior, GaussianPrior, LogisticPrior
+from fastflow.nn import GaussianMixturePrior, GaussianPrior, LogisticPrior, UniformPrior
 from tests.support.cases import randomize
 
 VECTOR, IMAGE = (2,), (2, 1, 2)
@@ -371,3 +371,23 @@ def test_the_hessian_of_a_standard_gaussian():
     prior = GaussianPrior((2,))
     found = torch.autograd.functional.hessian(lambda z: prior.log_prob(z[None])[0], torch.tensor([0.3, -1.2]))
     torch.testing.assert_close(found, -torch.eye(2))
+
+
+def test_uniform():
+    """Against torch.distributions inside the box; -inf outside, where that raises."""
+    prior = UniformPrior((2, 3), -2.0, 1.5)
+    z = prior.sample(2000, torch.empty(0, dtype=F64), generator=torch.Generator().manual_seed(0))
+    expected = (
+        Uniform(torch.tensor(-2.0, dtype=F64), torch.tensor(1.5, dtype=F64)).log_prob(z).flatten(1).sum(1)
+    )
+    torch.testing.assert_close(prior.log_prob(z), expected)
+    assert (
+        z.min() > -2 and z.max() < 1.5 and abs(z.mean() + 0.25) < 0.05 and abs(z.var() - 3.5**2 / 12) < 0.05
+    )
+    assert (prior.sample(9, z, temperature=0) == -0.25).all()
+    z[0, 1, 2], z[1, 0, 0] = 1.51, -2.01
+    assert prior.log_prob(z[:3]).isinf().tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="high: got 1.0, expected a finite number above low, 1.0"):
+        UniformPrior((2,), 1.0, 1.0)
+    with pytest.raises(ValueError, match="low: got -inf, expected a finite number"):
+        UniformPrior((2,), -math.inf)

@@ -9,10 +9,14 @@ from fastflow.models.glow import GlowLevel, GlowStep
 from fastflow.nn import (
     ActNorm,
     AdditiveCoupling,
+    Affine,
     AffineCoupling,
     BatchNorm,
     Coupling,
+    EncoderDecoder,
     Flatten,
+    FromEncoderDecoder,
+    FromReverse,
     GlowNetwork,
     IdentityDequantize,
     InvertibleConv1x1,
@@ -21,6 +25,7 @@ from fastflow.nn import (
     Sequential,
     Squeeze,
     Standardize,
+    WithReverse,
 )
 from fastflow.ops.affine_coupling import SCALES
 from tests.support.cases import randomize
@@ -105,6 +110,9 @@ ANY_SHAPE = {
     "interleaved": lambda: Permute(4, order="interleaved"),
     "a permutation": lambda: Permute(4, order=[2, 0, 3, 1]),
     "Scale": lambda: Scale(4),
+    "Affine": lambda: Affine(4),
+    "FromReverse": lambda: FromReverse(WithReverse(InvertibleConv1x1(4))),
+    "FromEncoderDecoder": lambda: FromEncoderDecoder(EncoderDecoder(Scale(4))),
     "BatchNorm": batch_norm,
     "Standardize": standardize,
     "IdentityDequantize": lambda: IdentityDequantize(),
