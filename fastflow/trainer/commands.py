@@ -228,7 +228,8 @@ def _source(options: Evaluate | Interpolate, model: Model, training: dict | None
     _check_images(model, path)
     if name is None:
         raise ConfigError(f"{path}: does not contain the name of its training data; give --data")
-    source = data.load(name, options.data_dir or trained.get("data_dir", "data"), model.shape[1])
+    folder, skip = options.data_dir or trained.get("data_dir", "data"), trained.get("skip_damaged", False)
+    source = data.load(name, folder, model.shape[1], model.shape[0], skip)
     if source.image_shape != tuple(model.shape):
         got = f"{name} with images {source.image_shape}"
         raise config_error("data", got, f"images {tuple(model.shape)}, the model's")

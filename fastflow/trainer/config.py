@@ -35,6 +35,10 @@ class DataOptions:
     validation set of the data, if they have one."""
     image_size: int | None = None
     """Image side. Folders: default 32. MNIST: 32 (zero-padded) or 28, the default of mnist- models."""
+    channels: int | None = None
+    """Channels of a folder's images: 3, or 1 to convert them to gray. Default: 1 if all are gray, otherwise 3."""
+    skip_damaged: bool = False
+    """Decode every image of a folder once, and leave out damaged ones. Default: a damaged image is an error."""
     n_bits: int = 8
     """Bits per pixel and channel; values below 8 drop the lowest bits."""
     horizontal_flip: bool | None = None
@@ -163,6 +167,13 @@ def validate_config(config: Config) -> None:
         raise config_error("epochs", config.epochs, f"none with steps {config.steps}: give one of the two")
     if config.validation is not None and not 0 <= config.validation < 1:
         raise config_error("validation", config.validation, "a share from 0 to below 1")
+    for name, bound in {"image_size": 1, "workers": 0}.items():
+        if (value := getattr(config, name)) is not None and value < bound:
+            raise config_error(name, value, f"at least {bound}")
+    if config.channels not in (None, 1, 3):
+        raise config_error("channels", config.channels, "1 or 3")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise config_error("betas", config.betas, "two decay rates from 0 to below 1")
     if config.n_bits > 8:
         raise config_error("n_bits", config.n_bits, "at most 8")
     if config.minutes is not None and not config.minutes > 0:
@@ -196,6 +207,8 @@ def stored_config(training: dict) -> dict[str, object]:
     if isinstance(kept.get("reversible"), bool):
         kept["reversible"] = REVERSIBLE[kept["reversible"]]
     kept.setdefault("validation", 0.0)  # older runs have none
+    if "data" in training:
+        kept.setdefault("channels", training["data"][2])  # gray folders of older runs have 3
     if kept.get("epochs") is not None:
         kept["steps"] = None  # those of the epochs
     return kept
@@ -214,6 +227,8 @@ def with_choice_kept(training: dict, config: Config) -> Config:
     kept = stored_config(training)
     if config.validation is None:
         config = replace(config, validation=kept["validation"])
+    if config.channels is None:
+        config = replace(config, channels=kept.get("channels"))
     if config.reversible != "auto":
         return config
     return replace(config, reversible=kept.get("reversible", "auto"))

@@ -122,7 +122,11 @@ class Run:
         side = config.image_size
         if side is None and config.data == "mnist" and config.model.startswith("mnist-"):
             side = 28
-        source = ranks.local_main_first(lambda: data.load(config.data, config.data_dir, side))
+        source = ranks.local_main_first(
+            lambda: data.load(config.data, config.data_dir, side, config.channels, config.skip_damaged)
+        )
+        if config.channels not in (None, source.image_shape[0]):
+            raise config_error("channels", config.channels, f"{source.image_shape[0]} for {config.data}")
         data.set_validation(source, config.validation, config.seed)
         self.evaluated = "test" if source.validation is None else "validation"
         if config.patience and source.validation is None:
@@ -235,6 +239,10 @@ class Run:
             images += f", {len(self.source.validation):,} for validation"
         where = f"{count} x {self.device.type}" if count > 1 else self.device.type
         self.progress.say(f"{self.folder}: {size:,} parameters, {images}, {where}")
+        if isinstance(self.source, data.Folder):
+            self.progress.say(self.source.found)
+        elif Path(config.data).is_dir():
+            self.progress.say(f"data: {config.data} is built in; the folder of this name is ./{config.data}")
         for note in self.notes:
             self.progress.say(note)
 

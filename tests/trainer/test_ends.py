@@ -83,7 +83,7 @@ class Train:
         assert found == codes, said
         assert took < soon and not any(left), (took, left, said)
         for text in said:
-            assert "Traceback" not in text and "leaked" not in text and len(text.splitlines()) <= 2, text
+            assert "Traceback" not in text and "leaked" not in text and len(text.splitlines()) <= 3, text
         for words, text in zip(lines, said, strict=False):
             assert words in text.splitlines()[-1], text
 
@@ -170,6 +170,21 @@ def test_ends_of_two_ranks(workers, commands, folder, tmp_path):
         run = started("killed worker").steps()
         os.kill(worker_of(run.ranks[1]), signal.SIGKILL)
         run.ends([1, 1], lost, "error: rank 1: a data-loading process was killed by SIGKILL")
+
+
+def test_what_was_found_is_said(commands, folder, tmp_path):
+    pytest.importorskip("sklearn")
+    run = Train(commands, tmp_path, folder, 0).steps(1)
+    os.kill(run.first.pid, signal.SIGKILL)
+    assert "images: 37 to train on, 3 to test on; no classes\n" in run.first.said()
+    (tmp_path / "photos").mkdir()
+    argv = ["train", "--data", "photos", *SETTINGS, "--image-size", "32"]
+    command = commands.start(tmp_path / "log", *argv, cwd=tmp_path)
+    command.wait_for(
+        lambda: "data: photos is built in; the folder of this name is ./photos\n" in command.said()
+    )
+    os.kill(command.pid, signal.SIGKILL)
+    assert command.wait() == -signal.SIGKILL
 
 
 def damaged(folder, copy):

@@ -29,11 +29,17 @@ __all__ = [
 ]
 
 
-def load(name: str, data_dir: str = "data", image_size: int | None = None) -> Source:
+def load(
+    name: str,
+    data_dir: str = "data",
+    image_size: int | None = None,
+    channels: int | None = None,
+    skip_damaged: bool = False,
+) -> Source:
     """Load ``photos``, ``cifar10``, ``mnist``, a folder of images or a .npz file.
 
     ``data_dir``: folder of torchvision's data sets. ``image_size``: image side in pixels; None: the usual
-    one. Raises DataError, a ValueError of one line.
+    one. ``channels``, ``skip_damaged``: of a folder, see :class:`Folder`. Raises DataError, a ValueError of one line.
     """
     if name == "photos":
         return Photos(_size(name, image_size, 32))
@@ -46,7 +52,7 @@ def load(name: str, data_dir: str = "data", image_size: int | None = None) -> So
     if path.suffix == ".npz":
         return load_npz(path, image_size)
     if path.is_dir():
-        return Folder(path, image_size or 32)
+        return Folder(path, image_size or 32, channels, skip_damaged)
     raise DataError(f"data: got {name!r}, expected photos, cifar10, mnist, a folder of images or a .npz file")
 
 

@@ -1,40 +1,61 @@
 """A folder of images."""
 
-import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastflow.trainer.data.decode import DamagedError, decode, is_gray, opened, printable
+from fastflow.trainer.data.listing import Files, Listing, hashes
 from fastflow.trainer.data.source import DataError
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 class Folder:
-    """A folder of images: the shorter side is resized to ``size`` and the center is cropped.
+    """A folder of images, read by :func:`decode` when they are drawn; :class:`Listing` finds and splits them.
 
-    Files are decoded when they are drawn.
-    Subfolders that contain images are classes, in alphabetical order; a flat folder has no classes.
-    Subfolders ``train``, ``test`` and ``val`` (or ``valid``, ``validation``) are the split; without ``test``,
-    ``val`` is the test set. Without ``train`` and one of these a tenth of the files is the test set. It
-    is chosen by a hash of each file's name, so that adding files moves no file from one set to the other.
+    Args:
+        path: the folder.
+        size: height and width of the images.
+        channels: 3, or 1 to convert all images to gray. None: 1 if all are gray, otherwise 3. At most 100
+            training files are looked at; if they are gray, a color image among the others is an error.
+        skip_damaged: decode every file once, and leave out those that :func:`decode` cannot read.
     """
 
     horizontal_flip = True
 
-    def __init__(self, path: Path | str, size: int) -> None:
+    def __init__(
+        self, path: Path | str, size: int, channels: int | None = None, skip_damaged: bool = False
+    ) -> None:
+        if channels not in (None, 1, 3):
+            raise DataError(f"channels: got {channels}, expected 1 or 3 for a folder")
         path = Path(path)
-        self.name, self.image_shape = path.resolve().name, (3, size, size)
-        train, test, validation = _split(path)
-        self._path, self._files, self.length = path, [file for file, _ in train], len(train)
+        listing = Listing(path)
+        parts = listing.train, listing.test, listing.validation
+        self._remarks: list[str] = []
+        if skip_damaged:
+            parts = self._without_damaged(parts, path)
+        train, test, validation = parts
+        files = [file for file, _ in train]
+        self._gray_only = channels is None and _all_gray(files)
+        self._remarks += ["all gray: one channel"] if self._gray_only else []
+        self._remarks += [f"skipped {count} {reason}" for reason, count in listing.skipped.items()]
+        self.name, self.image_shape = (
+            path.resolve().name,
+            (1 if self._gray_only else channels or 3, size, size),
+        )
+        self._path, self._files, self.length = path, files, len(train)
         self.classes, self._labels, self.test_labels, self.validation_labels = None, None, None, None
+        self._classes_found = "no classes"
         if all(label is not None for _, label in train):
             names = sorted({label for _, label in train})
             number = {name: i for i, name in enumerate(names)}
             test, validation = (_of_classes(part, number, path) for part in (test, validation))
             self.classes = len(names)
+            listed = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
+            self._classes_found = f"{len(names)} class{'es' if len(names) > 1 else ''} ({listed})"
             self._labels = torch.tensor([number[label] for _, label in train])
             self.test_labels = torch.tensor([number[label] for _, label in test])
             if validation:
@@ -42,13 +63,21 @@ class Folder:
         self.test = self._decoded([file for file, _ in test])
         self.validation = self._decoded([file for file, _ in validation]) if validation else None
 
+    @property
+    def found(self) -> str:
+        """One line of what was found: classes, images of each split, what was skipped and why."""
+        sizes = {"to train on": self.length, "to test on": len(self.test)}
+        sizes["for validation"] = 0 if self.validation is None else len(self.validation)
+        images = ", ".join(f"{size:,} {use}" for use, size in sizes.items() if size)
+        return "; ".join([f"images: {images}", self._classes_found, *self._remarks])
+
     def draw(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor | None]:
         images = self._decoded([self._files[i] for i in indices])
         return images, None if self._labels is None else self._labels[indices]
 
     def hold_out(self, fraction: float, seed: int) -> None:
         """As the test set, by a hash of each file's name, here with the seed."""
-        keys = _hashes(self._path, self._files, f"{seed}/")
+        keys = hashes(self._path, self._files, f"{seed}/")
         chosen = {i for i, key in enumerate(keys) if key < fraction * 2**64} or {int(np.argmin(keys))}
         kept = [i for i in range(self.length) if i not in chosen]
         if not kept:
@@ -61,63 +90,45 @@ class Folder:
             self.validation_labels, self._labels = self._labels[order], self._labels[kept]
 
     def _decoded(self, files: list[Path]) -> Tensor:
-        return torch.from_numpy(np.stack([_decode(file, self.image_shape[1]) for file in files]))
+        channels, size = self.image_shape[:2]
+        return torch.from_numpy(np.stack([decode(f, size, channels, self._gray_only) for f in files]))
+
+    def _without_damaged(self, parts: tuple[Files, ...], path: Path) -> tuple[Files, ...]:
+        files = [file for part in parts for file, _ in part]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            damaged = {f for f, bad in zip(files, threads.map(_is_damaged, files), strict=True) if bad}
+        if damaged:
+            names = ", ".join(printable(f.relative_to(path)) for f in sorted(damaged)[:10])
+            names += ", ..." if len(damaged) > 10 else ""
+            self._remarks.append(f"skipped {len(damaged)} damaged ({names})")
+        kept = tuple([each for each in part if each[0] not in damaged] for part in parts)
+        if not (kept[0] and kept[1]):
+            raise DataError(
+                f"{printable(path)}: got {len(damaged)} damaged images, expected others to train and test on"
+            )
+        return kept
 
 
-_Files = list[tuple[Path, str | None]]
+def _all_gray(files: list[Path]) -> bool:
+    looked_at = min(100, len(files))
+    return all(is_gray(files[i * len(files) // looked_at]) for i in range(looked_at))
 
 
-def _split(path: Path) -> tuple[_Files, _Files, _Files]:
-    """Training, test and validation files, each with the name of its class (its first subfolder), or None."""
-    validation = next((path / n for n in ("val", "valid", "validation") if (path / n).is_dir()), None)
-    held_out = path / "test" if (path / "test").is_dir() else validation
-    if held_out is not None and (path / "train").is_dir():
-        own = [] if validation in (None, held_out) else _files_in(validation)
-        return _files_in(path / "train"), _files_in(held_out), own
-    files = _files_in(path)
-    keys = _hashes(path, [f for f, _ in files])
-    chosen = {i for i, key in enumerate(keys) if key % 10 == 0} or {int(np.argmin(keys))}
-    train = [f for i, f in enumerate(files) if i not in chosen]
-    if not train:
-        raise DataError(f"{path}: got {len(files)} image, expected at least 2, one of them to test on")
-    return train, [f for i, f in enumerate(files) if i in chosen], []
+def _is_damaged(file: Path) -> bool:
+    try:
+        with opened(file) as image:
+            image.load()
+    except DamagedError:
+        return True
+    return False
 
 
-def _of_classes(part: _Files, number: dict[str | None, int], path: Path) -> _Files:
+def _of_classes(part: Files, number: dict[str | None, int], path: Path) -> Files:
     """The files of a part whose class is trained on."""
     found = [(file, label) for file, label in part if label in number]
     if part and not found:
         folder = part[0][0].relative_to(path).parts[0]
         raise DataError(
-            f"{path / folder}: got no image of {', '.join(map(str, number))}, the trained classes"
+            f"{printable(path / folder)}: got no image of {', '.join(map(str, number))}, the trained classes"
         )
     return found
-
-
-def _hashes(path: Path, files: list[Path], prefix: str = "") -> list[int]:
-    """64-bit hashes of the names of files in the folder ``path``."""
-    names = [prefix + f.relative_to(path).as_posix() for f in files]
-    return [int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) for name in names]
-
-
-def _files_in(path: Path) -> list[tuple[Path, str | None]]:
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in _SUFFIXES and f.is_file())
-    if not files:
-        raise DataError(f"{path}: got no image, expected files {', '.join(sorted(_SUFFIXES))}")
-    parts = [f.relative_to(path).parts for f in files]
-    return [(f, p[0] if len(p) > 1 else None) for f, p in zip(files, parts, strict=True)]
-
-
-def _decode(file: Path, size: int) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as opened:
-            image = opened.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for damaged PNG chunks
-        raise DataError(f"{file}: cannot be read as an image") from error
-    factor = size / min(image.size)
-    width, height = (max(size, round(side * factor)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return np.asarray(image).transpose(2, 0, 1)
