@@ -498,7 +498,7 @@ class Model(nn.Module):
                 continue
             if z is None:
                 raise validation.argument_error(f"latents[{i}]", "None", "a tensor")
-            if tuple(z.shape) != (len(latents[-1]) if n is None else n, *shape):
+            if tuple(z.shape) != (latents[-1].shape[0] if n is None else n, *shape):
                 samples = "N" if n is None else n
                 raise validation.argument_error(
                     f"latents[{i}]", validation.shape_of(z), f"[{samples}, {', '.join(map(str, shape))}]"

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from fastflow import validation
 from fastflow.ops.dispatch import Implementations
-from fastflow.transforms import in_transform
+from fastflow.transforms import functional, in_transform
 
 OPS: dict[str, Implementations] = {}  # every registered op by name
 
@@ -107,6 +107,9 @@ def register(
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, "CompositeExplicitAutograd", checked(_without_autocast(implementations)))
     torch.library.register_fake(qualified, checked(reference))
+    if not writes:
+        op = getattr(torch.ops.fastflow, name).default
+        torch._decomp.register_decomposition(op)(_decomposition(checked(reference)))
     if writes:
         torch.library.impl(qualified, "ADInplaceOrView", _counting_writes(name))
     recorded = _without_autocast(reference)
@@ -133,6 +136,22 @@ def define_compiled(name: str, schema: str, emulated: bool = False) -> None:
     """
     for namespace in ("fastflow_C", *(["fastflow_emulated"] if emulated else [])):
         torch.library.define(f"{namespace}::{name}", schema.replace("SymInt", "int"))
+
+
+def _decomposition(reference: Callable) -> Callable:
+    """The reference for torch.onnx.export, in operators that write no tensor; strides may then differ.
+
+    torch.compile and torch.export keep the op: their tables of decompositions are others. Fake tensors with
+    symbolic sizes call it too, and get the reference.
+    """
+
+    def body(*args: object) -> object:
+        if not torch.onnx.is_in_onnx_export():
+            return reference(*args)
+        with functional():
+            return reference(*args)
+
+    return body
 
 
 def _checking(check: Callable[..., None] | None, names: list[str]) -> Callable[[Callable], Callable]:

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "models": {"torch", "nn", "validation", "deprecation", "archive", "state_from_data", "transforms"},
     "checkpoint": {"torch", "models", "archive", "facade"},
     "fitting": {"torch", "numpy", "tqdm", "validation", "models", "trainer"},
+    "export": {"torch", "validation", "models", "nn"},
     "explore": {"torch", "validation", "models", "seeds", "sklearn"},
 }
 FORBIDDEN_ABOVE = {

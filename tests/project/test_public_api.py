@@ -16,6 +16,7 @@ MODULES = (
     "fastflow",
     "fastflow.distributed",
     "fastflow.explore",
+    "fastflow.export",
     "fastflow.models",
     "fastflow.nn",
     "fastflow.ops",

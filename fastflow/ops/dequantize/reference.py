@@ -23,7 +23,7 @@ def _dequantized(
     u = uniform_noise(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
     bins = 2.0**n_bits
     xf = x.to(acc)
-    p = torch.add(xf, u).mul_(scale / bins).add_(shift)
+    p = torch.add(xf, u) * (scale / bins) + shift
     if not logit:
         return p, None
     q = ((bins - xf) - u) * (scale / bins) + (1 - scale - shift)
