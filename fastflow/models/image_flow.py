@@ -26,6 +26,8 @@ class ImageFlow(Model):
         dequantize: dequantization of uint8 samples; :class:`~fastflow.nn.IdentityDequantize` for continuous
             samples; None: ``Dequantize(8)``.
         context_shape: shape of one context of the flows, ``(C,)`` or ``(C, H, W)``; None: flows have none.
+        standardize: standardize continuous samples before the first flow, see :meth:`Model.standardize_by`.
+            ``fastflow.fit`` with ``standardize=True`` adds it.
 
     With a class-conditional prior, the context is the class of each sample. Checkpoints cannot rebuild the model:
     build it again, and save and load its ``state_dict()`` with torch.
@@ -56,6 +58,7 @@ class ImageFlow(Model):
         *,
         dequantize: Dequantize | IdentityDequantize | None = None,
         context_shape: tuple[int, ...] | None = None,
+        standardize: bool = False,
     ) -> None:
         validation.sample_shape("shape", shape)
         if context_shape is not None:
@@ -68,12 +71,14 @@ class ImageFlow(Model):
         if not isinstance(dequantize, (Dequantize, IdentityDequantize)):
             expected = "a Dequantize or an IdentityDequantize"
             raise validation.argument_error("dequantize", type(dequantize).__name__, expected)
+        if standardize and dequantize.n_bits is not None:
+            raise validation.argument_error("standardize", standardize, "False for uint8 samples")
         shapes = latent_shapes(tuple(shape), flows, splits, dequantize.like, context_shape)
         prior = prior_of(prior, shapes[-1])
         classes = getattr(prior, "classes", None)
         if classes is not None and context_shape is not None:
             raise validation.argument_error("context_shape", context_shape, "None, as the prior has classes")
-        super().__init__(shape, dequantize, flows, splits, prior, classes, None, context_shape)
+        super().__init__(shape, dequantize, flows, splits, prior, classes, None, context_shape, standardize)
         self._latent_shapes = shapes
 
     def latent_shapes(self) -> list[tuple[int, ...]]:

@@ -65,6 +65,9 @@ def test_the_density_is_the_sum_over_the_levels():
 def test_vectors_classes_and_contexts():
     flows = [fnn.AffineCoupling(fnn.MLP(2, 4, 4)), fnn.Scale(1)]
     model = ImageFlow((4,), flows, [fnn.Split(4, "standard", kept=1)], dequantize=fnn.IdentityDequantize())
+    model.standardize_by(5 + 9 * torch.randn(64, 4))
+    weights, standardized = model.state_dict(), {"dequantize": fnn.IdentityDequantize(), "standardize": True}
+    ImageFlow((4,), flows, [fnn.Split(4, "standard", kept=1)], **standardized).load_state_dict(weights)
     assert model.latent_shapes() == [(3,), (1,)] and model.sample(5).shape == (5, 4)
     step = fnn.GlowStep(2, hidden=4, context_features=3)
     model = ImageFlow((2, 2, 2), [step], context_shape=(3,))
@@ -130,6 +133,7 @@ class OneLogDet(Crops):
         ([fnn.ActNorm(2)], [], {"prior": "gaussian"}, "prior: got str, expected a fastflow.nn.Prior or a torch.distributions."),
         ([fnn.ActNorm(2)], [], {"prior": Laplace(torch.zeros(3), 1)}, "prior: got shape [3], expected [2, 3, 4], the shape of the last"),
         ([fnn.ActNorm(2)], [], {"dequantize": fnn.ActNorm(2)}, "dequantize: got ActNorm, expected a Dequantize or an IdentityDequantize"),
+        ([fnn.ActNorm(2)], [], {"standardize": True}, "standardize: got True, expected False for uint8 samples"),
         ([fnn.ActNorm(2)], [], {"shape": (2, 0, 4)}, "shape: got (2, 0, 4), expected one or more positive integers"),
     ],
 )  # fmt: skip
