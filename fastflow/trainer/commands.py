@@ -15,6 +15,7 @@ from fastflow.models.model import Model
 from fastflow.trainer import data, picture
 from fastflow.trainer.config import RENAMED, REVERSIBLE, Config, ConfigError, config_error
 from fastflow.trainer.evaluate import evaluate, report, sample
+from fastflow.trainer.ranks import available_device
 from fastflow.trainer.run import resumed_config
 from fastflow.trainer.train import train
 
@@ -107,7 +108,18 @@ def run_command(argv: list[str]) -> None:
     if isinstance(options, Config):
         options = _with_one_length(options, default)
     commands = {Config: train, Evaluate: _evaluate, Sample: _sample, Interpolate: _interpolate}
+    if not isinstance(options, Config):
+        _check_options(options)
     commands[type(options)](options)
+
+
+def _check_options(options: Evaluate | Sample | Interpolate) -> None:
+    """Raise ConfigError or DeviceError for a value that no model and no data can take."""
+    for name, least in {"images": 1, "samples": 1, "batch_size": 1, "n": 1, "seed": 0}.items():
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise config_error(name, value, f"at least {least}")
+    available_device(options.device)
 
 
 def _with_one_length(options: Config, resumed: Config) -> Config:
@@ -229,7 +241,8 @@ def _source(options: Evaluate | Interpolate, model: Model, training: dict | None
     if name is None:
         raise ConfigError(f"{path}: does not contain the name of its training data; give --data")
     folder, skip = options.data_dir or trained.get("data_dir", "data"), trained.get("skip_damaged", False)
-    source = data.load(name, folder, model.shape[1], model.shape[0], skip)
+    side = model.shape[1] if model.shape[1] == model.shape[2] else None  # a .npz file of other images
+    source = data.load(name, folder, side, model.shape[0], skip)
     if source.image_shape != tuple(model.shape):
         got = f"{name} with images {source.image_shape}"
         raise config_error("data", got, f"images {tuple(model.shape)}, the model's")

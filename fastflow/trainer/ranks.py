@@ -119,7 +119,7 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
 
     Raises DeviceError for an unknown device and if a machine has fewer GPUs than ranks.
     """
-    chosen = _available(device)
+    chosen = available_device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     owns_group = not dist.is_initialized()
     if owns_group and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
@@ -144,7 +144,8 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
         dist.destroy_process_group()
 
 
-def _available(device: str) -> torch.device:
+def available_device(device: str) -> torch.device:
+    """The torch device of a name. Raises DeviceError if it is unknown or not there."""
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

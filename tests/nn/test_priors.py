@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch.distributions import (
     Categorical,
+    Dirichlet,
+    Gamma,
     Independent,
     MixtureSameFamily,
     Normal,
     TransformedDistribution,
     Uniform,
 )
-from torch.distributions.transforms import SigmoidTransform
+from torch.distributions.transforms import ExpTransform, SigmoidTransform
 
 from fastflow import ops
-from fastflow.nn import GaussianMixturePrior, GaussianPrior, LogisticPrior, UniformPrior
+from fastflow.nn import DistributionPrior, GaussianMixturePrior, GaussianPrior, LogisticPrior, UniformPrior
 from tests.support.cases import randomize
 
 VECTOR, IMAGE = (2,), (2, 1, 2)
@@ -391,3 +393,27 @@ def test_uniform():
         UniformPrior((2,), 1.0, 1.0)
     with pytest.raises(ValueError, match="low: got -inf, expected a finite number"):
         UniformPrior((2,), -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "inside", "outside"),
+    [
+        (Uniform(torch.zeros(2), torch.ones(2)), [0.5, 0.1], [0.5, 1.1]),
+        (Independent(Uniform(torch.zeros(2), torch.ones(2)), 1), [0.5, 0.1], [-0.1, 1.1]),
+        (Gamma(torch.ones(2), torch.ones(2), validate_args=True), [0.5, 0.1], [-0.5, 0.1]),
+        (Dirichlet(torch.ones(2)), [0.25, 0.75], [0.5, 0.75]),
+        (TransformedDistribution(Normal(torch.zeros(2), 1.0), ExpTransform()), [0.5, 0.1], [0.5, -0.1]),
+    ],
+    ids=["Uniform", "Independent", "Gamma", "Dirichlet", "TransformedDistribution"],
+)
+def test_outside_the_support_of_a_distribution(distribution, inside, outside):
+    prior = DistributionPrior(distribution)
+    z = torch.tensor([inside, outside, inside], requires_grad=True)
+    log_prob = prior.log_prob(z)
+    expected = distribution.log_prob(torch.tensor(inside)).sum()
+    torch.testing.assert_close(log_prob[::2].detach(), expected.expand(2))
+    assert log_prob[1] == -math.inf
+    if log_prob.requires_grad:  # not of uniform densities
+        assert torch.autograd.grad(log_prob[0], z)[0][0].isfinite().all()
+    assert distribution._validate_args
+    assert not prior.log_prob(torch.full((1, 2), math.nan)).isfinite().any()

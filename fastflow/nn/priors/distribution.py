@@ -18,8 +18,8 @@ class DistributionPrior(Prior):
 
     The shape of one latent is ``batch_shape + event_shape``: ``Normal(torch.zeros(3), torch.ones(3))`` and
     ``MultivariateNormal(torch.zeros(3), torch.eye(3))`` are densities of vectors ``[3]``. Each call computes
-    in the dtype and on the device of the latents. The distribution's tensors are not in the state dict. An
-    optimizer trains them only if it is given them.
+    in the dtype and on the device of the latents. Outside the support, the log-density is -inf. The distribution's
+    tensors are not in the state dict. An optimizer trains them only if it is given them.
 
     Args:
         distribution: the distribution.
@@ -58,7 +58,10 @@ class DistributionPrior(Prior):
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_latent(z)
         z = z.to(acc_dtype(z.dtype))
-        return self._like(z).log_prob(z).reshape(z.shape[0], -1).sum(1)
+        distribution = self._like(z)
+        log_prob = distribution.log_prob(z).reshape(z.shape[0], -1).sum(1)
+        inside = _inside(distribution, z)
+        return log_prob if inside is None else torch.where(inside, log_prob, -torch.inf)
 
     def sample(
         self,
@@ -95,14 +98,32 @@ def _is_discrete(distribution: Distribution) -> bool:
         return False
 
 
-def _mapped(value: object, change: Callable[[Tensor], Tensor]) -> object:
-    """A copy of a distribution with ``change`` applied to its tensors, also to those of distributions in it."""
+def _inside(distribution: Distribution, z: Tensor) -> Tensor | None:
+    """Whether latents are in the support, ``[N]``; None if the distribution does not describe it."""
+    try:
+        inside = distribution.support.check(z)
+    except NotImplementedError:
+        return None
+    return inside.reshape(z.shape[0], -1).all(1)
+
+
+def _mapped(
+    value: object, change: Callable[[Tensor], Tensor], copies: dict[int, object] | None = None
+) -> object:
+    """A copy of a distribution with ``change`` applied to its tensors, also to those of distributions in it.
+
+    ``copies`` are those made already, by the id of the original: a transform and its inverse refer to each other.
+    """
+    copies = {} if copies is None else copies
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (Distribution, Transform)):
-        changed = copy.copy(value)
-        vars(changed).update((name, _mapped(v, change)) for name, v in vars(value).items())
-        return changed
+        if id(value) not in copies:
+            changed = copies[id(value)] = copy.copy(value)
+            vars(changed).update((name, _mapped(v, change, copies)) for name, v in vars(value).items())
+            if isinstance(value, Distribution):
+                changed._validate_args = False  # outside the support the density is 0, and not an error
+        return copies[id(value)]
     if isinstance(value, list):
-        return [_mapped(v, change) for v in value]
+        return [_mapped(v, change, copies) for v in value]
     return value

@@ -19,16 +19,14 @@ def load_npz(path: Path, image_size: int | None) -> Images:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:  # of zipfile, zlib or numpy
-        raise DataError(
-            f"{path}: cannot be read as .npz ({str(error).strip().splitlines()[0][:120]})"
-        ) from error
+        raise DataError(f"{path}: cannot be read as .npz ({_reason(error)})") from error
     if len(arrays) == 1:
         arrays = {"x": next(iter(arrays.values()))}
     x, y = (arrays.get(key, arrays.get(f"{key}_train")) for key in "xy")
     if x is None:
-        raise DataError(
-            f"{path}: got arrays {', '.join(arrays)}, expected x (images) and optionally y, x_test, y_test, x_val, y_val"
-        )
+        got = f"got arrays {', '.join(arrays)}" if arrays else "got no arrays"
+        expected = "x (images) and optionally y, x_test, y_test, x_val, y_val"
+        raise DataError(f"{path}: {got}, expected {expected}")
     x, y = _as_images(path, "x", x), _as_labels(path, "y", y, len(x))
     x_val, y_val = _part(path, arrays, "val", x)
     if "x_test" in arrays:
@@ -68,15 +66,16 @@ def _part(
 
 def _as_images(path: Path, key: str, x: np.ndarray) -> np.ndarray:
     if x.dtype != np.uint8:
-        raise DataError(f"{path}: {key}: got {x.dtype}, expected uint8")
+        raise DataError(f"{path}: {key}: got {x.dtype}, expected uint8{_conversion(x)}")
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[3] in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     elif x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise DataError(
-            f"{path}: {key}: got shape {x.shape}, expected [N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
-        )
+        expected = "[N, H, W], [N, H, W, C] or [N, C, H, W], C 1 or 3"
+        last = x.ndim == 4 and x.shape[2] in (1, 3)
+        hint = "; np.moveaxis(x, -1, 0) moves the images to the first axis" if last else ""
+        raise DataError(f"{path}: {key}: got shape {x.shape}, expected {expected}{hint}")
     if len(x) == 0:
         raise DataError(f"{path}: {key}: got 0 images, expected at least 1")
     return x
@@ -86,5 +85,27 @@ def _as_labels(path: Path, key: str, y: np.ndarray | None, n: int) -> np.ndarray
     if y is None:
         return None
     if y.shape != (n,) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-        raise DataError(f"{path}: {key}: got {y.dtype} {y.shape}, expected integers from 0 of shape {(n,)}")
+        raise DataError(
+            f"{path}: {key}: got {y.dtype} {y.shape}, expected integers from 0 of shape {(n,)}, one per image"
+        )
     return y
+
+
+def _conversion(x: np.ndarray) -> str:
+    """The range of values that are not uint8, and the expression that converts them."""
+    if x.dtype.kind not in "biuf" or not x.size:
+        return ""
+    low, high = x.min(), x.max()
+    expressions = {
+        (0, 1): "(255 * x).round().astype('uint8')",
+        (-1, 1): "(127.5 * (x + 1)).round().astype('uint8')",
+        (0, 255): "x.round().astype('uint8')",
+    }
+    fitting = [text for (least, most), text in expressions.items() if least <= low and high <= most]
+    return f"; the values are from {low:g} to {high:g}" + (f": {fitting[0]} converts them" if fitting else "")
+
+
+def _reason(error: Exception) -> str:
+    if "Object arrays" in str(error):
+        return "it holds arrays of objects, expected numbers; np.stack makes one array of images of one size"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
