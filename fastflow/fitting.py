@@ -80,9 +80,10 @@ def fit(
         device: device of model and batches; None: the model's.
         seed: seed of the split, the batches, the noise of dequantization and dropout.
         progress: show a progress bar, if tqdm is installed.
-        standardize: standardize x by the mean and the deviation of each feature over the training samples. It
-            becomes a part of the model (:meth:`~fastflow.models.model.Model.standardize_by`), of which samples and
-            log-densities stay those of x as given.
+        standardize: standardize x, and a context of vectors if the model's flows take it, by the mean and the
+            deviation of each feature over the training samples. It becomes a part of the model
+            (:meth:`~fastflow.models.model.Model.standardize_by`), of which samples and log-densities stay those
+            of x as given.
         schedule: learning rate after each epoch: ``"constant"``, ``"exponential"`` (multiplied by ``gamma``) or
             ``"cosine"`` (decays to 0 at ``max_epochs``, which must be given).
         gamma: factor of the exponential schedule.
@@ -112,7 +113,7 @@ def fit(
         raise checks.argument_error("x", f"{len(order)} samples", "at least 2, one to train and one held out")
     held_out, train = order[:held_out], order[held_out:]
     if standardize:
-        model.standardize_by(samples[0][train.to(device)])
+        model.standardize_by(*_rows(samples, train))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     scheduler = _scheduler(optimizer, schedule, gamma, max_epochs)
     history, best, started = FitHistory(), _state(model), time.monotonic()

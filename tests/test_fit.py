@@ -137,6 +137,27 @@ def test_standardize_is_part_of_the_model(make):
     torch.testing.assert_close(new.std(0).float(), x.std(0), rtol=0.3, atol=0)
 
 
+def test_standardized_contexts_are_part_of_the_model():
+    x, context = gaussian(200) * 100, torch.randn(200, 1) * 1e3 + 5e4
+    model = VectorGlow(features=2, steps=2, hidden=8, context_features=1)
+    plain = VectorGlow(features=2, steps=2, hidden=8, context_features=1).eval()
+    fastflow.fit(model, x, context, standardize=True, max_epochs=1, lr=1e-2, progress=False)
+    layer = model.standardize_context
+    assert layer.mean == pytest.approx(5e4, rel=0.1) and layer.scale == pytest.approx(1e3, rel=0.3)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("standardize")})
+    z, c = (x - model.standardize.mean) / model.standardize.scale, (context - layer.mean) / layer.scale
+    expected = plain.log_prob(z, c) - model.standardize.scale.log().sum()
+    torch.testing.assert_close(model.log_prob(x, context), expected, rtol=1e-4, atol=1e-3)
+    one = context[:1].expand(3, 1)
+    model, generator = model.double(), torch.Generator()
+    rows = (
+        model.sample(3, context=c.double(), generator=generator.manual_seed(0)) for c in (one, context[:1])
+    )
+    torch.testing.assert_close(*rows, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="context: got constant feature 0, expected features that vary"):
+        VectorGlow(features=2, context_features=1).standardize_by(x, torch.ones(200, 1))
+
+
 def test_a_standardized_model_is_saved_and_loaded(tmp_path):
     model, x = small(), gaussian(50) * 100
     fastflow.fit(model, x, standardize=True, max_epochs=1, progress=False)

@@ -31,11 +31,11 @@ MODELS = (
 def trained(source, name: str, scale: str, steps: int, hidden: int) -> Model:
     torch.manual_seed(0)
     if name == "Glow":
-        model = Glow(image_shape=source.image_shape, levels=3, steps=8, hidden=hidden, scale=scale)
+        model = Glow(image_shape=source.shape, levels=3, steps=8, hidden=hidden, scale=scale)
     elif name == "RealNVP":
-        model = RealNVP(image_shape=source.image_shape, hidden=hidden, blocks=2)
+        model = RealNVP(image_shape=source.shape, hidden=hidden, blocks=2)
     else:
-        model = NICE(features=source.image_shape, hidden=8 * hidden, layers=3)
+        model = NICE(features=source.shape, hidden=8 * hidden, layers=3)
     for _ in training.train(model, source, steps, desc=f"{name} {scale}"):
         pass
     return model.eval()

@@ -50,7 +50,7 @@ def run(way: str, options: argparse.Namespace) -> list[dict]:
     source = data.load(options.data, options.data_dir)
     torch.manual_seed(0)
     model = Glow(
-        source.image_shape,
+        source.shape,
         levels=3,
         steps=options.steps_per_level,
         hidden=options.hidden,

@@ -71,13 +71,20 @@ class Model(nn.Module):
         self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
         validation.boolean("standardize", standardize)
         self.standardize = Standardize(self.shape[0]) if standardize else None
+        self.standardize_context = self._layer_of_context() if standardize else None
 
-    def standardize_by(self, x: Tensor) -> None:
+    def _layer_of_context(self) -> Standardize | None:
+        """A layer that standardizes contexts, if they are vectors."""
+        vectors = self.context_shape is not None and len(self.context_shape) == 1
+        return Standardize(self.context_shape[0]) if vectors else None
+
+    def standardize_by(self, x: Tensor, context: Tensor | None = None) -> None:
         """Standardize continuous samples before the first flow, by the mean and the deviation of ``x`` per feature.
 
         ``standardize``, a :class:`~fastflow.nn.Standardize`, then is a part of the model: log-densities and
         samples are those of x as given, and state dicts and checkpoints hold mean and scale. If the model has
-        the layer already, its values change.
+        the layer already, its values change. With ``context``, ``standardize_context`` does the same for contexts
+        ``[N, C]``.
 
         Shape: x ``[N, *shape]``. Raises ValueError for a model of uint8 samples, for an x of another shape or
         dtype, and for constant features.
@@ -88,8 +95,15 @@ class Model(nn.Module):
             )
         self._check_samples(x)
         layer = self.standardize or Standardize(self.shape[0]).to(self.dequantize.like)
+        of_context = self.standardize_context or self._layer_of_context()
+        if of_context is not None and context is not None:
+            self._check_context(context, len(context))
+            try:
+                of_context.to(self.dequantize.like).fit(context)
+            except ValueError as error:
+                raise ValueError(f"context{str(error).removeprefix('x')}") from None
         layer.fit(x)
-        self.standardize = layer
+        self.standardize, self.standardize_context = layer, of_context
         if self.config is not None:
             self.config = {**self.config, "standardize": True}
 
@@ -136,8 +150,12 @@ class Model(nn.Module):
         """Context of the flows and context of the prior for ``n`` samples: classes are the prior's only."""
         if context is None:
             return None, None
+        if self.context_shape is None:
+            return None, tiled(context, n)
+        if self.standardize_context is not None:
+            context, _ = self.standardize_context(context)
         context = tiled(context, n)
-        return None if self.context_shape is None else context, context
+        return context, context
 
     def bits_per_dim(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0

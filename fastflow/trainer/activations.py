@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from fastflow.models.glow import choose_networks_for_cpu
 from fastflow.models.model import Model
-from fastflow.trainer.build import build_model
+from fastflow.trainer.build import build_model, model_name
 from fastflow.trainer.config import Config
 from fastflow.trainer.data import Source
+from fastflow.trainer.kinds import empty_batch
 from fastflow.trainer.model_options import MODELS
 from fastflow.trainer.ranks import Ranks, shard_bounds
 
@@ -36,7 +37,7 @@ def with_activations_chosen(
 
     Every rank makes the same choice: activations are stored if they fit on all of them.
     """
-    if config.reversible != "auto" or "reversible" not in MODELS[config.model].options():
+    if config.reversible != "auto" or "reversible" not in MODELS[model_name(config, source)].options():
         return config, None
     if config.activation_checkpoint_every is not None:
         return replace(config, reversible="yes"), "activations: recomputed, one in some steps is stored"
@@ -87,20 +88,17 @@ def _estimate(
 def stored_bytes(
     build: Callable[[], Model], samples: int, device: torch.device, bf16: bool = False
 ) -> tuple[int, int]:
-    """Bytes that a forward pass on ``samples`` images stores on ``device``, and bytes of the weights.
+    """Bytes that a forward pass on ``samples`` samples stores on ``device``, and bytes of the weights.
 
     Nothing is computed or allocated: the pass runs on meta tensors, and the distinct storages that autograd
     saves are added up. ``build``: makes the model, with stored activations.
     """
     with torch.device("meta"):
         model = build().eval()  # in training mode, ActNorms would be initialized from the batch
-        x = torch.empty((samples, *model.shape), dtype=torch.uint8)
-        labels = None if model.classes is None else torch.empty(samples, dtype=torch.int64)
+        x, labels = empty_batch(model, samples, "meta")
         seed = torch.empty((), dtype=torch.int64)
     if device.type == "cpu":
         choose_networks_for_cpu(model, torch.bfloat16 if bf16 else next(model.parameters()).dtype)
-    if x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
     saved: dict[int, torch.UntypedStorage] = {}  # holds the storages, so that no address is used twice
 
     def save(tensor: Tensor) -> Tensor:

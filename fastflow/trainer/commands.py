@@ -14,28 +14,35 @@ from fastflow import checkpoint, explore
 from fastflow.models.model import Model
 from fastflow.trainer import data, picture
 from fastflow.trainer.config import RENAMED, REVERSIBLE, Config, ConfigError, config_error
-from fastflow.trainer.evaluate import evaluate, report, sample
+from fastflow.trainer.evaluate import evaluate, sample
+from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.ranks import available_device
+from fastflow.trainer.rows import sample_rows, test_rows
 from fastflow.trainer.run import resumed_config
 from fastflow.trainer.train import train
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Bits/dim of a trained model on a test set, compared with image codecs."""
+    """Bits/dim of a trained model on a test set, compared with image codecs; nats for rows of a table."""
 
     checkpoint: tyro.conf.Positional[str]
     """A checkpoint, or a run folder: best.pt if a validation set chose it, otherwise last.pt."""
     data: str | None = None
-    """Data, as in train. Default: the data of the training run."""
+    """Data, as in train. All rows of another table than the run's are evaluated, or its x_test. Default: the
+    data of the training run."""
     data_dir: str | None = None
     """Folder of torchvision's data. Default: as in the training run."""
+    columns: str | None = None
+    """Columns of a table, as in train. Default: as in the training run."""
+    context: str | None = None
+    """Columns of a table that the model is conditioned on. Default: as in the training run."""
     images: int | None = None
-    """Number of test images, taken from the start. Default: all."""
+    """Number of test images or rows, taken from the start. Default: all."""
     samples: int = 16
-    """Importance samples."""
+    """Importance samples; without effect for a table, whose densities are exact."""
     batch_size: int = 250
-    """Images per batch."""
+    """Images or rows per batch."""
     bf16: bool = False
     """Run the networks in bfloat16 (autocast)."""
     seed: int = 0
@@ -46,16 +53,20 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Sample:
-    """Write a grid of samples of a trained model as a PNG."""
+    """Write samples of a trained model: a grid of images as a PNG, or rows as a .csv or .npy file."""
 
     checkpoint: tyro.conf.Positional[str]
     """A checkpoint, or a run folder: best.pt if a validation set chose it, otherwise last.pt."""
-    out: str = "samples.png"
-    """File to write."""
+    out: str | None = None
+    """File to write. Default: samples.png for images, samples.csv for rows."""
     n: int | None = None
-    """Number of images. Default: 64, or 8 per temperature if there are several."""
-    temperature: tuple[float, ...] = (0.7,)
-    """Factor on the latents' standard deviation; several values give one row each, of the same noise."""
+    """Number of samples. Default: 64 images, or 8 per temperature if there are several; 1,000 rows, or one for
+    each row of --context."""
+    temperature: tuple[float, ...] | None = None
+    """Factor on the latents' standard deviation; several values give one row of images each, of the same noise.
+    Default: 0.7 for images, 1 for rows."""
+    context: str | None = None
+    """A table with the columns that the model is conditioned on; its rows are used in turn."""
     classes: tuple[int, ...] | None = None
     """Class labels, used in turn. Default: all classes."""
     seed: int = 0
@@ -103,7 +114,7 @@ def run_command(argv: list[str]) -> None:
         | Annotated[Interpolate, tyro.conf.subcommand("interpolate")],
         args=argv,
         prog="fastflow",
-        description="Train, evaluate and explore normalizing flows on images.",
+        description="Train, evaluate and explore normalizing flows on images and tables.",
     )
     if isinstance(options, Config):
         options = _with_one_length(options, default)
@@ -164,9 +175,14 @@ def _resume_folder(argv: list[str]) -> str | None:
 def _evaluate(options: Evaluate) -> None:
     path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
-    source = _source(options, model, training, path)
-    images = source.test[: options.images] >> (8 - model.n_bits)
-    labels = None if model.classes is None else source.test_labels[: options.images]
+    kind = kind_of(model.shape)
+    if len(model.shape) == 1:
+        images, labels = test_rows(options, model, training, path)
+    else:
+        source = _source(options, model, training, path)
+        images = data.drop_bits(source.test, model.n_bits)
+        labels = None if model.classes is None else source.test_labels
+    images, labels = images[: options.images], None if labels is None else labels[: options.images]
     bounds = evaluate(
         model,
         images,
@@ -177,26 +193,31 @@ def _evaluate(options: Evaluate) -> None:
         bf16=options.bf16,
         each=True,
     )
-    result = {
-        "model": type(model).__name__,
-        "test_images": len(images),
-        "importance_samples": options.samples,
-        "test_bits_per_dim": bounds[-1].mean().item(),
-        "test_bits_per_dim_1_sample": bounds[0].mean().item(),
-        "codecs_bits_per_dim": picture.codec_bits_per_dim(images[:1000]) if model.n_bits == 8 else {},
-    }
-    print(report(result))
+    losses = [kind.unit(model.shape).of_bits_per_dim * bits for bits in bounds.mean(1).tolist()]
+    result = {"model": type(model).__name__, **kind.result(images, losses, model.n_bits)}
+    print(kind.report(result))
 
 
 def _sample(options: Sample) -> None:
     path = Path(options.checkpoint)
-    model = checkpoint.load(path, options.device)
+    model, training = checkpoint.opened(path, options.device)
+    default = kind_of(model.shape).defaults["temperature"]
+    options = replace(options, temperature=options.temperature or (default,))
+    if not (lowest := min(options.temperature)) >= 0:
+        raise config_error("temperature", lowest, "at least 0")
+    if len(model.shape) == 1:
+        sample_rows(options, model, training, path)
+    else:
+        _sample_images(options, model, path)
+
+
+def _sample_images(options: Sample, model: Model, path: Path) -> None:
     _check_images(model, path)
+    if options.context is not None:
+        raise config_error("context", options.context, f"none: {path} holds a model of images")
+    out = options.out or "samples.png"
     several = len(options.temperature) > 1
     n = (8 if several else 64) if options.n is None else options.n
-    for name, value, least in (("n", n, 1), ("temperature", min(options.temperature), 0)):
-        if not value >= least:
-            raise config_error(name, value, f"at least {least}")
     labels = None
     if options.classes is not None:
         if model.classes is None:
@@ -206,10 +227,10 @@ def _sample(options: Sample) -> None:
         labels = torch.tensor(options.classes)[torch.arange(n) % len(options.classes)]
     rows = {f"T = {t:g}": sample(model, n, t, options.seed, labels) for t in options.temperature}
     if several:
-        picture.save_rows(options.out, rows, model.n_bits)
+        picture.save_rows(out, rows, model.n_bits)
     else:
-        picture.save_grid(options.out, *rows.values(), model.n_bits)
-    print(f"{options.out}: {n} samples at temperature {', '.join(f'{t:g}' for t in options.temperature)}")
+        picture.save_grid(out, *rows.values(), model.n_bits)
+    print(f"{out}: {n} samples at temperature {', '.join(f'{t:g}' for t in options.temperature)}")
 
 
 def _interpolate(options: Interpolate) -> None:
@@ -243,8 +264,8 @@ def _source(options: Evaluate | Interpolate, model: Model, training: dict | None
     folder, skip = options.data_dir or trained.get("data_dir", "data"), trained.get("skip_damaged", False)
     side = model.shape[1] if model.shape[1] == model.shape[2] else None  # a .npz file of other images
     source = data.load(name, folder, side, model.shape[0], skip)
-    if source.image_shape != tuple(model.shape):
-        got = f"{name} with images {source.image_shape}"
+    if source.shape != tuple(model.shape):
+        got = f"{name} with images {source.shape}"
         raise config_error("data", got, f"images {tuple(model.shape)}, the model's")
     if model.classes is not None and source.classes is None:
         raise config_error(

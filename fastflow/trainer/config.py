@@ -5,7 +5,7 @@ import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args, get_origin
 
-from fastflow.trainer.model_options import MODELS, ModelOptions
+from fastflow.trainer.model_options import MODELS, OPTIONS, ModelOptions
 
 # Options that may differ when a run is resumed.
 _MAY_CHANGE = set(
@@ -26,13 +26,17 @@ class DataOptions:
     """Options of the data, and the model."""
 
     data: str = "photos"
-    """photos, cifar10, mnist, a folder of images, or a .npz file (uint8 x; optional: y, x_test, y_test, x_val,
-    y_val)."""
+    """photos, cifar10, mnist, a folder of images, a .npz file (uint8 x; optional: y, x_test, y_test, x_val,
+    y_val), or a table: a .csv, .npy or .parquet file, or a .npz file with a two-dimensional x."""
+    columns: str | None = None
+    """Columns of a table to model, names separated by commas. Default: all but those of --context."""
+    context: str | None = None
+    """Columns of a table that the model is conditioned on, names separated by commas. Default: none."""
     data_dir: str = "data"
     """Folder of torchvision's cifar10 and mnist, which are downloaded to it if absent."""
     validation: float | None = None
     """Share of the training set that is held out as a validation set, chosen by the seed; 0: none. Default: the
-    validation set of the data, if they have one."""
+    validation set of the data if they have one, otherwise none of images and 0.1 of a table."""
     image_size: int | None = None
     """Image side. Folders: default 32. MNIST: 32 (zero-padded) or 28, the default of mnist- models."""
     channels: int | None = None
@@ -45,13 +49,14 @@ class DataOptions:
     """Flip training images at random. Default: yes for photos, cifar10, folders. Deprecated name: --flip."""
     class_conditional: bool = False
     """Condition the model on the labels."""
-    model: Literal[tuple(MODELS)] = "glow"
-    """Model to train; mnist- models are from the UvA tutorial on image flows."""
+    model: Literal[(*MODELS, "auto")] = "auto"
+    """Model to train; mnist- models are from the UvA tutorial on image flows. auto: glow for images, vector_glow
+    for a table."""
 
 
 @dataclass(frozen=True)
 class Config(ModelOptions, DataOptions):
-    """Train a flow on images."""
+    """Train a flow on images or on a table."""
 
     steps: int | None = None
     """Number of optimizer steps. Default: 800, or those of --epochs."""
@@ -61,7 +66,7 @@ class Config(ModelOptions, DataOptions):
     """Time limit, final evaluation and pictures included. If the steps do not fit, their number and the
     learning-rate schedule are shortened. Default: 2.9 for photos, no limit (inf) for other data."""
     batch_size: int = 32
-    """Images per step, over all ranks."""
+    """Images or rows per step, over all ranks."""
     accumulate: int = 1
     """Gradient-accumulation steps per rank."""
     lr: float = 3e-3
@@ -84,7 +89,8 @@ class Config(ModelOptions, DataOptions):
     ema: float = 0.0
     """EMA decay per step, e.g. 0.999; the average is evaluated, sampled and saved. 0 disables EMA."""
     bf16: bool | None = None
-    """Run the networks in bfloat16; the flow's state stays float32. Default: yes on a GPU, otherwise no."""
+    """Run the networks in bfloat16; the flow's state stays float32. Default: yes for images on a GPU, otherwise
+    no."""
     float64: bool = False
     """Compute in float64 (slow), to compare runs."""
     compile: bool = False
@@ -111,17 +117,18 @@ class Config(ModelOptions, DataOptions):
     patience: int = 0
     """Stop after this many evaluations in a row without a new best; 0: never. Needs a validation set."""
     eval_images: int = 1000
-    """Number of images in these evaluations, taken from the start; the final one uses the whole test set."""
+    """Number of images or rows in these evaluations, taken from the start; the final one uses the whole test
+    set."""
     eval_samples: int = 1
-    """Importance samples in these evaluations."""
+    """Importance samples in these evaluations; without effect for a table, whose densities are exact."""
     final_samples: int = 8
-    """Importance samples in the final evaluation."""
+    """Importance samples in the final evaluation; without effect for a table."""
     sample_every: int = 400
-    """Steps between sample grids."""
-    samples: int = 64
-    """Number of images in a sample grid."""
-    temperature: float = 0.7
-    """Factor on the latents' standard deviation in sample grids."""
+    """Steps between pictures of samples."""
+    samples: int | None = None
+    """Number of samples in these pictures. Default: 64 images, 1,000 rows."""
+    temperature: float | None = None
+    """Factor on the latents' standard deviation in these pictures. Default: 0.7 for images, 1 for a table."""
     save_every: int = 100
     """Steps between checkpoints."""
 
@@ -159,10 +166,11 @@ def validate_config(config: Config) -> None:
             raise config_error(field.name, repr(value), f"one of {', '.join(choices)}")
     ones = "batch_size accumulate eval_every eval_images eval_samples final_samples sample_every samples"
     least = dict.fromkeys(f"{ones} save_every n_bits".split(), 1) | {"seed": 0, "warmup": 0, "temperature": 0}
-    least |= {"patience": 0} | {name: 1 for name in ("steps", "epochs") if getattr(config, name) is not None}
+    least |= {"patience": 0, "steps": 1, "epochs": 1}
     for name, bound in least.items():
-        if not getattr(config, name) >= bound:
-            raise config_error(name, getattr(config, name), f"at least {bound}")
+        value = getattr(config, name)
+        if value is not None and not value >= bound:
+            raise config_error(name, value, f"at least {bound}")
     if config.steps is not None and config.epochs is not None:
         raise config_error("epochs", config.epochs, f"none with steps {config.steps}: give one of the two")
     if config.validation is not None and not 0 <= config.validation < 1:
@@ -209,6 +217,9 @@ def stored_config(training: dict) -> dict[str, object]:
     kept.setdefault("validation", 0.0)  # older runs have none
     if "data" in training:
         kept.setdefault("channels", training["data"][2])  # gray folders of older runs have 3
+    if (model := MODELS.get(kept.get("model"))) is not None:
+        # defaults of other models' options, which may be others now
+        kept = {name: value for name, value in kept.items() if name not in OPTIONS - model.options().keys()}
     if kept.get("epochs") is not None:
         kept["steps"] = None  # those of the epochs
     return kept

@@ -13,6 +13,8 @@ from fastflow.seeds import Stream, derive
 from fastflow.trainer import picture
 from fastflow.trainer.captured import Captured, record_on
 from fastflow.trainer.config import Config
+from fastflow.trainer.data import Source
+from fastflow.trainer.kinds import ImageKind, kind_of
 from fastflow.trainer.progress import read_metrics
 from fastflow.trainer.ranks import Ranks
 from fastflow.trainer.step import autocast
@@ -50,15 +52,15 @@ def evaluate(
     ranks: Ranks | None = None,
     log_prob: Captured | None = None,
 ) -> Tensor:
-    r"""Bits/dim of each image, :math:`-\log_2 \frac{1}{K} \sum_k p_k(x) / D`.
+    r"""Bits/dim of each sample, :math:`-\log_2 \frac{1}{K} \sum_k p_k(x) / D`.
 
     The sum is over K draws of the dequantization noise. More samples tighten the bound (arXiv:1509.00519,
-    equation 8). The noise depends only on (seed, k, image).
+    equation 8). The noise depends only on (seed, k, image). Continuous samples have none: K is 1 for them.
 
     Args:
-        model: a model of images.
-        images: uint8 ``[N, C, H, W]``.
-        labels: int64 ``[N]``, or None.
+        model: a model of images or vectors.
+        images: uint8 ``[N, C, H, W]``, or floating point ``[N, D]``.
+        labels: int64 ``[N]``, a context ``[N, C]``, or None.
         samples: number of importance samples K.
         seed: seed of the noise.
         batch_size: images per batch.
@@ -71,6 +73,7 @@ def evaluate(
     """
     device = next(model.parameters()).device
     ranks = ranks or Ranks()
+    samples = 1 if model.n_bits is None else samples
     log_prob = log_prob or captured_log_prob(model)
     found = torch.zeros(samples, len(images), dtype=torch.float64)
     with in_mode(model, training=False):
@@ -102,15 +105,16 @@ def sample(
     labels: Tensor | None = None,
     draw: Captured | None = None,
 ) -> Tensor:
-    """``n`` images, uint8 ``[n, C, H, W]`` on the CPU; without ``labels`` of all classes in turn.
+    """``n`` samples ``[n, *shape]`` on the CPU; without ``labels`` of all classes in turn.
 
-    ``draw``: :func:`captured_sample` of the model, to reuse its CUDA graphs.
+    ``labels``: classes or contexts, used in turn. ``draw``: :func:`captured_sample` of the model, to reuse its
+    CUDA graphs.
     """
     device = next(model.parameters()).device
     if labels is None and model.classes is not None:
-        labels = torch.arange(n) % model.classes
+        labels = torch.arange(model.classes)
     generator = torch.Generator(device).manual_seed(seed)
-    context = None if labels is None else labels.to(device)
+    context = None if labels is None else labels[torch.arange(n) % len(labels)].to(device)
     with in_mode(model, training=False):
         return (draw or captured_sample(model))(n, temperature, context, generator).cpu()
 
@@ -119,6 +123,7 @@ def save_pictures(
     folder: Path,
     config: Config,
     model: Model,
+    source: Source,
     *,
     board: "SummaryWriter | None",
     step: int,
@@ -126,37 +131,24 @@ def save_pictures(
     codecs: dict[str, float] | None = None,
     draw: Captured | None = None,
 ) -> None:
-    """Write samples.png, and curve.png from metrics.csv; also write the samples to TensorBoard.
+    """Write samples.png, and curve.png from metrics.csv; also write a grid of samples to TensorBoard.
 
     ``evaluated``: the set of the evaluations, test or validation.
     """
-    seed = derive(config.seed, Stream.SAMPLES)
-    images = sample(model, config.samples, config.temperature, seed, draw=draw)
-    picture.save_grid(folder / "samples.png", images, config.n_bits)
-    if board:
+    kind, seed = kind_of(model.shape), derive(config.seed, Stream.SAMPLES)
+    contexts = None if model.context_shape is None else source.test_labels
+    samples = sample(model, config.samples, config.temperature, seed, contexts, draw)
+    grid = kind.save_samples(folder / "samples.png", samples, source, config)
+    if board and grid is not None:
         with naming(folder / "events"):
-            board.add_image("samples", picture.grid(images, config.n_bits), step, dataformats="HWC")
+            board.add_image("samples", grid, step, dataformats="HWC")
+    unit = kind.unit(model.shape)
     metrics = read_metrics(folder / "metrics.csv")
-    rows = [(row["step"], row["train_bits_per_dim"], row[f"{evaluated}_bits_per_dim"]) for row in metrics]
+    rows = [(row["step"], row[f"train_{unit.key}"], row[f"{evaluated}_{unit.key}"]) for row in metrics]
     if rows:
-        picture.save_curve(folder / "curve.png", rows, codecs, evaluated)
+        picture.save_curve(folder / "curve.png", rows, codecs, evaluated, unit.name)
 
 
 def report(result: dict) -> str:
-    """The table of results, from the contents of result.json."""
-    bits, one = result["test_bits_per_dim"], result["test_bits_per_dim_1_sample"]
-    k = result["importance_samples"]
-    samples = f"{k} importance samples, {one:.3f} with one" if k > 1 else "one sample of the noise"
-    width = max(5, len(result["model"]))
-    lines = [
-        f"bits/dim on {result['test_images']} test images",
-        f"  {result['model']:{width}s} {bits:.3f}  ({samples})",
-    ]
-    notes = {"PNG": "optimize=True", "WebP": "lossless, quality 100, method 6"}
-    for name, value in result["codecs_bits_per_dim"].items():
-        first = ", the first 1000 images" if result["test_images"] > 1000 else ""
-        lines.append(f"  {name:{width}s} {value:.3f}  ({notes[name]}, each image alone{first})")
-    if "validation_bits_per_dim" in result:
-        found = f"{result['validation_bits_per_dim']:.3f} on {result['validation_images']} images"
-        lines.append(f"best.pt of step {result['step']}, chosen by the validation set: {found}")
-    return "\n".join(lines)
+    """The table of results of images, from the contents of result.json."""
+    return ImageKind().report(result)

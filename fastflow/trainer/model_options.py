@@ -9,15 +9,16 @@ import re
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Union, get_args
 
-from fastflow.models import NICE, Glow, MNISTFlow, RealNVP
+from fastflow.models import NICE, Glow, MNISTFlow, RealNVP, VectorGlow
 from fastflow.models.glow import GlowConfig
 from fastflow.models.mnist_flow import VARIANTS, MNISTFlowConfig
 from fastflow.models.model import Model
 from fastflow.models.nice import NICEConfig
 from fastflow.models.options import ModelConfig, NetworkBuilder, literal_of
 from fastflow.models.realnvp import RealNVPConfig
+from fastflow.models.vector_glow import VectorGlowConfig
 
-# fields that follow from the data or from the model's name; the trainer's data have no context but classes
+# fields that follow from the data or from the model's name
 _NOT_OPTIONS = {
     "image_shape",
     "features",
@@ -36,7 +37,8 @@ class TrainerModel:
     """A model that ``--model`` names.
 
     ``defaults``: the trainer's own defaults, for runs of minutes. ``names``: fields that the trainer names
-    differently. ``fixed``: fields that follow from the model's name.
+    differently. ``fixed``: fields that follow from the model's name. ``dimensions``: of the shape of a sample, 3
+    of an image and 1 of a row.
     """
 
     model: type[Model]
@@ -44,6 +46,7 @@ class TrainerModel:
     defaults: dict[str, object] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, object] = field(default_factory=dict)
+    dimensions: int = 3
 
     def options(self) -> dict[str, Field]:
         """The model's fields by their names as options of the trainer."""
@@ -73,6 +76,13 @@ MODELS = {
         f"mnist-{variant}": TrainerModel(MNISTFlow, MNISTFlowConfig, fixed={"variant": variant})
         for variant in VARIANTS
     },
+    "vector_glow": TrainerModel(
+        VectorGlow,
+        VectorGlowConfig,
+        names={"steps": "steps_per_level"},
+        fixed={"standardize": True},
+        dimensions=1,
+    ),
 }
 
 
@@ -85,9 +95,14 @@ def argument_docs(docstring: str) -> dict[str, str]:
 
 
 def _type(option: Field) -> type:
-    """Type of an option on the command line, which names networks and takes no functions."""
-    takes_functions = NetworkBuilder in get_args(option.type)
-    return literal_of(option.type) if takes_functions else option.type
+    """Type of an option on the command line, which names networks and priors and takes no functions or objects."""
+    literal = literal_of(option.type)
+    objects = [
+        t
+        for t in get_args(option.type)
+        if t == NetworkBuilder or (isinstance(t, type) and t is not type(None))
+    ]
+    return literal if literal is not None and objects else option.type
 
 
 def _dataclass_of_options() -> type:

@@ -49,11 +49,12 @@ def save_curve(
     rows: Sequence[tuple[int, float, float | None]],
     baselines: Mapping[str, float] | None = None,
     evaluated: str = "test",
+    unit: str = "bits/dim",
 ) -> None:
     """Write the loss curve as a PNG.
 
-    ``rows``: (step, train bits/dim, bits/dim of an evaluation or None) in order. ``baselines``:
-    {name: bits/dim}, drawn as lines. ``evaluated``: the name of the evaluated set.
+    ``rows``: (step, training loss, loss of an evaluation or None) in order. ``baselines``: {name: loss}, drawn
+    as lines. ``evaluated``: the name of the evaluated set. ``unit``: the unit of the losses.
     """
     from matplotlib.figure import Figure
 
@@ -78,7 +79,7 @@ def save_curve(
         low, high = shown.min(), np.quantile(shown, 0.98)
         axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
     axes.set_xlabel("step")
-    axes.set_ylabel("bits/dim")
+    axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
@@ -164,6 +165,46 @@ def save_scores(path: Path | str, panels: Mapping[str, Mapping[str, ArrayLike]])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower left")
+    _write(path, figure)
+
+
+def save_corner(path: Path | str, groups: Mapping[str, ArrayLike], names: Sequence[str]) -> None:
+    """Write rows of tables as a PNG: histograms on the diagonal, scatter plots of pairs of columns below it.
+
+    ``groups``: {name: rows ``[N, D]``} with equal columns; ``names`` of the columns. More than six columns are cut
+    to the first six.
+    """
+    from matplotlib.figure import Figure
+
+    names, values = names[:6], {name: np.asarray(rows)[:, :6] for name, rows in groups.items()}
+    d, reference = len(names), next(iter(values.values()))
+    limits = np.stack([reference.min(0), reference.max(0)])  # of the first group: samples may have outliers
+    margin = 0.05 * (limits[1] - limits[0])
+    limits += np.where(margin > 0, margin, 1) * [[-1], [1]]
+    side = 1 + (2.2 * d if d > 1 else 4)
+    figure = Figure(figsize=(side, side))
+    figure.subplots_adjust(0.8 / side, 0.5 / side, 1 - 0.1 / side, 1 - 0.1 / side, wspace=0.32, hspace=0.2)
+    panels = figure.subplots(d, d, squeeze=False)
+    for i, row in enumerate(panels):
+        for j, axes in enumerate(row):
+            if j > i:
+                axes.remove()
+                continue
+            for k, (name, rows) in enumerate(values.items()):
+                style = {"color": f"C{k}", "label": name}
+                if i == j:
+                    edges = np.linspace(*limits[:, i], 41)
+                    axes.hist(rows[:, i], edges, density=True, histtype="step", **style)
+                else:
+                    axes.scatter(rows[:, j], rows[:, i], s=3, linewidths=0, alpha=0.5, **style)
+                    axes.set_ylim(limits[:, i])
+            axes.set_xlim(limits[:, j])
+            axes.tick_params(labelsize=7)
+            if i == d - 1:
+                axes.set_xlabel(names[j])
+            if j == 0:
+                axes.set_ylabel(names[i] if i else "density")
+    panels[0, 0].legend(fontsize=7)
     _write(path, figure)
 
 

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 class Metrics:
     """metrics.csv, one row per step. Rows after ``step`` are cut: the resumed run writes them again.
 
-    ``evaluated``: the set of the evaluations, test or validation.
+    ``evaluated``: the set of the evaluations, test or validation; ``unit``: the unit of losses in their names.
     """
 
-    def __init__(self, path: Path, step: int, evaluated: str = "test") -> None:
+    def __init__(self, path: Path, step: int, evaluated: str = "test", unit: str = "bits_per_dim") -> None:
         self.path = path
-        kept = [f"step,epoch,lr,train_bits_per_dim,grad_norm,{evaluated}_bits_per_dim"]
+        kept = [f"step,epoch,lr,train_{unit},grad_norm,{evaluated}_{unit}"]
         if step and path.exists():
             lines = path.read_bytes().decode(errors="replace").split("\n")
             for line in lines[1:-1]:  # the last one is empty, or a row whose end was not written
@@ -39,12 +39,12 @@ class Metrics:
         self._file = open(path, "ab", buffering=0)  # unbuffered: each row is one write
 
     def write(
-        self, step: int, epoch: int, lr: float, bits: float, grad_norm: float, eval_bits: float | None
+        self, step: int, epoch: int, lr: float, loss: float, grad_norm: float, eval_loss: float | None
     ) -> None:
         """Append a row. Raises OSError, naming the file, if the disk refuses it."""
-        evaluated = "" if eval_bits is None else f"{eval_bits:.12g}"
+        evaluated = "" if eval_loss is None else f"{eval_loss:.12g}"
         with checkpoint.naming(self.path):
-            self._file.write(f"{step},{epoch},{lr:.6g},{bits:.12g},{grad_norm:.12g},{evaluated}\n".encode())
+            self._file.write(f"{step},{epoch},{lr:.6g},{loss:.12g},{grad_norm:.12g},{evaluated}\n".encode())
 
     def sync(self) -> None:
         """Flush the rows to the disk."""
@@ -71,9 +71,12 @@ def open_tensorboard(folder: Path, step: int) -> "SummaryWriter | None":
 class Progress:
     """A progress bar on a terminal, otherwise a line every ten seconds, with running means."""
 
-    def __init__(self, target_steps: int, step: int, batch_size: int) -> None:
-        self.bits: float | None = None
-        self.images_per_second: float | None = None
+    def __init__(
+        self, target_steps: int, step: int, batch_size: int, unit: str = "bits/dim", noun: str = "images"
+    ) -> None:
+        self.loss: float | None = None
+        self.samples_per_second: float | None = None
+        self._unit, self._noun = unit, noun
         self._target_steps, self._step, self._batch_size = target_steps, step, batch_size
         self._printed = self._last = time.monotonic()
         self._bar = None
@@ -85,8 +88,8 @@ class Progress:
             shape = {"ncols": size.columns, "nrows": size.lines, "bar_format": bar_format}
             self._bar = tqdm(total=target_steps, initial=step, desc="starting", **shape)
 
-    def update(self, bits: float, target_steps: int) -> None:
-        """Count a step with its bits/dim; ``target_steps``: steps planned now."""
+    def update(self, loss: float, target_steps: int) -> None:
+        """Count a step with its loss; ``target_steps``: steps planned now."""
         now = time.monotonic()
         speed = self._batch_size / max(now - self._last, 1e-9)
         self._last = now
@@ -95,16 +98,16 @@ class Progress:
             self._target_steps = target_steps
             if self._bar is not None:
                 self._bar.total = target_steps
-        self.bits = bits if self.bits is None else 0.95 * self.bits + 0.05 * bits
-        kept = self.images_per_second
-        self.images_per_second = speed if kept is None else 0.95 * kept + 0.05 * speed
-        text = f"{self.bits:.3f} bits/dim, {self.images_per_second:.0f} images/s"
+        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+        kept = self.samples_per_second
+        self.samples_per_second = speed if kept is None else 0.95 * kept + 0.05 * speed
+        text = f"{self.loss:.3f} {self._unit}, {self.samples_per_second:.0f} {self._noun}/s"
         if self._bar is not None:
             self._bar.desc = text
             self._bar.update()
         elif now - self._printed > 10:
             self._printed = now
-            left = (self._target_steps - self._step) * self._batch_size / self.images_per_second
+            left = (self._target_steps - self._step) * self._batch_size / self.samples_per_second
             print(f"step {self._step}/{self._target_steps}: {text}, {left:.0f} s left", flush=True)
 
     def say(self, line: str) -> None:

@@ -16,10 +16,10 @@ from fastflow import checkpoint
 from fastflow.checkpoint import CheckpointError
 from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
-from fastflow.trainer import data, picture
+from fastflow.trainer import data
 from fastflow.trainer.activations import with_activations_chosen
 from fastflow.trainer.budget import TimeBudget
-from fastflow.trainer.build import build_model
+from fastflow.trainer.build import build_model, check_options, with_defaults
 from fastflow.trainer.captured import record_on
 from fastflow.trainer.config import (
     Config,
@@ -30,7 +30,8 @@ from fastflow.trainer.config import (
     with_choice_kept,
     with_steps,
 )
-from fastflow.trainer.evaluate import captured_log_prob, captured_sample, evaluate, report, save_pictures
+from fastflow.trainer.evaluate import captured_log_prob, captured_sample, evaluate, save_pictures
+from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.nonfinite import NonFiniteError, diagnose
 from fastflow.trainer.progress import Metrics, Progress, open_tensorboard
 from fastflow.trainer.ranks import Ranks, shard_bounds
@@ -68,9 +69,9 @@ class RunState:
 
 
 class StepReport(NamedTuple):
-    """Bits/dim, gradient norm, whether a rank received a signal, and the planned number of steps."""
+    """Loss, gradient norm, whether a rank received a signal, and the planned number of steps."""
 
-    bits: float
+    loss: float
     grad_norm: float
     stop: bool
     target_steps: int
@@ -88,7 +89,6 @@ class Run:
         began = time.monotonic()
         _check_device(config, ranks, device)
         self.ranks, self.device = ranks, device
-        self.bf16 = device.type == "cuda" and not config.float64 if config.bf16 is None else config.bf16
         self._uncaptured = False
         self.captures = device.type == "cuda" if config.cuda_graph is None else config.cuda_graph
         saved = read_run(config.resume) if config.resume else None
@@ -97,7 +97,7 @@ class Run:
             check_changes(saved["training"], config)
         self.config, self.notes = config, []
         self._load_data()
-        self.config = config = with_steps(config, self.source.length)
+        self.config = config = with_steps(self.config, self.source.length)
         if saved:
             self._restore(saved)
         else:
@@ -122,17 +122,24 @@ class Run:
         side = config.image_size
         if side is None and config.data == "mnist" and config.model.startswith("mnist-"):
             side = 28
-        source = ranks.local_main_first(
-            lambda: data.load(config.data, config.data_dir, side, config.channels, config.skip_damaged)
-        )
-        if config.channels not in (None, source.image_shape[0]):
-            raise config_error("channels", config.channels, f"{source.image_shape[0]} for {config.data}")
+        dtype = torch.float64 if config.float64 else torch.float32
+        options = (config.channels, config.skip_damaged, config.columns, config.context, dtype)
+        source = ranks.local_main_first(lambda: data.load(config.data, config.data_dir, side, *options))
+        if config.channels not in (None, source.shape[0]):
+            raise config_error("channels", config.channels, f"{source.shape[0]} for {config.data}")
+        self.config = config = with_defaults(config, source)
+        check_options(config, source)
         data.set_validation(source, config.validation, config.seed)
+        self.kind, self.unit = kind_of(source.shape), kind_of(source.shape).unit(source.shape)
+        on_gpu = self.device.type == "cuda" and not config.float64
+        self.bf16 = on_gpu and self.kind.bf16 if config.bf16 is None else config.bf16
+        self.conditional = config.class_conditional or source.context_features is not None
+        self.notes += source.notes
         self.evaluated = "test" if source.validation is None else "validation"
         if config.patience and source.validation is None:
             expected = "0 without a validation set, such as that of --validation 0.1"
             raise config_error("patience", config.patience, expected)
-        if self.device.type == "cuda" and not config.workers and isinstance(source, data.Images):
+        if self.device.type == "cuda" and not config.workers and isinstance(source, data.InMemory):
             if source.nbytes < torch.cuda.mem_get_info(self.device)[0] / 8:
                 source.to(self.device)
         self.source, self.part = source, shard_bounds(config.batch_size, ranks.rank, ranks.world_size)
@@ -143,11 +150,11 @@ class Run:
         self.eval_set = self.test, self.test_labels
         if source.validation is not None:
             self.eval_set = self._as_evaluated(source.validation, source.validation_labels)
-        self.data_fingerprint = [source.length, len(source.test), *source.image_shape, source.classes]
+        self.data_fingerprint = [source.length, len(source.test), *source.shape, source.classes]
         self.data_fingerprint += [] if source.validation is None else [len(source.validation)]
 
     def _as_evaluated(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return images >> (8 - self.config.n_bits), labels if self.config.class_conditional else None
+        return data.drop_bits(images, self.config.n_bits), labels if self.conditional else None
 
     def _create(self) -> None:
         """A new model, initialized from the first batch, and a new folder."""
@@ -158,6 +165,10 @@ class Run:
         torch.manual_seed(config.seed)
         model = build_model(config, self.source).to(self.device)
         self.model = model.double() if config.float64 else model
+        if self.model.standardize is not None:
+            self.model.standardize_by(
+                *(v if v is None else v.to(self.device) for v in self.source.training_rows())
+            )
         self.state = RunState(0, config.steps)
         x, labels = self.to_device(self.batches[0])
         with self.ranks.translate_collective_errors():
@@ -230,15 +241,16 @@ class Run:
         if not self.ranks.is_main:
             return
         config, step = self.config, self.state.step
-        self.metrics = Metrics(self.folder / "metrics.csv", step, self.evaluated)
+        self.metrics = Metrics(self.folder / "metrics.csv", step, self.evaluated, self.unit.key)
         self.board = open_tensorboard(self.folder, step)
-        self.progress = Progress(self.state.target_steps, step, config.batch_size)
+        unit, noun = self.unit, self.kind.noun
+        self.progress = Progress(self.state.target_steps, step, config.batch_size, unit.name, noun)
         size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        count, images = self.ranks.world_size, f"{self.source.length:,} images of {self.source.name}"
+        count, samples = self.ranks.world_size, f"{self.source.length:,} {noun} of {self.source.name}"
         if self.source.validation is not None:
-            images += f", {len(self.source.validation):,} for validation"
+            samples += f", {len(self.source.validation):,} for validation"
         where = f"{count} x {self.device.type}" if count > 1 else self.device.type
-        self.progress.say(f"{self.folder}: {size:,} parameters, {images}, {where}")
+        self.progress.say(f"{self.folder}: {size:,} parameters, {samples}, {where}")
         if isinstance(self.source, data.Folder):
             self.progress.say(self.source.found)
         elif Path(config.data).is_dir():
@@ -261,8 +273,9 @@ class Run:
 
     def to_device(self, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         x, labels = batch
-        labels = labels.to(self.device, non_blocking=True) if self.config.class_conditional else None
-        return x.to(self.device, non_blocking=True, memory_format=torch.channels_last), labels
+        labels = labels.to(self.device, non_blocking=True) if self.conditional else None
+        memory_format = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return x.to(self.device, non_blocking=True, memory_format=memory_format), labels
 
     def take_step(
         self, x: Tensor, labels: Tensor | None, seed: int, lr: float, votes: tuple[float, float]
@@ -272,14 +285,15 @@ class Run:
             bits, grad_norm, stop, target_steps = self._step(x, labels, seed, lr, votes)
         except SingularError as error:
             raise self._non_finite_error(str(error), "last checkpoint") from None
-        if math.isfinite(bits) and math.isfinite(grad_norm):
-            return StepReport(bits, grad_norm, bool(stop), int(target_steps))
+        loss = bits * self.unit.of_bits_per_dim
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return StepReport(loss, grad_norm, bool(stop), int(target_steps))
         try:
             with autocast(self.device, self.bf16):
                 reason = diagnose(self.model, x, labels, seed, self.part[0])
         except SingularError as error:  # a GPU reports a singular matrix at the next call
             reason = str(error)
-        found = f"bits/dim {bits:g}, gradient norm {grad_norm:g}; {reason}"
+        found = f"{self.unit.name} {loss:g}, gradient norm {grad_norm:g}; {reason}"
         raise self._non_finite_error(found, "last good checkpoint")
 
     def _non_finite_error(self, reason: str, last: str) -> NonFiniteError:
@@ -301,14 +315,14 @@ class Run:
             average.copy_(value)
 
     def evaluate(self) -> float:
-        """Mean bits/dim on the validation set, or on the test set if there is none."""
+        """Mean loss on the validation set, or on the test set if there is none."""
         count = self.config.eval_images
         images, labels = self.eval_set
         labels = None if labels is None else labels[:count]
-        return self._bits_per_dim(images[:count], labels, self.config.eval_samples)[-1]
+        return self._losses(images[:count], labels, self.config.eval_samples)[-1]
 
-    def _bits_per_dim(self, images: Tensor, labels: Tensor | None, samples: int) -> list[float]:
-        """Mean bits/dim with 1, 2, ... ``samples`` importance samples."""
+    def _losses(self, images: Tensor, labels: Tensor | None, samples: int) -> list[float]:
+        """Mean losses with 1, 2, ... ``samples`` importance samples."""
         bounds = evaluate(
             self.eval_model,
             images,
@@ -320,14 +334,14 @@ class Run:
             ranks=self.ranks,
             log_prob=self._log_prob,
         )
-        return bounds.mean(1).tolist()
+        return [self.unit.of_bits_per_dim * bits for bits in bounds.mean(1).tolist()]
 
-    def update_progress(self, bits: float) -> None:
-        """Show the step's bits/dim; shorten or lengthen the run if the time limit requires it."""
+    def update_progress(self, loss: float) -> None:
+        """Show the step's loss; shorten or lengthen the run if the time limit requires it."""
         if not self.ranks.is_main:
             return
         step, config = self.state.step, self.config
-        self.progress.update(bits, self.state.target_steps)
+        self.progress.update(loss, self.state.target_steps)
         if self.budget.end_step(step, self.state.target_steps):
             fitting, minutes = self.budget.target_steps, self.budget.limit / 60
             self.progress.say(f"step {step}: {fitting} of {config.steps} steps fit in {minutes:g} minutes")
@@ -336,23 +350,24 @@ class Run:
         """Plan no more steps if ``patience`` is used up."""
         state, patience = self.state, self.config.patience
         if state.stop_if_stale(patience) and self.ranks.is_main:
-            best = f"{state.best:.3f} bits/dim of step {state.best_step}"
+            best = f"{state.best:.3f} {self.unit.name} of step {state.best_step}"
             self.progress.say(f"step {state.step}: {patience} evaluations without a new best, {best}")
 
-    def log(self, lr: float, bits: float, grad_norm: float, eval_bits: float | None) -> None:
+    def log(self, lr: float, loss: float, grad_norm: float, eval_loss: float | None) -> None:
         """Write the step's row of metrics.csv and its TensorBoard scalars."""
         if not self.ranks.is_main:
             return
         step = self.state.step
-        if eval_bits is not None:
-            found = f"{self.evaluated} {eval_bits:.3f} bits/dim"
-            self.progress.say(f"step {step}: train {self.progress.bits:.3f}, {found}")
+        if eval_loss is not None:
+            found = f"{self.evaluated} {eval_loss:.3f} {self.unit.name}"
+            self.progress.say(f"step {step}: train {self.progress.loss:.3f}, {found}")
         epoch = step * self.config.batch_size // self.source.length
-        self.metrics.write(step, epoch, lr, bits, grad_norm, eval_bits)
+        self.metrics.write(step, epoch, lr, loss, grad_norm, eval_loss)
         if self.board:
-            scalars = {"train/bits_per_dim": bits, "train/grad_norm": grad_norm, "train/lr": lr}
-            scalars[f"{self.evaluated}/bits_per_dim"] = eval_bits
-            scalars["images_per_second"] = self.progress.images_per_second
+            key = self.unit.key
+            scalars = {f"train/{key}": loss, "train/grad_norm": grad_norm, "train/lr": lr}
+            scalars[f"{self.evaluated}/{key}"] = eval_loss
+            scalars[f"{self.kind.noun}_per_second"] = self.progress.samples_per_second
             with checkpoint.naming(self.folder / "events"):
                 for name, value in scalars.items():
                     if value is not None:
@@ -381,6 +396,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "rng": _rng_states(),
         }
+        if isinstance(self.source, data.Table):
+            training["columns"] = {name: list(of) for name, of in self.source.columns._asdict().items()}
         if self.config.ema:
             training["trained"] = self.model.state_dict()
         self.metrics.sync()
@@ -390,7 +407,8 @@ class Run:
         """Write samples.png and curve.png; ``codecs``: bits/dim of image codecs, drawn into the curve."""
         if self.ranks.is_main:
             options = {"board": self.board, "step": self.state.step, "codecs": codecs, "draw": self._draw}
-            save_pictures(self.folder, self.config, self.eval_model, evaluated=self.evaluated, **options)
+            options["evaluated"] = self.evaluated
+            save_pictures(self.folder, self.config, self.eval_model, self.source, **options)
 
     def close_progress(self) -> None:
         if self.ranks.is_main:
@@ -412,26 +430,22 @@ class Run:
         if self.source.validation is not None:
             best = checkpoint.read(self.folder / "best.pt", self.device)
             self.eval_model.load_state_dict(best["state_dict"])
-            images = min(config.eval_images, len(self.source.validation))
-            chosen = {"validation_bits_per_dim": self.state.best, "validation_images": images}
-        bounds = self._bits_per_dim(self.test, self.test_labels, config.final_samples)
+            count = min(config.eval_images, len(self.source.validation))
+            chosen[f"validation_{self.unit.key}"] = self.state.best
+            chosen[f"validation_{self.kind.noun}"] = count
+        bounds = self._losses(self.test, self.test_labels, config.final_samples)
         if self.ranks.is_main:
-            codecs = picture.codec_bits_per_dim(self.test[:1000]) if config.n_bits == 8 else {}
             result = {
                 "model": type(self.eval_model).__name__,
                 "step": self.state.best_step if chosen else self.state.step,
-                "test_images": len(self.test),
-                "importance_samples": config.final_samples,
-                "test_bits_per_dim": bounds[-1],
-                "test_bits_per_dim_1_sample": bounds[0],
-                "codecs_bits_per_dim": codecs,
+                **self.kind.result(self.test, bounds, self.eval_model.n_bits),
                 **chosen,
             }
-            self.save_pictures(codecs)
+            self.save_pictures(result.get("codecs_bits_per_dim"))
             with checkpoint.replacing(self.folder / "result.json") as file:
                 file.write((json.dumps(result, indent=2) + "\n").encode())
             self.close_events()
-            print(report(result))
+            print(self.kind.report(result))
             print(f"{self.folder}: last.pt, best.pt, metrics.csv, curve.png, samples.png")
         self.ranks.barrier()
 

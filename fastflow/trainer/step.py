@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fastflow.models.model import Model
 from fastflow.trainer.captured import CaptureError, Graph, record_on
+from fastflow.trainer.kinds import empty_batch
 from fastflow.trainer.ranks import Ranks, shard_bounds
 
 # uncaptured steps before a capture, in which libraries choose their kernels and allocate their memory
@@ -107,11 +108,7 @@ class Step:
 
     def _allocate_buffers(self, samples: int) -> None:
         """Allocate the inputs of a step that are not the model's, and the votes."""
-        x = torch.empty((samples, *self.model.shape), dtype=torch.uint8, device=self.device)
-        self.x = x.contiguous(memory_format=torch.channels_last)
-        self.labels = None
-        if self.model.classes is not None:
-            self.labels = torch.empty(samples, dtype=torch.int64, device=self.device)
+        self.x, self.labels = empty_batch(self.model, samples, self.device)
         self.seed = torch.empty((), dtype=torch.int64, device=self.device)
         exact = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
         self.votes = torch.zeros(2, dtype=exact, device=self.device)

@@ -1,4 +1,4 @@
-"""Training of an image flow, one loop to be read from top to bottom: see :func:`train`.
+"""Training of a flow of images or rows, one loop to be read from top to bottom: see :func:`train`.
 
 A run folder holds ``last.pt`` (all that is needed to continue), ``best.pt`` (the model with the best
 evaluation so far, on the validation set if there is one, otherwise on the test set), ``metrics.csv`` (one row
@@ -68,17 +68,17 @@ def train_steps(run: Run) -> None:
             seed = derive(config.seed, Stream.TRAINING_NOISE, state.step)
             # a step also sums the votes over the ranks, so that all of them stop after the same step
             votes = (len(signals), run.budget.target_steps if ranks.is_main else 0)
-            bits, grad_norm, stop, target_steps = run.take_step(x, labels, seed, lr, votes)
+            loss, grad_norm, stop, target_steps = run.take_step(x, labels, seed, lr, votes)
             state.step, state.target_steps = state.step + 1, target_steps
             run.average_weights()
-            run.update_progress(bits)
+            run.update_progress(loss)
 
-            eval_bits, improved = None, False
+            eval_loss, improved = None, False
             if state.step % config.eval_every == 0 or state.step >= state.target_steps:
-                eval_bits = run.evaluate()
-                improved = state.improve(eval_bits)
-            run.log(lr, bits, grad_norm, eval_bits)
-            if eval_bits is not None:
+                eval_loss = run.evaluate()
+                improved = state.improve(eval_loss)
+            run.log(lr, loss, grad_norm, eval_loss)
+            if eval_loss is not None:
                 run.stop_early()
             last = state.step >= state.target_steps
             saving = state.step % config.save_every == 0 or last

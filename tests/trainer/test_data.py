@@ -148,7 +148,7 @@ def test_folder_without_classes_holds_out_by_name(tmp_path):
     save_images(tmp_path, names)
     (tmp_path / "notes.txt").write_text("not an image")
     source = data.load(str(tmp_path), image_size=8)
-    assert source.image_shape == (3, 8, 8) and source.classes is None and source.test_labels is None
+    assert source.shape == (3, 8, 8) and source.classes is None and source.test_labels is None
     assert source.length + len(source.test) == 40 and 1 <= len(source.test) <= 12
     kept = {f.name for f in source._files}
     save_images(tmp_path, [f"more{i}.png" for i in range(20)])
@@ -211,10 +211,7 @@ def test_npz_layouts_labels_and_split(tmp_path):
     np.savez(path, x=x, y=y)
     source = data.load(str(path))
     assert (
-        source.name == "faces"
-        and source.image_shape == (3, 8, 6)
-        and source.classes == 4
-        and source.length == 18
+        source.name == "faces" and source.shape == (3, 8, 6) and source.classes == 4 and source.length == 18
     )
     held_out = np.arange(20) % 10 == 9
     assert np.array_equal(source.test.numpy(), x[held_out].transpose(0, 3, 1, 2))
@@ -223,7 +220,7 @@ def test_npz_layouts_labels_and_split(tmp_path):
     source = data.load(str(path))
     assert source.length == 20 and len(source.test) == 5 and source.classes is None
     np.savez(path, x[..., 0])
-    assert data.load(str(path)).image_shape == (1, 8, 6)
+    assert data.load(str(path)).shape == (1, 8, 6)
 
 
 def test_npz_errors(tmp_path):
@@ -256,7 +253,7 @@ def test_npz_errors(tmp_path):
 
 def test_names_and_sizes():
     with pytest.raises(
-        DataError, match="data: got 'imagenet', expected photos, cifar10, mnist, a folder of images or a .npz"
+        DataError, match="data: got 'imagenet', expected photos, cifar10, mnist, a folder of images, a .npz"
     ):
         data.load("imagenet")
     with pytest.raises(DataError, match="image_size: got 64, expected 32 for photos"):
@@ -300,7 +297,7 @@ def test_mnist_is_padded(tmp_path):
             np.array([0x801, 6], ">i4").tobytes() + labels.tobytes()
         )
     source = data.load("mnist", data_dir=str(tmp_path))
-    assert source.image_shape == (1, 32, 32) and source.classes == 10 and not source.horizontal_flip
+    assert source.shape == (1, 32, 32) and source.classes == 10 and not source.horizontal_flip
     assert np.array_equal(source.test.numpy()[:, 0, 2:30, 2:30], images) and source.test.sum() == images.sum()
     assert source.test_labels.tolist() == labels.tolist()
-    assert data.load("mnist", data_dir=str(tmp_path), image_size=28).image_shape == (1, 28, 28)
+    assert data.load("mnist", data_dir=str(tmp_path), image_size=28).shape == (1, 28, 28)

@@ -204,9 +204,9 @@ def test_gray_folders_have_one_channel(tmp_path):
     for i in range(12):
         Image.fromarray(GRAY + i).save(tmp_path / f"{i}.png")
     source = data.load(str(tmp_path), image_size=SIDE)
-    assert source.image_shape == (1, SIDE, SIDE) and source.test.shape[1] == 1
+    assert source.shape == (1, SIDE, SIDE) and source.test.shape[1] == 1
     assert "all gray: one channel" in source.found
-    assert data.load(str(tmp_path), image_size=SIDE, channels=3).image_shape == (3, SIDE, SIDE)
+    assert data.load(str(tmp_path), image_size=SIDE, channels=3).shape == (3, SIDE, SIDE)
     for i in range(20, 200):
         Image.fromarray(GRAY).save(tmp_path / f"{i}.png")
     files = [f.name for f in data.load(str(tmp_path), image_size=SIDE)._files]
@@ -220,7 +220,7 @@ def test_gray_folders_have_one_channel(tmp_path):
     x, _ = data.Batches(source, source.length, seed=0)[0]
     assert x.shape[1:] == (1, SIDE, SIDE) and "gray" not in source.found
     rgb(COLOR).save(tmp_path / files[0])
-    assert data.load(str(tmp_path), image_size=SIDE).image_shape == (3, SIDE, SIDE)
+    assert data.load(str(tmp_path), image_size=SIDE).shape == (3, SIDE, SIDE)
 
 
 def save_images(folder, names):

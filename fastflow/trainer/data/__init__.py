@@ -1,32 +1,56 @@
-"""Images to train on: two photographs, CIFAR-10, MNIST, a folder, a .npz file.
+"""Data to train on: two photographs, CIFAR-10, MNIST, a folder, a .npz file, a table.
 
-A :class:`Source` holds the images, :class:`Batches` draws batches from it. A batch is a pure function of
+A :class:`Source` holds the samples, :class:`Batches` draws batches from it. A batch is a pure function of
 (seed, step), so a resumed run needs no loader state, no global generator is used, and ranks draw the same
-images as one process.
+samples as one process.
 """
 
 from pathlib import Path
 
-from fastflow.trainer.data.batches import Batches
+import numpy as np
+import torch
+
+from fastflow.trainer.data.batches import Batches, drop_bits
 from fastflow.trainer.data.folder import Folder
 from fastflow.trainer.data.images import Images
-from fastflow.trainer.data.npz import load_npz
+from fastflow.trainer.data.memory import InMemory
+from fastflow.trainer.data.npz import images_of, read_npz
 from fastflow.trainer.data.photos import Photos
 from fastflow.trainer.data.source import DataError, Source, set_validation
+from fastflow.trainer.data.table import (
+    SUFFIXES,
+    Columns,
+    Names,
+    Table,
+    is_table,
+    load_table,
+    read_table,
+    rows_as_tensors,
+    write_table,
+)
 from fastflow.trainer.data.torchvision_sets import load_cifar10, load_mnist
 from fastflow.trainer.data.workers import WorkerError
 
 __all__ = [
     "Batches",
+    "Columns",
     "DataError",
     "Folder",
     "Images",
+    "InMemory",
     "Photos",
     "Source",
+    "Table",
     "WorkerError",
+    "drop_bits",
     "load",
+    "read_rows",
+    "rows_as_tensors",
     "set_validation",
+    "write_table",
 ]
+
+_EXPECTED = "photos, cifar10, mnist, a folder of images, a .npz file or a table (.csv, .npy, .parquet)"
 
 
 def load(
@@ -35,12 +59,27 @@ def load(
     image_size: int | None = None,
     channels: int | None = None,
     skip_damaged: bool = False,
+    columns: Names = None,
+    context: Names = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Source:
-    """Load ``photos``, ``cifar10``, ``mnist``, a folder of images or a .npz file.
+    """Load ``photos``, ``cifar10``, ``mnist``, a folder of images, a .npz file or a table.
 
     ``data_dir``: folder of torchvision's data sets. ``image_size``: image side in pixels; None: the usual
-    one. ``channels``, ``skip_damaged``: of a folder, see :class:`Folder`. Raises DataError, a ValueError of one line.
+    one. ``channels``, ``skip_damaged``: of a folder, see :class:`Folder`. ``columns``, ``context``, ``dtype``: of
+    a table. Raises DataError, a ValueError of one line.
     """
+    path = Path(name)
+    arrays = read_npz(path) if path.suffix == ".npz" else None
+    if path.suffix in SUFFIXES or (arrays and is_table(arrays)):
+        images_only = {"image_size": image_size, "channels": channels, "skip_damaged": skip_damaged or None}
+        for option, given in images_only.items():
+            if given is not None:
+                raise DataError(f"{option}: got {given}, expected none for a table")
+        return load_table(path, columns, context, dtype, arrays)
+    for option, given in (("columns", columns), ("context", context)):
+        if given is not None:
+            raise DataError(f"{option}: got {given}, expected none for {name}, which is no table")
     if name == "photos":
         return Photos(_size(name, image_size, 32))
     if name == "cifar10":
@@ -48,12 +87,20 @@ def load(
         return load_cifar10(data_dir)
     if name == "mnist":
         return load_mnist(data_dir, _size(name, image_size, 32, 28))
-    path = Path(name)
-    if path.suffix == ".npz":
-        return load_npz(path, image_size)
+    if arrays is not None:
+        return images_of(path, arrays, image_size)
     if path.is_dir():
         return Folder(path, image_size or 32, channels, skip_damaged)
-    raise DataError(f"data: got {name!r}, expected photos, cifar10, mnist, a folder of images or a .npz file")
+    raise DataError(f"data: got {name!r}, expected {_EXPECTED}")
+
+
+def read_rows(path: Path, columns: Names, context: Names) -> tuple[Columns, np.ndarray]:
+    """The chosen columns of a table and its rows with them, float64; of a .npz file x_test if there is one."""
+    arrays = read_npz(path) if path.suffix == ".npz" else None
+    if path.suffix not in SUFFIXES and not (arrays and is_table(arrays)):
+        raise DataError(f"data: got {str(path)!r}, expected a table (.csv, .npy, .npz, .parquet)")
+    names, parts = read_table(path, columns, context, arrays)
+    return names, parts.get("x_test", parts["x"])
 
 
 def _size(name: str, size: int | None, *allowed: int) -> int:

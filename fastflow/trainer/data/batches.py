@@ -14,6 +14,11 @@ from fastflow.trainer.data.source import Source
 from fastflow.trainer.data.workers import Batch, drawn_by_workers
 
 
+def drop_bits(x: Tensor, n_bits: int) -> Tensor:
+    """Samples without the lowest bits of 8."""
+    return x if n_bits == 8 else x >> (8 - n_bits)
+
+
 class Batches:
     """Training batches of a source: item ``step`` is ``(x, labels)``, a pure function of (seed, step).
 
@@ -27,7 +32,8 @@ class Batches:
         horizontal_flip: flip images at random; None: as usual for the source.
         part: first and end of the samples of each batch that are drawn, the same ones as in the whole batch.
 
-    Shape: x uint8 ``[size, C, H, W]``, values in ``[0, 2^n_bits)``; labels int64 ``[size]``, or None.
+    Shape: x uint8 ``[size, C, H, W]``, values in ``[0, 2^n_bits)``; labels int64 ``[size]``, or None. Rows of
+    a table and their context are ``[size, D]`` and ``[size, C]``.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class Batches:
         if self.horizontal_flip:
             flipped = torch.from_numpy(uniform[:, 3] < 0.5).to(x.device)
             x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-        return (x >> (8 - self.n_bits)).contiguous(), labels
+        return drop_bits(x, self.n_bits).contiguous(), labels
 
     def _indices(self, step: int) -> np.ndarray:
         epochs, places = np.divmod(np.arange(step * self.size, (step + 1) * self.size), self.source.length)

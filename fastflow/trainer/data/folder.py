@@ -24,7 +24,7 @@ class Folder:
         skip_damaged: decode every file once, and leave out those that :func:`decode` cannot read.
     """
 
-    horizontal_flip = True
+    horizontal_flip, context_features, notes = True, None, ()
 
     def __init__(
         self, path: Path | str, size: int, channels: int | None = None, skip_damaged: bool = False
@@ -42,10 +42,7 @@ class Folder:
         self._gray_only = channels is None and _all_gray(files)
         self._remarks += ["all gray: one channel"] if self._gray_only else []
         self._remarks += [f"skipped {count} {reason}" for reason, count in listing.skipped.items()]
-        self.name, self.image_shape = (
-            path.resolve().name,
-            (1 if self._gray_only else channels or 3, size, size),
-        )
+        self.name, self.shape = path.resolve().name, (1 if self._gray_only else channels or 3, size, size)
         self._path, self._files, self.length = path, files, len(train)
         self.classes, self._labels, self.test_labels, self.validation_labels = None, None, None, None
         self._classes_found = "no classes"
@@ -90,7 +87,7 @@ class Folder:
             self.validation_labels, self._labels = self._labels[order], self._labels[kept]
 
     def _decoded(self, files: list[Path]) -> Tensor:
-        channels, size = self.image_shape[:2]
+        channels, size = self.shape[:2]
         return torch.from_numpy(np.stack([decode(f, size, channels, self._gray_only) for f in files]))
 
     def _without_damaged(self, parts: tuple[Files, ...], path: Path) -> tuple[Files, ...]:

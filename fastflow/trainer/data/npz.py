@@ -8,11 +8,8 @@ from fastflow.trainer.data.images import Images
 from fastflow.trainer.data.source import DataError
 
 
-def load_npz(path: Path, image_size: int | None) -> Images:
-    """Load ``x`` and optionally ``y``, ``x_test``, ``y_test``, ``x_val``, ``y_val``.
-
-    Raises DataError for other contents.
-    """
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file; a single one is ``x``. Raises DataError if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
@@ -20,8 +17,14 @@ def load_npz(path: Path, image_size: int | None) -> Images:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:  # of zipfile, zlib or numpy
         raise DataError(f"{path}: cannot be read as .npz ({_reason(error)})") from error
-    if len(arrays) == 1:
-        arrays = {"x": next(iter(arrays.values()))}
+    return {"x": next(iter(arrays.values()))} if len(arrays) == 1 else arrays
+
+
+def images_of(path: Path, arrays: dict[str, np.ndarray], image_size: int | None) -> Images:
+    """Images from ``x`` and optionally ``y``, ``x_test``, ``y_test``, ``x_val``, ``y_val``.
+
+    Raises DataError for other contents.
+    """
     x, y = (arrays.get(key, arrays.get(f"{key}_train")) for key in "xy")
     if x is None:
         got = f"got arrays {', '.join(arrays)}" if arrays else "got no arrays"

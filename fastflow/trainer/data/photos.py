@@ -18,7 +18,7 @@ class Photos:
     """
 
     name, classes, test_labels, horizontal_flip = "photos", None, None, True
-    validation, validation_labels = None, None
+    validation, validation_labels, context_features, notes = None, None, None, ()
 
     def __init__(self, size: int = 32) -> None:
         from PIL import Image
@@ -37,7 +37,7 @@ class Photos:
         tiles = photos[:, :, : 427 // size * size, 512:].reshape(2, 3, 427 // size, size, 128 // size, size)
         tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3, size, size)
         self.test = torch.from_numpy(tiles.copy())
-        self.image_shape = (3, size, size)
+        self.shape = (3, size, size)
         # one epoch has as many crops as there are tiles in the training columns
         self.length = 2 * (427 // size) * (512 // size)
         self._windows = np.lib.stride_tricks.sliding_window_view(photos[..., :512], (size, size), axis=(2, 3))

@@ -1,4 +1,4 @@
-"""What every source of images provides."""
+"""What every source of data provides."""
 
 from typing import Protocol
 
@@ -13,36 +13,42 @@ class DataError(ValueError):
 
 
 class Source(Protocol):
-    """Images to train on and to test on, uint8 ``[N, C, H, W]``.
+    """Samples to train on and to test on: images, uint8 ``[N, C, H, W]``, or rows of a table, ``[N, D]``.
+
+    Labels are classes, int64 ``[N]``, or the context of rows, ``[N, context_features]``, or None.
 
     Attributes:
         name: name for messages.
-        image_shape: ``(C, H, W)``.
-        length: number of training images in an epoch.
+        shape: ``(C, H, W)`` or ``(D,)``.
+        length: number of training samples in an epoch.
         classes: number of classes, or None without labels.
-        horizontal_flip: whether training images are usually flipped.
-        test: test images.
-        test_labels: int64 ``[N]``, or None.
-        validation: validation images, which the source has of its own or :meth:`hold_out` took; or None.
-        validation_labels: int64 ``[N]``, or None.
+        context_features: number of columns of the context, or None.
+        horizontal_flip: whether training samples are usually flipped.
+        notes: lines that are printed before training.
+        test: test samples.
+        test_labels: their labels.
+        validation: validation samples, which the source has of its own or :meth:`hold_out` took; or None.
+        validation_labels: their labels.
     """
 
     name: str
-    image_shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     length: int
     classes: int | None
+    context_features: int | None
     horizontal_flip: bool
+    notes: tuple[str, ...]
     test: Tensor
     test_labels: Tensor | None
     validation: Tensor | None
     validation_labels: Tensor | None
 
     def draw(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """Images and labels of ``indices`` ``[N]``; ``uniform`` ``[N, 3]`` is the only randomness."""
+        """Samples and labels of ``indices`` ``[N]``; ``uniform`` ``[N, 3]`` is the only randomness."""
         ...
 
     def hold_out(self, fraction: float, seed: int) -> None:
-        """Move this share of the training images to ``validation``; ``seed`` chooses them."""
+        """Move this share of the training samples to ``validation``; ``seed`` chooses them."""
         ...
 
 
