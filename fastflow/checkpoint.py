@@ -2,11 +2,14 @@
 
 A checkpoint is a file of ``torch.save`` that holds a plain dict::
 
-    {"format": 1, "fastflow": version, "model": class name, "config": constructor arguments,
+    {"format": 1, "fastflow": version, "model": class name, "config": constructor arguments or None,
      "state_dict": ..., "training": None or the trainer's state}
+
+Without constructor arguments, ``"layers"`` has the class and the options of each layer, for messages.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +17,13 @@ from typing import BinaryIO
 
 import torch
 
-from fastflow import archive
+from fastflow import archive, validation
 from fastflow.archive import CheckpointError
 from fastflow.models.model import Model
 from fastflow.models.options import FORMER_NAMES
 
 FORMAT = 1
+_INTO = "expected into=model, built as the model that was saved: fastflow.load(path, into=model)"
 _KEYS = ("format", "fastflow", "model", "config", "state_dict", "training")
 
 
@@ -61,40 +65,34 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def save(path: str | os.PathLike, model: Model, training: dict | None = None) -> None:
-    """Write ``model``, one of ``fastflow.models``, to ``path``. An interrupted write keeps the previous file.
+    """Write ``model`` to ``path``. An interrupted write keeps the previous file.
+
+    The file has the options of a ready model, from which :func:`load` builds it again. For a model of your own
+    layers (:class:`~fastflow.models.FlowModel`, a subclass of ``Model``, an option that is a function or an
+    object) it has the weights only: build the model again, and :func:`load` fills it. A distribution of
+    torch.distributions is no weight, and not in the file.
 
     ``training``: a plain dict of tensors, numbers, strings, lists and dicts, which :func:`read` returns.
 
-    Raises CheckpointError for a model that :func:`load` cannot rebuild, OSError if the file cannot be
-    written.
+    Raises CheckpointError for anything but a model, OSError if the file cannot be written.
     """
     import fastflow
-    import fastflow.models
 
-    path, name = Path(path), type(model).__name__
-    if isinstance(model, Model) and model.config is None:
+    path = Path(path)
+    if not isinstance(model, Model):
         raise CheckpointError(
-            f"{path}: model: got {name}, expected a model that its options rebuild; build the flow again, and "
-            "save and load model.state_dict() with torch"
+            f"{path}: model: got {type(model).__name__}, expected a model of fastflow.models"
         )
-    if name not in fastflow.models.__all__:
-        raise CheckpointError(
-            f"{path}: model: got {name}, expected one of {', '.join(fastflow.models.__all__)}"
-        )
-    for option, value in model.config.items():
-        if not isinstance(value, (str, int, float, tuple, type(None))):
-            raise CheckpointError(
-                f"{path}: {option}: got {value!r}, expected a value that a file can hold; build the model again, "
-                "and save and load model.state_dict() with torch"
-            )
     contents = {
         "format": FORMAT,
         "fastflow": fastflow.__version__,
-        "model": name,
-        "config": dict(model.config),
+        "model": type(model).__name__,
+        "config": dict(model.config) if _is_rebuilt(model) else None,
         "state_dict": model.state_dict(),
         "training": training,
     }
+    if contents["config"] is None:
+        contents["layers"] = _layers(model)
     try:
         with replacing(path) as file:
             torch.save(contents, file)
@@ -139,6 +137,8 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
     import fastflow.models
 
     name, config, state = contents["model"], contents["config"], contents["state_dict"]
+    if config is None:
+        raise CheckpointError(f"{path}: holds the weights of {name!r} without its options; {_INTO}")
     if name not in fastflow.models.__all__:
         known = ", ".join(fastflow.models.__all__)
         raise CheckpointError(
@@ -151,7 +151,59 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
         raise CheckpointError(
             f"{path}: {name} does not take its configuration ({archive.first_line(error)})"
         ) from error
-    expected = model.state_dict()
+    _check_state(model, state, path)
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(*dtypes)  # also the buffers that are not in the state dict
+    model.load_state_dict(state, assign=True)  # assign keeps the file's dtypes, such as float64
+    return model.eval()
+
+
+def fill(model: Model, contents: dict, path: str | os.PathLike) -> Model:
+    """Copy the weights of a dict that :func:`read` returned into ``model``, which then is in eval mode.
+
+    Raises CheckpointError, before anything changes, for a model of another class or with other weights. Warns
+    if the description of a layer differs, which shapes of weights do not show, such as a scale function.
+    """
+    name, state = type(model).__name__, contents["state_dict"]
+    if name != contents["model"]:
+        raise CheckpointError(f"{path}: holds the model {contents['model']!r}; into: got {name}")
+    _check_state(model, state, path)
+    expected, found = contents.get("layers") or {}, _layers(model)
+    for layer in expected:
+        if expected[layer] != found.get(layer):
+            warnings.warn(
+                f"{path}: {layer or 'the model'}: was {expected[layer]}, into: has {found.get(layer)}",
+                stacklevel=3,
+            )
+            break
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(*dtypes)
+    assign = any(value.is_meta for value in model.state_dict().values())
+    model.load_state_dict(state, assign=assign)  # copied, so that an optimizer keeps the parameters it has
+    return model.eval()
+
+
+def _is_rebuilt(model: Model) -> bool:
+    """Whether the options of a model rebuild it: a class of fastflow.models, with plain values."""
+    import fastflow.models
+
+    known = getattr(fastflow.models, type(model).__name__, None) is type(model)
+    plain = (str, int, float, tuple, type(None))
+    return known and model.config is not None and all(isinstance(v, plain) for v in model.config.values())
+
+
+def _layers(model: Model) -> dict[str, str]:
+    """Class and options of each module by its name."""
+    return {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in model.named_modules()}
+
+
+def _check_state(model: Model, state: object, path: str | os.PathLike) -> None:
+    """Raise CheckpointError unless ``state`` has the keys and the shapes of the model's weights."""
+    name, expected = type(model).__name__, model.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise CheckpointError(f"{path}: weights do not fit {name}: not a dict of tensors")
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     if missing or unexpected:
@@ -161,38 +213,58 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
         if value.shape != state[key].shape:
             got = f"{key}: got {tuple(state[key].shape)}"
             raise CheckpointError(f"{path}: weights do not fit {name}: {got}, expected {tuple(value.shape)}")
-    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
-    if len(dtypes) == 1:
-        model.to(*dtypes)  # also the buffers that are not in the state dict
-    model.load_state_dict(state, assign=True)  # assign keeps the file's dtypes, such as float64
-    return model.eval()
 
 
-def load(path: str | os.PathLike, device: torch.device | str = "cpu") -> Model:
+def load(
+    path: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None
+) -> Model:
     """Load a trained model to ``device``, in eval mode.
 
     ``path``: a checkpoint, a run folder, or published weights that :func:`fastflow.models.load_published`
     supports, stored as ``state_dict``. The model of a run folder is its best.pt if the run has a validation set,
     otherwise its last.pt.
 
+    ``device``: None: the CPU, or the device of ``into``.
+    ``into``: a model, built as the one that was saved. It receives the weights and is returned. Files without
+    the model's options need it, see :func:`save`.
+
     Raises CheckpointError, a ValueError of one line, if the file cannot be read (see :func:`read`), for an
-    unknown model and for weights that do not fit it.
+    unknown model and for weights that do not fit it. Warns if a layer of ``into`` has other options.
     """
-    return opened(path, device)[0]
+    if into is None:
+        return opened(path, device or "cpu")[0]
+    if not isinstance(into, Model):
+        raise validation.argument_error("into", type(into).__name__, "a model of fastflow.models")
+    contents, path, _ = _chosen(Path(path), "cpu")
+    if _is_published(contents):
+        raise CheckpointError(f"{path}: published weights, which are loaded without into=")
+    fill(into, contents, path)
+    return into if device is None else into.to(device)
 
 
 def opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[Model, dict | None]:
     """The model that :func:`load` returns and the ``training`` dict that was saved with it, or None."""
-    path = Path(path)
-    folder, path = path, path / "last.pt" if (path / "last.pt").is_file() else path
-    contents = archive.read(path, device)
-    if isinstance(contents, dict) and "state_dict" in contents and "fastflow" not in contents:
+    contents, path, training = _chosen(Path(path), device)
+    if _is_published(contents):
         from fastflow.models import load_published
 
         return load_published(path, device), None
+    return build(contents, path).to(device), training
+
+
+def _is_published(contents: object) -> bool:
+    return isinstance(contents, dict) and "state_dict" in contents and "fastflow" not in contents
+
+
+def _chosen(path: Path, device: torch.device | str) -> tuple[dict, Path, dict | None]:
+    """Contents and path of a file, or of the file that a run folder chooses; and the ``training`` dict of the run."""
+    folder, path = path, path / "last.pt" if (path / "last.pt").is_file() else path
+    contents = archive.read(path, device)
+    if _is_published(contents):
+        return contents, path, None
     contents = _checked(contents, path)
     training = contents["training"]
     best = folder / "best.pt"
     if path != folder and (training or {}).get("chosen") == best.name and best.is_file():
         contents, path = read(best, device), best
-    return build(contents, path).to(device), training
+    return contents, path, training

@@ -10,7 +10,8 @@ import torch
 
 import fastflow
 from fastflow import CheckpointError, checkpoint
-from fastflow.models import Glow
+from fastflow import nn as fnn
+from fastflow.models import FlowModel, Glow, VectorGlow
 
 
 def tiny(**changes):
@@ -116,8 +117,8 @@ def test_a_full_disk_leaves_the_former_file_and_nothing_beside(after, tmp_path):
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_only_models_that_can_be_built_again_are_saved(tmp_path):
-    with pytest.raises(CheckpointError, match="Linear, expected one of .*Glow"):
+def test_only_models_are_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="model: got Linear, expected a model of fastflow.models"):
         fastflow.save(tmp_path / "model.pt", torch.nn.Linear(2, 2))
     assert list(tmp_path.iterdir()) == []
 
@@ -215,3 +216,81 @@ def test_other_models_versions_and_weights(tmp_path):
         written(state_dict={k: v for k, v in state.items() if k != name}), "1 missing, 0 unexpected", name
     )
     refused(written(state_dict=state | {"more": torch.zeros(1)}), "0 missing, 1 unexpected", "more")
+
+
+# models of one's own layers ---------------------------------------------------------------------------------------------------
+
+
+def own(hidden=5, scale="soft_clamp", features=3):
+    """A flow with a network that is not FastFlow's."""
+    net = torch.nn.Sequential(torch.nn.Linear(1, hidden), torch.nn.SiLU(), torch.nn.Linear(hidden, 4))
+    torch.nn.init.normal_(net[2].weight)
+    flow = fnn.Sequential(
+        fnn.ActNorm(features), fnn.Permute(3, "random"), fnn.AffineCoupling(net, scale=scale)
+    )
+    return FlowModel(flow, fnn.GaussianPrior((3,), learned=True))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_model_of_own_layers_is_filled(tmp_path, double):
+    path, model = tmp_path / "model.pt", own().double() if double else own()
+    x = torch.randn(8, 3, dtype=torch.float64 if double else torch.float32)
+    model.initialize(x)
+    fastflow.save(path, model)
+    into = own()
+    kept = list(into.parameters())
+    assert fastflow.load(path, into=into) is into and same_state(into, model) and not into.training
+    assert all(a is b for a, b in zip(into.parameters(), kept, strict=True)), "an optimizer has these"
+    assert torch.equal(into.log_prob(x), model.eval().log_prob(x))
+    with torch.device("meta"):
+        into = own()
+    fastflow.load(path, into=into)
+    assert torch.equal(into.log_prob(x), model.log_prob(x))
+    refused(path, "holds the weights of 'FlowModel' without its options", "into=model")
+
+
+def test_ready_models_are_filled_too(tmp_path):
+    fastflow.save(tmp_path / "model.pt", tiny())
+    assert same_state(fastflow.load(tmp_path / "model.pt", into=tiny()), fastflow.load(tmp_path / "model.pt"))
+
+
+def test_into_another_model(tmp_path):
+    path = tmp_path / "model.pt"
+    fastflow.save(path, own())
+    for into, words in (
+        (VectorGlow(3, steps=1), "holds the model 'FlowModel'; into: got VectorGlow"),
+        (own(hidden=6), "flows.0.flows.2.net.0.weight: got (5, 1), expected (6, 1)"),
+        (FlowModel(fnn.ActNorm(3), fnn.GaussianPrior((3,))), "weights do not fit FlowModel: 3 missing, 11 unexpected"),
+        (FlowModel(own().flow, own().prior, standardize=True), "2 missing, 0 unexpected, such as standardize.mean"),
+    ):  # fmt: skip
+        before = {k: v.clone() for k, v in into.state_dict().items()}
+        with pytest.raises(CheckpointError) as error:
+            fastflow.load(path, into=into)
+        assert str(error.value).startswith(str(path)) and words in str(error.value)
+        torch.testing.assert_close(into.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="into: got Linear, expected a model of fastflow.models"):
+        fastflow.load(path, into=torch.nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match=r"flows.0.flows.2: was .*'soft_clamp'.*, into: has .*'tanh'"):
+        fastflow.load(path, into=own(scale="tanh"))
+
+
+def test_damaged_and_tampered_files(tmp_path):
+    path = tmp_path / "model.pt"
+    fastflow.save(path, own())
+    for name, config in (("os.system", None), ("os.system", {}), ("Linear", {}), ("Model", {})):
+        rewrite(path, model=name, config=config)
+        refused(path, repr(name))
+        with pytest.raises(CheckpointError, match=f"holds the model '{name}'; into: got FlowModel"):
+            fastflow.load(path, into=own())
+    fastflow.save(path, own())
+    for state in ({"a": 1}, None, [torch.zeros(1)]):
+        rewrite(path, state_dict=state)
+        with pytest.raises(CheckpointError, match="weights do not fit FlowModel: not a dict of tensors"):
+            fastflow.load(path, into=own())
+    fastflow.save(path, own())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        fastflow.load(path, into=own())
+    torch.save({"state_dict": own().state_dict()}, path)
+    with pytest.raises(CheckpointError, match="published weights, which are loaded without into="):
+        fastflow.load(path, into=own())

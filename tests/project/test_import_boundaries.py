@@ -33,7 +33,7 @@ MAY_IMPORT = {
         "transforms",
     },
     "models": {"torch", "nn", "validation", "deprecation", "archive", "state_from_data", "transforms"},
-    "checkpoint": {"torch", "models", "archive", "facade"},
+    "checkpoint": {"torch", "validation", "models", "archive", "facade"},
     "fitting": {"torch", "numpy", "tqdm", "validation", "models", "trainer"},
     "export": {"torch", "validation", "models", "nn"},
     "explore": {"torch", "validation", "models", "seeds", "sklearn"},
