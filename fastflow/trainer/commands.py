@@ -169,7 +169,11 @@ def _resume_folder(argv: list[str]) -> str | None:
         return None
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume")
-    return parser.parse_known_args(argv)[0].resume
+    parser.add_argument("--out")
+    parser.add_argument("--resume-if-present", action="store_true")
+    given = parser.parse_known_args(argv)[0]
+    present = given.resume_if_present and given.out and (Path(given.out) / "last.pt").is_file()
+    return given.out if present else given.resume
 
 
 def _evaluate(options: Evaluate) -> None:

@@ -9,8 +9,8 @@ from fastflow.trainer.model_options import MODELS, OPTIONS, ModelOptions
 
 # Options that may differ when a run is resumed.
 _MAY_CHANGE = set(
-    "resume out steps epochs minutes patience lr clip save_every device workers data_dir accumulate bf16 compile cuda_graph "
-    "deterministic timeout".split()
+    "resume resume_if_present out data data_changed steps epochs minutes patience lr clip save_every device workers "
+    "data_dir accumulate bf16 compile cuda_graph deterministic timeout".split()
 )
 STEPS = 800
 GAMMA = 0.99
@@ -136,6 +136,10 @@ class Config(ModelOptions, DataOptions):
     """Folder of the run, which must not exist or be empty. Default: the first unused runs/DATA-N."""
     resume: str | None = None
     """Continue the run in this folder with its own settings, few of which can be changed."""
+    resume_if_present: bool = False
+    """Continue the run in --out if it has a checkpoint, otherwise start it: for schedulers that restart jobs."""
+    data_changed: bool = False
+    """Continue a run although its data changed since it started: with the data as they are now."""
 
     def __post_init__(self) -> None:
         if isinstance(self.reversible, bool):
@@ -250,7 +254,7 @@ def check_changes(training: dict, config: Config) -> None:
     kept, given = stored_config(training), asdict(config)
     for name in given:
         if name not in _MAY_CHANGE and kept.get(name, given[name]) != given[name]:
-            allowed = ", ".join(sorted(_MAY_CHANGE - {"resume", "out"}))
+            allowed = ", ".join(sorted(_MAY_CHANGE - {"resume", "resume_if_present", "out"}))
             expected = f"{kept[name]} as in the run; a resumed run may change {allowed}"
             raise config_error(name, given[name], expected)
     if config.out is not None:

@@ -19,19 +19,24 @@ if TYPE_CHECKING:
 class Metrics:
     """metrics.csv, one row per step. Rows after ``step`` are cut: the resumed run writes them again.
 
+    Without the file, the rows of a resumed run start after ``step``.
+
     ``evaluated``: the set of the evaluations, test or validation; ``unit``: the unit of losses in their names.
     """
 
     def __init__(self, path: Path, step: int, evaluated: str = "test", unit: str = "bits_per_dim") -> None:
         self.path = path
         kept = [f"step,epoch,lr,train_{unit},grad_norm,{evaluated}_{unit}"]
-        if step and path.exists():
-            lines = path.read_bytes().decode(errors="replace").split("\n")
-            for line in lines[1:-1]:  # the last one is empty, or a row whose end was not written
-                if line.split(",")[0] != str(len(kept)) or len(kept) > step:
-                    break
-                kept.append(line)
-        if len(kept) <= step:
+        lines = path.read_bytes().decode(errors="replace").split("\n")[1:-1] if step and path.exists() else []
+        # the last element is empty, or a row whose end was not written; without rows they start after ``step``
+        first = lines[0].split(",")[0] if lines else str(step + 1)
+        reached = int(first) - 1 if first.isdecimal() else 0
+        for line in lines:
+            if line.split(",")[0] != str(reached + 1) or reached == step:
+                break
+            kept.append(line)
+            reached += 1
+        if reached != step:
             got = f"{len(kept) - 1} rows in order"
             raise CheckpointError(f"{path}: got {got}, expected {step}, the step of the checkpoint")
         with checkpoint.replacing(path) as file:

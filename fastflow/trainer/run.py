@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,6 @@ from fastflow.trainer.build import build_model, check_options, with_defaults
 from fastflow.trainer.captured import record_on
 from fastflow.trainer.config import (
     Config,
-    ConfigError,
     check_changes,
     config_error,
     stored_config,
@@ -35,6 +35,7 @@ from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.nonfinite import NonFiniteError, diagnose
 from fastflow.trainer.progress import Metrics, Progress, open_tensorboard
 from fastflow.trainer.ranks import Ranks, shard_bounds
+from fastflow.trainer.run_folder import locked, new_folder
 from fastflow.trainer.step import Step, autocast
 from fastflow.validation import SingularError
 
@@ -85,12 +86,15 @@ class Run:
     nothing.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, config: Config, ranks: Ranks, device: torch.device, locks: ExitStack) -> None:
         began = time.monotonic()
         _check_device(config, ranks, device)
         self.ranks, self.device = ranks, device
         self._uncaptured = False
         self.captures = device.type == "cuda" if config.cuda_graph is None else config.cuda_graph
+        self._locks = locks
+        if config.resume and ranks.is_main and Path(config.resume).is_dir():
+            locks.enter_context(locked(Path(config.resume)))
         saved = read_run(config.resume) if config.resume else None
         if saved:
             config = with_choice_kept(saved["training"], config)
@@ -150,6 +154,7 @@ class Run:
         self.eval_set = self.test, self.test_labels
         if source.validation is not None:
             self.eval_set = self._as_evaluated(source.validation, source.validation_labels)
+        self.data_identity = data.identity(config.data, source)
         self.data_fingerprint = [source.length, len(source.test), *source.shape, source.classes]
         self.data_fingerprint += [] if source.validation is None else [len(source.validation)]
 
@@ -175,15 +180,27 @@ class Run:
             seed = derive(config.seed, Stream.INITIALIZE)
             self.model.initialize(x, labels, seed=seed, offset=self.part[0])
         self.eval_model = copy.deepcopy(self.model) if config.ema else self.model
-        self.folder = Path(self.ranks.broadcast_str(str(_new_folder(config)) if self.ranks.is_main else ""))
+        self.folder = Path(
+            self.ranks.broadcast_str(str(new_folder(config, self._locks)) if self.ranks.is_main else "")
+        )
 
     def _restore(self, saved: dict) -> None:
         """The models and the state of a checkpoint, which :func:`read_run` read."""
         config, training = self.config, saved["training"]
         self.folder = Path(config.resume)
-        if training["data"] != self.data_fingerprint:
+        if config.data_changed:
+            self.notes.append("data: as they are now, and not as when the run started")
+        elif training["data"] != self.data_fingerprint:
             got = f"data of sizes {self.data_fingerprint}"
-            raise config_error("data", got, f"{training['data']} as in the run {self.folder}")
+            expected = f"{training['data']} as in the run {self.folder}, or --data-changed"
+            raise config_error("data", got, expected)
+        elif changed := data.change(training.get("data_identity", {}), self.data_identity):
+            got = f"{config.data}, of which {changed} of files changed"
+            raise config_error("data", got, f"those of the run {self.folder}, or --data-changed")
+        shape_and_classes = slice(2, 3 + len(self.source.shape))
+        found, kept = self.data_fingerprint[shape_and_classes], training["data"][shape_and_classes]
+        if found != kept:
+            raise config_error("data", f"shape and classes {found}", f"{kept} as in the run {self.folder}")
         self.eval_model = checkpoint.build(saved, self.last).to(self.device)
         if config.steps < (step := training["step"]):
             raise config_error("steps", config.steps, f"at least {step}, the current step of the run")
@@ -376,7 +393,14 @@ class Run:
     def save_best(self) -> None:
         """Write best.pt."""
         if self.ranks.is_main:
-            checkpoint.save(self.folder / "best.pt", self.eval_model)
+            checkpoint.save(self.folder / "best.pt", self.eval_model, self._about())
+
+    def _about(self) -> dict:
+        """What every checkpoint of the run holds: its settings, and the columns of a table."""
+        about = {"config": asdict(self.config)}
+        if isinstance(self.source, data.Table):
+            about["columns"] = {name: list(of) for name, of in self.source.columns._asdict().items()}
+        return about
 
     def save(self) -> None:
         """Write last.pt: the evaluated model, and all that is needed to continue the run."""
@@ -384,8 +408,9 @@ class Run:
             return
         state = self.state
         training = {
-            "config": asdict(self.config),
+            **self._about(),
             "data": self.data_fingerprint,
+            "data_identity": self.data_identity,
             "step": state.step,
             "total": state.target_steps,
             "best": state.best,
@@ -396,8 +421,6 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "rng": _rng_states(),
         }
-        if isinstance(self.source, data.Table):
-            training["columns"] = {name: list(of) for name, of in self.source.columns._asdict().items()}
         if self.config.ema:
             training["trained"] = self.model.state_dict()
         self.metrics.sync()
@@ -456,7 +479,7 @@ def read_run(folder: Path | str) -> dict:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such run folder")
     contents = checkpoint.read(folder / "last.pt")
-    if contents["training"] is None:
+    if "step" not in (contents["training"] or {}):
         raise CheckpointError(f"{folder / 'last.pt'}: holds no training state to continue from")
     return contents
 
@@ -465,7 +488,8 @@ def resumed_config(folder: str) -> Config:
     """The Config that continues the run of ``folder`` unchanged."""
     kept = stored_config(read_run(folder)["training"])
     known = {field.name for field in fields(Config)}
-    return replace(Config(**{k: v for k, v in kept.items() if k in known}), resume=str(folder), out=None)
+    config = Config(**{k: v for k, v in kept.items() if k in known})
+    return replace(config, resume=str(folder), out=None, resume_if_present=False, data_changed=False)
 
 
 def parameter_groups(model: Model, scale_l2: float) -> list[dict]:
@@ -485,25 +509,6 @@ def _check_device(config: Config, ranks: Ranks, device: torch.device) -> None:
     if config.batch_size < least:
         product = f"ranks times accumulate, {ranks.world_size} x {config.accumulate}"
         raise config_error("batch_size", config.batch_size, f"at least {least} ({product})")
-
-
-def _new_folder(config: Config) -> Path:
-    if config.out is not None:
-        run = Path(config.out)
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise ConfigError(
-                f"out: {run} exists; --resume {run} continues that run, another --out starts a new one"
-            )
-        run.mkdir(parents=True, exist_ok=True)
-        return run
-    n = 1
-    while True:
-        run = Path("runs") / f"{Path(config.data).resolve().stem}-{n}"
-        try:
-            run.mkdir(parents=True)
-            return run
-        except FileExistsError:
-            n += 1
 
 
 def _rng_states() -> dict:

@@ -10,9 +10,10 @@ Started by torchrun, each rank processes its part of every batch; the main rank 
 """
 
 import math
+import shlex
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from fastflow.trainer.config import GAMMA, Config, validate_config
 from fastflow.trainer.data.workers import STOP_SIGNALS
 from fastflow.trainer.ranks import init_process_group
 from fastflow.trainer.run import Run
+from fastflow.trainer.run_folder import with_present_run
 
 
 class Interrupted(Exception):
@@ -40,13 +42,15 @@ def train(config: Config) -> tuple[Path, Model]:
     cannot be started, NonFiniteError if the loss diverges, LostRankError if another rank died, Interrupted
     after SIGINT, SIGTERM, SIGHUP or SIGUSR1 (in the main thread).
     """
+    config = with_present_run(config)
     validate_config(config)
     name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     with (
         init_process_group(name, config.timeout) as (ranks, device),
         cudnn_deterministic(config.deterministic),
+        ExitStack() as locks,
     ):
-        run = Run(config, ranks, device)
+        run = Run(config, ranks, device, locks)
         train_steps(run)
         run.finish()
         return run.folder, run.eval_model.eval()
@@ -97,8 +101,9 @@ def train_steps(run: Run) -> None:
         run.close_events()
         ranks.barrier()
         done = f"stopped at step {state.step} of {state.target_steps}, saved {run.last}"
+        folder = shlex.quote(str(run.folder))
         signum = signals[0] if signals else signal.SIGTERM
-        raise Interrupted(f"{done}; to go on: python -m fastflow train --resume {run.folder}", signum)
+        raise Interrupted(f"{done}; to go on: python -m fastflow train --resume {folder}", signum)
 
 
 def learning_rate(config: Config, step: int, target_steps: int, images: int) -> float:

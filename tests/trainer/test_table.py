@@ -307,6 +307,8 @@ def test_without_context_in_float64(tmp_path, capsys):
     )
     assert contents["training"]["columns"] == {"x": ["0", "1"], "context": []}
     assert "test_nats" in read_metrics(run / "metrics.csv")[0]
+    fastflow.save(tmp_path / "own.pt", fastflow.load(run))
+    assert main(["evaluate", str(run / "best.pt")]) == 0  # it has the names of its data and columns
     assert main(["sample", str(run / "best.pt"), "--n", "2", "--out", str(tmp_path / "s.csv")]) == 0
     assert data.load(str(tmp_path / "rows.npy")).columns.x == ("0", "1", "2")
     for argv, words in {
@@ -321,7 +323,7 @@ def test_without_context_in_float64(tmp_path, capsys):
         ("sample", str(run), "--temperature", "0.5", "1"): "expected one value for rows",
         ("sample", str(run), "--n", "0"): "n: got 0, expected at least 1",
         ("interpolate", str(run)): "expected a model of images",
-        ("evaluate", str(run / "best.pt")): "does not contain the name of its training data",
+        ("evaluate", str(tmp_path / "own.pt")): "does not contain the name of its training data",
         ("evaluate", str(run), "--columns", "0"): "columns: got 1 columns and 0 of context",
         ("evaluate", str(run), "--data", "photos"): "data: got 'photos', expected a table",
     }.items():

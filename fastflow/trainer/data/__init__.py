@@ -12,6 +12,7 @@ import torch
 
 from fastflow.trainer.data.batches import Batches, drop_bits
 from fastflow.trainer.data.folder import Folder
+from fastflow.trainer.data.identity import change, identity
 from fastflow.trainer.data.images import Images
 from fastflow.trainer.data.memory import InMemory
 from fastflow.trainer.data.npz import images_of, read_npz
@@ -42,7 +43,9 @@ __all__ = [
     "Source",
     "Table",
     "WorkerError",
+    "change",
     "drop_bits",
+    "identity",
     "load",
     "read_rows",
     "rows_as_tensors",

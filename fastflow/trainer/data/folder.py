@@ -44,6 +44,7 @@ class Folder:
         self._remarks += [f"skipped {count} {reason}" for reason, count in listing.skipped.items()]
         self.name, self.shape = path.resolve().name, (1 if self._gray_only else channels or 3, size, size)
         self._path, self._files, self.length = path, files, len(train)
+        self._all_files = [file for part in parts for file, _ in part]
         self.classes, self._labels, self.test_labels, self.validation_labels = None, None, None, None
         self._classes_found = "no classes"
         if all(label is not None for _, label in train):
@@ -67,6 +68,10 @@ class Folder:
         sizes["for validation"] = 0 if self.validation is None else len(self.validation)
         images = ", ".join(f"{size:,} {use}" for use, size in sizes.items() if size)
         return "; ".join([f"images: {images}", self._classes_found, *self._remarks])
+
+    def files(self) -> list[Path]:
+        """The files of all images."""
+        return self._all_files
 
     def draw(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor | None]:
         images = self._decoded([self._files[i] for i in indices])

@@ -1,0 +1,140 @@
+"""Runs that go on: what a second command finds in the folder, and data that changed in between."""
+
+import fcntl
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from fastflow import checkpoint
+from fastflow.trainer.cli import main
+from fastflow.trainer.progress import read_metrics
+
+Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
+
+SMALL = (
+    "--levels 1 --steps-per-level 1 --hidden 4 --batch-size 4 --image-size 4 --workers 0 --samples 1".split()
+)
+SMALL += "--final-samples 1 --reversible no".split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder of images, and the run of two steps on them."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(place / "data" / f"{i}.png")
+    assert (
+        main(["train", "--data", str(place / "data"), "--out", str(place / "run"), *SMALL, "--steps", "2"])
+        == 0
+    )
+    return place
+
+
+@pytest.fixture
+def place(finished, tmp_path, monkeypatch):
+    """A copy in which ``run`` has ``data`` as its data, by their relative name."""
+    shutil.copytree(finished, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    contents = checkpoint.read("run/last.pt")
+    contents["training"]["config"]["data"] = "data"
+    contents["training"]["data_identity"]["path"] = str(tmp_path / "place/data")
+    for original in (finished / "data").iterdir():
+        times = original.stat().st_mtime_ns
+        os.utime(tmp_path / "place/data" / original.name, ns=(times, times))
+    checkpoint.save("run/last.pt", checkpoint.build(contents, "run/last.pt"), contents["training"])
+    return tmp_path / "place"
+
+
+def failed(capsys, *argv):
+    assert main(["train", *argv]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_changed_files_are_noticed_and_can_be_taken(place, capsys):
+    os.utime("data/3.png", (1, 1))
+    expected = "error: data: got data, of which times of files changed, expected those of the run run, or --data-changed"
+    assert failed(capsys, "--resume", "run", "--steps", "3") == expected
+    shutil.copy("data/4.png", "data/a.png")
+    os.remove("data/4.png")
+    line = failed(capsys, "--resume", "run", "--steps", "3")
+    assert "of which names or sizes of files changed" in line or "got data of sizes" in line  # by the hash
+    assert main(["train", "--resume", "run", "--steps", "3", "--data-changed"]) == 0
+    assert "data: as they are now, and not as when the run started" in capsys.readouterr().out
+    assert main(["train", "--resume", "run", "--steps", "4"]) == 0  # written down
+    os.remove("data/a.png")
+    line = failed(capsys, "--resume", "run", "--steps", "5")
+    assert "data: got data of sizes" in line and line.endswith("as in the run run, or --data-changed")
+    assert main(["train", "--resume", "run", "--steps", "5", "--data-changed"]) == 0
+    for file in os.listdir("data"):
+        Image.open(f"data/{file}").convert("L").save(f"data/{file}")
+    line = failed(capsys, "--resume", "run", "--steps", "6", "--data-changed")
+    assert "data: got shape and classes [1, 4, 4, None], expected [3, 4, 4, None] as in the run run" in line
+
+
+def test_the_data_may_be_at_another_place(place):
+    shutil.copytree("data", "elsewhere", copy_function=shutil.copyfile)  # with other times
+    shutil.rmtree("data")
+    assert main(["train", "--resume", "run", "--steps", "3", "--data", "elsewhere"]) == 0
+    assert main(["train", "--resume", "run", "--steps", "4"]) == 0
+    assert checkpoint.read("run/last.pt")["training"]["config"]["data"] == "elsewhere"
+
+
+def test_one_process_at_a_time(place, capsys):
+    (place / "new").mkdir()
+    for folder, argv in (
+        ("run", ["--resume", "run", "--steps", "3"]),
+        ("new", ["--out", "new", "--data", "data", *SMALL]),
+    ):
+        other = os.open(folder, os.O_RDONLY)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert (
+            failed(capsys, *argv) == f"error: {folder}: got a run that another process trains, expected none"
+        )
+        os.close(other)
+    assert os.listdir("new") == []
+    assert main(["train", "--resume", "run", "--steps", "3"]) == 0
+    assert main(["train", "--resume", "run", "--steps", "4"]) == 0  # the lock ends with the run
+
+
+def test_a_run_without_a_checkpoint_starts_over(place, capsys):
+    (place / "new").mkdir()
+    for name in ("metrics.csv", "last.pt.tmp", "events.out.tfevents.1.host.2.3"):
+        (place / "new" / name).write_text("of a run that was killed")
+    start = ["--out", "new", "--data", "data", *SMALL, "--steps", "1"]
+    (place / "new/notes.txt").write_text("mine")
+    assert "new exists; --resume new continues that run" in failed(capsys, *start)
+    assert len(os.listdir("new")) == 4
+    os.remove("new/notes.txt")
+    assert main(["train", *start]) == 0
+    assert len(read_metrics("new/metrics.csv")) == 1
+
+
+def test_resume_if_present(place, capsys):
+    command = ["train", "--out", "new run", "--data", "data", *SMALL, "--resume-if-present", "--steps"]
+    assert main([*command, "1"]) == 0
+    assert main([*command, "3"]) == 0
+    assert [row["step"] for row in read_metrics("new run/metrics.csv")] == [1, 2, 3]
+    assert "hidden: got 8, expected 4 as in the run" in failed(capsys, *command[1:], "4", "--hidden", "8")
+    assert "resume_if_present: got True, expected a folder as out" in failed(capsys, "--resume-if-present")
+    assert "--resume 'new run' continues that run" in failed(capsys, *command[1:-2], "--steps", "4")
+
+
+def test_last_pt_is_enough(place, capsys):
+    for name in os.listdir("run"):
+        if name != "last.pt":
+            os.remove(f"run/{name}")
+    for steps in (3, 4):
+        assert main(["train", "--resume", "run", "--steps", str(steps)]) == 0
+    assert [row["step"] for row in read_metrics("run/metrics.csv")] == [3, 4]
+    assert main(["evaluate", "run/best.pt", "--samples", "1"]) == 0  # on the run's data
+    (place / "best").mkdir()
+    shutil.copy("run/best.pt", "best/last.pt")
+    assert "holds no training state" in failed(capsys, "--resume", "best")
