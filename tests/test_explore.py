@@ -410,6 +410,10 @@ def test_several_temperatures_are_rows_of_one_noise(files, tmp_path, capsys):
 
 ARGUMENTS = {
     "affine": ["--steps", "2", "--samples", "50"],
+    "masks": [],
+    "one_dimension": ["--samples", "100", "--epochs", "1"],
+    "quantization": ["--samples", "2000"],
+    "scaling_factors": ["glow.pt"],
     "anomaly": ["multiscale.pt", "--data", "digits.npz", "--images", "8"],
     "conditional": ["--steps", "5", "--size", "20"],
     "density": ["--steps", "2", "--size", "20"],
