@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     keep_memory()  # the process runs this command only
     threading.excepthook = _but_disk_errors
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may be of no encoding
     code = _run(sys.argv[1:])
     if code:
         _leave(code)
@@ -46,6 +48,8 @@ def _run(argv: Sequence[str]) -> int:
         from fastflow.validation import SingularError
     except ModuleNotFoundError as error:
         return _missing(error)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     errors_of_a_user = (CheckpointError, ConfigError, DataError, DeviceError)
     errors_of_a_run = (CaptureError, LostRankError, NonFiniteError, SingularError, WorkerError)
     try:
@@ -64,7 +68,8 @@ def _run(argv: Sequence[str]) -> int:
         return _fail(f"{error.filename or 'standard output'}: {error.strerror}")
     except Interrupted as error:
         if not int(os.environ.get("RANK", 0)):
-            print(error)
+            with contextlib.suppress(OSError):  # a closed terminal
+                print(error, flush=True)
         return 128 + error.signum
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -93,8 +98,10 @@ def _but_disk_errors(args: threading.ExceptHookArgs) -> None:
 
 
 def _fail(line: str, code: int = 1) -> int:
-    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"error: {rank}{line}", file=sys.stderr)
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    rank = f"rank {os.environ['RANK']}: " if several and "RANK" in os.environ else ""
+    with contextlib.suppress(OSError):  # a closed terminal
+        print(f"error: {rank}{line}", file=sys.stderr)
     return code
 
 

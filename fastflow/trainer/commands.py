@@ -219,7 +219,7 @@ def _sample_images(options: Sample, model: Model, path: Path) -> None:
     _check_images(model, path)
     if options.context is not None:
         raise config_error("context", options.context, f"none: {path} holds a model of images")
-    out = options.out or "samples.png"
+    out = _picture(options.out or "samples.png", "samples.png")
     several = len(options.temperature) > 1
     n = (8 if several else 64) if options.n is None else options.n
     labels = None
@@ -237,7 +237,16 @@ def _sample_images(options: Sample, model: Model, path: Path) -> None:
     print(f"{out}: {n} samples at temperature {', '.join(f'{t:g}' for t in options.temperature)}")
 
 
+def _picture(out: str, name: str) -> Path:
+    """The file of a picture: ``out``, or ``name`` in the folder ``out``. Raises ConfigError for other formats."""
+    path = Path(out) / name if Path(out).is_dir() else Path(out)
+    if path.suffix.lower() not in picture.FORMATS:
+        raise config_error("out", out, f"a folder, or a file {', '.join(picture.FORMATS)}")
+    return path
+
+
 def _interpolate(options: Interpolate) -> None:
+    out = _picture(options.out, "interpolation.png")
     for name, least in {"pairs": 1, "steps": 2}.items():
         if (got := getattr(options, name)) < least:
             raise config_error(name, got, f"at least {least}")
@@ -253,9 +262,9 @@ def _interpolate(options: Interpolate) -> None:
     rows = explore.interpolate(
         model, x0, x1, options.steps, context, options.method, options.seed, options.normalized
     ).cpu()
-    picture.save_grid(options.out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
+    picture.save_grid(out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
     latents = len(model.latent_shapes())
-    print(f"{options.out}: {options.pairs} pairs of {source.name}, {options.method} in {latents} latents")
+    print(f"{out}: {options.pairs} pairs of {source.name}, {options.method} in {latents} latents")
 
 
 def _source(options: Evaluate | Interpolate, model: Model, training: dict | None, path: Path) -> data.Source:

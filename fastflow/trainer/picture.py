@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+
+
 def grid(images: ArrayLike, n_bits: int = 8, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """Images in rows: uint8 ``[N, C, H, W]`` with values in ``[0, 2^n_bits)`` to uint8 ``[H', W', 3]``.
 
@@ -34,14 +44,14 @@ def grid(images: ArrayLike, n_bits: int = 8, columns: int | None = None, gap: in
 
 
 def save_grid(path: Path | str, images: ArrayLike, n_bits: int = 8, columns: int | None = None) -> None:
-    """Write :func:`grid` as a PNG; images smaller than 64 pixels are enlarged by an integer factor."""
+    """Write :func:`grid` in the format of the suffix; images below 64 pixels are enlarged by an integer factor."""
     from PIL import Image
 
     picture = grid(images, n_bits, columns)
     factor = max(1, 64 // max(images.shape[2:]))
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     with replacing(path) as file:
-        Image.fromarray(picture).save(file, "PNG")
+        Image.fromarray(picture).save(file, FORMATS[Path(path).suffix.lower()])
 
 
 def save_curve(
@@ -246,7 +256,7 @@ def save_densities(
 
 def _write(path: Path | str, figure: "Figure", **options: object) -> None:
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=120, **options)
+        figure.savefig(file, format=FORMATS[Path(path).suffix.lower()].lower(), dpi=120, **options)
 
 
 def codec_bits_per_dim(images: ArrayLike) -> dict[str, float]:

@@ -117,7 +117,7 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
     ``device``: cpu, or cuda, which becomes the GPU with the number of the local rank. ``timeout``: seconds
     after which a waiting collective fails. An existing process group is used and not destroyed.
 
-    Raises DeviceError for an unknown device and if a machine has fewer GPUs than ranks.
+    Raises DeviceError for an unknown device, if a machine has fewer GPUs than ranks, and without MASTER_PORT.
     """
     chosen = available_device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -125,6 +125,10 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
     if owns_group and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield Ranks(), chosen
         return
+    if owns_group and "MASTER_PORT" not in os.environ:
+        raise DeviceError(
+            "MASTER_PORT: got none with RANK and MASTER_ADDR, expected a port, as torchrun sets it"
+        )
     if chosen.type == "cuda":
         chosen = _gpu_of_rank(chosen, local_rank)
         torch.cuda.set_device(chosen)

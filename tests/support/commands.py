@@ -32,9 +32,10 @@ class Commands:
         self._read = b""
         self.ended = {}  # exit codes by process id, negative for a signal
 
-    def start(self, log, *argv, cwd=None, ignored=(), **environment):
+    def start(self, log, *argv, cwd=None, out=None, ignored=(), **environment):
         """``fastflow argv`` in the folder ``cwd``, with more ``environment``; both outputs go to the file ``log``.
 
+        ``out``: another file for standard output.
         ``ignored``: signals that the command inherits as ignored, as one does that nohup starts.
         """
         request = {
@@ -43,7 +44,7 @@ class Commands:
             "log": str(log),
             "cwd": str(cwd or Path.cwd()),
         }
-        request["ignored"] = list(ignored)
+        request |= {"ignored": list(ignored), "out": str(out or log)}
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
         while (started := self._next(60)) is None:
             pass
@@ -150,9 +151,9 @@ def _serve():
 
 def _become(request):
     os.setsid()
-    for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, _appended(request["log"]))):
+    opened = [os.open(os.devnull, os.O_RDONLY), _appended(request["out"]), _appended(request["log"])]
+    for target, source in enumerate(opened):
         os.dup2(source, target)
-    os.dup2(1, 2)
     os.chdir(request["cwd"])
     os.environ |= request["environment"]
     for signum in request["ignored"]:

@@ -274,10 +274,23 @@ def test_torchvision_data_that_is_neither_there_nor_to_be_had(tmp_path, monkeypa
     ):
         monkeypatch.setattr(getattr(datasets, kind), "download", no_network)
         with pytest.raises(
-            DataError, match=f"{name}: not found and not downloaded .*expected {tmp_path}.*{file}"
+            DataError,
+            match=f"{name}: not found, or damaged, and not downloaded .*expected {tmp_path}.*{file}",
         ) as caught:
             data.load(name, data_dir=str(tmp_path))
         assert "\n" not in str(caught.value)
+
+
+def test_damaged_mnist_files_are_one_line(tmp_path):
+    pytest.importorskip("torchvision")
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(b"")
+    with pytest.raises(DataError, match="mnist: not found, or damaged, and not downloaded") as caught:
+        data.load("mnist", data_dir=str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_mnist_is_padded(tmp_path):

@@ -172,6 +172,25 @@ def test_ends_of_two_ranks(workers, commands, folder, tmp_path):
         run.ends([1, 1], lost, "error: rank 1: a data-loading process was killed by SIGKILL")
 
 
+def test_outputs_and_environments_that_cannot_be(commands, folder, tmp_path):
+    started, reader = [], tmp_path / "pipe"
+    os.mkfifo(reader)
+    read = os.open(reader, os.O_RDONLY | os.O_NONBLOCK)
+
+    def start(name, words, **options):
+        argv = ["train", "--data", str(folder), "--out", str(tmp_path / name), "--workers", "0", *SETTINGS]
+        started.append((commands.start(tmp_path / f"{name}.log", *argv, **options), words))
+
+    start("full", "error: standard output: No space left on device", out="/dev/full")
+    start("pipe end", "error: standard output: Broken pipe", out=reader)
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    start("rank", "error: rank 0: MASTER_PORT: got none with RANK and MASTER_ADDR, expected a port", **alone)
+    os.close(read)
+    for command, words in started:
+        assert command.wait() == 1, command.said()
+        assert command.said().startswith(words) and len(command.said().splitlines()) == 1, command.said()
+
+
 def test_what_was_found_is_said(commands, folder, tmp_path):
     pytest.importorskip("sklearn")
     run = Train(commands, tmp_path, folder, 0).steps(1)

@@ -160,6 +160,23 @@ def test_sample_is_a_function_of_the_seed(finished, tmp_path):
     assert a == b != c
 
 
+def test_the_suffix_decides_the_format_and_a_folder_gets_the_file(finished, tmp_path, monkeypatch, capsys):
+    run = str(finished[0])
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", run, "--n", "2", "--out", "."]) == 0
+    assert capsys.readouterr().out.startswith("samples.png: 2 samples")
+    assert main(["sample", run, "--n", "2", "--temperature", "0.5", "1", "--out", "x.JPG"]) == 0
+    assert main(["interpolate", run, "--pairs", "1", "--out", "x.webp"]) == 0
+    formats = {"samples.png": "PNG", "x.JPG": "JPEG", "x.webp": "WEBP"}
+    for name, expected in formats.items():
+        with Image.open(name) as picture:
+            assert picture.format == expected
+    capsys.readouterr()
+    assert "out: got x.bin, expected a folder, or a file .png, .jpg" in failed(
+        capsys, ["sample", run, "--out", "x.bin"]
+    )
+
+
 def test_same_seed_same_bits_other_seed_other(arrays, tmp_path):
     runs = []
     for i, seed in enumerate((3, 3, 4)):

@@ -32,16 +32,16 @@ def _load(name: str, data_dir: str, expected: str) -> tuple:
     kind = getattr(torchvision.datasets, name)
     try:
         return kind(data_dir, train=True), kind(data_dir, train=False)
-    except RuntimeError:  # absent or damaged
+    except Exception:  # absent or damaged: of many kinds, from the reading of bytes
         pass
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # torchvision sets no timeout, so a blocked network would hang here
     try:
         return kind(data_dir, train=True, download=True), kind(data_dir, train=False, download=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{name.lower()}: not found and not downloaded ({reason}); expected {Path(data_dir) / expected}"
+            f"{name.lower()}: not found, or damaged, and not downloaded ({reason}); expected {Path(data_dir) / expected}"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
