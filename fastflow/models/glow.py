@@ -1,5 +1,6 @@
 """The Glow model."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,6 +34,10 @@ Coupling = Literal["affine", "additive"]
 Scale = Literal["soft_clamp", "tanh", "sigmoid", "exp"]
 Conv1x1 = Literal["lu", "plain", "reverse", "shuffle"]
 Network = Literal["plain", "fused", "auto"]
+# An Adam step of rate r changes each output of a coupling network by up to 9 hidden r times the mean hidden
+# activation, and the K steps of a level multiply. With K * hidden times the factor on the outputs at most this,
+# the first steps of Adam do not explode without a warm-up (docs/training.md).
+STEADY = 128
 COUPLINGS, SCALES, CONV1X1 = get_args(Coupling), get_args(Scale), get_args(Conv1x1)
 
 
@@ -56,10 +61,13 @@ class GlowConfig(ModelConfig):
     network: Network | NetworkBuilder = "auto"
     context_features: int | None = None
     context_image: bool = False
+    output_start: float | None = None
     standardize: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.output_start is not None and not 0 < self.output_start < math.inf:
+            raise validation.argument_error("output_start", self.output_start, "None or a positive number")
         _check_levels(self.image_shape, self.levels)
         if self.logit and self.n_bits is None:
             raise validation.argument_error(
@@ -68,6 +76,12 @@ class GlowConfig(ModelConfig):
         if self.standardize and self.n_bits is not None:
             raise validation.argument_error("standardize", True, "False, unless n_bits is None")
         self.context_shape()
+
+    def start_of_outputs(self) -> float:
+        """Factor on the outputs of the coupling networks at the start, see ``output_start``."""
+        if self.output_start is not None:
+            return self.output_start
+        return min(1.0, STEADY / (self.steps * self.hidden))
 
     def context_shape(self) -> tuple[int, ...] | None:
         """Shape of one context of the flows, or None."""
@@ -106,6 +120,10 @@ class Glow(Model):
         context_features: number of channels of the context, an input of every coupling network; None: no
             context. The context is a vector ``[N, context_features]``, repeated at every position.
         context_image: the context is an image ``[N, context_features, H, W]`` instead, squeezed with x.
+        output_start: factor on the outputs of the coupling networks at the start, learned from there. None:
+            ``min(1, 128 / (steps * hidden))``, so that the first updates of Adam change models of all sizes by
+            about as much, and do not explode without a warm-up (docs/training.md). 1: as in the paper's code,
+            which warms up. Networks of the caller's own are not scaled.
         standardize: with ``n_bits=None``, standardize images before the first level, see
             :meth:`Model.standardize_by`. ``fastflow.fit`` with ``standardize=True`` adds it.
 
@@ -139,6 +157,9 @@ class Glow(Model):
                 features *= 4 ** (level + 1)
             options = config.hidden, config.coupling, config.conv1x1, config.scale, config.network, features
             steps = [GlowStep(c, *options) for _ in range(config.steps)]
+            for step in steps:
+                if isinstance(step.coupling.net, GlowNetwork):
+                    step.coupling.net.scale_outputs(config.start_of_outputs())
             flows.append(GlowLevel(steps, config.reversible, config.activation_checkpoint_every))
             if level < config.levels - 1:
                 splits.append(Split(c))

@@ -68,7 +68,10 @@ class TrainerModel:
 
 MODELS = {
     "glow": TrainerModel(
-        Glow, GlowConfig, defaults={"steps": 8, "hidden": 32}, names={"steps": "steps_per_level"}
+        Glow,
+        GlowConfig,
+        defaults={"steps": 8, "hidden": 32, "output_start": 1.0},
+        names={"steps": "steps_per_level"},
     ),
     "realnvp": TrainerModel(RealNVP, RealNVPConfig, names={"scales": "levels"}),
     "nice": TrainerModel(NICE, NICEConfig, names={"layers": "blocks"}),

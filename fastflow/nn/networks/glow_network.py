@@ -1,5 +1,6 @@
 """Coupling network of Glow."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -127,6 +128,11 @@ class GlowNetwork(nn.Sequential):
             ZeroConv2d(hidden, out_channels),
         )
         self.network, self.context_features = network, context_features
+
+    @torch.no_grad()
+    def scale_outputs(self, factor: float) -> None:
+        """Set the learned factor :math:`e^{3 l}` of all outputs; with the last weights at 0, they stay 0."""
+        self[-1].logs.fill_(math.log(factor) / 3)
 
     def forward(self, x: Tensor, context: Tensor | None = None, shared_args: Sequence[Tensor] = ()) -> Tensor:
         """The output; ``shared_args`` is the network's entry of :func:`network_args_of`, if it is computed."""
