@@ -10,7 +10,8 @@ from fastflow.trainer.model_options import MODELS, OPTIONS, ModelOptions
 # Options that may differ when a run is resumed.
 _MAY_CHANGE = set(
     "resume resume_if_present out data data_changed steps epochs minutes patience lr clip save_every device workers "
-    "data_dir accumulate bf16 compile cuda_graph deterministic timeout".split()
+    "data_dir accumulate bf16 compile cuda_graph deterministic timeout on_divergence divergence_factor rollbacks "
+    "rollback_lr".split()
 )
 STEPS = 800
 GAMMA = 0.99
@@ -82,6 +83,15 @@ class Config(ModelOptions, DataOptions):
     """Unit after which the learning rate changes. Default: epoch for exponential, otherwise step."""
     gamma: float | None = None
     """Factor of the exponential schedule per epoch, or per step with --schedule-by step. Default: 0.99."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """After a loss or gradient that is not finite: stop, or go back to the best weights with a lower learning
+    rate. rollback also does so after a jump of the loss."""
+    divergence_factor: float = 2.0
+    """With rollback: a loss above this factor times the lowest running mean is a jump."""
+    rollbacks: int = 3
+    """With rollback: largest number of rollbacks; the next collapse stops the run."""
+    rollback_lr: float = 0.5
+    """With rollback: factor on the learning rate, for each rollback."""
     scale_l2: float = 0.0
     """Weight in the loss of squared scales of weight-normalized convolutions (realnvp; paper: 5e-5)."""
     clip: float = 100.0
@@ -198,6 +208,7 @@ def validate_config(config: Config) -> None:
     if not 0 <= config.ema < 1:
         raise config_error("ema", config.ema, "a decay from 0 to below 1")
     _validate_schedule(config)
+    _validate_rollback(config)
     if config.float64 and config.bf16:
         raise config_error("bf16", True, "False with float64")
 
@@ -211,6 +222,15 @@ def _validate_schedule(config: Config) -> None:
         raise config_error("gamma", config.gamma, f"no value with schedule {config.schedule}")
     if not 0 < config.gamma <= 1:
         raise config_error("gamma", config.gamma, "a factor above 0 and at most 1")
+
+
+def _validate_rollback(config: Config) -> None:
+    if not 1 < config.divergence_factor < math.inf:
+        raise config_error("divergence_factor", config.divergence_factor, "a number above 1")
+    if config.rollbacks < 1:
+        raise config_error("rollbacks", config.rollbacks, "at least 1")
+    if not 0 < config.rollback_lr < 1:
+        raise config_error("rollback_lr", config.rollback_lr, "a factor between 0 and 1")
 
 
 def stored_config(training: dict) -> dict[str, object]:

@@ -144,7 +144,11 @@ def save_pictures(
             board.add_image("samples", grid, step, dataformats="HWC")
     unit = kind.unit(model.shape)
     metrics = read_metrics(folder / "metrics.csv")
-    rows = [(row["step"], row[f"train_{unit.key}"], row[f"{evaluated}_{unit.key}"]) for row in metrics]
+    rows = [
+        (row["step"], row[f"train_{unit.key}"], row[f"{evaluated}_{unit.key}"])
+        for row in metrics
+        if row.get("back_to_step") is None  # not the losses that a rollback undid
+    ]
     if rows:
         picture.save_curve(folder / "curve.png", rows, codecs, evaluated, unit.name)
 

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -16,19 +17,33 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+_ROLLBACKS = ",back_to_step"
+
+
 class Metrics:
     """metrics.csv, one row per step. Rows after ``step`` are cut: the resumed run writes them again.
 
     Without the file, the rows of a resumed run start after ``step``.
 
     ``evaluated``: the set of the evaluations, test or validation; ``unit``: the unit of losses in their names.
+    ``rollbacks``: a last column, back_to_step, for the steps to which rollbacks went back; a file that has it
+    keeps it.
     """
 
-    def __init__(self, path: Path, step: int, evaluated: str = "test", unit: str = "bits_per_dim") -> None:
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        evaluated: str = "test",
+        unit: str = "bits_per_dim",
+        rollbacks: bool = False,
+    ) -> None:
         self.path = path
         kept = [f"step,epoch,lr,train_{unit},grad_norm,{evaluated}_{unit}"]
-        lines = path.read_bytes().decode(errors="replace").split("\n")[1:-1] if step and path.exists() else []
+        read = path.read_bytes().decode(errors="replace").split("\n") if step and path.exists() else [""]
+        self.rollbacks = rollbacks or read[0].endswith(_ROLLBACKS)
         # the last element is empty, or a row whose end was not written; without rows they start after ``step``
+        lines = read[1:-1]
         first = lines[0].split(",")[0] if lines else str(step + 1)
         reached = int(first) - 1 if first.isdecimal() else 0
         for line in lines:
@@ -39,17 +54,31 @@ class Metrics:
         if reached != step:
             got = f"{len(kept) - 1} rows in order"
             raise CheckpointError(f"{path}: got {got}, expected {step}, the step of the checkpoint")
+        kept[0] += _ROLLBACKS * self.rollbacks
         with checkpoint.replacing(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
         self._file = open(path, "ab", buffering=0)  # unbuffered: each row is one write
 
     def write(
-        self, step: int, epoch: int, lr: float, loss: float, grad_norm: float, eval_loss: float | None
+        self,
+        step: int,
+        epoch: int,
+        lr: float,
+        loss: float,
+        grad_norm: float,
+        eval_loss: float | None,
+        restored: int | None = None,
     ) -> None:
-        """Append a row. Raises OSError, naming the file, if the disk refuses it."""
+        """Append a row; ``restored``: the step to which a rollback went back.
+
+        Raises OSError, naming the file, if the disk refuses it.
+        """
         evaluated = "" if eval_loss is None else f"{eval_loss:.12g}"
+        row = f"{step},{epoch},{lr:.6g},{loss:.12g},{grad_norm:.12g},{evaluated}"
+        if self.rollbacks:
+            row += "," if restored is None else f",{restored}"
         with checkpoint.naming(self.path):
-            self._file.write(f"{step},{epoch},{lr:.6g},{loss:.12g},{grad_norm:.12g},{evaluated}\n".encode())
+            self._file.write(f"{row}\n".encode())
 
     def sync(self) -> None:
         """Flush the rows to the disk."""
@@ -57,8 +86,8 @@ class Metrics:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, int | float | None]]:
-    """The rows of a metrics.csv as dicts; the last column is None for steps without evaluation."""
-    integers = {"step", "epoch"}
+    """The rows of a metrics.csv as dicts; evaluations and rollbacks are None for steps without them."""
+    integers = {"step", "epoch", "back_to_step"}
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: (int if k in integers else float)(v) if v else None for k, v in row.items()} for row in rows]
@@ -93,8 +122,8 @@ class Progress:
             shape = {"ncols": size.columns, "nrows": size.lines, "bar_format": bar_format}
             self._bar = tqdm(total=target_steps, initial=step, desc="starting", **shape)
 
-    def update(self, loss: float, target_steps: int) -> None:
-        """Count a step with its loss; ``target_steps``: steps planned now."""
+    def update(self, loss: float | None, target_steps: int) -> None:
+        """Count a step with its loss, None after a collapse; ``target_steps``: steps planned now."""
         now = time.monotonic()
         speed = self._batch_size / max(now - self._last, 1e-9)
         self._last = now
@@ -103,10 +132,12 @@ class Progress:
             self._target_steps = target_steps
             if self._bar is not None:
                 self._bar.total = target_steps
-        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+        if loss is not None:
+            self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         kept = self.samples_per_second
         self.samples_per_second = speed if kept is None else 0.95 * kept + 0.05 * speed
-        text = f"{self.loss:.3f} {self._unit}, {self.samples_per_second:.0f} {self._noun}/s"
+        mean = math.nan if self.loss is None else self.loss
+        text = f"{mean:.3f} {self._unit}, {self.samples_per_second:.0f} {self._noun}/s"
         if self._bar is not None:
             self._bar.desc = text
             self._bar.update()

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,9 @@ from fastflow.validation import SingularError
 class RunState:
     """Steps done and planned, seconds used by earlier processes, and the best evaluation.
 
-    ``best``: its bits/dim; ``best_step``: its step; ``stale``: the number of evaluations since.
+    ``best``: its bits/dim; ``best_step``: its step; ``stale``: the number of evaluations since. ``rollbacks``:
+    the steps after which the run went back to earlier weights. ``mean``: running mean of the training loss;
+    ``lowest``: its lowest value.
     """
 
     step: int
@@ -53,6 +55,14 @@ class RunState:
     seconds: float = 0.0
     best_step: int | None = None
     stale: int = 0
+    rollbacks: list[int] = field(default_factory=list)
+    mean: float | None = None
+    lowest: float | None = None
+
+    def observe(self, loss: float) -> None:
+        """Add the loss of a step to the running mean."""
+        self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
+        self.lowest = self.mean if self.lowest is None else min(self.lowest, self.mean)
 
     def improve(self, bits: float) -> bool:
         """Keep the best bits/dim of the evaluations; whether ``bits`` is better than all before."""
@@ -70,12 +80,16 @@ class RunState:
 
 
 class StepReport(NamedTuple):
-    """Loss, gradient norm, whether a rank received a signal, and the planned number of steps."""
+    """Loss, gradient norm, whether a rank received a signal, and the planned number of steps.
+
+    ``restored``: the step whose weights the model has again after a collapse, otherwise None.
+    """
 
     loss: float
     grad_norm: float
     stop: bool
     target_steps: int
+    restored: int | None = None
 
 
 class Run:
@@ -211,6 +225,9 @@ class Run:
             training["seconds"],
             training.get("best_step"),
             training.get("stale", 0),
+            training.get("rollbacks", []),
+            training.get("mean"),
+            training.get("lowest"),
         )
         kept = {"patience": 0} | training["config"]  # older runs have no patience
         if any(getattr(config, name) != kept[name] for name in ("steps", "minutes", "patience")):
@@ -258,7 +275,13 @@ class Run:
         if not self.ranks.is_main:
             return
         config, step = self.config, self.state.step
-        self.metrics = Metrics(self.folder / "metrics.csv", step, self.evaluated, self.unit.key)
+        self.metrics = Metrics(
+            self.folder / "metrics.csv",
+            step,
+            self.evaluated,
+            self.unit.key,
+            rollbacks=config.on_divergence == "rollback",
+        )
         self.board = open_tensorboard(self.folder, step)
         unit, noun = self.unit, self.kind.noun
         self.progress = Progress(self.state.target_steps, step, config.batch_size, unit.name, noun)
@@ -297,21 +320,76 @@ class Run:
     def take_step(
         self, x: Tensor, labels: Tensor | None, seed: int, lr: float, votes: tuple[float, float]
     ) -> StepReport:
-        """Take one optimizer step. Raises NonFiniteError; the weights then are those before the step."""
+        """Take one optimizer step, and go back to the best weights after a collapse, if the run may do so.
+
+        Raises NonFiniteError otherwise; after a loss that is not finite, the weights are those before the step.
+        """
         try:
             bits, grad_norm, stop, target_steps = self._step(x, labels, seed, lr, votes)
         except SingularError as error:
+            if self._may_roll_back():  # the votes are summed again in the next step
+                restored = self._roll_back(str(error))
+                return StepReport(math.nan, math.nan, False, self.state.target_steps, restored)
             raise self._non_finite_error(str(error), "last checkpoint") from None
         loss = bits * self.unit.of_bits_per_dim
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return StepReport(loss, grad_norm, bool(stop), int(target_steps))
+        report = StepReport(loss, grad_norm, bool(stop), int(target_steps))
+        jump = self._jump(loss)
+        if math.isfinite(loss) and math.isfinite(grad_norm) and jump is None:
+            self.state.observe(loss)
+            return report
         try:
             with autocast(self.device, self.bf16):
-                reason = diagnose(self.model, x, labels, seed, self.part[0])
+                reason = jump or diagnose(self.model, x, labels, seed, self.part[0])
         except SingularError as error:  # a GPU reports a singular matrix at the next call
             reason = str(error)
         found = f"{self.unit.name} {loss:g}, gradient norm {grad_norm:g}; {reason}"
+        if self._may_roll_back():
+            return report._replace(restored=self._roll_back(found))
         raise self._non_finite_error(found, "last good checkpoint")
+
+    def _jump(self, loss: float) -> str | None:
+        """The reason to go back if the loss of a step is far above the losses before, otherwise None."""
+        config, lowest = self.config, self.state.lowest
+        if config.on_divergence == "stop" or lowest is None or not math.isfinite(loss):
+            return None
+        # nats may be near 0 or negative
+        most = lowest + (config.divergence_factor - 1) * max(abs(lowest), 1.0)
+        return f"above {most:.3f}; the lowest running mean is {lowest:.3f}" if loss > most else None
+
+    def _may_roll_back(self) -> bool:
+        config = self.config
+        return config.on_divergence == "rollback" and len(self.state.rollbacks) < config.rollbacks
+
+    def _roll_back(self, reason: str) -> int:
+        """Go back to the weights, averages and optimizer of best.pt, or of last.pt; give their step.
+
+        All ranks read the same file. Tensors keep their addresses, so CUDA graphs stay valid.
+        """
+        config, state = self.config, self.state
+        saved, name = self._snapshot()
+        self.eval_model.load_state_dict(saved["state_dict"])
+        if config.ema:
+            self.model.load_state_dict(saved["training"]["trained"])
+        _restore_optimizer(self.optimizer, saved["training"]["optimizer"])
+        state.rollbacks.append(state.step + 1)
+        restored = saved["training"]["step"]
+        if self.ranks.is_main:
+            rate = f"learning rate times {config.rollback_lr ** len(state.rollbacks):g}"
+            count = f"rollback {len(state.rollbacks)} of {config.rollbacks}"
+            line = f"step {state.step + 1}: {reason}; back to step {restored} of {name}, {rate}, {count}"
+            self.progress.say(line)
+        self.ranks.barrier()  # the main rank may write the file again
+        return restored
+
+    def _snapshot(self) -> tuple[dict, str]:
+        """Contents and name of best.pt, or of last.pt if there is no training state of the best step."""
+        if (path := self.folder / "best.pt").exists():
+            best = checkpoint.read(path)
+            # a run that was killed and resumed may have written one of a later step
+            step = (best["training"] or {}).get("step")
+            if step is not None and step == self.state.best_step:
+                return best, path.name
+        return read_run(self.folder), self.last.name
 
     def _non_finite_error(self, reason: str, last: str) -> NonFiniteError:
         if self.ranks.is_main:
@@ -353,8 +431,8 @@ class Run:
         )
         return [self.unit.of_bits_per_dim * bits for bits in bounds.mean(1).tolist()]
 
-    def update_progress(self, loss: float) -> None:
-        """Show the step's loss; shorten or lengthen the run if the time limit requires it."""
+    def update_progress(self, loss: float | None) -> None:
+        """Show the step's loss, None after a collapse; adapt the number of steps to the time limit."""
         if not self.ranks.is_main:
             return
         step, config = self.state.step, self.config
@@ -370,20 +448,24 @@ class Run:
             best = f"{state.best:.3f} {self.unit.name} of step {state.best_step}"
             self.progress.say(f"step {state.step}: {patience} evaluations without a new best, {best}")
 
-    def log(self, lr: float, loss: float, grad_norm: float, eval_loss: float | None) -> None:
+    def log(
+        self, lr: float, loss: float, grad_norm: float, eval_loss: float | None, restored: int | None = None
+    ) -> None:
         """Write the step's row of metrics.csv and its TensorBoard scalars."""
         if not self.ranks.is_main:
             return
         step = self.state.step
         if eval_loss is not None:
             found = f"{self.evaluated} {eval_loss:.3f} {self.unit.name}"
-            self.progress.say(f"step {step}: train {self.progress.loss:.3f}, {found}")
+            train = math.nan if self.progress.loss is None else self.progress.loss
+            self.progress.say(f"step {step}: train {train:.3f}, {found}")
         epoch = step * self.config.batch_size // self.source.length
-        self.metrics.write(step, epoch, lr, loss, grad_norm, eval_loss)
+        self.metrics.write(step, epoch, lr, loss, grad_norm, eval_loss, restored)
         if self.board:
             key = self.unit.key
             scalars = {f"train/{key}": loss, "train/grad_norm": grad_norm, "train/lr": lr}
             scalars[f"{self.evaluated}/{key}"] = eval_loss
+            scalars["train/back_to_step"] = restored
             scalars[f"{self.kind.noun}_per_second"] = self.progress.samples_per_second
             with checkpoint.naming(self.folder / "events"):
                 for name, value in scalars.items():
@@ -393,7 +475,10 @@ class Run:
     def save_best(self) -> None:
         """Write best.pt."""
         if self.ranks.is_main:
-            checkpoint.save(self.folder / "best.pt", self.eval_model, self._about())
+            # a rollback needs more than the evaluated weights
+            rollback = self.config.on_divergence == "rollback"
+            training = self._training_state() if rollback else self._about()
+            checkpoint.save(self.folder / "best.pt", self.eval_model, training)
 
     def _about(self) -> dict:
         """What every checkpoint of the run holds: its settings, and the columns of a table."""
@@ -406,6 +491,11 @@ class Run:
         """Write last.pt: the evaluated model, and all that is needed to continue the run."""
         if not self.ranks.is_main:
             return
+        self.metrics.sync()
+        checkpoint.save(self.last, self.eval_model, self._training_state())
+
+    def _training_state(self) -> dict:
+        """All that a checkpoint needs in addition to the evaluated model, to continue the run."""
         state = self.state
         training = {
             **self._about(),
@@ -416,6 +506,9 @@ class Run:
             "best": state.best,
             "best_step": state.best_step,
             "stale": state.stale,
+            "rollbacks": state.rollbacks,
+            "mean": state.mean,
+            "lowest": state.lowest,
             "chosen": "last.pt" if self.source.validation is None else "best.pt",
             "seconds": self.budget.elapsed(),
             "optimizer": self.optimizer.state_dict(),
@@ -423,8 +516,7 @@ class Run:
         }
         if self.config.ema:
             training["trained"] = self.model.state_dict()
-        self.metrics.sync()
-        checkpoint.save(self.last, self.eval_model, training)
+        return training
 
     def save_pictures(self, codecs: dict[str, float] | None = None) -> None:
         """Write samples.png and curve.png; ``codecs``: bits/dim of image codecs, drawn into the curve."""
@@ -462,6 +554,7 @@ class Run:
                 "model": type(self.eval_model).__name__,
                 "step": self.state.best_step if chosen else self.state.step,
                 **self.kind.result(self.test, bounds, self.eval_model.n_bits),
+                **({"rollbacks": self.state.rollbacks} if self.state.rollbacks else {}),
                 **chosen,
             }
             self.save_pictures(result.get("codecs_bits_per_dim"))
@@ -500,6 +593,20 @@ def parameter_groups(model: Model, scale_l2: float) -> list[dict]:
     # Adam's weight decay adds its multiple of the weight to the gradient; the gradient of a square has a
     # factor of 2
     return [{"params": rest}, *([{"params": scales, "weight_decay": 2 * scale_l2}] if scales else [])]
+
+
+@torch.no_grad()
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Copy the state of parameters into the optimizer's own tensors; zeros if ``saved`` has none yet.
+
+    The learning rate stays. ``Optimizer.load_state_dict`` would replace the tensors that a CUDA graph updates.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in saved["param_groups"] for i in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        kept = saved["state"].get(number, {})
+        for name, value in optimizer.state[parameter].items():
+            value.copy_(kept[name]) if name in kept else value.zero_()
 
 
 def _check_device(config: Config, ranks: Ranks, device: torch.device) -> None:

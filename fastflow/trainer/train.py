@@ -69,19 +69,21 @@ def train_steps(run: Run) -> None:
             run.budget.start_step()
             x, labels = run.to_device(next(batches))
             lr = learning_rate(config, state.step, state.target_steps, run.source.length)
+            lr *= config.rollback_lr ** len(state.rollbacks)
             seed = derive(config.seed, Stream.TRAINING_NOISE, state.step)
             # a step also sums the votes over the ranks, so that all of them stop after the same step
             votes = (len(signals), run.budget.target_steps if ranks.is_main else 0)
-            loss, grad_norm, stop, target_steps = run.take_step(x, labels, seed, lr, votes)
+            loss, grad_norm, stop, target_steps, restored = run.take_step(x, labels, seed, lr, votes)
             state.step, state.target_steps = state.step + 1, target_steps
-            run.average_weights()
-            run.update_progress(loss)
+            if restored is None:
+                run.average_weights()
+            run.update_progress(loss if restored is None else None)
 
             eval_loss, improved = None, False
             if state.step % config.eval_every == 0 or state.step >= state.target_steps:
                 eval_loss = run.evaluate()
                 improved = state.improve(eval_loss)
-            run.log(lr, loss, grad_norm, eval_loss)
+            run.log(lr, loss, grad_norm, eval_loss, restored)
             if eval_loss is not None:
                 run.stop_early()
             last = state.step >= state.target_steps

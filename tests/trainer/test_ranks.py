@@ -1,6 +1,7 @@
 """Several processes train what one would: the same statistics, gradients, losses and pictures, and an end when one of them dies."""
 
 import copy
+import math
 import os
 import signal
 import socket
@@ -241,6 +242,37 @@ def test_an_error_of_one_rank_ends_the_others(arrays, tmp_path):
     assert started.end(60) == [1, 1]
     assert "ZeroDivisionError: of the second rank" in started.said(1)
     assert started.said(0).splitlines()[-1].startswith("error: rank 0: another rank died or does not respond")
+
+
+def collapse(argv):
+    """The 5th step's loss is not finite, on every rank. Each rank prints the sum of its weights after the 7th."""
+    take, calls = Step.__call__, []
+
+    def broken(self, *args):
+        calls.append(None)
+        if len(calls) == 5:
+            self.parameters[0].data.fill_(float("nan"))
+        report = take(self, *args)
+        if len(calls) == 7:
+            print("weights", sum(p.abs().sum() for p in self.parameters).item())
+        return report
+
+    Step.__call__ = broken
+    command_line(argv)
+
+
+def test_all_ranks_go_back_after_a_collapse(arrays, tmp_path):
+    more = ["--steps", "7", "--eval-every", "3", "--on-divergence", "rollback"]
+    argv = ["train", "--data", str(arrays), "--out", str(tmp_path / "run"), *SETTINGS, *more]
+    started = Run(tmp_path, 2, collapse, argv)
+    started.finish()
+    assert started.said(0).count("back to step 3 of best.pt, learning rate times 0.5") == 1
+    assert "back to step" not in started.said(1)
+    weights = [[line for line in started.said(i).splitlines() if "weights" in line] for i in range(2)]
+    assert weights[0] == weights[1] and len(weights[0]) == 1
+    rows = read_metrics(tmp_path / "run/metrics.csv")
+    assert [row["back_to_step"] for row in rows] == [None] * 4 + [3] + [None] * 2
+    assert all(math.isfinite(row["train_bits_per_dim"]) for row in rows[5:])
 
 
 def wait_in_vain(argv):
