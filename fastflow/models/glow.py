@@ -35,9 +35,9 @@ Scale = Literal["soft_clamp", "tanh", "sigmoid", "exp"]
 Conv1x1 = Literal["lu", "plain", "reverse", "shuffle"]
 Network = Literal["plain", "fused", "auto"]
 # An Adam step of rate r changes each output of a coupling network by up to 9 hidden r times the mean hidden
-# activation, and the K steps of a level multiply. With K * hidden times the factor on the outputs at most this,
-# the first steps of Adam do not explode without a warm-up (docs/training.md).
-STEADY = 128
+# activation, and the effects of the K steps of a level multiply. With hidden K^2 times the factor on the outputs
+# at most this, Adam's first steps were measured without a warm-up (docs/training.md).
+STEADY = 2048
 COUPLINGS, SCALES, CONV1X1 = get_args(Coupling), get_args(Scale), get_args(Conv1x1)
 
 
@@ -61,8 +61,8 @@ class GlowConfig(ModelConfig):
     network: Network | NetworkBuilder = "auto"
     context_features: int | None = None
     context_image: bool = False
-    output_start: float | None = None
     standardize: bool = False
+    output_start: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,7 +81,7 @@ class GlowConfig(ModelConfig):
         """Factor on the outputs of the coupling networks at the start, see ``output_start``."""
         if self.output_start is not None:
             return self.output_start
-        return min(1.0, STEADY / (self.steps * self.hidden))
+        return min(1.0, STEADY / (self.hidden * self.steps**2))
 
     def context_shape(self) -> tuple[int, ...] | None:
         """Shape of one context of the flows, or None."""
@@ -120,12 +120,12 @@ class Glow(Model):
         context_features: number of channels of the context, an input of every coupling network; None: no
             context. The context is a vector ``[N, context_features]``, repeated at every position.
         context_image: the context is an image ``[N, context_features, H, W]`` instead, squeezed with x.
-        output_start: factor on the outputs of the coupling networks at the start, learned from there. None:
-            ``min(1, 128 / (steps * hidden))``, so that the first updates of Adam change models of all sizes by
-            about as much, and do not explode without a warm-up (docs/training.md). 1: as in the paper's code,
-            which warms up. Networks of the caller's own are not scaled.
         standardize: with ``n_bits=None``, standardize images before the first level, see
             :meth:`Model.standardize_by`. ``fastflow.fit`` with ``standardize=True`` adds it.
+        output_start: factor on the outputs of the coupling networks at the start, learned from there. None:
+            ``min(1, 2048 / (hidden * steps ** 2))``, so that Adam's first steps do not explode in deep models
+            without a warm-up (docs/training.md). 1: as in the paper's code, which warms up. Networks of the
+            caller's own are not scaled.
 
     Of floating point images, :meth:`log_prob` is the exact log-density in nats, and :meth:`bits_per_dim` the same in
     bits per dimension. It depends on the unit of the values and may be negative: it is not comparable with bits/dim
