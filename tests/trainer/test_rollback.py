@@ -154,7 +154,7 @@ def test_a_resumed_run_continues_schedule_and_rollbacks(config, broken, tmp_path
         train.train(replace(exponential, out=run, steps=parts[0]))
         for steps in parts[1:]:
             Broken.at = {}
-            train.train(replace(exponential, out=None, resume=run, steps=steps))
+            train.train(replace(run_module.resumed_config(run), steps=steps))
         metrics.append((Path(run) / "metrics.csv").read_text().splitlines())
     whole, parts = metrics
     assert whole[:6] == parts[:6] and whole[7:] == parts[7:]  # the 6th step ends a run, so it is evaluated
