@@ -174,6 +174,10 @@ def own_mask(mask: str | Tensor, swap_halves: bool, split: float | None) -> OwnM
         raise validation.argument_error(
             "mask", got, f"one of {', '.join(map(repr, MASKS))}, or a bool tensor"
         )
+    if mask.is_meta:
+        raise validation.argument_error(
+            "mask", "a tensor without values, device meta", "one on another device"
+        )
     if mask.ndim == 0 or mask.all() or not mask.any():
         got = f"a tensor of {validation.shape_of(mask)}, of which {int(mask.sum())} are True"
         raise validation.argument_error("mask", got, "[C, ...], with True and with False elements")

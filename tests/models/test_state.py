@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import fastflow.nn as fnn
-from fastflow.models import NICE, FlowModel, Glow, RealNVP, VectorGlow, mnist_flow
+from fastflow.models import NICE, FlowModel, Glow, MNISTFlow, RealNVP, VectorGlow, mnist_flow
 from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d
 from fastflow.state_from_data import state_from_data, takes_state_from_data
 from tests.support.copies import COPIES
@@ -353,13 +353,17 @@ def test_models_of_no_samples(make):
 CONSTRUCTORS = {
     fnn.ActNorm: {"num_features": 4},
     fnn.AdditiveCoupling: {"net": conv(2, 2)},
+    fnn.Affine: {"num_features": 4},
     fnn.AffineCoupling: {"net": conv(2, 4)},
     fnn.BatchNorm: {"num_features": 4},
+    fnn.Coupling: {"net": conv(2, 4), "transformer": fnn.ActNorm(4)},
     fnn.Dequantize: {},
     fnn.DistributionPrior: {"distribution": torch.distributions.Laplace(torch.zeros(4), torch.ones(4))},
     fnn.EncoderDecoder: {"flow": fnn.ActNorm(4)},
     fnn.Flatten: {"shape": IMAGE},
     fnn.FlowTransform: {"flow": fnn.ActNorm(4)},
+    fnn.FromEncoderDecoder: {"module": fnn.EncoderDecoder(fnn.ActNorm(4))},
+    fnn.FromReverse: {"layer": fnn.WithReverse(fnn.ActNorm(4))},
     fnn.GatedNetwork: {"in_channels": 2, "out_channels": 2},
     fnn.GaussianMixturePrior: {"shape": IMAGE, "means": torch.eye(4)},
     fnn.GaussianPrior: {"shape": IMAGE},
@@ -377,7 +381,9 @@ CONSTRUCTORS = {
     fnn.Split: {"num_features": 4},
     fnn.Squeeze: {},
     fnn.Standardize: {"num_features": 4},
+    fnn.UniformPrior: {"shape": IMAGE},
     fnn.VariationalDequantize: {"flow": fnn.ActNorm(4)},
+    fnn.WithReverse: {"flow": fnn.ActNorm(4)},
     ActNormConv2d: {"in_channels": 2, "out_channels": 2, "kernel_size": 3},
     ZeroConv2d: {"in_channels": 2, "out_channels": 2},
     Glow: {"image_shape": (1, 4, 4), "levels": 1, "steps": 1, "hidden": 4},
@@ -385,11 +391,14 @@ CONSTRUCTORS = {
     NICE: {"features": 4, "hidden": 4},
     FlowModel: {"flow": fnn.ActNorm(4), "prior": fnn.GaussianPrior((4,))},
     VectorGlow: {"features": 4, "steps": 1, "hidden": 4},
+    MNISTFlow: {"variant": "simple"},
     mnist_flow: {"variant": "simple"},
 }
 NONSENSE = (None, "nonsense", -1, 2.5, object(), float("nan"))
 SENSIBLE = {("eps", 2.5), ("num_scale_factors", None)}  # None: the default of a former name
-NOT_CHECKED = {"process_group", "flows", "prior"}  # torch's, variadic (TypeError), a string or a module
+SENSIBLE |= {("low", -1), ("low", 2.5), ("high", 2.5)}  # with a low above it, high is the one that is named
+# torch's, variadic (TypeError), a string or a module, a name in other code
+NOT_CHECKED = {"process_group", "flows", "prior", "context_name"}
 
 
 def optional(parameter):
@@ -400,7 +409,7 @@ def optional(parameter):
 def test_nonsense_is_named(make, given):
     make(**given)
     for name, parameter in inspect.signature(make).parameters.items():
-        if name in NOT_CHECKED or parameter.kind is parameter.VAR_POSITIONAL:
+        if name in NOT_CHECKED or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         for value in NONSENSE:
             if (value is None and optional(parameter)) or (name, value) in SENSIBLE:

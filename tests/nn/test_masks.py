@@ -176,6 +176,7 @@ class PerElement(NoInverse):
         ({"mask": torch.ones(3).bool()}, "mask: got a tensor of shape [3], of which 3 are True, expected [C, ...]"),
         ({"mask": torch.zeros(3).bool()}, "mask: got a tensor of shape [3], of which 0 are True, expected [C, ...]"),
         ({"mask": torch.tensor(True)}, "mask: got a tensor of shape [], of which 1 are True, expected [C, ...]"),
+        ({"mask": torch.ones(3, device="meta").bool()}, "mask: got a tensor without values, device meta, expected one"),
         ({"mask": torch.ones(3)}, "mask: got a tensor of torch.float32, expected one of 'halves', 'checkerboard', or"),
         ({"mask": [True, False]}, "mask: got [True, False], expected one of 'halves', 'checkerboard', or a bool tensor"),
         ({"mask": "rows"}, "mask: got 'rows', expected one of 'halves', 'checkerboard', or a bool tensor"),

@@ -121,7 +121,9 @@ OF_VECTORS = {
     **{scale: partial(affine, mlp, scale=scale) for scale in SCALES if scale != "none"},
     "checkerboard": partial(affine, mlp, 4, mask="checkerboard", params_layout="scale_shift"),
     "additive": partial(additive, mlp, swap_halves=True),
-    "mask of channels": lambda: AffineCoupling(mlp(2, 4), mask=torch.tensor([True, False, False, True])),
+    "mask of channels": lambda: AffineCoupling(
+        mlp(2, 4), mask=torch.tensor([True, False, False, True], device="cpu")
+    ),
     "Coupling": lambda: Coupling(mlp(1, 6), Asinh(), split=1),
 }
 OF_IMAGES = {
@@ -133,7 +135,9 @@ OF_IMAGES = {
     "factor for each channel": partial(affine, conv, num_scale_factors=2),
     "additive": partial(additive, conv),
     "unequal parts": lambda: AffineCoupling(conv(1, 6), split=0.25, swap_halves=True),
-    "mask of positions": lambda: AffineCoupling(conv(4, 8), mask=torch.arange(32).view(IMAGE) % 3 == 0),
+    "mask of positions": lambda: AffineCoupling(
+        conv(4, 8), mask=torch.arange(32, device="cpu").view(IMAGE) % 3 == 0
+    ),
     "Coupling": lambda: Coupling(conv(2, 4), Asinh()),
     "additive checkerboard": partial(additive, conv, 4, mask="checkerboard"),
     "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),
