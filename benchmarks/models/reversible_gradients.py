@@ -51,7 +51,7 @@ WAYS = {
 
 def untrained(source: data.Source, k: int, hidden: int) -> Glow:
     torch.manual_seed(0)
-    return Glow(image_shape=source.shape, levels=3, steps=k, hidden=hidden)
+    return Glow(image_shape=source.shape, levels=3, steps=k, hidden=hidden, output_start=1.0)
 
 
 def test_and_noise(test: Tensor) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ def run(way: str, options: argparse.Namespace) -> list[dict]:
         levels=3,
         steps=options.steps_per_level,
         hidden=options.hidden,
+        output_start=1.0,
         reversible=reversible,
     )
     rows, losses = [], []
