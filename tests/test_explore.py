@@ -412,6 +412,7 @@ ARGUMENTS = {
     "affine": ["--steps", "2", "--samples", "50"],
     "masks": [],
     "one_dimension": ["--samples", "100", "--epochs", "1"],
+    "permutations": "--samples 60 --side 4 --steps 1 --epochs 1 --seeds 1".split(),
     "quantization": ["--samples", "2000"],
     "scaling_factors": ["glow.pt"],
     "anomaly": ["multiscale.pt", "--data", "digits.npz", "--images", "8"],
