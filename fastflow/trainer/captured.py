@@ -58,7 +58,7 @@ def capture(
     try:
         for generator in generators:
             graph.register_generator_state(generator)
-        # a loader's pinning thread may call CUDA during the capture, which must not invalidate it
+        # other threads may call CUDA during the capture, which must not invalidate it
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
     except Exception as error:
