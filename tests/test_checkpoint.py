@@ -82,6 +82,7 @@ def test_a_checkpoint_of_an_old_version_loads():
         "context_features": None,
         "context_image": False,
         "standardize": False,
+        "output_start": None,
     }  # added since
     assert model.flows[0].steps[0].coupling.net.network == "auto"
     assert type(model) is Glow and model.config == config and model.classes == 2

@@ -383,7 +383,6 @@ def test_interpolate_writes_a_row_for_each_pair(files, tmp_path, capsys):
             "interpolate FILES/multiscale.pt --data FILES/digits.npz --out FILES/none/out.png",
             "No such file or directory",
         ),
-        ("sample FILES/vectors.pt", "got a VectorGlow of vectors [2], expected a model of images"),
         ("sample FILES/multiscale.pt --n 0", "n: got 0, expected at least 1"),
         ("sample FILES/multiscale.pt --temperature 0.5 -1", "temperature: got -1.0, expected at least 0"),
     ],

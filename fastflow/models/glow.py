@@ -66,8 +66,9 @@ class GlowConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.output_start is not None and not 0 < self.output_start < math.inf:
-            raise validation.argument_error("output_start", self.output_start, "None or a positive number")
+        if self.output_start is not None:
+            expected = "None or a positive number"
+            validation.number("output_start", self.output_start, expected, lambda v: 0 < v < math.inf)
         _check_levels(self.image_shape, self.levels)
         if self.logit and self.n_bits is None:
             raise validation.argument_error(

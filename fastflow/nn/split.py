@@ -50,7 +50,8 @@ class Split(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_channels(x, self.num_features)
-        kept, z = x[:, : self.kept], x[:, self.kept :]
+        # unlike two slices, their gradients are one concatenation, in the layout of x
+        kept, z = x.split([self.kept, self.num_features - self.kept], dim=1)
         return kept, z, ops.gaussian_log_prob(z, *self.mean_and_log_scale(kept))
 
     def inverse(self, kept: Tensor, z: Tensor) -> Tensor:

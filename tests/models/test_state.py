@@ -395,7 +395,11 @@ CONSTRUCTORS = {
     mnist_flow: {"variant": "simple"},
 }
 NONSENSE = (None, "nonsense", -1, 2.5, object(), float("nan"))
-SENSIBLE = {("eps", 2.5), ("num_scale_factors", None)}  # None: the default of a former name
+SENSIBLE = {
+    ("eps", 2.5),
+    ("output_start", 2.5),
+    ("num_scale_factors", None),
+}  # None: the default of a former name
 SENSIBLE |= {("low", -1), ("low", 2.5), ("high", 2.5)}  # with a low above it, high is the one that is named
 # torch's, variadic (TypeError), a string or a module, a name in other code
 NOT_CHECKED = {"process_group", "flows", "prior", "context_name"}

@@ -398,11 +398,19 @@ def test_uniform():
 @pytest.mark.parametrize(
     ("distribution", "inside", "outside"),
     [
-        (Uniform(torch.zeros(2), torch.ones(2)), [0.5, 0.1], [0.5, 1.1]),
-        (Independent(Uniform(torch.zeros(2), torch.ones(2)), 1), [0.5, 0.1], [-0.1, 1.1]),
+        (Uniform(torch.zeros(2), torch.ones(2), validate_args=True), [0.5, 0.1], [0.5, 1.1]),
+        (
+            Independent(Uniform(torch.zeros(2), torch.ones(2), validate_args=True), 1, validate_args=True),
+            [0.5, 0.1],
+            [-0.1, 1.1],
+        ),
         (Gamma(torch.ones(2), torch.ones(2), validate_args=True), [0.5, 0.1], [-0.5, 0.1]),
-        (Dirichlet(torch.ones(2)), [0.25, 0.75], [0.5, 0.75]),
-        (TransformedDistribution(Normal(torch.zeros(2), 1.0), ExpTransform()), [0.5, 0.1], [0.5, -0.1]),
+        (Dirichlet(torch.ones(2), validate_args=True), [0.25, 0.75], [0.5, 0.75]),
+        (
+            TransformedDistribution(Normal(torch.zeros(2), 1.0), ExpTransform(), validate_args=True),
+            [0.5, 0.1],
+            [0.5, -0.1],
+        ),
     ],
     ids=["Uniform", "Independent", "Gamma", "Dirichlet", "TransformedDistribution"],
 )

@@ -30,6 +30,7 @@ class Commands:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._server = subprocess.Popen(argv, env=environment, bufsize=0, **pipes)
         self._read = b""
+        self._started = []
         self.ended = {}  # exit codes by process id, negative for a signal
 
     def start(self, log, *argv, cwd=None, out=None, ignored=(), **environment):
@@ -48,7 +49,8 @@ class Commands:
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
         while (started := self._next(60)) is None:
             pass
-        return Command(self, started, Path(log))
+        self._started.append(Command(self, started, Path(log)))
+        return self._started[-1]
 
     def wait(self, pid, seconds):
         """The exit code of a command, None if it runs on."""
@@ -73,6 +75,8 @@ class Commands:
         return None
 
     def close(self):
+        for command in self._started:
+            command.gone(0)  # those of a test that failed may run on
         self._server.kill()
         self._server.wait()
         self._server.stdin.close()
@@ -156,6 +160,9 @@ def _become(request):
         os.dup2(source, target)
     os.chdir(request["cwd"])
     os.environ |= request["environment"]
+    # whoever started the tests may have ignored signals: a shell does so for a job in the background
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     for signum in request["ignored"]:
         signal.signal(signum, signal.SIG_IGN)
     sys.argv = ["fastflow", *request["argv"]]

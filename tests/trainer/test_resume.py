@@ -35,6 +35,7 @@ def work(argv, log, hang):
 
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     if hang:
         hang_while_writing(*hang)
     sys.exit(main(argv))
