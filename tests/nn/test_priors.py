@@ -425,3 +425,20 @@ def test_outside_the_support_of_a_distribution(distribution, inside, outside):
         assert torch.autograd.grad(log_prob[0], z)[0][0].isfinite().all()
     assert distribution._validate_args
     assert not prior.log_prob(torch.full((1, 2), math.nan)).isfinite().any()
+
+
+class Undescribed(torch.distributions.Distribution):
+    """The density of N(0, 1) on vectors [2]; it declares no support."""
+
+    arg_constraints = {}
+
+    def __init__(self):
+        super().__init__(torch.Size([2]), validate_args=False)
+
+    def log_prob(self, value):
+        return Normal(0.0, 1.0).log_prob(value)
+
+
+def test_a_distribution_without_a_declared_support():
+    z = torch.randn(5, 2)
+    torch.testing.assert_close(DistributionPrior(Undescribed()).log_prob(z), Undescribed().log_prob(z).sum(1))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform
+from torch.distributions.constraints import Constraint
 
 from fastflow import validation
 from fastflow.nn.priors.prior import Prior
@@ -18,8 +19,9 @@ class DistributionPrior(Prior):
 
     The shape of one latent is ``batch_shape + event_shape``: ``Normal(torch.zeros(3), torch.ones(3))`` and
     ``MultivariateNormal(torch.zeros(3), torch.eye(3))`` are densities of vectors ``[3]``. Each call computes
-    in the dtype and on the device of the latents. Outside the support, the log-density is -inf. The distribution's
-    tensors are not in the state dict. An optimizer trains them only if it is given them.
+    in the dtype and on the device of the latents. Outside the support, the log-density is -inf. A distribution that
+    declares no support is taken as continuous, and its log-density as it is. The distribution's tensors are not in
+    the state dict. An optimizer trains them only if it is given them.
 
     Args:
         distribution: the distribution.
@@ -91,20 +93,23 @@ class DistributionPrior(Prior):
         return f"{self.distribution}"
 
 
-def _is_discrete(distribution: Distribution) -> bool:
+def _support(distribution: Distribution) -> Constraint | None:
     try:
-        return distribution.support.is_discrete
+        return distribution.support
     except NotImplementedError:  # a distribution need not describe its support
-        return False
+        return None
+
+
+def _is_discrete(distribution: Distribution) -> bool:
+    """Whether it is known to be discrete: one without a support is taken as continuous."""
+    support = _support(distribution)
+    return support is not None and support.is_discrete
 
 
 def _inside(distribution: Distribution, z: Tensor) -> Tensor | None:
     """Whether latents are in the support, ``[N]``; None if the distribution does not describe it."""
-    try:
-        inside = distribution.support.check(z)
-    except NotImplementedError:
-        return None
-    return inside.reshape(z.shape[0], -1).all(1)
+    support = _support(distribution)
+    return None if support is None else support.check(z).reshape(z.shape[0], -1).all(1)
 
 
 def _mapped(
