@@ -48,6 +48,7 @@ def layers(c: int) -> list[nn.Flow]:
         nn.BatchNorm(c),
         nn.Affine(c),
         nn.Standardize(c),
+        nn.Inverse(nn.AffineCoupling(net)),
     ]
 
 

@@ -12,6 +12,7 @@ from fastflow.nn.dequantize import Dequantize, IdentityDequantize, LogitDequanti
 from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.glow_level import GlowLevel, GlowStep
+from fastflow.nn.inverse import Inverse
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import GatedNetwork
 from fastflow.nn.networks.glow_network import GlowNetwork
@@ -55,6 +56,7 @@ __all__ = [
     "GlowNetwork",
     "GlowStep",
     "IdentityDequantize",
+    "Inverse",
     "InvertibleConv1x1",
     "LogisticPrior",
     "LogitDequantize",

@@ -370,6 +370,7 @@ CONSTRUCTORS = {
     fnn.GlowLevel: {"steps": [fnn.GlowStep(16, 4)]},
     fnn.GlowNetwork: {"in_channels": 2, "out_channels": 2, "hidden": 4},
     fnn.GlowStep: {"num_features": 4, "hidden": 4},
+    fnn.Inverse: {"flow": fnn.ActNorm(4)},
     fnn.InvertibleConv1x1: {"num_features": 4},
     fnn.LogisticPrior: {"shape": IMAGE},
     fnn.LogitDequantize: {},

@@ -18,6 +18,7 @@ from fastflow.nn import (
     Flatten,
     GaussianPrior,
     GlowNetwork,
+    Inverse,
     InvertibleConv1x1,
     LogitDequantize,
     Permute,
@@ -53,6 +54,7 @@ FLOWS = {
         IMAGE,
     ),
     "AdditiveCoupling": (lambda: AdditiveCoupling(GlowNetwork(2, 2, hidden=4)), IMAGE),
+    "Inverse": (lambda: Inverse(AffineCoupling(nn.Linear(2, 4))), VECTOR),
     "Squeeze": (lambda: Squeeze("realnvp"), IMAGE),
     "Sequential": (
         lambda: Sequential(

@@ -19,6 +19,7 @@ from fastflow.nn import (
     FromReverse,
     GlowNetwork,
     IdentityDequantize,
+    Inverse,
     InvertibleConv1x1,
     Permute,
     Scale,
@@ -113,6 +114,7 @@ ANY_SHAPE = {
     "Affine": lambda: Affine(4),
     "FromReverse": lambda: FromReverse(WithReverse(InvertibleConv1x1(4))),
     "FromEncoderDecoder": lambda: FromEncoderDecoder(EncoderDecoder(Scale(4))),
+    "Inverse": lambda: Inverse(Sequential(InvertibleConv1x1(4), Scale(4))),
     "BatchNorm": batch_norm,
     "Standardize": standardize,
     "IdentityDequantize": lambda: IdentityDequantize(),
@@ -125,6 +127,7 @@ OF_VECTORS = {
         mlp(2, 4), mask=torch.tensor([True, False, False, True], device="cpu")
     ),
     "Coupling": lambda: Coupling(mlp(1, 6), Asinh(), split=1),
+    "Inverse of a coupling": lambda: Inverse(affine(mlp)),
 }
 OF_IMAGES = {
     **{scale: partial(affine, conv, scale=scale, swap_halves=True) for scale in SCALES if scale != "none"},
@@ -143,6 +146,7 @@ OF_IMAGES = {
     "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),
     "Flatten": lambda: Flatten(IMAGE),
     **{f"squeeze {order}": partial(Squeeze, order) for order in ("channel", "space", "realnvp")},
+    "Inverse of a squeeze": lambda: Inverse(Squeeze()),
     "Sequential": lambda: Sequential(
         ActNorm(4), InvertibleConv1x1(4), AffineCoupling(conv(2, 4)), Squeeze(), Permute(16)
     ),
