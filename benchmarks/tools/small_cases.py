@@ -52,6 +52,10 @@ def layers(c: int) -> list[nn.Flow]:
     ]
 
 
+def vector_layers(c: int) -> list[nn.Flow]:
+    return [nn.LULinear(c, identity_init=False)]
+
+
 def ran_ops(device: str) -> Iterator[str]:
     """Every case of every op's spec, in both layouts."""
     torch.set_default_device(device)
@@ -76,6 +80,15 @@ def ran(device: str) -> Iterator[str]:
                 (z.sum() + log_det.sum()).backward()
             flow.inverse(z.detach())
             yield f"layers on {n}x{c}x{h}x{w}, {layout}"
+    for n, c in ((3, 5), (2, 16), (1, 1)):
+        x = torch.randn(n, c, device=device)
+        for flow in vector_layers(c):
+            for reversible in (True, False):
+                flow = nn.Sequential(flow, reversible=reversible).to(device)
+                z, log_det = flow(x.requires_grad_())
+                (z.sum() + log_det.sum()).backward()
+            flow.inverse(z.detach())
+        yield f"layers of vectors on {n}x{c}"
     for k, n, m in ((3, 5, 7), (2, 48, 48), (1, 64, 3)):
         a = torch.randn(k, n, n, device=device, requires_grad=True)
         ops.triangular_solve(

@@ -13,6 +13,7 @@ from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.glow_level import GlowLevel, GlowStep
 from fastflow.nn.inverse import Inverse
+from fastflow.nn.lu_linear import LULinear
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import GatedNetwork
 from fastflow.nn.networks.glow_network import GlowNetwork
@@ -58,6 +59,7 @@ __all__ = [
     "IdentityDequantize",
     "Inverse",
     "InvertibleConv1x1",
+    "LULinear",
     "LogisticPrior",
     "LogitDequantize",
     "MLP",

@@ -372,6 +372,7 @@ CONSTRUCTORS = {
     fnn.GlowStep: {"num_features": 4, "hidden": 4},
     fnn.Inverse: {"flow": fnn.ActNorm(4)},
     fnn.InvertibleConv1x1: {"num_features": 4},
+    fnn.LULinear: {"features": 4},
     fnn.LogisticPrior: {"shape": IMAGE},
     fnn.LogitDequantize: {},
     fnn.MLP: {"in_features": 2, "out_features": 2},

@@ -21,6 +21,7 @@ from fastflow.nn import (
     Inverse,
     InvertibleConv1x1,
     LogitDequantize,
+    LULinear,
     Permute,
     Scale,
     Sequential,
@@ -54,6 +55,7 @@ FLOWS = {
         IMAGE,
     ),
     "AdditiveCoupling": (lambda: AdditiveCoupling(GlowNetwork(2, 2, hidden=4)), IMAGE),
+    "LULinear": (lambda: LULinear(4), VECTOR),
     "Inverse": (lambda: Inverse(AffineCoupling(nn.Linear(2, 4))), VECTOR),
     "Squeeze": (lambda: Squeeze("realnvp"), IMAGE),
     "Sequential": (

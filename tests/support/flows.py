@@ -21,6 +21,7 @@ from fastflow.nn import (
     IdentityDequantize,
     Inverse,
     InvertibleConv1x1,
+    LULinear,
     Permute,
     Scale,
     Sequential,
@@ -127,6 +128,7 @@ OF_VECTORS = {
         mlp(2, 4), mask=torch.tensor([True, False, False, True], device="cpu")
     ),
     "Coupling": lambda: Coupling(mlp(1, 6), Asinh(), split=1),
+    "LULinear": lambda: LULinear(4, identity_init=False),
     "Inverse of a coupling": lambda: Inverse(affine(mlp)),
 }
 OF_IMAGES = {

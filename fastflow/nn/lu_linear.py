@@ -1,0 +1,122 @@
+"""Linear map of vectors, learned as a product of triangular matrices."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastflow import ops, validation
+from fastflow.nn.flow import Flow
+from fastflow.ops import acc_dtype
+from fastflow.reversible import Gradients, vjp
+
+
+class LULinear(Flow):
+    r"""Linear map of vectors, :math:`y = L U x + b`, L lower triangular with a unit diagonal, U upper triangular.
+
+    Source: neural spline flows, arXiv:1906.04032, section 3.2, without their permutation: put a
+    :class:`~fastflow.nn.Permute` before the layer. The diagonal of U is
+    :math:`\operatorname{softplus}(u) + \epsilon > 0`. One parameter ``factors`` ``[D, D]`` holds the entries of L below
+    its diagonal, those of U above it, and u on its diagonal.
+
+    The layer is the identity at initialization. :class:`InvertibleConv1x1` starts from a random orthogonal matrix
+    instead, and takes images.
+
+    The inverse solves two triangular systems. Products and solves are at least float32, also under autocast.
+
+    Args:
+        features: number of features D.
+        identity_init: start as the identity. False: the entries of L and U off their diagonals start uniform in
+            :math:`\pm 1 / \sqrt D`, with a diagonal of 1, so that the log-det is 0.
+        eps: :math:`\epsilon`, the lower bound of the diagonal of U.
+
+    Shape: x, y ``[N, D]``; log_det ``[N]``, nats, :math:`\sum_d \log U_{dd}`.
+    Raises ValueError for x of another shape, another precision or another device, for an ``eps`` outside [0, 1), and
+    for ``features`` that are no positive integer. The inverse raises :class:`~fastflow.validation.SingularError` if a
+    diagonal is 0, inf or NaN, see :func:`fastflow.ops.triangular_solve`.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> flow = fnn.Sequential(fnn.Permute(4, "random"), fnn.LULinear(4))
+        >>> z, log_det = flow(torch.randn(8, 4))
+    """
+
+    def __init__(self, features: int, identity_init: bool = True, eps: float = 1e-3) -> None:
+        super().__init__()
+        validation.positive_int("features", features)
+        validation.boolean("identity_init", identity_init)
+        validation.number("eps", eps, "a number from 0 to below 1", lambda v: 0 <= v < 1)
+        self.features, self.identity_init, self.eps = features, identity_init, eps
+        self.factors = nn.Parameter(torch.zeros(features, features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        with torch.no_grad():
+            if not identity_init:
+                self.factors.uniform_(-1, 1).mul_(features**-0.5)
+            self.factors.diagonal().fill_(math.log(math.expm1(1 - eps)))
+
+    def weight(self) -> Tensor:
+        """The matrix L U, ``[D, D]``; float32 if the parameters are half."""
+        with _without_autocast(self.factors.device):
+            return _product(*self._triangles()[:2])
+
+    def _triangles(self) -> tuple[Tensor, Tensor, Tensor]:
+        """L without its diagonal, U, and the diagonal of U."""
+        factors = self.factors.to(acc_dtype(self.factors.dtype))
+        diagonal = F.softplus(factors.diagonal()) + self.eps
+        return factors.tril(-1), factors.triu(1) + diagonal.diag_embed(), diagonal
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.features:
+            expected = f"[N, {self.features}], vectors with the layer's number of features"
+            raise validation.argument_error("x", validation.shape_of(x), expected)
+        validation.same_device_and_precision("x", x, "the layer's parameters", self.factors)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        with _without_autocast(x.device):
+            lower, upper, diagonal = self._triangles()
+            y = F.linear(x.to(upper.dtype), _product(lower, upper), self.bias.to(upper.dtype))
+        return y.to(x.dtype), diagonal.log().sum().expand(x.shape[0])
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(z)
+        lower, upper, diagonal = self._triangles()
+        return self._solved(z, lower, upper, self.bias), -diagonal.log().sum().expand(z.shape[0])
+
+    def _solved(self, z: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
+        columns = (z.to(upper.dtype) - bias).mT[None]
+        columns = ops.triangular_solve(lower[None], columns, upper=False, unit_diagonal=True)
+        return ops.triangular_solve(upper[None], columns, upper=True)[0].mT.to(z.dtype)
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        with _without_autocast(z.device):
+            with torch.enable_grad():
+                lower, upper, diagonal = self._triangles()
+                weight, log_det, bias = _product(lower, upper), diagonal.log().sum(), self.bias
+            x = self._solved(z, lower.detach(), upper.detach(), bias.detach())
+            dy = dz.to(weight.dtype)
+            dx, dweight, dbias = dy @ weight.detach(), dy.mT @ x.to(weight.dtype), dy.sum(0).to(bias.dtype)
+            gradients = vjp(
+                (weight, log_det, bias), (dweight, dlog_det.sum().to(log_det.dtype), dbias), wanted
+            )
+        return x, dx.to(z.dtype), gradients
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, identity_init={self.identity_init}, eps={self.eps}"
+
+
+def _product(lower: Tensor, upper: Tensor) -> Tensor:
+    return torch.addmm(upper, lower, upper)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Disable autocast, which would compute the products in half precision."""
+    kind = device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
