@@ -18,6 +18,7 @@ from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import GatedNetwork
 from fastflow.nn.networks.glow_network import GlowNetwork
 from fastflow.nn.networks.mlp import MLP
+from fastflow.nn.networks.residual_mlp import ResidualMLP
 from fastflow.nn.networks.residual_network import ResidualNetwork
 from fastflow.nn.permute import Permute
 from fastflow.nn.priors.distribution import DistributionPrior
@@ -65,6 +66,7 @@ __all__ = [
     "MLP",
     "Permute",
     "Prior",
+    "ResidualMLP",
     "ResidualNetwork",
     "Scale",
     "Sequential",

@@ -266,6 +266,7 @@ def test_models_load_onto_meta(make):
 
 MODULES = {
     "MLP": (lambda: fnn.MLP(2, 4, 5), (VECTOR[0] // 2,)),
+    "ResidualMLP": (lambda: fnn.ResidualMLP(2, 4, 5), (VECTOR[0] // 2,)),
     "GlowNetwork": (lambda: fnn.GlowNetwork(4, 6, 5), IMAGE),
     "ResidualNetwork": (lambda: fnn.ResidualNetwork(4, 6, 5, 1), IMAGE),
     "GatedNetwork": (lambda: fnn.GatedNetwork(4, 6, 5, 1), IMAGE),
@@ -377,6 +378,7 @@ CONSTRUCTORS = {
     fnn.LogitDequantize: {},
     fnn.MLP: {"in_features": 2, "out_features": 2},
     fnn.Permute: {"num_features": 4},
+    fnn.ResidualMLP: {"in_features": 2, "out_features": 2},
     fnn.ResidualNetwork: {"in_channels": 2, "out_channels": 2, "hidden": 4},
     fnn.Scale: {"num_features": 4},
     fnn.Sequential: {},

@@ -13,6 +13,7 @@ from fastflow.nn import (
     GlowLevel,
     GlowNetwork,
     GlowStep,
+    ResidualMLP,
     ResidualNetwork,
     Sequential,
     Squeeze,
@@ -77,6 +78,8 @@ def test_glow_networks_see_x_and_then_the_context():
             "context: got a tensor of shape [5, 3], expected None: the network has no",
         ),
         (MLP(2, 4, context_features=3), (5, 2), None, "context: got None, expected [5, 3]"),
+        (ResidualMLP(2, 4, 5, context_features=3), (5, 2), None, "context: got None, expected [5, 3]"),
+        (ResidualMLP(2, 4, 5), (5, 2), (5, 3), "context: got a tensor of shape [5, 3], expected None"),
         (MLP(2, 4, context_features=3), (5, 2), (1, 3), "context: got shape [1, 3], expected [5, 3]"),
         (
             GlowNetwork(2, 4, 3, context_features=3),
@@ -102,6 +105,7 @@ def test_errors_name_the_context(network, x, context, message):
 def test_context_features_are_positive(features):
     for make in (
         lambda **kw: MLP(2, 2, **kw),
+        lambda **kw: ResidualMLP(2, 2, **kw),
         *(lambda make=make, **kw: make(2, **kw) for make in NETWORKS.values()),
     ):
         with pytest.raises(
@@ -119,6 +123,9 @@ VECTORS, IMAGES = (4,), (4, 2, 2)
 FLOWS = {
     "vectors": (
         lambda: Sequential(ActNorm(4), AffineCoupling(MLP(2, 4, 5, 1, context_features=3))), VECTORS, (3,)
+    ),
+    "vectors, residual networks": (
+        lambda: Sequential(ActNorm(4), AffineCoupling(ResidualMLP(2, 4, 5, 1, context_features=3))), VECTORS, (3,)
     ),
     "GlowStep, a vector": (lambda: GlowStep(4, 5, context_features=3), IMAGES, (3,)),
     "GlowStep, an image": (lambda: GlowStep(4, 5, "additive", context_features=3), IMAGES, (3, 2, 2)),
