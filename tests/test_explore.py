@@ -1,6 +1,7 @@
 """What a trained model shows: each function on small models, ``fastflow sample | interpolate``, and the scripts of docs/examples."""
 
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -410,6 +411,7 @@ def test_several_temperatures_are_rows_of_one_noise(files, tmp_path, capsys):
 ARGUMENTS = {
     "affine": ["--steps", "2", "--samples", "50"],
     "masks": [],
+    "nice": ["--data", "digits.npz", "--hidden", "8", "--epochs", "1"],
     "one_dimension": ["--samples", "100", "--epochs", "1"],
     "permutations": "--samples 60 --side 4 --steps 1 --epochs 1 --seeds 1".split(),
     "quantization": ["--samples", "2000"],
@@ -440,5 +442,11 @@ def test_examples_run(script, files, tmp_path, monkeypatch, capsys):
         assert all(math.isfinite(float(v)) for row in rows for v in row[1:])
     if script == "conditional":
         assert printed.count("KL(exact, flow)") == 3
+    if script == "nice":
+        losses = re.findall(r"loss (-?[\d.]+), (-?[\d.]+) nats, (-?[\d.]+) bits/dim", printed)
+        assert len(losses) == 2
+        for loss, nats, bits in (map(float, row) for row in losses):
+            assert nats == pytest.approx(loss + 720.43, abs=0.1)  # 392 ln(2 pi)
+            assert bits == pytest.approx(nats / 543.43 + 7.9944, abs=1e-3)  # 784 ln 2, log2 255
     if script == "density":
         assert printed.count("integral of the density") == 2 and "10 Gaussians" in printed
