@@ -49,6 +49,13 @@ def layers(c: int) -> list[nn.Flow]:
         nn.Affine(c),
         nn.Standardize(c),
         nn.Inverse(nn.AffineCoupling(net)),
+        nn.LeakyReLU(0.5),
+        nn.LeakyReLU(0.5, learned=True),
+        nn.CircularShift(100.0),
+        *(nn.Tanh(), nn.Inverse(nn.SoftClip(1.0))),
+        *(nn.Softplus(), nn.Log()),
+        *(nn.Sigmoid(), nn.Logit()),
+        *(nn.Exp(), nn.Inverse(nn.Softplus())),
     ]
 
 

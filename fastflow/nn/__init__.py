@@ -9,6 +9,17 @@ from fastflow.nn.batch_norm import BatchNorm
 from fastflow.nn.conv1x1 import InvertibleConv1x1
 from fastflow.nn.coupling import Coupling
 from fastflow.nn.dequantize import Dequantize, IdentityDequantize, LogitDequantize
+from fastflow.nn.elementwise import (
+    CircularShift,
+    Exp,
+    LeakyReLU,
+    Log,
+    Logit,
+    Sigmoid,
+    SoftClip,
+    Softplus,
+    Tanh,
+)
 from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.glow_level import GlowLevel, GlowStep
@@ -41,10 +52,12 @@ __all__ = [
     "Affine",
     "AffineCoupling",
     "BatchNorm",
+    "CircularShift",
     "Coupling",
     "Dequantize",
     "DistributionPrior",
     "EncoderDecoder",
+    "Exp",
     "Flatten",
     "Flow",
     "FlowReport",
@@ -61,7 +74,10 @@ __all__ = [
     "Inverse",
     "InvertibleConv1x1",
     "LULinear",
+    "LeakyReLU",
+    "Log",
     "LogisticPrior",
+    "Logit",
     "LogitDequantize",
     "MLP",
     "Permute",
@@ -70,9 +86,13 @@ __all__ = [
     "ResidualNetwork",
     "Scale",
     "Sequential",
+    "Sigmoid",
+    "SoftClip",
+    "Softplus",
     "Split",
     "Squeeze",
     "Standardize",
+    "Tanh",
     "UniformPrior",
     "VariationalDequantize",
     "WithReverse",

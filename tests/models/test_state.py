@@ -357,10 +357,12 @@ CONSTRUCTORS = {
     fnn.Affine: {"num_features": 4},
     fnn.AffineCoupling: {"net": conv(2, 4)},
     fnn.BatchNorm: {"num_features": 4},
+    fnn.CircularShift: {},
     fnn.Coupling: {"net": conv(2, 4), "transformer": fnn.ActNorm(4)},
     fnn.Dequantize: {},
     fnn.DistributionPrior: {"distribution": torch.distributions.Laplace(torch.zeros(4), torch.ones(4))},
     fnn.EncoderDecoder: {"flow": fnn.ActNorm(4)},
+    fnn.Exp: {},
     fnn.Flatten: {"shape": IMAGE},
     fnn.FlowTransform: {"flow": fnn.ActNorm(4)},
     fnn.FromEncoderDecoder: {"module": fnn.EncoderDecoder(fnn.ActNorm(4))},
@@ -373,6 +375,9 @@ CONSTRUCTORS = {
     fnn.GlowStep: {"num_features": 4, "hidden": 4},
     fnn.Inverse: {"flow": fnn.ActNorm(4)},
     fnn.InvertibleConv1x1: {"num_features": 4},
+    fnn.LeakyReLU: {},
+    fnn.Log: {},
+    fnn.Logit: {},
     fnn.LULinear: {"features": 4},
     fnn.LogisticPrior: {"shape": IMAGE},
     fnn.LogitDequantize: {},
@@ -382,9 +387,13 @@ CONSTRUCTORS = {
     fnn.ResidualNetwork: {"in_channels": 2, "out_channels": 2, "hidden": 4},
     fnn.Scale: {"num_features": 4},
     fnn.Sequential: {},
+    fnn.Sigmoid: {},
+    fnn.SoftClip: {},
+    fnn.Softplus: {},
     fnn.Split: {"num_features": 4},
     fnn.Squeeze: {},
     fnn.Standardize: {"num_features": 4},
+    fnn.Tanh: {},
     fnn.UniformPrior: {"shape": IMAGE},
     fnn.VariationalDequantize: {"flow": fnn.ActNorm(4)},
     fnn.WithReverse: {"flow": fnn.ActNorm(4)},
@@ -404,6 +413,7 @@ SENSIBLE = {
     ("output_start", 2.5),
     ("num_scale_factors", None),
 }  # None: the default of a former name
+SENSIBLE |= {("slope", 2.5), ("bound", 2.5), ("shift", -1), ("shift", 2.5)}
 SENSIBLE |= {("low", -1), ("low", 2.5), ("high", 2.5)}  # with a low above it, high is the one that is named
 # torch's, variadic (TypeError), a string or a module, a name in other code
 NOT_CHECKED = {"process_group", "flows", "prior", "context_name"}

@@ -14,19 +14,28 @@ from fastflow.nn import (
     AdditiveCoupling,
     AffineCoupling,
     BatchNorm,
+    CircularShift,
     Dequantize,
+    Exp,
     Flatten,
     GaussianPrior,
     GlowNetwork,
     Inverse,
     InvertibleConv1x1,
+    LeakyReLU,
+    Log,
+    Logit,
     LogitDequantize,
     LULinear,
     Permute,
     Scale,
     Sequential,
+    Sigmoid,
+    SoftClip,
+    Softplus,
     Split,
     Squeeze,
+    Tanh,
 )
 from tests.support.cases import CUDA, randomize
 
@@ -57,6 +66,21 @@ FLOWS = {
     "AdditiveCoupling": (lambda: AdditiveCoupling(GlowNetwork(2, 2, hidden=4)), IMAGE),
     "LULinear": (lambda: LULinear(4), VECTOR),
     "Inverse": (lambda: Inverse(AffineCoupling(nn.Linear(2, 4))), VECTOR),
+    "elementwise": (
+        lambda: Sequential(
+            *(
+                CircularShift(9.0),
+                LeakyReLU(0.5, learned=True),
+                Softplus(),
+                Log(),
+                Exp(),
+                Inverse(Softplus()),
+            ),
+            *(Sigmoid(), Logit(), Tanh(), Inverse(SoftClip(1.0)), LeakyReLU(0.5)),
+            reversible=False,
+        ),
+        VECTOR,
+    ),
     "Squeeze": (lambda: Squeeze("realnvp"), IMAGE),
     "Sequential": (
         lambda: Sequential(

@@ -12,8 +12,10 @@ from fastflow.nn import (
     Affine,
     AffineCoupling,
     BatchNorm,
+    CircularShift,
     Coupling,
     EncoderDecoder,
+    Exp,
     Flatten,
     FromEncoderDecoder,
     FromReverse,
@@ -21,12 +23,19 @@ from fastflow.nn import (
     IdentityDequantize,
     Inverse,
     InvertibleConv1x1,
+    LeakyReLU,
+    Log,
+    Logit,
     LULinear,
     Permute,
     Scale,
     Sequential,
+    Sigmoid,
+    SoftClip,
+    Softplus,
     Squeeze,
     Standardize,
+    Tanh,
     WithReverse,
 )
 from fastflow.ops.affine_coupling import SCALES
@@ -95,6 +104,14 @@ def standardize() -> Standardize:
     return layer
 
 
+def to_signs() -> Standardize:
+    """(0, 1) to (-1, 1)."""
+    layer = Standardize(4)
+    layer.mean.fill_(0.5)
+    layer.scale.fill_(0.5)
+    return layer
+
+
 def affine(net, c_in: int = 2, **options) -> AffineCoupling:
     return AffineCoupling(net(c_in, 2 * c_in), **options)
 
@@ -129,6 +146,14 @@ OF_VECTORS = {
     ),
     "Coupling": lambda: Coupling(mlp(1, 6), Asinh(), split=1),
     "LULinear": lambda: LULinear(4, identity_init=False),
+    # with the numbers as domain and as range
+    "LeakyReLU": LeakyReLU,
+    "Sigmoid": lambda: Sequential(Sigmoid(), to_signs(), Inverse(SoftClip(1.0))),
+    "Logit": lambda: Sequential(SoftClip(1.0), Inverse(to_signs()), Logit()),
+    "Tanh": lambda: Sequential(Tanh(), Inverse(SoftClip(1.0))),
+    "Softplus": lambda: Sequential(Softplus(), Log()),
+    "Exp": lambda: Sequential(Exp(), Inverse(Softplus())),
+    "CircularShift": lambda: CircularShift(10.0, 3.0),
     "Inverse of a coupling": lambda: Inverse(affine(mlp)),
 }
 OF_IMAGES = {
@@ -148,6 +173,8 @@ OF_IMAGES = {
     "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),
     "Flatten": lambda: Flatten(IMAGE),
     **{f"squeeze {order}": partial(Squeeze, order) for order in ("channel", "space", "realnvp")},
+    "LeakyReLU, learned": lambda: LeakyReLU(0.5, learned=True),
+    "CircularShift": lambda: CircularShift(10.0),
     "Inverse of a squeeze": lambda: Inverse(Squeeze()),
     "Sequential": lambda: Sequential(
         ActNorm(4), InvertibleConv1x1(4), AffineCoupling(conv(2, 4)), Squeeze(), Permute(16)

@@ -40,7 +40,7 @@ class ResidualMLPBlock(nn.Module):
 class ResidualMLP(nn.Module):
     """Residual coupling network for vectors: pre-activation blocks between two linear layers.
 
-    Source: neural spline flows, arXiv:1906.04032, appendix B.1; without batch normalization. The first layer takes
+    Source: the networks of neural spline flows, arXiv:1906.04032, without batch normalization. The first layer takes
     the input and the context, and the context gates every block. The last layer is zero-initialized, so a coupling
     starts as the identity.
 
