@@ -130,6 +130,7 @@ benchmark tools.step_profile 20
 benchmark tools.overhead 20
 for name in $others; do benchmark "$name" 25 --seconds 0.1; done
 benchmark models.inverse_precision 30 --docs "$logs/docs"
+benchmark models.mnist_flows 20 --docs "$logs/docs" --seconds 1
 
 echo
 cat "$summary"

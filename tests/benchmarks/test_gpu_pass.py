@@ -75,6 +75,7 @@ STAGES = {
     "step_profile",
     "overhead",
     "inverse_precision",
+    "mnist_flows",
     *harness.with_cases(),
 }
 
