@@ -45,6 +45,8 @@ def layers(c: int) -> list[nn.Flow]:
         nn.AffineCoupling(torch.nn.Conv2d(c - 1, 2, 3, padding=1), split=c - 1),
         nn.AffineCoupling(net, mask=torch.arange(c) % 2 == 0),
         nn.Coupling(net, Affine(), swap_halves=True),
+        nn.Coupling(torch.nn.Conv2d(c // 2, 3 * (c // 2), 1), nn.PiecewiseLinear(3)),
+        nn.Coupling(torch.nn.Conv2d(c // 2, 5 * (c // 2), 1), nn.PiecewiseQuadratic(3)),
         nn.BatchNorm(c),
         nn.Affine(c),
         nn.Standardize(c),

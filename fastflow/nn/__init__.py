@@ -32,6 +32,7 @@ from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.networks.residual_mlp import ResidualMLP
 from fastflow.nn.networks.residual_network import ResidualNetwork
 from fastflow.nn.permute import Permute
+from fastflow.nn.piecewise import PiecewiseLinear, PiecewiseQuadratic
 from fastflow.nn.priors.distribution import DistributionPrior
 from fastflow.nn.priors.gaussian import GaussianPrior
 from fastflow.nn.priors.logistic import LogisticPrior
@@ -81,6 +82,8 @@ __all__ = [
     "LogitDequantize",
     "MLP",
     "Permute",
+    "PiecewiseLinear",
+    "PiecewiseQuadratic",
     "Prior",
     "ResidualMLP",
     "ResidualNetwork",

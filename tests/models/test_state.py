@@ -383,6 +383,8 @@ CONSTRUCTORS = {
     fnn.LogitDequantize: {},
     fnn.MLP: {"in_features": 2, "out_features": 2},
     fnn.Permute: {"num_features": 4},
+    fnn.PiecewiseLinear: {},
+    fnn.PiecewiseQuadratic: {},
     fnn.ResidualMLP: {"in_features": 2, "out_features": 2},
     fnn.ResidualNetwork: {"in_channels": 2, "out_channels": 2, "hidden": 4},
     fnn.Scale: {"num_features": 4},

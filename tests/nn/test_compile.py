@@ -15,6 +15,7 @@ from fastflow.nn import (
     AffineCoupling,
     BatchNorm,
     CircularShift,
+    Coupling,
     Dequantize,
     Exp,
     Flatten,
@@ -28,6 +29,8 @@ from fastflow.nn import (
     LogitDequantize,
     LULinear,
     Permute,
+    PiecewiseLinear,
+    PiecewiseQuadratic,
     Scale,
     Sequential,
     Sigmoid,
@@ -65,6 +68,8 @@ FLOWS = {
     ),
     "AdditiveCoupling": (lambda: AdditiveCoupling(GlowNetwork(2, 2, hidden=4)), IMAGE),
     "LULinear": (lambda: LULinear(4), VECTOR),
+    "PiecewiseLinear": (lambda: Coupling(nn.Linear(2, 6), PiecewiseLinear(3)), VECTOR),
+    "PiecewiseQuadratic": (lambda: Coupling(nn.Conv2d(2, 10, 1), PiecewiseQuadratic(3)), IMAGE),
     "Inverse": (lambda: Inverse(AffineCoupling(nn.Linear(2, 4))), VECTOR),
     "elementwise": (
         lambda: Sequential(

@@ -28,6 +28,8 @@ from fastflow.nn import (
     Logit,
     LULinear,
     Permute,
+    PiecewiseLinear,
+    PiecewiseQuadratic,
     Scale,
     Sequential,
     Sigmoid,
@@ -145,6 +147,8 @@ OF_VECTORS = {
         mlp(2, 4), mask=torch.tensor([True, False, False, True], device="cpu")
     ),
     "Coupling": lambda: Coupling(mlp(1, 6), Asinh(), split=1),
+    "PiecewiseLinear": lambda: Coupling(mlp(2, 6), PiecewiseLinear(3, bound=2.0)),
+    "PiecewiseQuadratic": lambda: Coupling(mlp(2, 10), PiecewiseQuadratic(3, bound=2.0)),
     "LULinear": lambda: LULinear(4, identity_init=False),
     # with the numbers as domain and as range
     "LeakyReLU": LeakyReLU,
