@@ -2,10 +2,13 @@
 
 __version__ = "0.1.0"
 
-from fastflow import _moved, models, nn, ops, reference
-from fastflow.checkpoint import CheckpointError, load, save
-from fastflow.fitting import FitHistory, fit
-from fastflow.ops import backend
+from fastflow import _interrupt
+
+with _interrupt.ends_the_command():
+    from fastflow import _moved, models, nn, ops, reference
+    from fastflow.checkpoint import CheckpointError, load, save
+    from fastflow.fitting import FitHistory, fit
+    from fastflow.ops import backend
 
 __all__ = [
     "CheckpointError",

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fastflow._interrupt import ends_the_command
+
 _EXTRA = {"tyro", "tqdm", "PIL", "sklearn", "matplotlib", "torchvision", "numpy"}
 
 
@@ -37,15 +39,16 @@ def _leave(code: int) -> NoReturn:
 
 def _run(argv: Sequence[str]) -> int:
     try:
-        from fastflow.checkpoint import CheckpointError
-        from fastflow.trainer.captured import CaptureError
-        from fastflow.trainer.commands import run_command
-        from fastflow.trainer.config import ConfigError
-        from fastflow.trainer.data import DataError, WorkerError
-        from fastflow.trainer.nonfinite import NonFiniteError
-        from fastflow.trainer.ranks import DeviceError, LostRankError
-        from fastflow.trainer.train import Interrupted
-        from fastflow.validation import SingularError
+        with ends_the_command():
+            from fastflow.checkpoint import CheckpointError
+            from fastflow.trainer.captured import CaptureError
+            from fastflow.trainer.commands import run_command
+            from fastflow.trainer.config import ConfigError
+            from fastflow.trainer.data import DataError, WorkerError
+            from fastflow.trainer.nonfinite import NonFiniteError
+            from fastflow.trainer.ranks import DeviceError, LostRankError
+            from fastflow.trainer.train import Interrupted
+            from fastflow.validation import SingularError
     except ModuleNotFoundError as error:
         return _missing(error)
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from fastflow.trainer import data, picture
 from fastflow.trainer.config import RENAMED, REVERSIBLE, Config, ConfigError, config_error
 from fastflow.trainer.evaluate import evaluate, sample
 from fastflow.trainer.kinds import kind_of
-from fastflow.trainer.ranks import available_device
+from fastflow.trainer.ranks import Ranks, available_device, init_process_group
 from fastflow.trainer.rows import sample_rows, test_rows
 from fastflow.trainer.run import resumed_config
 from fastflow.trainer.train import train
@@ -103,6 +103,8 @@ class Interpolate:
 
 def run_command(argv: list[str]) -> None:
     """Parse the arguments and run the command."""
+    if os.environ.get("NO_COLOR") or not sys.stderr.isatty():  # tyro looks at standard output only
+        getattr(tyro, "_experimental_options", {})["ansi_codes"] = False
     argv = _with_present_names(argv)
     # A resumed run's own settings are the defaults, so that the options given are those that differ.
     folder = _resume_folder(argv)
@@ -121,7 +123,13 @@ def run_command(argv: list[str]) -> None:
     commands = {Config: train, Evaluate: _evaluate, Sample: _sample, Interpolate: _interpolate}
     if not isinstance(options, Config):
         _check_options(options)
+    if isinstance(options, (Sample, Interpolate)) and _is_another_rank():
+        return  # the first rank writes the file
     commands[type(options)](options)
+
+
+def _is_another_rank() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def _check_options(options: Evaluate | Sample | Interpolate) -> None:
@@ -177,13 +185,20 @@ def _resume_folder(argv: list[str]) -> str | None:
 
 
 def _evaluate(options: Evaluate) -> None:
+    with init_process_group(options.device) as (ranks, device):
+        report = _evaluated(replace(options, device=str(device)), ranks)
+    if ranks.is_main:
+        print(report)
+
+
+def _evaluated(options: Evaluate, ranks: Ranks) -> str:
     path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
     kind = kind_of(model.shape)
     if len(model.shape) == 1:
         images, labels = test_rows(options, model, training, path)
     else:
-        source = _source(options, model, training, path)
+        source = ranks.local_main_first(lambda: _source(options, model, training, path))
         images = data.drop_bits(source.test, model.n_bits)
         labels = None if model.classes is None else source.test_labels
     images, labels = images[: options.images], None if labels is None else labels[: options.images]
@@ -196,10 +211,11 @@ def _evaluate(options: Evaluate) -> None:
         batch_size=options.batch_size,
         bf16=options.bf16,
         each=True,
+        ranks=ranks,
     )
     losses = [kind.unit(model.shape).of_bits_per_dim * bits for bits in bounds.mean(1).tolist()]
     result = {"model": type(model).__name__, **kind.result(images, losses, model.n_bits)}
-    print(kind.report(result))
+    return kind.report(result)
 
 
 def _sample(options: Sample) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 _ROLLBACKS = ",back_to_step"
+_NARROW = 72  # columns, below which a line with a bar and the speed may be cut
 
 
 class Metrics:
@@ -103,7 +104,10 @@ def open_tensorboard(folder: Path, step: int) -> "SummaryWriter | None":
 
 
 class Progress:
-    """A progress bar on a terminal, otherwise a line every ten seconds, with running means."""
+    """A progress bar on a terminal, otherwise a line every ten seconds, with running means.
+
+    On a narrow terminal, the line has no bar and no speed.
+    """
 
     def __init__(
         self, target_steps: int, step: int, batch_size: int, unit: str = "bits/dim", noun: str = "images"
@@ -113,12 +117,15 @@ class Progress:
         self._unit, self._noun = unit, noun
         self._target_steps, self._step, self._batch_size = target_steps, step, batch_size
         self._printed = self._last = time.monotonic()
-        self._bar = None
+        self._bar, self._narrow = None, False
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             size = shutil.get_terminal_size()  # 80 by 24 if unknown, for which tqdm would show nothing
+            self._narrow = size.columns < _NARROW
             bar_format = "step {n_fmt}/{total_fmt} |{bar}| {desc}, {remaining} left"
+            if self._narrow:
+                bar_format = "{n_fmt}/{total_fmt}: {desc}, {remaining} left"
             shape = {"ncols": size.columns, "nrows": size.lines, "bar_format": bar_format}
             self._bar = tqdm(total=target_steps, initial=step, desc="starting", **shape)
 
@@ -137,7 +144,9 @@ class Progress:
         kept = self.samples_per_second
         self.samples_per_second = speed if kept is None else 0.95 * kept + 0.05 * speed
         mean = math.nan if self.loss is None else self.loss
-        text = f"{mean:.3f} {self._unit}, {self.samples_per_second:.0f} {self._noun}/s"
+        text = f"{mean:.3f} {self._unit}"
+        if not self._narrow:
+            text += f", {self.samples_per_second:.0f} {self._noun}/s"
         if self._bar is not None:
             self._bar.desc = text
             self._bar.update()

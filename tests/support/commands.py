@@ -4,6 +4,7 @@ Run as a module, this file is that process. A command runs in a session of its o
 interpreter does, with all that is registered for its exit.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -33,11 +34,12 @@ class Commands:
         self._started = []
         self.ended = {}  # exit codes by process id, negative for a signal
 
-    def start(self, log, *argv, cwd=None, out=None, ignored=(), **environment):
+    def start(self, log, *argv, cwd=None, out=None, ignored=(), overrides=True, **environment):
         """``fastflow argv`` in the folder ``cwd``, with more ``environment``; both outputs go to the file ``log``.
 
         ``out``: another file for standard output.
         ``ignored``: signals that the command inherits as ignored, as one does that nohup starts.
+        ``overrides``: False: permissions of files hold for root too.
         """
         request = {
             "argv": list(argv),
@@ -45,7 +47,7 @@ class Commands:
             "log": str(log),
             "cwd": str(cwd or Path.cwd()),
         }
-        request |= {"ignored": list(ignored), "out": str(out or log)}
+        request |= {"ignored": list(ignored), "out": str(out or log), "overrides": overrides}
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
         while (started := self._next(60)) is None:
             pass
@@ -159,6 +161,8 @@ def _become(request):
     for target, source in enumerate(opened):
         os.dup2(source, target)
     os.chdir(request["cwd"])
+    if not request["overrides"]:
+        _heed_permissions()
     os.environ |= request["environment"]
     # whoever started the tests may have ignored signals: a shell does so for a job in the background
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -168,6 +172,16 @@ def _become(request):
     sys.argv = ["fastflow", *request["argv"]]
     sys.stdout = open(1, "w", closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+
+
+def _heed_permissions():
+    """Give up root's capabilities CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH; other users have neither."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert not libc.capget(header, sets), os.strerror(ctypes.get_errno())
+    for i in range(3):  # effective, permitted, inheritable: the first 32 of each
+        sets[i] &= ~0b110
+    assert not libc.capset(header, sets), os.strerror(ctypes.get_errno())
 
 
 def _appended(log):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from fastflow import checkpoint
-from tests.support.commands import Commands
 
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
@@ -25,13 +24,6 @@ SETTINGS = (
 SETTINGS = f"{SETTINGS} --steps 100000 --save-every 100000 --eval-every 100000 --sample-every 100000 --reversible no".split()
 SOON = 2.0  # seconds, on an idle machine
 WORKERS = [0, 1, 4]
-
-
-@pytest.fixture(scope="module")
-def commands():
-    commands = Commands()
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +177,7 @@ def test_outputs_and_environments_that_cannot_be(commands, folder, tmp_path):
     start("pipe end", "error: standard output: Broken pipe", out=reader)
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     start("rank", "error: rank 0: MASTER_PORT: got none with RANK and MASTER_ADDR, expected a port", **alone)
+    started[1][0].wait_for((tmp_path / "pipe end.log").exists)  # it has opened the pipe, which needs a reader
     os.close(read)
     for command, words in started:
         assert command.wait() == 1, command.said()

@@ -9,6 +9,7 @@ import pytest
 
 from fastflow import checkpoint
 from fastflow.trainer.cli import main
+from fastflow.trainer.data.identity import _ends, _some
 from fastflow.trainer.progress import read_metrics
 
 Image = pytest.importorskip("PIL.Image")
@@ -85,6 +86,43 @@ def test_the_data_may_be_at_another_place(place):
     assert main(["train", "--resume", "run", "--steps", "3", "--data", "elsewhere"]) == 0
     assert main(["train", "--resume", "run", "--steps", "4"]) == 0
     assert checkpoint.read("run/last.pt")["training"]["config"]["data"] == "elsewhere"
+
+
+def replace_one(folder):
+    """Put another image in the place of one, with its size and times."""
+    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_size)
+    (shorter, *_, longer), status = files, files[-1].stat()
+    image = shorter.read_bytes().ljust(status.st_size, b"\0")  # PNG ends before the zeros
+    assert image != longer.read_bytes()
+    longer.write_bytes(image)
+    os.utime(longer, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_file_of_the_same_name_size_and_time_is_noticed(place, capsys):
+    line = "error: data: got {}, of which contents of files changed, expected those of the run run, or --data-changed"
+    shutil.copytree("data", "elsewhere")
+    replace_one(place / "elsewhere")
+    argv = ["--resume", "run", "--steps", "3"]
+    assert failed(capsys, *argv, "--data", "elsewhere") == line.format("elsewhere")
+    replace_one(place / "data")
+    assert failed(capsys, *argv) == line.format("data")
+    saved = checkpoint.read("run/last.pt")
+    del saved["training"]["data_identity"]["contents"]  # of an older run
+    checkpoint.save("run/last.pt", checkpoint.build(saved, "run/last.pt"), saved["training"])
+    assert main(["train", *argv]) == 0
+
+
+def test_the_contents_of_many_and_of_unreadable_files(tmp_path):
+    for i in range(130):
+        (tmp_path / f"{i:03}").write_bytes(bytes(9000))
+    files = sorted(tmp_path.iterdir())
+    some = _some(files)
+    assert len(set(some)) == 64 and some[0] == files[0] and files[-3] <= some[-1] and len(some) < len(files)
+    assert _some(files[:3]) == files[:3]
+    first = _ends(files[0])
+    files[0].write_bytes(bytes(8999) + b"1")
+    assert _ends(files[0]) == (first[0], first[1][1:] + b"1")
+    assert _ends(tmp_path / "absent") == (b"", b"")
 
 
 def test_one_process_at_a_time(place, capsys):

@@ -147,6 +147,23 @@ def test_a_run_resumes_with_another_number_of_ranks(before, after, alone, arrays
     assert_same_run(run, alone)
 
 
+def test_other_commands_say_and_write_once(alone, tmp_path):
+    """Evaluation gives the numbers of one process; the first rank draws samples."""
+    argv = ["evaluate", str(alone), "--samples", "2", "--batch-size", "2"]
+    Run(tmp_path, 1, command_line, argv).finish()
+    expected = (tmp_path / "log-0.txt").read_text()
+    assert expected.startswith("bits/dim on 5 test images\n")
+    (tmp_path / "two").mkdir()
+    two = Run(tmp_path / "two", 2, command_line, argv)
+    two.finish()
+    assert two.said(0) == expected and two.said(1) == ""
+    sampled = Run(
+        tmp_path / "two", 2, command_line, ["sample", str(alone), "--out", str(tmp_path), "--n", "2"]
+    )
+    sampled.finish()
+    assert sampled.said(0).startswith(f"{tmp_path}/samples.png: 2 samples") and sampled.said(1) == ""
+
+
 def stop_one(argv, index):
     """A signal for one rank alone."""
     if int(os.environ["RANK"]) == index:
