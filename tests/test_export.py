@@ -100,6 +100,47 @@ def test_every_model_runs_in_onnxruntime(tmp_path):
                 assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), (name, n)
 
 
+class OtherLayers(nn.Module):
+    """Both directions of layers that no model has, and one of LULinear, whose inverse solves equations."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = fnn.LULinear(4, identity_init=False)
+        flows = [
+            fnn.Coupling(fnn.ResidualMLP(2, 6, 3, 1), fnn.PiecewiseLinear(3)),
+            fnn.Inverse(fnn.Coupling(fnn.MLP(2, 10, 2), fnn.PiecewiseQuadratic(3))),
+            fnn.Sequential(fnn.CircularShift(9.0), fnn.LeakyReLU(0.5), fnn.Softplus(), fnn.Log()),
+            fnn.Sequential(fnn.Exp(), fnn.Inverse(fnn.Softplus())),
+            fnn.Sequential(fnn.Tanh(), fnn.Inverse(fnn.SoftClip(1.0))),
+            fnn.Sequential(fnn.Sigmoid(), fnn.Logit()),
+        ]
+        self.flows = nn.ModuleList(flows)
+
+    def forward(self, x):
+        return *self.linear(x), *(v for flow in self.flows for d in (flow, flow.inverse) for v in d(x))
+
+
+@pytest.mark.slow
+def test_other_layers_run_in_onnxruntime(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    layers = OtherLayers().eval()
+    for p in layers.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    x, shapes = torch.randn(2, 4), {"x": {0: torch.export.Dim("batch")}}
+    program = torch.onnx.export(
+        layers, (x,), dynamic_shapes=shapes, dynamo=True, verbose=False, optimize=False
+    )
+    assert {node.domain for node in program.model.graph} == {""}
+    program.save(tmp_path / "layers.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "layers.onnx")
+    for n in (1, 5):
+        x = torch.randn(n, 4)
+        found = map(torch.from_numpy, session.run(None, {"x": x.numpy()}))
+        torch.testing.assert_close(list(found), list(layers(x)), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_example_of_the_page(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")

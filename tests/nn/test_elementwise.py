@@ -97,12 +97,17 @@ def test_they_are_torch_s_transforms(flow, transform):
         torch.testing.assert_close(inverse.inverse(x), flow(x), rtol=1e-12, atol=1e-12)
 
 
-def test_log_dets_of_large_numbers():
-    """Sigmoid and tanh have even slopes, whose logarithms are -|x| and 2 log 2 - 2 |x| in the end."""
-    x = NUMBERS[NUMBERS.abs() > 40][:, None]
-    torch.testing.assert_close(fnn.Sigmoid()(x)[1], -x[:, 0].abs(), rtol=1e-14, atol=0)
-    torch.testing.assert_close(fnn.Tanh()(x)[1], 2 * math.log(2) - 2 * x[:, 0].abs(), rtol=1e-14, atol=0)
-    torch.testing.assert_close(fnn.Softplus()(x)[1], x[:, 0].clamp(max=0), rtol=1e-14, atol=1e-17)
+def test_log_dets_are_exact():
+    """The slopes of sigmoid and tanh are even, so their logarithms are those of |x|, which nothing cancels in."""
+    x = NUMBERS[NUMBERS.abs() > 1][:, None]
+    size = x[:, 0].abs()
+    rest, rest_of_two = torch.log1p(torch.exp(-size)), torch.log1p(torch.exp(-2 * size))
+    torch.testing.assert_close(fnn.Sigmoid()(x)[1], -size - 2 * rest, rtol=1e-14, atol=0)
+    difference = fnn.Tanh()(x)[1] - 2 * (math.log(2) - size - rest_of_two)
+    assert (difference.abs() <= 1e-15 * (1 + size)).all()
+    y, log_det = fnn.Softplus()(x)
+    torch.testing.assert_close(y[:, 0], x[:, 0].clamp(min=0) + rest, rtol=1e-14, atol=0)
+    torch.testing.assert_close(log_det, x[:, 0].clamp(max=0) - rest, rtol=1e-14, atol=0)
 
 
 def test_formulas():

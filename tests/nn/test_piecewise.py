@@ -161,6 +161,19 @@ def test_float32(make, std):
     assert log_det.isfinite().all() and log_det_back.isfinite().all()
 
 
+def test_a_slope_that_falls_to_its_minimum():
+    """In float32, its square at the end of a steep bin may be rounded to a negative number, of which the root is NaN."""
+    function, generator = PiecewiseQuadratic(5, 2.0, min_slope=1e-4), torch.Generator().manual_seed(0)
+    h = (10 * torch.randn(8000, 9, generator=generator)).requires_grad_()
+    widths = 1e-3 + (1 - 5e-3) * h[:, :5].softmax(1)
+    ends = -2 + 4 * widths[:, :3].sum(1, keepdim=True).detach()
+    y = function(torch.nextafter(ends, ends - 1), h)[0].detach()
+    for below in (0, 1e-6):
+        x, log_det = function.inverse(y - below, h)
+        (gradient,) = torch.autograd.grad((x - log_det).sum(), h)
+        assert x.isfinite().all() and log_det.isfinite().all() and gradient.isfinite().all()
+
+
 @each
 def test_parameters_of_a_channel(make):
     """The first parameter of all channels precedes the second, in vectors and images."""
