@@ -74,7 +74,8 @@ class Sigmoid(_Elementwise):
     :math:`\log y' = -\operatorname{softplus}(x) - \operatorname{softplus}(-x)` is finite for every finite x. y rounds
     to 1 for x above 17 (float32) or 37 (float64). The inverse takes 1 for the largest number below 1, and 0 for the
     smallest normal number: it is finite on [0, 1], and returns at most 16.6 (float32) or 36.7 (float64) and at least
-    -87.3 or -708.4. Values outside [0, 1] give NaN.
+    -87.3 or -708.4. Values outside [0, 1] give NaN. Backward of a reversible chain recomputes x from y, so its gradients
+    are inaccurate for large x; docs/memory.md has numbers. ``Sequential(..., reversible=False)`` avoids this.
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats.  Raises ValueError for x that is not floating point.
     """
@@ -126,7 +127,8 @@ class Tanh(_Elementwise):
 
     :math:`\log y' = 2 (\log 2 - x - \operatorname{softplus}(-2 x))` is finite for every finite x. y rounds to 1 for x
     above 9 (float32) or 19 (float64). The inverse takes 1 and -1 for the nearest number within (-1, 1): it is finite on
-    [-1, 1], and returns at most 8.7 (float32) or 18.7 (float64). Values outside give NaN.
+    [-1, 1], and returns at most 8.7 (float32) or 18.7 (float64). Values outside give NaN. In reversible chains, the note
+    of :class:`Sigmoid` applies.
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats.  Raises ValueError for x that is not floating point.
     """
@@ -230,7 +232,8 @@ class CircularShift(_Elementwise):
 
     A coupling or a spline on the interval then sees another point of the circle as its end. The layer is a bijection
     of [-B, B), up to rounding, which may give B for -B. x outside gives the y of the same angle within, so the inverse
-    returns that angle.
+    returns that angle. In a reversible chain, layers before it then get gradients at another x: wrap angles first, or
+    pass ``reversible=False``.
 
     Args:
         bound: the bound B, positive.

@@ -217,3 +217,19 @@ def test_half_precision_is_rounded_once(half):
 def test_errors(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize(
+    "layer", [fnn.Sigmoid(), fnn.Tanh(), fnn.SoftClip(1.0)], ids=lambda v: type(v).__name__
+)
+def test_gradients_before_a_saturated_layer(layer):
+    """Stored ones are those of float64, as docs/memory.md has it; recomputed ones are, too, where nothing saturates."""
+
+    def gradients(size, dtype, reversible):
+        flow = fnn.Sequential(fnn.Affine(4), layer, reversible=reversible).to(dtype)
+        z, log_det = flow(torch.full((2, 4), size, dtype=dtype))
+        return torch.autograd.grad(z.square().sum() + log_det.sum(), list(flow.parameters()))
+
+    for size, reversible in ((1.0, True), (1.0, False), (20.0, False)):
+        found, exact = gradients(size, F32, reversible), gradients(size, F64, False)
+        torch.testing.assert_close([g.double() for g in found], list(exact), rtol=1e-5, atol=1e-6)
