@@ -1,6 +1,6 @@
 """Measures images/s of the trainer's step, options turned on in turn and against batch, and of the loader.
 
-    python -m benchmarks.models.training_speed
+    python -m benchmarks.models.training_speed            # --loader: the loader only, which takes a minute
 
 The step is the one of ``fastflow train``: batch in, forward, backward, clipping, Adam. ``plain`` is plain
 PyTorch (benchmarks/models/plain_glow.py) with torch's optimizer and clipping, eager and compiled. FastFlow
@@ -320,8 +320,16 @@ def measure_loader(options: argparse.Namespace) -> list[dict]:
 # the page -----------------------------------------------------------------------------
 
 
+def about(row: dict) -> str:
+    return f"{row['device']}, torch {row['torch']}, commit {row['commit']}"
+
+
 def tables(rows: list[dict], loaded: list[dict]) -> dict[str, str]:
-    about = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
+    """The text between each pair of markers on the page; without rows of steps, of the loader only."""
+    lines = [[r["source"], f"{int(r['images_s']):,}"] for r in loaded]
+    found = {"loader": f"{page.table(['source', 'images/s'], lines)}\n\n({about(loaded[0])})"}
+    if not rows:
+        return found
     columns = ("size", "way", "images_s_p50", "over_plain", "tflop_s")
     lines = [
         [*(r[c] for c in columns), f"{float(r['share_of_matmul']):.0%}"] for r in sorted(rows, key=batch_of)
@@ -330,19 +338,18 @@ def tables(rows: list[dict], loaded: list[dict]) -> dict[str, str]:
         ["Glow", "step", "images/s", "over plain", "TFLOP/s", "share of a matrix product's"], lines
     )
     speed += "\n\n(p50; FLOPs are plain PyTorch's; the matrix product is large, of the same precision and in"
-    speed += f" the same run; {about})"
-    lines = [[r["source"], f"{int(r['images_s']):,}"] for r in loaded]
-    return {"speed": speed, "loader": f"{page.table(['source', 'images/s'], lines)}\n\n({about})"}
+    return {"speed": f"{speed} the same run; {about(rows[0])})"} | found
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of training.md")
+        parser.add_argument("--loader", action="store_true", help="the loader only, a minute")
         parser.set_defaults(seconds=10.0)
 
     options = harness.arguments(__doc__, argv, add)
     loaded = measure_loader(options)
-    rows = measure(options)
+    rows = [] if options.loader else measure(options)
     found = tables(rows, loaded)
     page.write(options.docs / "training.md", found)
     print(*found.values(), sep="\n\n")
