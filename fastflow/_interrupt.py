@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ def ends_the_command() -> Iterator[None]:
     A KeyboardInterrupt would be raised somewhere in torch's modules: a traceback, or an error that their code
     catches. Other programs that import FastFlow are left as they are, and so is an ignored signal.
     """
-    if not _is_the_command() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others may set no handler
+    unchanged = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not (_is_the_command() and in_main_thread and unchanged):
         yield
         return
     signal.signal(signal.SIGINT, _end)
@@ -29,7 +32,7 @@ def ends_the_command() -> Iterator[None]:
 def _is_the_command() -> bool:
     program = sys.argv[0] if sys.argv else ""
     if program == "-m":  # the package of a module is imported before its path is known
-        return sys.orig_argv[-len(sys.argv)] in ("fastflow", "-mfastflow")
+        return sys.orig_argv[-len(sys.argv) :][:1] in (["fastflow"], ["-mfastflow"])
     path = Path(program)
     return path.stem == "fastflow" or path.parts[-2:] == ("fastflow", "__main__.py")
 

@@ -113,7 +113,8 @@ def table(rows: list[dict]) -> str:
         [str(k), f"{rate:g}", *(cell(row, name, column) for name in sets for column in ("worst", "end"))]
         for (k, rate), row in sorted(found.items())
     ]
-    about = f"{rows[0]['device']}, torch {rows[0]['torch']}, commit {rows[0]['commit']}"
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    about = f"{rows[0]['device']}, torch {rows[0]['torch']}, commits {commits}"
     return f"{page.table(head, lines)}\n\n({about})"
 
 

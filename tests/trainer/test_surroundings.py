@@ -152,6 +152,7 @@ raise ImportError("torch is imported without an end")
     "argv, code, said",
     [
         (["-m", "fastflow", "train"], 130, "error: interrupted\n"),
+        (["-u", "-mfastflow"], 130, "error: interrupted\n"),
         (["{}/fastflow", "train"], 130, "error: interrupted\n"),
         (["-c", "import fastflow"], 1, "ImportError: torch is imported without an end\n"),
     ],
