@@ -90,7 +90,7 @@ class LULinear(Flow):
     def _solved(self, z: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
         columns = (z.to(upper.dtype) - bias).mT[None]
         columns = ops.triangular_solve(lower[None], columns, upper=False, unit_diagonal=True)
-        return ops.triangular_solve(upper[None], columns, upper=True)[0].mT.to(z.dtype)
+        return ops.triangular_solve(upper[None], columns, upper=True)[0].mT.to(z.dtype).contiguous()
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None

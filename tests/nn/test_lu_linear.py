@@ -25,6 +25,7 @@ def test_the_formula(features):
     torch.testing.assert_close(layer.weight(), lower @ upper, rtol=1e-12, atol=1e-12)
     back, log_det_back = layer.inverse(y)
     torch.testing.assert_close(back, x, rtol=1e-12, atol=1e-12)
+    assert back.is_contiguous()
     assert torch.equal(log_det_back, -log_det)
     layer.check(x)
 
