@@ -17,6 +17,7 @@ from fastflow.ops.glow_network import glow_network
 from fastflow.ops.layout import acc_dtype, positions
 from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.noise import uniform_noise
+from fastflow.ops.spline import spline, spline_inverse_backward
 from fastflow.ops.squeeze import squeeze2d, unsqueeze2d
 from fastflow.ops.triangular_solve import raise_singular, triangular_solve
 from fastflow.validation import SingularError
@@ -52,6 +53,8 @@ __all__ = [
     "lu_weight",
     "positions",
     "raise_singular",
+    "spline",
+    "spline_inverse_backward",
     "squeeze2d",
     "triangular_solve",
     "uniform_noise",

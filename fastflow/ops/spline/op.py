@@ -1,0 +1,169 @@
+"""fastflow::spline, its backward, and its inverse + backward."""
+
+import torch
+from torch import Tensor
+
+from fastflow import validation
+from fastflow.ops.registry import register
+from fastflow.ops.spline import reference
+from fastflow.ops.spline.reference import parameters_per_element
+
+CONVENTIONS = ("fastflow", "nflows", "zuko", "freia")
+TAILS = {
+    "fastflow": ("linear", "circular", "none"),
+    "nflows": ("linear", "circular", "none"),
+    "zuko": ("linear", "circular", "none"),
+    "freia": ("linear", "affine"),
+}
+MAX_BINS = 64  # of the kernels
+
+
+def check_form(
+    bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float
+) -> None:
+    """Raise ValueError unless the arguments describe a spline."""
+    validation.positive_int("bins", bins)
+    validation.one_of("convention", convention, CONVENTIONS)
+    validation.one_of("tails", tails, TAILS[convention])
+    validation.number("bound", bound, "a positive number", lambda v: 0 < v < float("inf"))
+    validation.number("factor", factor, "a positive number", lambda v: 0 < v < float("inf"))
+    widest = (2 * bound if convention == "freia" else 1) / bins
+    # zuko's bins have no smallest size, and those of FrEIA's linear tails neither
+    used = convention in ("fastflow", "nflows") or tails == "affine"
+    expected = f"a number of at least 0 and less than {widest:g}, for {bins} bins"
+    validation.number("min_bin", min_bin, expected, lambda v: 0 <= v and (v < widest or not used))
+    validation.number("min_slope", min_slope, "a number between 0 and 1", lambda v: 0 < v < 1)
+
+
+def _check(
+    argument: str,
+    x: Tensor,
+    params: Tensor,
+    channel_order: Tensor | None,
+    bins: int,
+    bound: float,
+    tails: str,
+    convention: str,
+    factor: float,
+    min_bin: float,
+    min_slope: float,
+    dy: Tensor | None = None,
+    dlog_det: Tensor | None = None,
+) -> None:
+    check_form(bins, bound, tails, convention, factor, min_bin, min_slope)
+    validation.floating_point(argument, x)
+    validation.same_device_and_precision("params", params, argument, x)
+    each = parameters_per_element(bins, tails, convention)
+    channels = x.shape[1]
+    got = validation.shape_of(params)
+    transformed = params.shape[1] // each if params.ndim > 1 else 0
+    expected = (x.shape[0], transformed * each, *x.shape[2:])
+    enough = transformed == channels if channel_order is None else 1 <= transformed <= channels
+    if tuple(params.shape) != expected or not enough:
+        count = channels if channel_order is None else "T"
+        wanted = f"{each * channels}" if channel_order is None else f"{each} T"
+        sizes = ", ".join([str(x.shape[0]), wanted, *map(str, x.shape[2:])])
+        why = f"{argument} is {list(x.shape)}; {each} parameters of each of {count} channels, {bins} bins, {tails} tails"
+        raise validation.argument_error("params", got, f"[{sizes}] ({why})")
+    if channel_order is not None:
+        if channel_order.dtype != torch.int64 or channel_order.device != x.device:
+            raise validation.argument_error(
+                "channel_order",
+                f"{channel_order.dtype} on {channel_order.device}",
+                f"torch.int64 on {x.device}, the device of {argument}",
+            )
+        validation.channels("channel_order", channel_order, channels, "a permutation of the channels")
+    validation.gradients(argument, x, dy, dlog_det)
+
+
+def _in_kernel(x: Tensor, params: Tensor, channel_order: Tensor | None, *rest: object) -> bool:
+    """Whether the kernels have these splines; the form is the last arguments, from ``bins`` on."""
+    form = [v for v in rest if not isinstance(v, Tensor)]
+    return form[3] != "freia" and form[0] <= MAX_BINS
+
+
+kernels = {"compiled": ("cpu",), "eligible": _in_kernel}
+register(reference.spline_backward, **kernels)
+register(reference.spline_inverse_backward, **kernels, check=_check)
+register(
+    reference.spline,
+    **kernels,
+    check=_check,
+    outputs="y log_det",
+    backward=reference.spline_backward,
+    gradients="x params",
+    batched="x params",
+)
+
+
+def spline(
+    x: Tensor,
+    params: Tensor,
+    channel_order: Tensor | None = None,
+    *,
+    bins: int,
+    bound: float = 3.0,
+    tails: str = "linear",
+    convention: str = "fastflow",
+    factor: float = 1.0,
+    min_bin: float = 1e-3,
+    min_slope: float = 1e-3,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Monotonic rational-quadratic splines of the elements of x, with their log-det.
+
+    Source: Neural Spline Flows, arXiv:1906.04032, eq. 4-8; docs/maths.md has the formulas and the conventions.
+
+    Args:
+        x: input; the output y with ``inverse=True``.
+        params: raw parameters, the output of a network: for each transformed channel those of its bins' widths, then
+            those of their heights, then those of the slopes at the knots.
+        channel_order: a permutation of the channels: the T transformed ones, in the order of ``params``, then the
+            others, which pass through. None: all channels are transformed.
+        bins: number of bins K.
+        bound: the spline maps the interval ``[-bound, bound]`` to itself; with tails ``"none"``, ``[0, 1]``.
+        tails: what is outside. ``"linear"``: the identity, with slope 1 at both ends; ``"circular"``: the identity,
+            with equal learned slopes at both ends, for angles; ``"none"``: lines with the learned slopes of the ends;
+            ``"affine"``: FrEIA's lines.
+        convention: ``"fastflow"``: the identity for parameters of 0; ``"nflows"`` (also normflows and glasflow);
+            ``"zuko"``; ``"freia"``: how the parameters become bins and slopes, to the libraries' last digits.
+        factor: multiplies the raw widths and heights, such as nflows' :math:`1/\sqrt{\text{hidden}}`.
+        min_bin: smallest width and height of a bin, as a share of the interval (FrEIA: a length; zuko: not used).
+        min_slope: smallest slope (zuko: also the inverse of the largest; FrEIA: not used).
+        inverse: compute x from y, and the log-det of that direction.
+
+    Shape: x, y ``[N, C, ...]``; params ``[N, T P, ...]`` with P = 3K - 1 for linear, 3K for circular and 3K + 1 for no
+    tails (FrEIA: 3K for linear, 3K + 1 for affine); log_det ``[N]``, nats, float32 (float64 for float64 x).
+
+    At a knot, either bin may be taken. NaN stays NaN.
+    Raises ValueError for other shapes, dtypes, devices, names or numbers. The values of ``channel_order`` are not
+    checked.
+    """
+    return torch.ops.fastflow.spline.default(
+        x, params, channel_order, bins, bound, tails, convention, factor, min_bin, min_slope, inverse
+    )
+
+
+def spline_inverse_backward(
+    y: Tensor,
+    params: Tensor,
+    channel_order: Tensor | None,
+    dy: Tensor,
+    dlog_det: Tensor,
+    *,
+    bins: int,
+    bound: float = 3.0,
+    tails: str = "linear",
+    convention: str = "fastflow",
+    factor: float = 1.0,
+    min_bin: float = 1e-3,
+    min_slope: float = 1e-3,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Input and gradients of :func:`spline` from its output y: ``(x, dx, dparams)``.
+
+    Reversible backprop uses it. Arguments, shapes and errors are as in :func:`spline`; dy has the shape of y,
+    dlog_det ``[N]``. dx excludes the gradient that reaches x through the network.
+    """
+    return torch.ops.fastflow.spline_inverse_backward.default(
+        y, params, channel_order, dy, dlog_det, bins, bound, tails, convention, factor, min_bin, min_slope
+    )
