@@ -110,7 +110,7 @@ def block_size(size: int, limit: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) -> Tiles:
+def _tiles(n: int, k: int, p: int, elements: int, per_thread: int, layouts: tuple[Strides, ...]) -> Tiles:
     vectors = p == 1
     if vectors:
         n, p = 1, n
@@ -127,7 +127,6 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     vec_p = math.gcd(16, p, *(v for pair in along_p for v in pair)) if along_p else 1
     vec_k = math.gcd(16, k, *(v for pair in along_k for v in pair)) if along_k else 1
     vec = {"positions": vec_p, "channels": vec_k, "none": 1}
-    elements = TILE * 4 // itemsize
     if adjacent[0] == "channels":
         tile_k = block_size(k, elements)
         tile_p = block_size(p, elements // tile_k)
@@ -143,7 +142,6 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     else:
         tiles_per_program = -(-blocks // min(-(-blocks // TILES_PER_PROGRAM), -(-PROGRAMS // max(n, 1))))
         split = -(-blocks // tiles_per_program)
-    per_thread = ELEMENTS_PER_THREAD * 4 // itemsize
     # largest offset in a sample, of both halves of the channels, with idle lanes of the last tile
     extent = max(2 * k_blocks * tile_k * s.channel + p_blocks * tile_p * max(s.position, 1) for s in layouts)
     return Tiles(
@@ -168,11 +166,21 @@ def _tiles(n: int, k: int, p: int, itemsize: int, layouts: tuple[Strides, ...]) 
     )
 
 
-def tiles(k: int, *tensors: Tensor) -> Tiles:
-    """Tiles of the first tensor, with ``k`` channels, for a kernel that reads and writes all ``tensors``."""
+def tiles(k: int, *tensors: Tensor, elements: int | None = None) -> Tiles:
+    """Tiles of the first tensor, with ``k`` channels, for a kernel that reads and writes all ``tensors``.
+
+    A tile has as many ``elements``, by default as many as fit 8 KB.
+    """
     x = tensors[0]
     itemsize = max(t.element_size() for t in tensors)
-    return _tiles(x.shape[0], k, math.prod(x.shape[2:]), itemsize, tuple(strides(t) for t in tensors))
+    return _tiles(
+        x.shape[0],
+        k,
+        math.prod(x.shape[2:]),
+        TILE * 4 // itemsize if elements is None else elements,
+        ELEMENTS_PER_THREAD * 4 // itemsize,
+        tuple(strides(t) for t in tensors),
+    )
 
 
 def accumulator(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:

@@ -82,7 +82,7 @@ def _in_kernel(x: Tensor, params: Tensor, channel_order: Tensor | None, *rest: o
     return form[3] != "freia" and form[0] <= MAX_BINS
 
 
-kernels = {"compiled": ("cpu",), "eligible": _in_kernel}
+kernels = {"triton": True, "compiled": ("cpu",), "eligible": _in_kernel}
 register(reference.spline_backward, **kernels)
 register(reference.spline_inverse_backward, **kernels, check=_check)
 register(
