@@ -3,8 +3,8 @@
 Bound, bytes per transformed element in float32, for P parameters: forward 8 + 4 P, backward 12 + 8 P, inverse + backward
 16 + 8 P. A channel that passes through is 8 bytes, in the inverse + backward 16.
 
-A tile is ``[TILE_K, TILE_P, BINS_PADDED]``: channels, positions, bins. The parameters are read once, as they lie in memory;
-the knots are prefix sums along the bins, and the bin of an element is picked by a sum over one that is not zero.
+The parameters of a tile are read once, as they lie in memory, and then handed to the threads of their elements: a thread
+has all bins of its element in registers.
 """
 
 import math
@@ -30,8 +30,7 @@ from fastflow.triton_kernels.tiles import (
     with_position_stride,
 )
 
-VALUES = 2048  # of a tile with all of its bins
-WARPS = 4
+ELEMENTS, WARPS = 128, 4  # of a tile: one element per thread, whose bins stay in registers
 
 
 @triton.jit
@@ -42,63 +41,134 @@ def channel_of(channel_order, k, mask, HAS_ORDER: tl.constexpr):
 
 @triton.jit
 def load_raw(
-    params, n, k, p, q, mask, COUNT: tl.constexpr, FIRST: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr,
+    h, n, k, p, q, mask, COUNT: tl.constexpr, FIRST: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr,
     stride_n, stride_k, stride_p, DIM: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
 ):  # fmt: skip
     """COUNT raw parameters from the FIRST of each element on, ``[TILE_K, TILE_P, q]``."""
     at = address(
-        params, n, k[:, :, None] * EACH + (FIRST + q), p[:, :, None], stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
+        h,
+        n,
+        k[:, :, None] * EACH + (FIRST + q),
+        p[:, :, None],
+        stride_n,
+        stride_k,
+        stride_p,
+        DIM,
+        VEC_K,
+        VEC_P,
     )
     return tl.load(at, mask=mask[:, :, None] & (q < COUNT), other=0.0).to(ACC)
 
 
 @triton.jit
 def store_raw(
-    params, n, k, p, q, mask, COUNT: tl.constexpr, FIRST: tl.constexpr, EACH: tl.constexpr, value,
+    h, n, k, p, q, mask, COUNT: tl.constexpr, FIRST: tl.constexpr, EACH: tl.constexpr, value,
     stride_n, stride_k, stride_p, DIM: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
 ):  # fmt: skip
     at = address(
-        params, n, k[:, :, None] * EACH + (FIRST + q), p[:, :, None], stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
+        h,
+        n,
+        k[:, :, None] * EACH + (FIRST + q),
+        p[:, :, None],
+        stride_n,
+        stride_k,
+        stride_p,
+        DIM,
+        VEC_K,
+        VEC_P,
     )
-    tl.store(at, value.to(params.dtype.element_ty), mask=mask[:, :, None] & (q < COUNT))
+    tl.store(at, value.to(h.dtype.element_ty), mask=mask[:, :, None] & (q < COUNT))
 
 
 @triton.jit
-def exponentials(raw, q, BINS: tl.constexpr, ZUKO: tl.constexpr, FACTOR: tl.constexpr, RANGE: tl.constexpr):
-    """Exponentials of the raw sizes of bins, and the reciprocal of their sum."""
+def columns(tile, COUNT: tl.constexpr):
+    """A tile ``[TILE_K, TILE_P, COUNT]`` as a tuple of COUNT tiles ``[TILE_K, TILE_P]``, COUNT a power of two.
+
+    Only the first split moves values between threads; then a thread has all bins of its elements.
+    """
+    K: tl.constexpr = tile.shape[0]
+    P: tl.constexpr = tile.shape[1]
+    parts = (tile,)
+    for level in tl.static_range(1, 8):
+        if (COUNT >> level) > 0:
+            even = ()
+            odd = ()
+            for i in tl.static_range(len(parts)):
+                a, b = tl.split(tl.reshape(parts[i], [K, P, COUNT >> level, 2]))
+                even = even + (a,)
+                odd = odd + (b,)
+            parts = even + odd
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tl.reshape(parts[i], [K, P]),)
+    return found
+
+
+@triton.jit
+def size_of(raw, ZUKO: tl.constexpr, FACTOR: tl.constexpr, RANGE: tl.constexpr):
+    """The logarithm of a bin's size, up to a constant."""
     u = raw * FACTOR
-    if ZUKO:
-        u = u / (1 + tl.abs(u) * (2 * RANGE))
-    u = tl.where(q < BINS, u, float("-inf"))
-    e = tl.exp(u - tl.max(u, 2)[:, :, None])
-    return e, 1 / tl.sum(e, 2)
+    return u / (1 + tl.abs(u) * (2 * RANGE)) if ZUKO else u
 
 
 @triton.jit
-def knots(
-    e, inverse_sum, q, START: tl.constexpr, LENGTH: tl.constexpr, SMALLEST: tl.constexpr, SHARE: tl.constexpr
-):
-    """The sum below each bin, and its lower end."""
-    below = tl.cumsum(e, 2) - e
+def exponentials(raw, BINS: tl.constexpr, ZUKO: tl.constexpr, FACTOR: tl.constexpr, RANGE: tl.constexpr):
+    """Exponentials of the raw sizes of the bins, a tuple; the largest raw size, and the reciprocal of their sum."""
+    e = ()
+    for i in tl.static_range(BINS):
+        e = e + (size_of(raw[i], ZUKO, FACTOR, RANGE),)
+    top = e[0]
+    for i in tl.static_range(1, BINS):
+        top = tl.maximum(top, e[i])
+    found = ()
+    total = tl.zeros_like(top)
+    for i in tl.static_range(BINS):
+        b_e = tl.exp(e[i] - top)
+        total += b_e
+        found = found + (b_e,)
+    return found, top, 1 / total
+
+
+@triton.jit
+def find(
+    e, inverse_sum, v, index, KNOWN: tl.constexpr, BINS: tl.constexpr, ZUKO: tl.constexpr, START: tl.constexpr,
+    LENGTH: tl.constexpr, SMALLEST: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """The bin of v, or with KNOWN of the index: its index, its lower end and its size; the softmax below it and of it."""
     scale = inverse_sum * (LENGTH * SHARE)
-    return below, below * scale[:, :, None] + (q.to(e.dtype) * (LENGTH * SMALLEST) + START)
+    total = tl.zeros_like(inverse_sum)
+    below, own = tl.zeros_like(inverse_sum), e[0]
+    for i in tl.static_range(1, BINS):
+        total += e[i - 1]
+        if KNOWN:
+            here = index >= i
+        else:
+            knot = total * scale + (START + LENGTH * SMALLEST * i)
+            here = v > knot if ZUKO else v >= knot
+            index += tl.where(here, 1, 0)
+        below += tl.where(here, e[i - 1], 0.0)
+        own = tl.where(here, e[i], own)
+    low = below * scale + (index.to(scale.dtype) * (LENGTH * SMALLEST) + START)
+    return index, low, own * scale + LENGTH * SMALLEST, below * inverse_sum, own * inverse_sum
 
 
 @triton.jit
-def bin_of(v, lower, q, BINS: tl.constexpr, ZUKO: tl.constexpr):
-    """Index of the bin of v."""
-    reached = v[:, :, None] > lower if ZUKO else v[:, :, None] >= lower
-    return tl.sum(tl.where((q > 0) & (q < BINS) & reached, 1, 0), 2)
+def raw_slopes(raw, index, BINS: tl.constexpr, SLOPES: tl.constexpr, TAILS: tl.constexpr):
+    """Raw slopes at both ends of the bin, 0 where they are not parameters."""
+    SHIFT: tl.constexpr = 1 if TAILS == "linear" else 0
+    r0, r1 = tl.zeros_like(raw[0]), tl.zeros_like(raw[0])
+    for j in tl.static_range(SLOPES):
+        r0 = tl.where(index == j + SHIFT, raw[j], r0)
+        r1 = tl.where(index + 1 == j + SHIFT, raw[j], r1)
+    if TAILS == "circular":
+        r1 = tl.where(index == BINS - 1, raw[0], r1)
+    return r0, r1
 
 
 @triton.jit
-def pick(values, at):
-    """The value of the bin ``at`` is true for."""
-    return tl.sum(tl.where(at, values, 0.0), 2)
-
-
-@triton.jit
-def slope_of(r, fixed, ZUKO: tl.constexpr, MIN_SLOPE: tl.constexpr, OFFSET: tl.constexpr, RANGE: tl.constexpr):
+def slope_of(
+    r, fixed, ZUKO: tl.constexpr, MIN_SLOPE: tl.constexpr, OFFSET: tl.constexpr, RANGE: tl.constexpr
+):
     if ZUKO:
         d = tl.exp(r / (1 + tl.abs(r) * RANGE))
     else:
@@ -138,7 +208,7 @@ def clamped(v, low, high):
 
 @triton.jit
 def pieces(
-    params, n, k, p, mask, v, stride_n, stride_k, stride_p, BY_Y: tl.constexpr,
+    h, n, k, p, mask, v, stride_n, stride_k, stride_p, BY_Y: tl.constexpr,
     BINS: tl.constexpr, BINS_PADDED: tl.constexpr, SLOPES: tl.constexpr, SLOPES_PADDED: tl.constexpr,
     EACH: tl.constexpr, TAILS: tl.constexpr, ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr,
     SMALLEST: tl.constexpr, SHARE: tl.constexpr, FACTOR: tl.constexpr, MIN_SLOPE: tl.constexpr,
@@ -147,35 +217,33 @@ def pieces(
 ):  # fmt: skip
     """What the formulas need of the bin of each element, and what the gradient of the parameters needs."""
     q = tl.arange(0, BINS_PADDED)[None, None, :]
-    raw_x = load_raw(
-        params, n, k, p, q, mask, BINS, 0, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
-    )
+    raw_x = load_raw(h, n, k, p, q, mask, BINS, 0, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P)
     raw_y = load_raw(
-        params, n, k, p, q, mask, BINS, BINS, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
+        h, n, k, p, q, mask, BINS, BINS, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
     )
     j = tl.arange(0, SLOPES_PADDED)[None, None, :]
     raw_d = load_raw(
-        params, n, k, p, j, mask, SLOPES, 2 * BINS, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
+        h, n, k, p, j, mask, SLOPES, 2 * BINS, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
     )
-    e_x, inverse_x = exponentials(raw_x, q, BINS, ZUKO, FACTOR, RANGE)
-    e_y, inverse_y = exponentials(raw_y, q, BINS, ZUKO, FACTOR, RANGE)
-    below_x, lower_x = knots(e_x, inverse_x, q, START, LENGTH, SMALLEST, SHARE)
-    below_y, lower_y = knots(e_y, inverse_y, q, START, LENGTH, SMALLEST, SHARE)
     kept = clamped(v, START, START + LENGTH)
-    index = bin_of(kept, lower_y if BY_Y else lower_x, q, BINS, ZUKO)
-    at = q == index[:, :, None]
-    x_low, y_low = pick(lower_x, at), pick(lower_y, at)
-    x_below, y_below = pick(below_x, at) * inverse_x, pick(below_y, at) * inverse_y
-    x_own, y_own = pick(e_x, at) * inverse_x, pick(e_y, at) * inverse_y
-    width = x_own * (LENGTH * SHARE) + LENGTH * SMALLEST
-    height = y_own * (LENGTH * SHARE) + LENGTH * SMALLEST
-    # raw slope j is that of knot j, with linear tails of knot j + 1
-    knot = j + (1 if TAILS == "linear" else 0)
-    first = index[:, :, None]
-    r0 = pick(raw_d, knot == first)
-    r1 = pick(raw_d, ((knot == first + 1) & (j < SLOPES)))
-    if TAILS == "circular":
-        r1 += pick(raw_d, (j == 0) & (first == BINS - 1))
+    e_x, top_x, inverse_x = exponentials(columns(raw_x, BINS_PADDED), BINS, ZUKO, FACTOR, RANGE)
+    e_y, top_y, inverse_y = exponentials(columns(raw_y, BINS_PADDED), BINS, ZUKO, FACTOR, RANGE)
+    index = tl.zeros_like(kept).to(tl.int32)
+    if BY_Y:
+        index, y_low, height, y_below, y_own = find(
+            e_y, inverse_y, kept, index, False, BINS, ZUKO, START, LENGTH, SMALLEST, SHARE
+        )
+        index, x_low, width, x_below, x_own = find(
+            e_x, inverse_x, kept, index, True, BINS, ZUKO, START, LENGTH, SMALLEST, SHARE
+        )
+    else:
+        index, x_low, width, x_below, x_own = find(
+            e_x, inverse_x, kept, index, False, BINS, ZUKO, START, LENGTH, SMALLEST, SHARE
+        )
+        index, y_low, height, y_below, y_own = find(
+            e_y, inverse_y, kept, index, True, BINS, ZUKO, START, LENGTH, SMALLEST, SHARE
+        )
+    r0, r1 = raw_slopes(columns(raw_d, SLOPES_PADDED), index, BINS, SLOPES, TAILS)
     fixed0 = (index == 0) if TAILS == "linear" else (index < 0)
     fixed1 = (index == BINS - 1) if TAILS == "linear" else (index < 0)
     d0 = slope_of(r0, fixed0, ZUKO, MIN_SLOPE, OFFSET, RANGE)
@@ -186,7 +254,7 @@ def pieces(
     xi = clamped(xi, 0.0, 1.0)
     above = (v > START) if ZUKO else (v >= START)
     inside = above & (v <= START + LENGTH)
-    bins = (raw_x, e_x, inverse_x, x_below, x_own, raw_y, e_y, inverse_y, y_below, y_own)
+    bins = (raw_x, top_x, inverse_x, x_below, x_own, raw_y, top_y, inverse_y, y_below, y_own)
     slopes = (r0, fixed0, r1, fixed1)
     return kept, inside, index, xi, x_low, width, y_low, height, d0, d1, s, turn, bins, slopes
 
@@ -207,8 +275,8 @@ def pass_through(
 
 @triton.jit(do_not_specialize=["split"])
 def spline_kernel(
-    x, params, channel_order, y, log_det, K, P, CHANNELS, split, tiles_per_program,
-    x_n, x_k, x_p, params_n, params_k, params_p, y_n, y_k, y_p,
+    x, h, channel_order, y, log_det, K, P, CHANNELS, split, tiles_per_program,
+    x_n, x_k, x_p, h_n, h_k, h_p, y_n, y_k, y_p,
     INVERSE: tl.constexpr, HAS_ORDER: tl.constexpr, BINS: tl.constexpr, BINS_PADDED: tl.constexpr,
     SLOPES: tl.constexpr, SLOPES_PADDED: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
     ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, SMALLEST: tl.constexpr,
@@ -217,9 +285,9 @@ def spline_kernel(
     VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    # x, y: [N, CHANNELS, P];  params: [N, K EACH, P];  channel_order: [CHANNELS];  log_det: [N, split]
+    # x, y: [N, CHANNELS, P];  h: [N, K EACH, P];  channel_order: [CHANNELS];  log_det: [N, split]
     DIM_X: tl.constexpr = CONTIGUOUS_DIMS[0]
-    DIM_PARAMS: tl.constexpr = CONTIGUOUS_DIMS[1]
+    DIM_H: tl.constexpr = CONTIGUOUS_DIMS[1]
     DIM_Y: tl.constexpr = CONTIGUOUS_DIMS[2]
     K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     part = tl.program_id(0) % split
@@ -233,9 +301,9 @@ def spline_kernel(
         c = channel_of(channel_order, k, k < K, HAS_ORDER)
         b_v = tl.load(address(x, n, c, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         kept, inside, index, xi, x_low, width, y_low, height, d0, d1, s, turn, bins, slopes = pieces(
-            params, n, k, p, mask, b_v, params_n, params_k, params_p, INVERSE, BINS, BINS_PADDED, SLOPES,
+            h, n, k, p, mask, b_v, h_n, h_k, h_p, INVERSE, BINS, BINS_PADDED, SLOPES,
             SLOPES_PADDED, EACH, TAILS, ZUKO, START, LENGTH, SMALLEST, SHARE, FACTOR, MIN_SLOPE, OFFSET, RANGE,
-            ACC, DIM_PARAMS, VEC_K, VEC_P,
+            ACC, DIM_H, VEC_K, VEC_P,
         )  # fmt: skip
         rest = 1 - xi
         t = xi * rest
@@ -271,9 +339,9 @@ def spline_kernel(
 
 @triton.jit
 def spline_backward_kernel(
-    v, params, channel_order, dy, dlog_det, x_out, dv, dparams, K, P, CHANNELS, stride_dlog_det,
-    v_n, v_k, v_p, params_n, params_k, params_p, dy_n, dy_k, dy_p, dv_n, dv_k, dv_p,
-    dparams_n, dparams_k, dparams_p, x_out_n, x_out_k, x_out_p,
+    v, h, channel_order, dy, dlog_det, x_out, dv, dh, K, P, CHANNELS, stride_dlog_det,
+    v_n, v_k, v_p, h_n, h_k, h_p, dy_n, dy_k, dy_p, dv_n, dv_k, dv_p,
+    dh_n, dh_k, dh_p, x_out_n, x_out_k, x_out_p,
     GIVEN: tl.constexpr, HAS_ORDER: tl.constexpr, BINS: tl.constexpr, BINS_PADDED: tl.constexpr,
     SLOPES: tl.constexpr, SLOPES_PADDED: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
     ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, SMALLEST: tl.constexpr,
@@ -282,13 +350,13 @@ def spline_backward_kernel(
     VEC_P: tl.constexpr, TILE_K: tl.constexpr, TILE_P: tl.constexpr, VECTORS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    # v, dy, dv, x_out: [N, CHANNELS, P];  params, dparams: [N, K EACH, P]
+    # v, dy, dv, x_out: [N, CHANNELS, P];  h, dh: [N, K EACH, P]
     # GIVEN: "x": v is x.  "inverse": v is y, dy the gradient of x.  "y": v is y, dv the gradient of x, x_out is x
     DIM_V: tl.constexpr = CONTIGUOUS_DIMS[0]
-    DIM_PARAMS: tl.constexpr = CONTIGUOUS_DIMS[1]
+    DIM_H: tl.constexpr = CONTIGUOUS_DIMS[1]
     DIM_DY: tl.constexpr = CONTIGUOUS_DIMS[2]
     DIM_DV: tl.constexpr = CONTIGUOUS_DIMS[3]
-    DIM_DPARAMS: tl.constexpr = CONTIGUOUS_DIMS[4]
+    DIM_DH: tl.constexpr = CONTIGUOUS_DIMS[4]
     DIM_X_OUT: tl.constexpr = CONTIGUOUS_DIMS[5]
     K, P = K * VEC_K, unvectorized_size(P, VEC_P, WIDE)
     k_blocks, p_blocks = tl.cdiv(K, TILE_K), tl.cdiv(P, TILE_P)
@@ -304,11 +372,11 @@ def spline_backward_kernel(
     else:
         dlog = tl.load(dlog_det + n * stride_dlog_det).to(ACC)
     kept, inside, index, xi, x_low, width, y_low, height, d0, d1, s, turn, bins, slopes = pieces(
-        params, n, k, p, mask, b_v, params_n, params_k, params_p, GIVEN != "x", BINS, BINS_PADDED, SLOPES,
+        h, n, k, p, mask, b_v, h_n, h_k, h_p, GIVEN != "x", BINS, BINS_PADDED, SLOPES,
         SLOPES_PADDED, EACH, TAILS, ZUKO, START, LENGTH, SMALLEST, SHARE, FACTOR, MIN_SLOPE, OFFSET, RANGE, ACC,
-        DIM_PARAMS, VEC_K, VEC_P,
+        DIM_H, VEC_K, VEC_P,
     )  # fmt: skip
-    raw_x, e_x, inverse_x, x_below, x_own, raw_y, e_y, inverse_y, y_below, y_own = bins
+    raw_x, top_x, inverse_x, x_below, x_own, raw_y, top_y, inverse_y, y_below, y_own = bins
     r0, fixed0, r1, fixed1 = slopes
     rest = 1 - xi
     t = xi * rest
@@ -349,7 +417,9 @@ def spline_backward_kernel(
         by_0, by_1 = tl.where(inside, by_0, 0.0), tl.where(inside, by_1, 0.0)
         by_x, by_width = tl.where(inside, by_x, 0.0), tl.where(inside, by_width, 0.0)
         by_height = tl.where(inside, by_height, 0.0)
-    tl.store(address(dv, n, c, p, dv_n, dv_k, dv_p, DIM_DV, VEC_K, VEC_P), b_dv.to(dv.dtype.element_ty), mask=mask)
+    tl.store(
+        address(dv, n, c, p, dv_n, dv_k, dv_p, DIM_DV, VEC_K, VEC_P), b_dv.to(dv.dtype.element_ty), mask=mask
+    )
     if GIVEN == "y":
         at_x = address(x_out, n, c, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
         tl.store(at_x, b_x.to(x_out.dtype.element_ty), mask=mask)
@@ -360,17 +430,16 @@ def spline_backward_kernel(
     bin_x = tl.where(q < at, by_x[:, :, None], tl.where(q == at, by_width[:, :, None], 0.0))
     bin_y = tl.where(q < at, g[:, :, None], tl.where(q == at, by_height[:, :, None], 0.0))
     scale: tl.constexpr = LENGTH * SHARE * FACTOR
+    # computed again from the parameters as they lie in memory, which moves less between threads than the exponentials
+    e_x = tl.exp(size_of(raw_x, ZUKO, FACTOR, RANGE) - top_x[:, :, None])
+    e_y = tl.exp(size_of(raw_y, ZUKO, FACTOR, RANGE) - top_y[:, :, None])
     draw_x = e_x * (inverse_x * scale)[:, :, None] * (bin_x - mean_x[:, :, None])
     draw_y = e_y * (inverse_y * scale)[:, :, None] * (bin_y - mean_y[:, :, None])
     if ZUKO:
         c_x, c_y = 1 + tl.abs(raw_x) * (2 * FACTOR * RANGE), 1 + tl.abs(raw_y) * (2 * FACTOR * RANGE)
         draw_x, draw_y = draw_x / (c_x * c_x), draw_y / (c_y * c_y)
-    store_raw(
-        dparams, n, k, p, q, mask, BINS, 0, EACH, draw_x, dparams_n, dparams_k, dparams_p, DIM_DPARAMS, VEC_K, VEC_P
-    )
-    store_raw(
-        dparams, n, k, p, q, mask, BINS, BINS, EACH, draw_y, dparams_n, dparams_k, dparams_p, DIM_DPARAMS, VEC_K, VEC_P
-    )
+    store_raw(dh, n, k, p, q, mask, BINS, 0, EACH, draw_x, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P)
+    store_raw(dh, n, k, p, q, mask, BINS, BINS, EACH, draw_y, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P)
     j = tl.arange(0, SLOPES_PADDED)[None, None, :]
     s0 = slope_vjp(r0, fixed0, d0, by_0, ZUKO, OFFSET, RANGE)[:, :, None]
     s1 = slope_vjp(r1, fixed1, d1, by_1, ZUKO, OFFSET, RANGE)[:, :, None]
@@ -379,7 +448,7 @@ def spline_backward_kernel(
     if TAILS == "circular":
         draw_d += tl.where((j == 0) & (at == BINS - 1), s1, 0.0)
     store_raw(
-        dparams, n, k, p, j, mask, SLOPES, 2 * BINS, EACH, draw_d, dparams_n, dparams_k, dparams_p, DIM_DPARAMS,
+        dh, n, k, p, j, mask, SLOPES, 2 * BINS, EACH, draw_d, dh_n, dh_k, dh_p, DIM_DH,
         VEC_K, VEC_P,
     )  # fmt: skip
     if HAS_ORDER:
@@ -419,11 +488,6 @@ def _form(
     }
 
 
-def _elements(form: dict) -> int:
-    """Elements of a tile."""
-    return max(VALUES // max(form["BINS_PADDED"], form["SLOPES_PADDED"]), 1)
-
-
 def spline(
     x: Tensor,
     params: Tensor,
@@ -441,7 +505,7 @@ def spline(
     acc, triton_acc = accumulator(x.dtype)
     y, out = allocate_output(x)
     x, params = with_position_stride(x), with_position_stride(params)
-    t = tiles(params.shape[1] // form["EACH"], x, params, out, elements=_elements(form))
+    t = tiles(params.shape[1] // form["EACH"], x, params, out, elements=ELEMENTS)
     log_det = x.new_empty((x.shape[0] * (1 if t.constants["VECTORS"] else t.split),), dtype=acc)
     launch(
         spline_kernel, t.samples * t.split, x, params, x if channel_order is None else channel_order, out,
@@ -452,7 +516,13 @@ def spline(
 
 
 def _backward(
-    v: Tensor, params: Tensor, channel_order: Tensor | None, dy: Tensor, dlog_det: Tensor, form: dict, given: str
+    v: Tensor,
+    params: Tensor,
+    channel_order: Tensor | None,
+    dy: Tensor,
+    dlog_det: Tensor,
+    form: dict,
+    given: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     triton_acc = accumulator(v.dtype)[1]
     dv, dv_out = allocate_output(dy)
@@ -460,7 +530,7 @@ def _backward(
     x, x_out = allocate_output(v) if given == "y" else (v, v)
     v, params, dy = with_position_stride(v), with_position_stride(params), with_position_stride(dy)
     tensors = v, params, dy, dv_out, dparams_out, x_out if given == "y" else v
-    t = tiles(params.shape[1] // form["EACH"], *tensors, elements=_elements(form))
+    t = tiles(params.shape[1] // form["EACH"], *tensors, elements=ELEMENTS)
     launch(
         spline_backward_kernel, t.position_blocks * t.k_blocks, v, params,
         v if channel_order is None else channel_order, dy, dlog_det, x_out, dv_out, dparams_out, *t.sizes,

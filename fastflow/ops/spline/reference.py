@@ -283,7 +283,9 @@ def _pullback(
 
     x = p.x + xi * p.width
     passed = g
-    if given == "inverse":  # the implicit function theorem: the derivatives of the spline, with other gradients
+    if (
+        given == "inverse"
+    ):  # the implicit function theorem: the derivatives of the spline, with other gradients
         dlog_slope = -dlog_slope
         g = -(g + dlog_slope * log_by_xi / p.width) / slope
         dv = -g
@@ -371,7 +373,13 @@ def _size_vjp(d: Tensor, raw: Tensor, form: Form) -> Tensor:
 
 
 def _pulled_back(
-    v: Tensor, params: Tensor, channel_order: Tensor | None, g: Tensor, dlog_det: Tensor, form: Form, given: str
+    v: Tensor,
+    params: Tensor,
+    channel_order: Tensor | None,
+    g: Tensor,
+    dlog_det: Tensor,
+    form: Form,
+    given: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = acc_dtype(v.dtype)
     indices = _transformed(v, params, channel_order, form)
