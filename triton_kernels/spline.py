@@ -31,6 +31,7 @@ from fastflow.triton_kernels.tiles import (
 )
 
 ELEMENTS, WARPS = 128, 4  # of a tile: one element per thread, whose bins stay in registers
+GROUP = 8  # parameters of an element that neighboring threads read together
 
 
 @triton.jit
@@ -40,67 +41,73 @@ def channel_of(channel_order, k, mask, HAS_ORDER: tl.constexpr):
 
 
 @triton.jit
-def load_raw(
-    h, n, k, p, q, mask, COUNT: tl.constexpr, FIRST: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr,
-    stride_n, stride_k, stride_p, DIM: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+def raw_address(
+    h, n, k, p, q, stride_n, stride_k, stride_p, EACH: tl.constexpr, DIM: tl.constexpr, VEC_K: tl.constexpr,
+    VEC_P: tl.constexpr,
 ):  # fmt: skip
-    """COUNT raw parameters from the FIRST of each element on, ``[TILE_K, TILE_P, q]``."""
-    at = address(
-        h,
-        n,
-        k[:, :, None] * EACH + (FIRST + q),
-        p[:, :, None],
-        stride_n,
-        stride_k,
-        stride_p,
-        DIM,
-        VEC_K,
-        VEC_P,
-    )
+    """Address of the raw parameters q of each element, ``[TILE_K, TILE_P, q]``."""
+    at = k[:, :, None] * EACH + q
+    return address(h, n, at, p[:, :, None], stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P)
+
+
+@triton.jit
+def load_group(
+    h, n, k, p, i, mask, stride_n, stride_k, stride_p, COUNT: tl.constexpr, FIRST: tl.constexpr,
+    GROUP: tl.constexpr, EACH: tl.constexpr, ACC: tl.constexpr, DIM: tl.constexpr, VEC_K: tl.constexpr,
+    VEC_P: tl.constexpr,
+):  # fmt: skip
+    """Group i of the COUNT raw parameters from the FIRST on, ``[TILE_K, TILE_P, GROUP]``."""
+    q = (i * GROUP + tl.arange(0, GROUP))[None, None, :]
+    at = raw_address(h, n, k, p, FIRST + q, stride_n, stride_k, stride_p, EACH, DIM, VEC_K, VEC_P)
     return tl.load(at, mask=mask[:, :, None] & (q < COUNT), other=0.0).to(ACC)
 
 
 @triton.jit
-def store_raw(
-    h, n, k, p, q, mask, COUNT: tl.constexpr, FIRST: tl.constexpr, EACH: tl.constexpr, value,
-    stride_n, stride_k, stride_p, DIM: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+def load_raw(
+    h, n, k, p, mask, stride_n, stride_k, stride_p, COUNT: tl.constexpr, FIRST: tl.constexpr, GROUP: tl.constexpr,
+    EACH: tl.constexpr, ACC: tl.constexpr, DIM: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
 ):  # fmt: skip
-    at = address(
-        h,
-        n,
-        k[:, :, None] * EACH + (FIRST + q),
-        p[:, :, None],
-        stride_n,
-        stride_k,
-        stride_p,
-        DIM,
-        VEC_K,
-        VEC_P,
-    )
-    tl.store(at, value.to(h.dtype.element_ty), mask=mask[:, :, None] & (q < COUNT))
+    """COUNT raw parameters from the FIRST on, as a tuple of groups."""
+    groups = ()
+    for i in tl.static_range(tl.cdiv(COUNT, GROUP)):
+        groups = groups + (
+            load_group(
+                h, n, k, p, i, mask, stride_n, stride_k, stride_p, COUNT, FIRST, GROUP, EACH, ACC, DIM, VEC_K, VEC_P
+            ),
+        )  # fmt: skip
+    return groups
 
 
 @triton.jit
-def columns(tile, COUNT: tl.constexpr):
-    """A tile ``[TILE_K, TILE_P, COUNT]`` as a tuple of COUNT tiles ``[TILE_K, TILE_P]``, COUNT a power of two.
+def columns_of_group(group, GROUP: tl.constexpr):
+    """A tile ``[TILE_K, TILE_P, GROUP]`` as a tuple of tiles ``[TILE_K, TILE_P]``.
 
-    Only the first split moves values between threads; then a thread has all bins of its elements.
+    Only the first split moves values between threads; then a thread has the whole group of its elements.
     """
-    K: tl.constexpr = tile.shape[0]
-    P: tl.constexpr = tile.shape[1]
-    parts = (tile,)
-    for level in tl.static_range(1, 8):
-        if (COUNT >> level) > 0:
+    K: tl.constexpr = group.shape[0]
+    P: tl.constexpr = group.shape[1]
+    parts = (group,)
+    for level in tl.static_range(1, 4):
+        if (GROUP >> level) > 0:
             even = ()
             odd = ()
             for i in tl.static_range(len(parts)):
-                a, b = tl.split(tl.reshape(parts[i], [K, P, COUNT >> level, 2]))
+                a, b = tl.split(tl.reshape(parts[i], [K, P, GROUP >> level, 2]))
                 even = even + (a,)
                 odd = odd + (b,)
             parts = even + odd
     found = ()
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(GROUP):
         found = found + (tl.reshape(parts[i], [K, P]),)
+    return found
+
+
+@triton.jit
+def columns(groups, GROUP: tl.constexpr):
+    """All groups of :func:`load_raw` as a tuple of tiles ``[TILE_K, TILE_P]``."""
+    found = ()
+    for g in tl.static_range(len(groups)):
+        found = found + columns_of_group(groups[g], GROUP)
     return found
 
 
@@ -153,10 +160,10 @@ def find(
 
 
 @triton.jit
-def raw_slopes(raw, index, BINS: tl.constexpr, SLOPES: tl.constexpr, TAILS: tl.constexpr):
+def raw_slopes(raw, index, zero, BINS: tl.constexpr, SLOPES: tl.constexpr, TAILS: tl.constexpr):
     """Raw slopes at both ends of the bin, 0 where they are not parameters."""
     SHIFT: tl.constexpr = 1 if TAILS == "linear" else 0
-    r0, r1 = tl.zeros_like(raw[0]), tl.zeros_like(raw[0])
+    r0, r1 = zero, zero
     for j in tl.static_range(SLOPES):
         r0 = tl.where(index == j + SHIFT, raw[j], r0)
         r1 = tl.where(index + 1 == j + SHIFT, raw[j], r1)
@@ -209,25 +216,25 @@ def clamped(v, low, high):
 @triton.jit
 def pieces(
     h, n, k, p, mask, v, stride_n, stride_k, stride_p, BY_Y: tl.constexpr,
-    BINS: tl.constexpr, BINS_PADDED: tl.constexpr, SLOPES: tl.constexpr, SLOPES_PADDED: tl.constexpr,
-    EACH: tl.constexpr, TAILS: tl.constexpr, ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr,
+    BINS: tl.constexpr, SLOPES: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
+    ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr,
     SMALLEST: tl.constexpr, SHARE: tl.constexpr, FACTOR: tl.constexpr, MIN_SLOPE: tl.constexpr,
     OFFSET: tl.constexpr, RANGE: tl.constexpr, ACC: tl.constexpr, DIM: tl.constexpr, VEC_K: tl.constexpr,
     VEC_P: tl.constexpr,
 ):  # fmt: skip
     """What the formulas need of the bin of each element, and what the gradient of the parameters needs."""
-    q = tl.arange(0, BINS_PADDED)[None, None, :]
-    raw_x = load_raw(h, n, k, p, q, mask, BINS, 0, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P)
-    raw_y = load_raw(
-        h, n, k, p, q, mask, BINS, BINS, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
+    raw_x = load_raw(
+        h, n, k, p, mask, stride_n, stride_k, stride_p, BINS, 0, GROUP, EACH, ACC, DIM, VEC_K, VEC_P
     )
-    j = tl.arange(0, SLOPES_PADDED)[None, None, :]
+    raw_y = load_raw(
+        h, n, k, p, mask, stride_n, stride_k, stride_p, BINS, BINS, GROUP, EACH, ACC, DIM, VEC_K, VEC_P
+    )
     raw_d = load_raw(
-        h, n, k, p, j, mask, SLOPES, 2 * BINS, EACH, ACC, stride_n, stride_k, stride_p, DIM, VEC_K, VEC_P
+        h, n, k, p, mask, stride_n, stride_k, stride_p, SLOPES, 2 * BINS, GROUP, EACH, ACC, DIM, VEC_K, VEC_P
     )
     kept = clamped(v, START, START + LENGTH)
-    e_x, top_x, inverse_x = exponentials(columns(raw_x, BINS_PADDED), BINS, ZUKO, FACTOR, RANGE)
-    e_y, top_y, inverse_y = exponentials(columns(raw_y, BINS_PADDED), BINS, ZUKO, FACTOR, RANGE)
+    e_x, top_x, inverse_x = exponentials(columns(raw_x, GROUP), BINS, ZUKO, FACTOR, RANGE)
+    e_y, top_y, inverse_y = exponentials(columns(raw_y, GROUP), BINS, ZUKO, FACTOR, RANGE)
     index = tl.zeros_like(kept).to(tl.int32)
     if BY_Y:
         index, y_low, height, y_below, y_own = find(
@@ -243,7 +250,7 @@ def pieces(
         index, y_low, height, y_below, y_own = find(
             e_y, inverse_y, kept, index, True, BINS, ZUKO, START, LENGTH, SMALLEST, SHARE
         )
-    r0, r1 = raw_slopes(columns(raw_d, SLOPES_PADDED), index, BINS, SLOPES, TAILS)
+    r0, r1 = raw_slopes(columns(raw_d, GROUP), index, tl.zeros_like(kept), BINS, SLOPES, TAILS)
     fixed0 = (index == 0) if TAILS == "linear" else (index < 0)
     fixed1 = (index == BINS - 1) if TAILS == "linear" else (index < 0)
     d0 = slope_of(r0, fixed0, ZUKO, MIN_SLOPE, OFFSET, RANGE)
@@ -257,6 +264,54 @@ def pieces(
     bins = (raw_x, top_x, inverse_x, x_below, x_own, raw_y, top_y, inverse_y, y_below, y_own)
     slopes = (r0, fixed0, r1, fixed1)
     return kept, inside, index, xi, x_low, width, y_low, height, d0, d1, s, turn, bins, slopes
+
+
+@triton.jit
+def store_group(
+    dh, n, k, p, i, mask, dh_n, dh_k, dh_p, b_raw, top, scale, index, by_low, by_size, mean, FIRST: tl.constexpr,
+    BINS: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, ZUKO: tl.constexpr, FACTOR: tl.constexpr,
+    RANGE: tl.constexpr, DIM_DH: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of a group of raw widths or heights, from those of the bin's lower end and size."""
+    q = (i * GROUP + tl.arange(0, GROUP))[None, None, :]
+    at = index[:, :, None]
+    by = tl.where(q < at, by_low[:, :, None], tl.where(q == at, by_size[:, :, None], 0.0))
+    share = tl.exp(size_of(b_raw, ZUKO, FACTOR, RANGE) - top[:, :, None]) * scale[:, :, None]
+    draw = share * (by - mean[:, :, None])
+    if ZUKO:
+        c = 1 + tl.abs(b_raw) * (2 * FACTOR * RANGE)
+        draw = draw / (c * c)
+    at_dh = raw_address(dh, n, k, p, FIRST + q, dh_n, dh_k, dh_p, EACH, DIM_DH, VEC_K, VEC_P)
+    tl.store(at_dh, draw.to(dh.dtype.element_ty), mask=mask[:, :, None] & (q < BINS))
+
+
+@triton.jit
+def store_sizes(
+    h, dh, n, k, p, mask, h_n, h_k, h_p, dh_n, dh_k, dh_p, raw, top, scale, index, by_low, by_size, mean,
+    FIRST: tl.constexpr, BINS: tl.constexpr, GROUP: tl.constexpr, EACH: tl.constexpr, ZUKO: tl.constexpr,
+    FACTOR: tl.constexpr, RANGE: tl.constexpr, ACC: tl.constexpr, DIM_H: tl.constexpr, DIM_DH: tl.constexpr,
+    VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of the raw widths or heights.
+
+    The exponentials are computed again from the parameters as they lie in memory: gradients that a thread has of its
+    elements would have to move between threads. Of several groups, the parameters are read again, from the cache:
+    registers are too few to keep them.
+    """
+    if len(raw) == 1 and ACC != tl.float64:
+        store_group(
+            dh, n, k, p, 0, mask, dh_n, dh_k, dh_p, raw[0], top, scale, index, by_low, by_size, mean, FIRST, BINS,
+            GROUP, EACH, ZUKO, FACTOR, RANGE, DIM_DH, VEC_K, VEC_P,
+        )  # fmt: skip
+    else:
+        for i in range(tl.cdiv(BINS, GROUP)):
+            b_raw = load_group(
+                h, n, k, p, i, mask, h_n, h_k, h_p, BINS, FIRST, GROUP, EACH, ACC, DIM_H, VEC_K, VEC_P
+            )
+            store_group(
+                dh, n, k, p, i, mask, dh_n, dh_k, dh_p, b_raw, top, scale, index, by_low, by_size, mean, FIRST, BINS,
+                GROUP, EACH, ZUKO, FACTOR, RANGE, DIM_DH, VEC_K, VEC_P,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -277,8 +332,8 @@ def pass_through(
 def spline_kernel(
     x, h, channel_order, y, log_det, K, P, CHANNELS, split, tiles_per_program,
     x_n, x_k, x_p, h_n, h_k, h_p, y_n, y_k, y_p,
-    INVERSE: tl.constexpr, HAS_ORDER: tl.constexpr, BINS: tl.constexpr, BINS_PADDED: tl.constexpr,
-    SLOPES: tl.constexpr, SLOPES_PADDED: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
+    INVERSE: tl.constexpr, HAS_ORDER: tl.constexpr, BINS: tl.constexpr, SLOPES: tl.constexpr,
+    GROUP: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
     ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, SMALLEST: tl.constexpr,
     SHARE: tl.constexpr, FACTOR: tl.constexpr, MIN_SLOPE: tl.constexpr, OFFSET: tl.constexpr,
     RANGE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr, VEC_K: tl.constexpr,
@@ -301,8 +356,8 @@ def spline_kernel(
         c = channel_of(channel_order, k, k < K, HAS_ORDER)
         b_v = tl.load(address(x, n, c, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         kept, inside, index, xi, x_low, width, y_low, height, d0, d1, s, turn, bins, slopes = pieces(
-            h, n, k, p, mask, b_v, h_n, h_k, h_p, INVERSE, BINS, BINS_PADDED, SLOPES,
-            SLOPES_PADDED, EACH, TAILS, ZUKO, START, LENGTH, SMALLEST, SHARE, FACTOR, MIN_SLOPE, OFFSET, RANGE,
+            h, n, k, p, mask, b_v, h_n, h_k, h_p, INVERSE, BINS, SLOPES, GROUP, EACH, TAILS, ZUKO, START, LENGTH,
+            SMALLEST, SHARE, FACTOR, MIN_SLOPE, OFFSET, RANGE,
             ACC, DIM_H, VEC_K, VEC_P,
         )  # fmt: skip
         rest = 1 - xi
@@ -342,8 +397,8 @@ def spline_backward_kernel(
     v, h, channel_order, dy, dlog_det, x_out, dv, dh, K, P, CHANNELS, stride_dlog_det,
     v_n, v_k, v_p, h_n, h_k, h_p, dy_n, dy_k, dy_p, dv_n, dv_k, dv_p,
     dh_n, dh_k, dh_p, x_out_n, x_out_k, x_out_p,
-    GIVEN: tl.constexpr, HAS_ORDER: tl.constexpr, BINS: tl.constexpr, BINS_PADDED: tl.constexpr,
-    SLOPES: tl.constexpr, SLOPES_PADDED: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
+    GIVEN: tl.constexpr, HAS_ORDER: tl.constexpr, BINS: tl.constexpr, SLOPES: tl.constexpr,
+    GROUP: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
     ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, SMALLEST: tl.constexpr,
     SHARE: tl.constexpr, FACTOR: tl.constexpr, MIN_SLOPE: tl.constexpr, OFFSET: tl.constexpr,
     RANGE: tl.constexpr, ACC: tl.constexpr, CONTIGUOUS_DIMS: tl.constexpr, VEC_K: tl.constexpr,
@@ -372,8 +427,8 @@ def spline_backward_kernel(
     else:
         dlog = tl.load(dlog_det + n * stride_dlog_det).to(ACC)
     kept, inside, index, xi, x_low, width, y_low, height, d0, d1, s, turn, bins, slopes = pieces(
-        h, n, k, p, mask, b_v, h_n, h_k, h_p, GIVEN != "x", BINS, BINS_PADDED, SLOPES,
-        SLOPES_PADDED, EACH, TAILS, ZUKO, START, LENGTH, SMALLEST, SHARE, FACTOR, MIN_SLOPE, OFFSET, RANGE, ACC,
+        h, n, k, p, mask, b_v, h_n, h_k, h_p, GIVEN != "x", BINS, SLOPES, GROUP, EACH, TAILS, ZUKO, START, LENGTH,
+        SMALLEST, SHARE, FACTOR, MIN_SLOPE, OFFSET, RANGE, ACC,
         DIM_H, VEC_K, VEC_P,
     )  # fmt: skip
     raw_x, top_x, inverse_x, x_below, x_own, raw_y, top_y, inverse_y, y_below, y_own = bins
@@ -424,33 +479,28 @@ def spline_backward_kernel(
         at_x = address(x_out, n, c, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
         tl.store(at_x, b_x.to(x_out.dtype.element_ty), mask=mask)
 
-    q = tl.arange(0, BINS_PADDED)[None, None, :]
-    at = index[:, :, None]
-    mean_x, mean_y = by_x * x_below + by_width * x_own, g * y_below + by_height * y_own
-    bin_x = tl.where(q < at, by_x[:, :, None], tl.where(q == at, by_width[:, :, None], 0.0))
-    bin_y = tl.where(q < at, g[:, :, None], tl.where(q == at, by_height[:, :, None], 0.0))
-    scale: tl.constexpr = LENGTH * SHARE * FACTOR
-    # computed again from the parameters as they lie in memory, which moves less between threads than the exponentials
-    e_x = tl.exp(size_of(raw_x, ZUKO, FACTOR, RANGE) - top_x[:, :, None])
-    e_y = tl.exp(size_of(raw_y, ZUKO, FACTOR, RANGE) - top_y[:, :, None])
-    draw_x = e_x * (inverse_x * scale)[:, :, None] * (bin_x - mean_x[:, :, None])
-    draw_y = e_y * (inverse_y * scale)[:, :, None] * (bin_y - mean_y[:, :, None])
-    if ZUKO:
-        c_x, c_y = 1 + tl.abs(raw_x) * (2 * FACTOR * RANGE), 1 + tl.abs(raw_y) * (2 * FACTOR * RANGE)
-        draw_x, draw_y = draw_x / (c_x * c_x), draw_y / (c_y * c_y)
-    store_raw(dh, n, k, p, q, mask, BINS, 0, EACH, draw_x, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P)
-    store_raw(dh, n, k, p, q, mask, BINS, BINS, EACH, draw_y, dh_n, dh_k, dh_p, DIM_DH, VEC_K, VEC_P)
-    j = tl.arange(0, SLOPES_PADDED)[None, None, :]
-    s0 = slope_vjp(r0, fixed0, d0, by_0, ZUKO, OFFSET, RANGE)[:, :, None]
-    s1 = slope_vjp(r1, fixed1, d1, by_1, ZUKO, OFFSET, RANGE)[:, :, None]
-    knot = j + (1 if TAILS == "linear" else 0)
-    draw_d = tl.where(knot == at, s0, 0.0) + tl.where(knot == at + 1, s1, 0.0)
-    if TAILS == "circular":
-        draw_d += tl.where((j == 0) & (at == BINS - 1), s1, 0.0)
-    store_raw(
-        dh, n, k, p, j, mask, SLOPES, 2 * BINS, EACH, draw_d, dh_n, dh_k, dh_p, DIM_DH,
+    SCALE: tl.constexpr = LENGTH * SHARE * FACTOR
+    store_sizes(
+        h, dh, n, k, p, mask, h_n, h_k, h_p, dh_n, dh_k, dh_p, raw_x, top_x, inverse_x * SCALE, index, by_x, by_width,
+        by_x * x_below + by_width * x_own, 0, BINS, GROUP, EACH, ZUKO, FACTOR, RANGE, ACC, DIM_H, DIM_DH,
         VEC_K, VEC_P,
     )  # fmt: skip
+    store_sizes(
+        h, dh, n, k, p, mask, h_n, h_k, h_p, dh_n, dh_k, dh_p, raw_y, top_y, inverse_y * SCALE, index, g, by_height,
+        g * y_below + by_height * y_own, BINS, BINS, GROUP, EACH, ZUKO, FACTOR, RANGE, ACC, DIM_H, DIM_DH,
+        VEC_K, VEC_P,
+    )  # fmt: skip
+    s0 = slope_vjp(r0, fixed0, d0, by_0, ZUKO, OFFSET, RANGE)[:, :, None]
+    s1 = slope_vjp(r1, fixed1, d1, by_1, ZUKO, OFFSET, RANGE)[:, :, None]
+    at = index[:, :, None]
+    for i in tl.static_range(tl.cdiv(SLOPES, GROUP)):
+        j = (i * GROUP + tl.arange(0, GROUP))[None, None, :]
+        knot = j + (1 if TAILS == "linear" else 0)
+        draw = tl.where(knot == at, s0, 0.0) + tl.where(knot == at + 1, s1, 0.0)
+        if TAILS == "circular":
+            draw += tl.where((j == 0) & (at == BINS - 1), s1, 0.0)
+        at_dh = raw_address(dh, n, k, p, 2 * BINS + j, dh_n, dh_k, dh_p, EACH, DIM_DH, VEC_K, VEC_P)
+        tl.store(at_dh, draw.to(dh.dtype.element_ty), mask=mask[:, :, None] & (j < SLOPES))
     if HAS_ORDER:
         pass_through(
             dy, dv, channel_order, n, p, k_block, k_blocks, K, CHANNELS, P, dy_n, dy_k, dy_p, dv_n, dv_k, dv_p,
@@ -471,9 +521,8 @@ def _form(
     smallest = 0.0 if convention == "zuko" else min_bin
     return {
         "BINS": bins,
-        "BINS_PADDED": power_of_two(bins),
         "SLOPES": slopes,
-        "SLOPES_PADDED": power_of_two(slopes),
+        "GROUP": min(power_of_two(bins), GROUP),
         "EACH": 2 * bins + slopes,
         "TAILS": tails,
         "ZUKO": convention == "zuko",
