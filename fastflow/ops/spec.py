@@ -34,6 +34,8 @@ class Case:
             programs.
         operations: names of the PyTorch operations that the launcher calls, such as matrix products.
         tolerance: factor on ``bytes_moved`` that allows for values per channel, sample or program.
+        ill_conditioned: whether rounding of the inputs changes results by more than float32's tolerance. Errors are
+            then compared with those of the reference in the same dtype, as in half precision.
     """
 
     op: str
@@ -43,6 +45,7 @@ class Case:
     launches: int = 1
     operations: tuple[str, ...] = ()
     tolerance: float = 1.05
+    ill_conditioned: bool = False
 
     def __str__(self) -> str:
         return f"{self.op} {self.variant}".strip()

@@ -86,7 +86,8 @@ def test_matches_reference(name, body, dtype, layout):
     case = find(name, dtype, layout, SMALL, "cuda" if body == "cuda" else "cpu")
     twice = body != "interpreter" or dtype == "float32"  # NumPy's bits repeat in every dtype if in one
     with on(name, body):
-        assert_as_reference(getattr(torch.ops.fastflow, case.op).default, *case.args, twice=twice)
+        op = getattr(torch.ops.fastflow, case.op).default
+        assert_as_reference(op, *case.args, twice=twice, ill_conditioned=case.ill_conditioned)
 
 
 @pytest.mark.parametrize("name", NAMES)

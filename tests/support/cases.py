@@ -142,11 +142,11 @@ def functional(op: Callable, body: Callable | None = None) -> Callable:
     return run
 
 
-def assert_as_reference(op, *args, twice: bool = True) -> None:
+def assert_as_reference(op, *args, twice: bool = True, ill_conditioned: bool = False) -> None:
     """Compares ``op(*args)`` with the reference: values, strides, and, if ``twice``, its bits with those of a second run.
 
     Tensors are float64, float32 or half precision; where one is half, so may the results be. Errors of half
-    precision are at most twice those of the reference.
+    precision, and of float32 if ``ill_conditioned``, are at most twice those of the reference.
     """
 
     op = functional(op)
@@ -164,7 +164,7 @@ def assert_as_reference(op, *args, twice: bool = True) -> None:
         (v.shape, v.dtype, v.stride()) for v in expected
     ]
     floating = {a.dtype for a in (*args, *found) if isinstance(a, Tensor) and a.is_floating_point()}
-    if floating <= TOLERANCE.keys():
+    if floating <= TOLERANCE.keys() and not (ill_conditioned and torch.float32 in floating):
         tolerance = max(TOLERANCE[dtype] for dtype in floating)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     else:
