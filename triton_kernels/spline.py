@@ -35,9 +35,9 @@ GROUP = 8  # parameters of an element that neighboring threads read together
 
 
 @triton.jit
-def channel_of(channel_order, k, mask, HAS_ORDER: tl.constexpr):
-    """The channel in memory."""
-    return tl.load(channel_order + k, mask=mask, other=0) if HAS_ORDER else k
+def channel_of(channel_order, first_channel, k, mask, HAS_ORDER: tl.constexpr):
+    """The channel in memory of a transformed one."""
+    return tl.load(channel_order + k, mask=mask, other=0) if HAS_ORDER else first_channel + k
 
 
 @triton.jit
@@ -316,23 +316,27 @@ def store_sizes(
 
 @triton.jit
 def pass_through(
-    x, y, channel_order, n, p, k_block, k_blocks, K, CHANNELS, P, x_n, x_k, x_p, y_n, y_k, y_p,
-    TILE_K: tl.constexpr, DIM_X: tl.constexpr, DIM_Y: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
+    x, y, channel_order, first_channel, n, p, k_block, k_blocks, K, CHANNELS, P, x_n, x_k, x_p, y_n, y_k, y_p,
+    HAS_ORDER: tl.constexpr, TILE_K: tl.constexpr, DIM_X: tl.constexpr, DIM_Y: tl.constexpr, VEC_K: tl.constexpr,
+    VEC_P: tl.constexpr,
 ):  # fmt: skip
     """Copies the channels after the K transformed ones, each block of channels its share."""
     for block in range(k_block, tl.cdiv(CHANNELS - K, TILE_K), k_blocks):
         j = (K + block * TILE_K + tl.arange(0, TILE_K))[:, None]
         mask = (j < CHANNELS) & (p < P)
-        c = tl.load(channel_order + j, mask=j < CHANNELS, other=0)
+        if HAS_ORDER:
+            c = tl.load(channel_order + j, mask=j < CHANNELS, other=0)
+        else:
+            c = tl.where(j < K + first_channel, j - K, j)
         b_x = tl.load(address(x, n, c, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0)
         tl.store(address(y, n, c, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["split"])
 def spline_kernel(
-    x, h, channel_order, y, log_det, K, P, CHANNELS, split, tiles_per_program,
+    x, h, channel_order, first_channel, y, log_det, K, P, CHANNELS, split, tiles_per_program,
     x_n, x_k, x_p, h_n, h_k, h_p, y_n, y_k, y_p,
-    INVERSE: tl.constexpr, HAS_ORDER: tl.constexpr, BINS: tl.constexpr, SLOPES: tl.constexpr,
+    INVERSE: tl.constexpr, HAS_ORDER: tl.constexpr, PASSING: tl.constexpr, BINS: tl.constexpr, SLOPES: tl.constexpr,
     GROUP: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
     ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, SMALLEST: tl.constexpr,
     SHARE: tl.constexpr, FACTOR: tl.constexpr, MIN_SLOPE: tl.constexpr, OFFSET: tl.constexpr,
@@ -353,7 +357,7 @@ def spline_kernel(
         block = part * tiles_per_program + i
         k, p = tile_indices(block, K, TILE_K, TILE_P, WIDE)
         mask = (k < K) & (p < P)
-        c = channel_of(channel_order, k, k < K, HAS_ORDER)
+        c = channel_of(channel_order, first_channel, k, k < K, HAS_ORDER)
         b_v = tl.load(address(x, n, c, p, x_n, x_k, x_p, DIM_X, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
         kept, inside, index, xi, x_low, width, y_low, height, d0, d1, s, turn, bins, slopes = pieces(
             h, n, k, p, mask, b_v, h_n, h_k, h_p, INVERSE, BINS, SLOPES, GROUP, EACH, TAILS, ZUKO, START, LENGTH,
@@ -380,10 +384,10 @@ def spline_kernel(
         tl.store(
             address(y, n, c, p, y_n, y_k, y_p, DIM_Y, VEC_K, VEC_P), b_y.to(y.dtype.element_ty), mask=mask
         )
-        if HAS_ORDER:
+        if PASSING:
             pass_through(
-                x, y, channel_order, n, p, block % k_blocks, k_blocks, K, CHANNELS, P, x_n, x_k, x_p, y_n, y_k,
-                y_p, TILE_K, DIM_X, DIM_Y, VEC_K, VEC_P,
+                x, y, channel_order, first_channel, n, p, block % k_blocks, k_blocks, K, CHANNELS, P, x_n, x_k, x_p, y_n, y_k,
+                y_p, HAS_ORDER, TILE_K, DIM_X, DIM_Y, VEC_K, VEC_P,
             )  # fmt: skip
     if VECTORS:
         p = widened(part, WIDE) * TILE_P + tl.arange(0, TILE_P)
@@ -394,10 +398,10 @@ def spline_kernel(
 
 @triton.jit
 def spline_backward_kernel(
-    v, h, channel_order, dy, dlog_det, x_out, dv, dh, K, P, CHANNELS, stride_dlog_det,
+    v, h, channel_order, first_channel, dy, dlog_det, x_out, dv, dh, K, P, CHANNELS, stride_dlog_det,
     v_n, v_k, v_p, h_n, h_k, h_p, dy_n, dy_k, dy_p, dv_n, dv_k, dv_p,
     dh_n, dh_k, dh_p, x_out_n, x_out_k, x_out_p,
-    GIVEN: tl.constexpr, HAS_ORDER: tl.constexpr, BINS: tl.constexpr, SLOPES: tl.constexpr,
+    GIVEN: tl.constexpr, HAS_ORDER: tl.constexpr, PASSING: tl.constexpr, BINS: tl.constexpr, SLOPES: tl.constexpr,
     GROUP: tl.constexpr, EACH: tl.constexpr, TAILS: tl.constexpr,
     ZUKO: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, SMALLEST: tl.constexpr,
     SHARE: tl.constexpr, FACTOR: tl.constexpr, MIN_SLOPE: tl.constexpr, OFFSET: tl.constexpr,
@@ -419,7 +423,7 @@ def spline_backward_kernel(
     n = (position_block // p_blocks).to(tl.int64)
     k, p = block_indices(k_block, position_block % p_blocks, TILE_K, TILE_P, WIDE)
     mask = (k < K) & (p < P)
-    c = channel_of(channel_order, k, k < K, HAS_ORDER)
+    c = channel_of(channel_order, first_channel, k, k < K, HAS_ORDER)
     b_v = tl.load(address(v, n, c, p, v_n, v_k, v_p, DIM_V, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     b_dy = tl.load(address(dy, n, c, p, dy_n, dy_k, dy_p, DIM_DY, VEC_K, VEC_P), mask=mask, other=0.0).to(ACC)
     if VECTORS:
@@ -501,15 +505,15 @@ def spline_backward_kernel(
             draw += tl.where((j == 0) & (at == BINS - 1), s1, 0.0)
         at_dh = raw_address(dh, n, k, p, 2 * BINS + j, dh_n, dh_k, dh_p, EACH, DIM_DH, VEC_K, VEC_P)
         tl.store(at_dh, draw.to(dh.dtype.element_ty), mask=mask[:, :, None] & (j < SLOPES))
-    if HAS_ORDER:
+    if PASSING:
         pass_through(
-            dy, dv, channel_order, n, p, k_block, k_blocks, K, CHANNELS, P, dy_n, dy_k, dy_p, dv_n, dv_k, dv_p,
-            TILE_K, DIM_DY, DIM_DV, VEC_K, VEC_P,
+            dy, dv, channel_order, first_channel, n, p, k_block, k_blocks, K, CHANNELS, P, dy_n, dy_k, dy_p, dv_n, dv_k, dv_p,
+            HAS_ORDER, TILE_K, DIM_DY, DIM_DV, VEC_K, VEC_P,
         )  # fmt: skip
         if GIVEN == "y":
             pass_through(
-                v, x_out, channel_order, n, p, k_block, k_blocks, K, CHANNELS, P, v_n, v_k, v_p, x_out_n, x_out_k,
-                x_out_p, TILE_K, DIM_V, DIM_X_OUT, VEC_K, VEC_P,
+                v, x_out, channel_order, first_channel, n, p, k_block, k_blocks, K, CHANNELS, P, v_n, v_k, v_p, x_out_n, x_out_k,
+                x_out_p, HAS_ORDER, TILE_K, DIM_V, DIM_X_OUT, VEC_K, VEC_P,
             )  # fmt: skip
 
 
@@ -541,6 +545,7 @@ def spline(
     x: Tensor,
     params: Tensor,
     channel_order: Tensor | None,
+    first_channel: int,
     bins: int,
     bound: float,
     tails: str,
@@ -554,12 +559,13 @@ def spline(
     acc, triton_acc = accumulator(x.dtype)
     y, out = allocate_output(x)
     x, params = with_position_stride(x), with_position_stride(params)
-    t = tiles(params.shape[1] // form["EACH"], x, params, out, elements=ELEMENTS)
+    k, channels = params.shape[1] // form["EACH"], x.shape[1]
+    t = tiles(k, x, params, out, elements=ELEMENTS)
     log_det = x.new_empty((x.shape[0] * (1 if t.constants["VECTORS"] else t.split),), dtype=acc)
     launch(
-        spline_kernel, t.samples * t.split, x, params, x if channel_order is None else channel_order, out,
-        log_det, *t.sizes, x.shape[1], t.split, t.tiles_per_program, *t.strides, warps=WARPS, INVERSE=inverse,
-        HAS_ORDER=channel_order is not None, ACC=triton_acc, **form, **t.constants,
+        spline_kernel, t.samples * t.split, x, params, x if channel_order is None else channel_order,
+        first_channel, out, log_det, *t.sizes, channels, t.split, t.tiles_per_program, *t.strides, warps=WARPS, INVERSE=inverse,
+        HAS_ORDER=channel_order is not None, PASSING=k < channels, ACC=triton_acc, **form, **t.constants,
     )  # fmt: skip
     return finalize(y, out), sum_parts(log_det, x.shape[0])
 
@@ -568,6 +574,7 @@ def _backward(
     v: Tensor,
     params: Tensor,
     channel_order: Tensor | None,
+    first_channel: int,
     dy: Tensor,
     dlog_det: Tensor,
     form: dict,
@@ -579,27 +586,30 @@ def _backward(
     x, x_out = allocate_output(v) if given == "y" else (v, v)
     v, params, dy = with_position_stride(v), with_position_stride(params), with_position_stride(dy)
     tensors = v, params, dy, dv_out, dparams_out, x_out if given == "y" else v
-    t = tiles(params.shape[1] // form["EACH"], *tensors, elements=ELEMENTS)
+    k, channels = params.shape[1] // form["EACH"], v.shape[1]
+    t = tiles(k, *tensors, elements=ELEMENTS)
     launch(
         spline_backward_kernel, t.position_blocks * t.k_blocks, v, params,
-        v if channel_order is None else channel_order, dy, dlog_det, x_out, dv_out, dparams_out, *t.sizes,
-        v.shape[1], dlog_det.stride(0), *t.strides, warps=WARPS, GIVEN=given,
-        HAS_ORDER=channel_order is not None, ACC=triton_acc, **form, **t.constants,
+        v if channel_order is None else channel_order, first_channel, dy, dlog_det, x_out, dv_out, dparams_out,
+        *t.sizes, channels, dlog_det.stride(0), *t.strides, warps=WARPS, GIVEN=given,
+        HAS_ORDER=channel_order is not None, PASSING=k < channels, ACC=triton_acc, **form, **t.constants,
     )  # fmt: skip
     return finalize(x, x_out), finalize(dv, dv_out), finalize(dparams, dparams_out)
 
 
 def spline_backward(
-    x: Tensor, params: Tensor, channel_order: Tensor | None, dy: Tensor, dlog_det: Tensor, bins: int,
-    bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float, inverse: bool,
+    x: Tensor, params: Tensor, channel_order: Tensor | None, first_channel: int, dy: Tensor, dlog_det: Tensor,
+    bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float, inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     form = _form(bins, bound, tails, convention, factor, min_bin, min_slope)
-    return _backward(x, params, channel_order, dy, dlog_det, form, "inverse" if inverse else "x")[1:]
+    return _backward(
+        x, params, channel_order, first_channel, dy, dlog_det, form, "inverse" if inverse else "x"
+    )[1:]
 
 
 def spline_inverse_backward(
-    y: Tensor, params: Tensor, channel_order: Tensor | None, dy: Tensor, dlog_det: Tensor, bins: int,
-    bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float,
+    y: Tensor, params: Tensor, channel_order: Tensor | None, first_channel: int, dy: Tensor, dlog_det: Tensor,
+    bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     form = _form(bins, bound, tails, convention, factor, min_bin, min_slope)
-    return _backward(y, params, channel_order, dy, dlog_det, form, "y")
+    return _backward(y, params, channel_order, first_channel, dy, dlog_det, form, "y")

@@ -184,20 +184,25 @@ struct Layout {
   int64_t transformed, each;
 
   Layout(const char* op, const char* name, const Tensor& x, const Tensor& params,
-         const std::optional<Tensor>& channel_order, const Form& form)
+         const std::optional<Tensor>& channel_order, int64_t first_channel, const Form& form)
       : order(x.size(1)), each(form.splines<float>().parameters()) {
     STD_TORCH_CHECK(form.bins >= 1 && form.bins <= MAX_BINS, op, ": bins: got ", form.bins,
                     ", expected 1 to ", MAX_BINS);
     const int64_t channels = x.size(1);
     expect_dims(op, "params", params, 2);
-    transformed = channel_order ? params.size(1) / each : channels;
+    transformed = params.size(1) / each;
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes[1] = transformed * each;
     expect_floating(op, "params", params, sizes);
     STD_TORCH_CHECK(transformed <= channels, op, ": params: got ", transformed, " splines per position of ",
                     name, ", expected at most ", channels);
     if (!channel_order) {
-      for (int64_t k = 0; k < channels; ++k) order[k] = k;
+      STD_TORCH_CHECK(first_channel >= 0 && first_channel + transformed <= channels, op,
+                      ": first_channel: got ", first_channel, ", expected 0 to ", channels - transformed);
+      for (int64_t k = 0; k < channels; ++k)
+        order[k] = k < transformed                   ? first_channel + k
+                   : k < transformed + first_channel ? k - transformed
+                                                     : k;
       return;
     }
     expect_shape(op, "channel_order", *channel_order, {channels});
@@ -293,12 +298,13 @@ void backward(const Tensor& v_, const Tensor& params_, const Tensor& g_, const T
 }
 
 std::tuple<Tensor, Tensor> spline(const Tensor& x, const Tensor& params,
-                                  const std::optional<Tensor>& channel_order, int64_t bins, double bound,
-                                  const std::string& tails, const std::string& convention, double factor,
-                                  double min_bin, double min_slope, bool inverse) {
+                                  const std::optional<Tensor>& channel_order, int64_t first_channel,
+                                  int64_t bins, double bound, const std::string& tails,
+                                  const std::string& convention, double factor, double min_bin,
+                                  double min_slope, bool inverse) {
   expect_batch("spline", "x", x);
   const Form form{bins, bound, tails, convention, factor, min_bin, min_slope};
-  const Layout layout("spline", "x", x, params, channel_order, form);
+  const Layout layout("spline", "x", x, params, channel_order, first_channel, form);
   OutputBuffer y(x);
   const Tensor log_det = empty(x, {x.size(0)}, accumulator_of(x));
   for_accumulator(x, [&](auto acc) {
@@ -311,11 +317,12 @@ std::tuple<Tensor, Tensor> spline(const Tensor& x, const Tensor& params,
 std::tuple<std::optional<Tensor>, Tensor, Tensor> backward_of(const char* op, const char* name,
                                                               const Tensor& v, const Tensor& params,
                                                               const std::optional<Tensor>& channel_order,
-                                                              const Tensor& dy, const Tensor& dlog_det,
-                                                              const Form& form, Given of) {
+                                                              int64_t first_channel, const Tensor& dy,
+                                                              const Tensor& dlog_det, const Form& form,
+                                                              Given of) {
   expect_batch(op, name, v);
   expect_gradients(op, v, dy, dlog_det);
-  const Layout layout(op, name, v, params, channel_order, form);
+  const Layout layout(op, name, v, params, channel_order, first_channel, form);
   OutputBuffer dv(dy), dparams(params);
   std::optional<OutputBuffer> x;
   if (of == Given::y) x.emplace(v);
@@ -328,22 +335,24 @@ std::tuple<std::optional<Tensor>, Tensor, Tensor> backward_of(const char* op, co
 }
 
 std::tuple<Tensor, Tensor> spline_backward(const Tensor& x, const Tensor& params,
-                                           const std::optional<Tensor>& channel_order, const Tensor& dy,
-                                           const Tensor& dlog_det, int64_t bins, double bound,
-                                           const std::string& tails, const std::string& convention,
-                                           double factor, double min_bin, double min_slope, bool inverse) {
-  auto [none, dx, dparams] = backward_of("spline_backward", "x", x, params, channel_order, dy, dlog_det,
-                                         {bins, bound, tails, convention, factor, min_bin, min_slope},
-                                         inverse ? Given::inverse : Given::x);
+                                           const std::optional<Tensor>& channel_order, int64_t first_channel,
+                                           const Tensor& dy, const Tensor& dlog_det, int64_t bins,
+                                           double bound, const std::string& tails,
+                                           const std::string& convention, double factor, double min_bin,
+                                           double min_slope, bool inverse) {
+  auto [none, dx, dparams] = backward_of(
+      "spline_backward", "x", x, params, channel_order, first_channel, dy, dlog_det,
+      {bins, bound, tails, convention, factor, min_bin, min_slope}, inverse ? Given::inverse : Given::x);
   return {dx, dparams};
 }
 
 std::tuple<Tensor, Tensor, Tensor> spline_inverse_backward(
-    const Tensor& y, const Tensor& params, const std::optional<Tensor>& channel_order, const Tensor& dy,
-    const Tensor& dlog_det, int64_t bins, double bound, const std::string& tails,
+    const Tensor& y, const Tensor& params, const std::optional<Tensor>& channel_order, int64_t first_channel,
+    const Tensor& dy, const Tensor& dlog_det, int64_t bins, double bound, const std::string& tails,
     const std::string& convention, double factor, double min_bin, double min_slope) {
-  auto [x, dx, dparams] = backward_of("spline_inverse_backward", "y", y, params, channel_order, dy, dlog_det,
-                                      {bins, bound, tails, convention, factor, min_bin, min_slope}, Given::y);
+  auto [x, dx, dparams] =
+      backward_of("spline_inverse_backward", "y", y, params, channel_order, first_channel, dy, dlog_det,
+                  {bins, bound, tails, convention, factor, min_bin, min_slope}, Given::y);
   return {*x, dx, dparams};
 }
 

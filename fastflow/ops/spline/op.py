@@ -40,6 +40,7 @@ def _check(
     x: Tensor,
     params: Tensor,
     channel_order: Tensor | None,
+    first_channel: int,
     bins: int,
     bound: float,
     tails: str,
@@ -58,14 +59,19 @@ def _check(
     got = validation.shape_of(params)
     transformed = params.shape[1] // each if params.ndim > 1 else 0
     expected = (x.shape[0], transformed * each, *x.shape[2:])
-    enough = transformed == channels if channel_order is None else 1 <= transformed <= channels
+    enough = 1 <= transformed <= channels
     if tuple(params.shape) != expected or not enough:
-        count = channels if channel_order is None else "T"
-        wanted = f"{each * channels}" if channel_order is None else f"{each} T"
-        sizes = ", ".join([str(x.shape[0]), wanted, *map(str, x.shape[2:])])
-        why = f"{argument} is {list(x.shape)}; {each} parameters of each of {count} channels, {bins} bins, {tails} tails"
+        sizes = ", ".join([str(x.shape[0]), f"{each} T", *map(str, x.shape[2:])])
+        why = f"{argument} is {list(x.shape)}; {each} parameters of each of T channels, {bins} bins, {tails} tails"
         raise validation.argument_error("params", got, f"[{sizes}] ({why})")
-    if channel_order is not None:
+    if channel_order is None:
+        rest = channels - transformed
+        expected = (
+            f"an index from 0 to {rest}, of the first of {transformed} transformed channels of {channels}"
+        )
+        validation.number("first_channel", first_channel, expected, lambda v: v == int(v) and 0 <= v <= rest)
+    else:
+        validation.number("first_channel", first_channel, "0 with a channel_order", lambda v: v == 0)
         if channel_order.dtype != torch.int64 or channel_order.device != x.device:
             raise validation.argument_error(
                 "channel_order",
@@ -76,7 +82,9 @@ def _check(
     validation.gradients(argument, x, dy, dlog_det)
 
 
-def _in_kernel(x: Tensor, params: Tensor, channel_order: Tensor | None, *rest: object) -> bool:
+def _in_kernel(
+    x: Tensor, params: Tensor, channel_order: Tensor | None, first_channel: int, *rest: object
+) -> bool:
     """Whether the kernels have these splines; the form is the last arguments, from ``bins`` on."""
     form = [v for v in rest if not isinstance(v, Tensor)]
     return form[3] != "freia" and form[0] <= MAX_BINS
@@ -101,6 +109,7 @@ def spline(
     params: Tensor,
     channel_order: Tensor | None = None,
     *,
+    first_channel: int = 0,
     bins: int,
     bound: float = 3.0,
     tails: str = "linear",
@@ -119,7 +128,8 @@ def spline(
         params: raw parameters, the output of a network: for each transformed channel those of its bins' widths, then
             those of their heights, then those of the slopes at the knots.
         channel_order: a permutation of the channels: the T transformed ones, in the order of ``params``, then the
-            others, which pass through. None: all channels are transformed.
+            others, which pass through. None: the transformed ones are neighbors.
+        first_channel: the first of the transformed channels, without a ``channel_order``.
         bins: number of bins K.
         bound: the spline maps the interval ``[-bound, bound]`` to itself; with tails ``"none"``, ``[0, 1]``.
         tails: what is outside. ``"linear"``: the identity, with slope 1 at both ends; ``"circular"``: the identity,
@@ -140,7 +150,18 @@ def spline(
     checked.
     """
     return torch.ops.fastflow.spline.default(
-        x, params, channel_order, bins, bound, tails, convention, factor, min_bin, min_slope, inverse
+        x,
+        params,
+        channel_order,
+        first_channel,
+        bins,
+        bound,
+        tails,
+        convention,
+        factor,
+        min_bin,
+        min_slope,
+        inverse,
     )
 
 
@@ -151,6 +172,7 @@ def spline_inverse_backward(
     dy: Tensor,
     dlog_det: Tensor,
     *,
+    first_channel: int = 0,
     bins: int,
     bound: float = 3.0,
     tails: str = "linear",
@@ -165,5 +187,17 @@ def spline_inverse_backward(
     dlog_det ``[N]``. dx excludes the gradient that reaches x through the network.
     """
     return torch.ops.fastflow.spline_inverse_backward.default(
-        y, params, channel_order, dy, dlog_det, bins, bound, tails, convention, factor, min_bin, min_slope
+        y,
+        params,
+        channel_order,
+        first_channel,
+        dy,
+        dlog_det,
+        bins,
+        bound,
+        tails,
+        convention,
+        factor,
+        min_bin,
+        min_slope,
     )

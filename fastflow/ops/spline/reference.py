@@ -228,29 +228,37 @@ def _per_element(params: Tensor, form: Form, acc: torch.dtype) -> Tensor:
     return params.unflatten(1, (-1, form.per_element)).movedim(2, -1).to(acc)
 
 
-def _transformed(x: Tensor, params: Tensor, channel_order: Tensor | None, form: Form) -> Tensor | None:
-    """Indices of the transformed channels; None for all in order."""
-    return None if channel_order is None else channel_order[: params.shape[1] // form.per_element]
+def _transformed(
+    params: Tensor, channel_order: Tensor | None, first_channel: int, form: Form
+) -> Tensor | tuple[int, int]:
+    """Indices of the transformed channels, or the first of neighbors and their number."""
+    count = params.shape[1] // form.per_element
+    return (first_channel, count) if channel_order is None else channel_order[:count]
 
 
-def _taken(x: Tensor, indices: Tensor | None) -> Tensor:
-    return x if indices is None else x.index_select(1, indices)
+def _taken(x: Tensor, channels: Tensor | tuple[int, int]) -> Tensor:
+    return x.index_select(1, channels) if isinstance(channels, Tensor) else x.narrow(1, *channels)
 
 
-def _merged(x: Tensor, y: Tensor, indices: Tensor | None) -> Tensor:
+def _merged(x: Tensor, y: Tensor, channels: Tensor | tuple[int, int]) -> Tensor:
     y = y.to(x.dtype)
-    return dense_like(y if indices is None else x.index_copy(1, indices, y), x)
+    if isinstance(channels, Tensor):
+        return dense_like(x.index_copy(1, channels, y), x)
+    first, count = channels
+    if count < x.shape[1]:
+        y = torch.cat([x[:, :first], y, x[:, first + count :]], 1)
+    return dense_like(y, x)
 
 
 def spline(
-    x: Tensor, params: Tensor, channel_order: Tensor | None, bins: int, bound: float, tails: str,
-    convention: str, factor: float, min_bin: float, min_slope: float, inverse: bool,
+    x: Tensor, params: Tensor, channel_order: Tensor | None, first_channel: int, bins: int, bound: float,
+    tails: str, convention: str, factor: float, min_bin: float, min_slope: float, inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     form = Form(bins, bound, tails, convention, factor, min_bin, min_slope)
     acc = acc_dtype(x.dtype)
-    indices = _transformed(x, params, channel_order, form)
-    y, log_slope = _elementwise(_taken(x, indices).to(acc), _per_element(params, form, acc), form, inverse)
-    return _merged(x, y, indices), log_slope.flatten(1).sum(1)
+    channels = _transformed(params, channel_order, first_channel, form)
+    y, log_slope = _elementwise(_taken(x, channels).to(acc), _per_element(params, form, acc), form, inverse)
+    return _merged(x, y, channels), log_slope.flatten(1).sum(1)
 
 
 def _pullback(
@@ -376,37 +384,38 @@ def _pulled_back(
     v: Tensor,
     params: Tensor,
     channel_order: Tensor | None,
+    first_channel: int,
     g: Tensor,
     dlog_det: Tensor,
     form: Form,
     given: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = acc_dtype(v.dtype)
-    indices = _transformed(v, params, channel_order, form)
-    taken = _taken(v, indices).to(acc)
+    channels = _transformed(params, channel_order, first_channel, form)
+    taken = _taken(v, channels).to(acc)
     d = sample_view(dlog_det.to(acc), taken).expand(taken.shape)
     x, dv, dparams = _pullback(
-        taken, _per_element(params, form, acc), _taken(g, indices).to(acc), d, form, given
+        taken, _per_element(params, form, acc), _taken(g, channels).to(acc), d, form, given
     )
     dparams = dense_like(dparams.movedim(-1, 2).flatten(1, 2), params)
-    return _merged(v, x, indices), _merged(g, dv, indices), dparams
+    return _merged(v, x, channels), _merged(g, dv, channels), dparams
 
 
 def spline_backward(
-    x: Tensor, params: Tensor, channel_order: Tensor | None, dy: Tensor, dlog_det: Tensor, bins: int,
-    bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float, inverse: bool,
+    x: Tensor, params: Tensor, channel_order: Tensor | None, first_channel: int, dy: Tensor, dlog_det: Tensor,
+    bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float, inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients ``(dx, dparams)`` from the input."""
     form = Form(bins, bound, tails, convention, factor, min_bin, min_slope)
     given = "inverse" if inverse else "x"
-    _, dx, dparams = _pulled_back(x, params, channel_order, dy, dlog_det, form, given)
+    _, dx, dparams = _pulled_back(x, params, channel_order, first_channel, dy, dlog_det, form, given)
     return dx, dparams
 
 
 def spline_inverse_backward(
-    y: Tensor, params: Tensor, channel_order: Tensor | None, dy: Tensor, dlog_det: Tensor, bins: int,
-    bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float,
+    y: Tensor, params: Tensor, channel_order: Tensor | None, first_channel: int, dy: Tensor, dlog_det: Tensor,
+    bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Input and gradients ``(x, dx, dparams)`` of the forward direction, from its output."""
     form = Form(bins, bound, tails, convention, factor, min_bin, min_slope)
-    return _pulled_back(y, params, channel_order, dy, dlog_det, form, "y")
+    return _pulled_back(y, params, channel_order, first_channel, dy, dlog_det, form, "y")

@@ -12,11 +12,11 @@ LIMITS = {
     for op in ("spline", "spline_backward", "spline_inverse_backward")
     for device in ("cuda", "cpu")
 }
-# convention, tails, bins, whether only half of the channels are transformed
+# convention, tails, bins; whether only half of the channels are transformed, in any order or neighbors
 VARIANTS = (
     ("fastflow", "linear", 8, False),
     ("nflows", "circular", 5, True),
-    ("zuko", "none", 4, True),
+    ("zuko", "none", 4, "neighbors"),
     ("nflows", "linear", 10, False),
     ("freia", "affine", 3, False),
 )
@@ -31,9 +31,17 @@ def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
         x, params = make(*shape), 0.1 * make(n, transformed * each, *size)
         x = x / 8 + 0.5 if tails == "none" else x * 0.7
         params.unflatten(1, (transformed, each))[:, :, bins + bins // 2 - 1 : bins + bins // 2 + 1] += 1
-        order = torch.arange(c).flip(0) if half else None
+        order = torch.arange(c).flip(0) if half is True else None
         form = (bins, 3.0, tails, convention, 0.7, 1e-3, 1e-3)
-        given = x, params, order, make(*shape), make.per_sample(n)
+        # of neighbors, the second half is transformed
+        given = (
+            x,
+            params,
+            order,
+            0 if order is not None else c - transformed,
+            make(*shape),
+            make.per_sample(n),
+        )
         read = 4 * each * transformed // c  # bytes of the parameters
         in_kernel = convention != "freia"
         # of several groups of bins, the backward reads the parameters again, from the cache
@@ -45,7 +53,7 @@ def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
         inverse_backward = 16 + 2 * read if once else None
         for inverse in (False, True):
             direction = f"{name} inverse" if inverse else name
-            args = *given[:3], *form, inverse
+            args = *given[:4], *form, inverse
             yield Case("spline", direction, args, count, operations=summed, ill_conditioned=True)
             yield Case("spline_backward", direction, (*given, *form, inverse), backward, ill_conditioned=True)
         yield Case("spline_inverse_backward", name, (*given, *form), inverse_backward, ill_conditioned=True)
