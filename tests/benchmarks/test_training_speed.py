@@ -51,6 +51,18 @@ def test_training_speed_turns_on_one_after_the_other_and_sweeps_batches(device, 
     assert_tables(training_page, "speed", "loader")
 
 
+def test_the_loader_only(training_page, tmp_path, monkeypatch):
+    def speed(page):
+        return page.read_text().split("<!-- speed: ")[1].split("<!-- end of speed")[0]
+
+    monkeypatch.setattr(training_speed, "measure", lambda options: pytest.fail("steps are measured"))
+    before = speed(training_page)
+    assert training_speed.main([*speed_options(tmp_path, "cpu"), "--loader"]) == []
+    rows = rows_of(tmp_path / "loader.csv")
+    assert len(rows) == 4 and speed(training_page) == before
+    assert f"| photographs | {int(rows[1]['images_s']):,} |" in training_page.read_text()
+
+
 def test_networks_as_one_op_are_measured_on_a_gpu_and_train_as_others(monkeypatch):
     monkeypatch.setattr(training_speed, "default", lambda shape, device: training_speed.DEFAULT[device])
     every = {"channels_last", "bf16", "graph", "reversible", "fused"}
