@@ -293,26 +293,29 @@ def sources(options: argparse.Namespace) -> dict[str, tuple[data.Batches, int]]:
     return {name: (data.Batches(source, batch, seed=0), workers) for name, (source, workers) in found.items()}
 
 
+def drawn_per_second(drawn: data.Batches, workers: int, options: argparse.Namespace) -> float:
+    """Images/s of a stream of batches on the step's device."""
+    taken = []
+    with drawn.stream(0, 10**6, workers) as stream:
+        for _ in range(4):  # workers start and draw ahead
+            next(stream)
+        end = time.perf_counter() + options.seconds
+        while time.perf_counter() < end or len(taken) < 3:
+            before = time.perf_counter()
+            x, _ = next(stream)
+            x.to(options.device)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - before)
+    # the mean: workers deliver batches that they drew ahead at once, and the next one after a wait
+    return drawn.size * len(taken) / sum(taken)
+
+
 def measure_loader(options: argparse.Namespace) -> list[dict]:
     about, rows = harness.metadata(options.device), []
     for name, (drawn, workers) in tqdm(sources(options).items(), desc="loader"):
-        taken = []
-        with drawn.stream(0, 10**6, workers) as stream:
-            for _ in range(4):  # workers start and draw ahead
-                next(stream)
-            end = time.perf_counter() + options.seconds
-            while time.perf_counter() < end or len(taken) < 3:
-                before = time.perf_counter()
-                x, _ = next(stream)
-                x.to(options.device)
-                if options.device == "cuda":
-                    torch.cuda.synchronize()
-                taken.append(time.perf_counter() - before)
-        # the mean: workers deliver batches that they drew ahead at once, and the next one after a wait
-        speed = drawn.size * len(taken) / sum(taken)
-        rows.append(
-            {"source": name, "workers": workers, "batch": drawn.size, "images_s": f"{speed:.0f}"} | about
-        )
+        speed = f"{drawn_per_second(drawn, workers, options):.0f}"
+        rows.append({"source": name, "workers": workers, "batch": drawn.size, "images_s": speed} | about)
     harness.append(options.results / "loader.csv", rows)
     return rows
 
