@@ -4,6 +4,7 @@ from fastflow.models.flow_model import FlowModel
 from fastflow.models.glow import Glow
 from fastflow.models.image_flow import ImageFlow
 from fastflow.models.mnist_flow import MNISTFlow, mnist_flow
+from fastflow.models.neural_spline_flow import NeuralSplineFlow
 from fastflow.models.nice import NICE
 from fastflow.models.published import load_published
 from fastflow.models.realnvp import RealNVP
@@ -15,6 +16,7 @@ __all__ = [
     "Glow",
     "ImageFlow",
     "MNISTFlow",
+    "NeuralSplineFlow",
     "RealNVP",
     "VectorGlow",
     "load_published",

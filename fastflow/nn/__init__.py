@@ -20,6 +20,7 @@ from fastflow.nn.elementwise import (
     Softplus,
     Tanh,
 )
+from fastflow.nn.elementwise_spline import ElementwiseSpline
 from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.glow_level import GlowLevel, GlowStep
@@ -41,6 +42,7 @@ from fastflow.nn.priors.prior import Prior
 from fastflow.nn.priors.uniform import UniformPrior
 from fastflow.nn.scale import Scale
 from fastflow.nn.sequential import Sequential
+from fastflow.nn.spline_coupling import SplineCoupling
 from fastflow.nn.split import Split
 from fastflow.nn.squeeze import Squeeze
 from fastflow.nn.standardize import Standardize
@@ -57,6 +59,7 @@ __all__ = [
     "Coupling",
     "Dequantize",
     "DistributionPrior",
+    "ElementwiseSpline",
     "EncoderDecoder",
     "Exp",
     "Flatten",
@@ -92,6 +95,7 @@ __all__ = [
     "Sigmoid",
     "SoftClip",
     "Softplus",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "Standardize",
