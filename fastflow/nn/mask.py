@@ -102,7 +102,8 @@ class Checkerboard(Positions):
     """The positions of a checkerboard in samples like x, see :func:`fastflow.ops.affine_coupling`."""
 
     def __init__(self, x: Tensor, swap_halves: bool) -> None:
-        transformed = checkerboard_transformed(x[:1], swap_halves).flatten()
+        # one sample, also of an empty batch
+        transformed = checkerboard_transformed(x.new_empty((1, *x.shape[1:])), swap_halves).flatten()
         positions = math.prod(x.shape[2:] or x.shape[1:])
         count = positions // 2 if swap_halves else (positions + 1) // 2
         # sorted, because nonzero() waits for a GPU

@@ -9,10 +9,11 @@ import re
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Union, get_args
 
-from fastflow.models import NICE, Glow, MNISTFlow, RealNVP, VectorGlow
+from fastflow.models import NICE, Glow, MNISTFlow, NeuralSplineFlow, RealNVP, VectorGlow
 from fastflow.models.glow import GlowConfig
 from fastflow.models.mnist_flow import VARIANTS, MNISTFlowConfig
 from fastflow.models.model import Model
+from fastflow.models.neural_spline_flow import NeuralSplineFlowConfig
 from fastflow.models.nice import NICEConfig
 from fastflow.models.options import ModelConfig, NetworkBuilder, literal_of
 from fastflow.models.realnvp import RealNVPConfig
@@ -82,6 +83,13 @@ MODELS = {
     "vector_glow": TrainerModel(
         VectorGlow,
         VectorGlowConfig,
+        names={"steps": "steps_per_level"},
+        fixed={"standardize": True},
+        dimensions=1,
+    ),
+    "neural_spline_flow": TrainerModel(
+        NeuralSplineFlow,
+        NeuralSplineFlowConfig,
         names={"steps": "steps_per_level"},
         fixed={"standardize": True},
         dimensions=1,

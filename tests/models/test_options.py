@@ -6,9 +6,10 @@ from typing import Literal
 
 import pytest
 
-from fastflow.models import NICE, Glow, MNISTFlow, RealNVP, VectorGlow
+from fastflow.models import NICE, Glow, MNISTFlow, NeuralSplineFlow, RealNVP, VectorGlow
 from fastflow.models.glow import GlowConfig
 from fastflow.models.mnist_flow import MNISTFlowConfig
+from fastflow.models.neural_spline_flow import NeuralSplineFlowConfig
 from fastflow.models.nice import NICEConfig
 from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.models.realnvp import RealNVPConfig
@@ -19,6 +20,7 @@ MODELS = {
     RealNVP: RealNVPConfig,
     NICE: NICEConfig,
     VectorGlow: VectorGlowConfig,
+    NeuralSplineFlow: NeuralSplineFlowConfig,
     MNISTFlow: MNISTFlowConfig,
 }
 

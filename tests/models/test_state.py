@@ -9,7 +9,16 @@ import torch
 import torch.distributed as dist
 
 import fastflow.nn as fnn
-from fastflow.models import NICE, FlowModel, Glow, MNISTFlow, RealNVP, VectorGlow, mnist_flow
+from fastflow.models import (
+    NICE,
+    FlowModel,
+    Glow,
+    MNISTFlow,
+    NeuralSplineFlow,
+    RealNVP,
+    VectorGlow,
+    mnist_flow,
+)
 from fastflow.nn.networks.glow_network import ActNormConv2d, ZeroConv2d
 from fastflow.state_from_data import state_from_data, takes_state_from_data
 from tests.support.copies import COPIES
@@ -361,6 +370,7 @@ CONSTRUCTORS = {
     fnn.Coupling: {"net": conv(2, 4), "transformer": fnn.ActNorm(4)},
     fnn.Dequantize: {},
     fnn.DistributionPrior: {"distribution": torch.distributions.Laplace(torch.zeros(4), torch.ones(4))},
+    fnn.ElementwiseSpline: {"shape": IMAGE},
     fnn.EncoderDecoder: {"flow": fnn.ActNorm(4)},
     fnn.Exp: {},
     fnn.Flatten: {"shape": IMAGE},
@@ -393,6 +403,7 @@ CONSTRUCTORS = {
     fnn.SoftClip: {},
     fnn.Softplus: {},
     fnn.Split: {"num_features": 4},
+    fnn.SplineCoupling: {"net": conv(2, 46)},
     fnn.Squeeze: {},
     fnn.Standardize: {"num_features": 4},
     fnn.Tanh: {},
@@ -405,6 +416,7 @@ CONSTRUCTORS = {
     RealNVP: {"image_shape": (1, 4, 4), "scales": 1, "hidden": 4, "blocks": 1},
     NICE: {"features": 4, "hidden": 4},
     FlowModel: {"flow": fnn.ActNorm(4), "prior": fnn.GaussianPrior((4,))},
+    NeuralSplineFlow: {"features": 4, "steps": 1, "hidden": 4, "blocks": 1},
     VectorGlow: {"features": 4, "steps": 1, "hidden": 4},
     MNISTFlow: {"variant": "simple"},
     mnist_flow: {"variant": "simple"},
@@ -415,7 +427,7 @@ SENSIBLE = {
     ("output_start", 2.5),
     ("num_scale_factors", None),
 }  # None: the default of a former name
-SENSIBLE |= {("slope", 2.5), ("bound", 2.5), ("shift", -1), ("shift", 2.5)}
+SENSIBLE |= {("factor", 2.5), ("slope", 2.5), ("bound", 2.5), ("shift", -1), ("shift", 2.5)}
 SENSIBLE |= {("low", -1), ("low", 2.5), ("high", 2.5)}  # with a low above it, high is the one that is named
 # torch's, variadic (TypeError), a string or a module, a name in other code
 NOT_CHECKED = {"process_group", "flows", "prior", "context_name"}

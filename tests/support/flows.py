@@ -14,6 +14,7 @@ from fastflow.nn import (
     BatchNorm,
     CircularShift,
     Coupling,
+    ElementwiseSpline,
     EncoderDecoder,
     Exp,
     Flatten,
@@ -35,6 +36,7 @@ from fastflow.nn import (
     Sigmoid,
     SoftClip,
     Softplus,
+    SplineCoupling,
     Squeeze,
     Standardize,
     Tanh,
@@ -114,6 +116,13 @@ def to_signs() -> Standardize:
     return layer
 
 
+def spline_coupling(net, c_in: int = 2, transformed: int | None = None, **options) -> SplineCoupling:
+    """A coupling whose network has ``c_in`` channels, and parameters of as many or of ``transformed``."""
+    form = {k: options[k] for k in ("bins", "tails", "convention") if k in options}
+    each = SplineCoupling.params_per_element(**form)
+    return SplineCoupling(net(c_in, each * (transformed or c_in)), **options)
+
+
 def affine(net, c_in: int = 2, **options) -> AffineCoupling:
     return AffineCoupling(net(c_in, 2 * c_in), **options)
 
@@ -149,6 +158,12 @@ OF_VECTORS = {
     "Coupling": lambda: Coupling(mlp(1, 6), Asinh(), split=1),
     "PiecewiseLinear": lambda: Coupling(mlp(2, 6), PiecewiseLinear(3, bound=2.0)),
     "PiecewiseQuadratic": lambda: Coupling(mlp(2, 10), PiecewiseQuadratic(3, bound=2.0)),
+    "SplineCoupling": partial(spline_coupling, mlp, bins=3),
+    "SplineCoupling, mask of channels": lambda: spline_coupling(
+        mlp, bins=2, mask=torch.tensor([True, False, False, True], device="cpu"), tails="circular"
+    ),
+    "SplineCoupling, checkerboard": partial(spline_coupling, mlp, 4, mask="checkerboard", convention="zuko"),
+    "ElementwiseSpline": lambda: ElementwiseSpline(4, first_channel=1, channels=2, bins=3),
     "LULinear": lambda: LULinear(4, identity_init=False),
     # with the numbers as domain and as range
     "LeakyReLU": LeakyReLU,
@@ -173,6 +188,9 @@ OF_IMAGES = {
         conv(4, 8), mask=torch.arange(32, device="cpu").view(IMAGE) % 3 == 0
     ),
     "Coupling": lambda: Coupling(conv(2, 4), Asinh()),
+    "SplineCoupling": partial(spline_coupling, conv, swap_halves=True, convention="nflows"),
+    "SplineCoupling, no tails": partial(spline_coupling, conv, 1, 3, split=1, tails="none", bins=2),
+    "ElementwiseSpline": lambda: ElementwiseSpline(IMAGE, bins=2, tails="circular"),
     "additive checkerboard": partial(additive, conv, 4, mask="checkerboard"),
     "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),
     "Flatten": lambda: Flatten(IMAGE),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastflow.models import NICE, Glow, RealNVP, VectorGlow, mnist_flow
+from fastflow.models import NICE, Glow, NeuralSplineFlow, RealNVP, VectorGlow, mnist_flow
 from fastflow.models.mnist_flow import VARIANTS
 from tests.support.cases import randomize
 
@@ -18,6 +18,12 @@ def nice(**kwargs):
 
 def vector_glow(**kwargs):
     return VectorGlow(**{"features": 4, "steps": 2, "hidden": 5} | kwargs)
+
+
+def neural_spline_flow(**kwargs):
+    return NeuralSplineFlow(
+        **{"features": 3, "steps": 2, "hidden": 5, "blocks": 1, "bins": 3, "reversible": True} | kwargs
+    )
 
 
 def glow(**kwargs):
@@ -38,6 +44,7 @@ MODELS = {
     "VectorGlow, mixture": lambda **kw: vector_glow(
         features=2, layers=1, prior="mixture", components=3, **kw
     ),
+    "NeuralSplineFlow": neural_spline_flow,
     "Glow, additive, reverse, learned prior": lambda **kw: glow(
         coupling="additive", conv1x1="reverse", learned_prior=True, **kw
     ),
