@@ -1,5 +1,7 @@
 """fastflow::spline, its backward, and its inverse + backward."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ TAILS = {
 MAX_BINS = 64  # of the kernels
 
 
+@functools.lru_cache(maxsize=256)  # a layer has one form: its checks would take as long as a small batch
 def check_form(
     bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float
 ) -> None:
@@ -65,13 +68,15 @@ def _check(
         why = f"{argument} is {list(x.shape)}; {each} parameters of each of T channels, {bins} bins, {tails} tails"
         raise validation.argument_error("params", got, f"[{sizes}] ({why})")
     if channel_order is None:
-        rest = channels - transformed
-        expected = (
-            f"an index from 0 to {rest}, of the first of {transformed} transformed channels of {channels}"
-        )
-        validation.number("first_channel", first_channel, expected, lambda v: v == int(v) and 0 <= v <= rest)
+        last = channels - transformed
+        if not 0 <= first_channel <= last:
+            expected = (
+                f"an index from 0 to {last}, of the first of {transformed} transformed channels of {channels}"
+            )
+            raise validation.argument_error("first_channel", first_channel, expected)
     else:
-        validation.number("first_channel", first_channel, "0 with a channel_order", lambda v: v == 0)
+        if first_channel != 0:
+            raise validation.argument_error("first_channel", first_channel, "0 with a channel_order")
         if channel_order.dtype != torch.int64 or channel_order.device != x.device:
             raise validation.argument_error(
                 "channel_order",
@@ -82,12 +87,10 @@ def _check(
     validation.gradients(argument, x, dy, dlog_det)
 
 
-def _in_kernel(
-    x: Tensor, params: Tensor, channel_order: Tensor | None, first_channel: int, *rest: object
-) -> bool:
-    """Whether the kernels have these splines; the form is the last arguments, from ``bins`` on."""
-    form = [v for v in rest if not isinstance(v, Tensor)]
-    return form[3] != "freia" and form[0] <= MAX_BINS
+def _in_kernel(*args: object) -> bool:
+    """Whether the kernels have these splines, of the arguments of any of the ops."""
+    bins, convention = (args[4], args[7]) if isinstance(args[4], int) else (args[6], args[9])
+    return convention != "freia" and bins <= MAX_BINS
 
 
 kernels = {"triton": True, "compiled": ("cpu",), "eligible": _in_kernel}
