@@ -64,16 +64,34 @@ class ElementwiseSpline(Flow):
             "min_slope": min_slope,
         }
         each = parameters_per_element(bins, tails, convention)
+        self._scales: tuple[tuple | None, Tensor | None] = None, None
         self.params = nn.Parameter(torch.zeros(self.channels * each, *self.shape[1:]))
 
     def _is_channel(self, value: float) -> bool:
         return isinstance(value, int) and 0 <= value < self.shape[0]
 
+    def expanded(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """Parameters of the op for samples like x, with this ``factor`` as the op's."""
+        params = self.params
+        if factor != 1:
+            params = params * self._scale(factor)
+        return params.expand(x.shape[0], *params.shape)
+
+    def _scale(self, factor: float) -> Tensor:
+        """What cancels ``factor`` in the raw widths and heights."""
+        key = factor, self.params.dtype, self.params.device
+        if self._scales[0] != key:
+            each, bins = self.params.shape[0] // self.channels, self.form["bins"]
+            with torch.inference_mode(False):  # kept for passes that autograd records
+                scale = torch.ones(self.channels, each, dtype=key[1], device=key[2])
+                scale[:, : 2 * bins] = 1 / factor
+                self._scales = key, scale.view(-1, *[1] * (self.params.ndim - 1))
+        return self._scales[1]
+
     def _mapped(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         validation.floating_point("x", x)
         validation.same_shape("x", x, (x.shape[0], *self.shape), "samples of the layer's shape")
-        params = self.params.expand(x.shape[0], *self.params.shape)
-        return spline(x, params, first_channel=self.first_channel, **self.form, inverse=inverse)
+        return spline(x, self.expanded(x), first_channel=self.first_channel, **self.form, inverse=inverse)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._mapped(x, inverse=False)

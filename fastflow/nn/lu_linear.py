@@ -61,13 +61,11 @@ class LULinear(Flow):
     def weight(self) -> Tensor:
         """The matrix L U, ``[D, D]``; float32 if the parameters are half."""
         with _without_autocast(self.factors.device):
-            return _product(*self._triangles()[:2])
+            return self._matrices()[0]
 
-    def _triangles(self) -> tuple[Tensor, Tensor, Tensor]:
-        """L without its diagonal, U, and the diagonal of U."""
-        factors = self.factors.to(acc_dtype(self.factors.dtype))
-        diagonal = F.softplus(factors.diagonal()) + self.eps
-        return factors.tril(-1), factors.triu(1) + diagonal.diag_embed(), diagonal
+    def _matrices(self) -> tuple[Tensor, ...]:
+        """See :func:`_matrices_of`."""
+        return tuple(m[0] for m in _matrices_of(self.factors[None], self.eps))
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.features:
@@ -75,17 +73,23 @@ class LULinear(Flow):
             raise validation.argument_error("x", validation.shape_of(x), expected)
         validation.same_device_and_precision("x", x, "the layer's parameters", self.factors)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``(y, log_det)``; ``shared_args`` is the layer's entry of :func:`shared_matrices` if it is computed."""
         self._check(x)
         with _without_autocast(x.device):
-            lower, upper, diagonal = self._triangles()
-            y = F.linear(x.to(upper.dtype), _product(lower, upper), self.bias.to(upper.dtype))
-        return y.to(x.dtype), diagonal.log().sum().expand(x.shape[0])
+            weight, _, _, log_det = shared_args or self._matrices()
+            y = F.linear(x.to(weight.dtype), weight, self.bias.to(weight.dtype))
+        return y.to(x.dtype), log_det.expand(x.shape[0])
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, z: Tensor, context: Tensor | None = None, *shared_args: Tensor
+    ) -> tuple[Tensor, Tensor]:
         self._check(z)
-        lower, upper, diagonal = self._triangles()
-        return self._solved(z, lower, upper, self.bias), -diagonal.log().sum().expand(z.shape[0])
+        with _without_autocast(z.device):
+            _, lower, upper, log_det = shared_args or self._matrices()
+        return self._solved(z, lower, upper, self.bias), -log_det.expand(z.shape[0])
 
     def _solved(self, z: Tensor, lower: Tensor, upper: Tensor, bias: Tensor) -> Tensor:
         columns = (z.to(upper.dtype) - bias).mT[None]
@@ -93,12 +97,18 @@ class LULinear(Flow):
         return ops.triangular_solve(upper[None], columns, upper=True)[0].mT.to(z.dtype).contiguous()
 
     def inverse_backward(
-        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+        self,
+        z: Tensor,
+        dz: Tensor,
+        dlog_det: Tensor,
+        wanted: Sequence[Tensor],
+        context: Tensor | None = None,
+        *shared_args: Tensor,
     ) -> tuple[Tensor, Tensor, Gradients]:
         with _without_autocast(z.device):
             with torch.enable_grad():
-                lower, upper, diagonal = self._triangles()
-                weight, log_det, bias = _product(lower, upper), diagonal.log().sum(), self.bias
+                weight, lower, upper, log_det = shared_args or self._matrices()
+                bias = self.bias
             x = self._solved(z, lower.detach(), upper.detach(), bias.detach())
             dy = dz.to(weight.dtype)
             dx, dweight, dbias = dy @ weight.detach(), dy.mT @ x.to(weight.dtype), dy.sum(0).to(bias.dtype)
@@ -111,8 +121,31 @@ class LULinear(Flow):
         return f"{self.features}, identity_init={self.identity_init}, eps={self.eps}"
 
 
-def _product(lower: Tensor, upper: Tensor) -> Tensor:
-    return torch.addmm(upper, lower, upper)
+def _matrices_of(factors: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L U, L without its diagonal, U and log|det| of a stack of factors ``[K, D, D]``."""
+    factors = factors.to(acc_dtype(factors.dtype))
+    diagonal = F.softplus(factors.diagonal(dim1=1, dim2=2)) + eps
+    lower, upper = factors.tril(-1), factors.triu(1) + diagonal.diag_embed()
+    return torch.baddbmm(upper, lower, upper), lower, upper, diagonal.log().sum(1)
+
+
+def shared_matrices(flows: Sequence[Flow]) -> list[tuple[Tensor, ...]]:
+    """Arguments of the flows' methods that follow ``context``: matrices of all :class:`LULinear` at once, none of others.
+
+    Small matrices take the time of the calls: those of ten layers take as long as those of one.
+    """
+    shared: list[tuple[Tensor, ...]] = [()] * len(flows)
+    kinds: dict[tuple, list[int]] = {}
+    for i, flow in enumerate(flows):
+        if type(flow) is LULinear:
+            kinds.setdefault((flow.features, flow.eps, flow.factors.dtype, flow.factors.device), []).append(i)
+    for (_, eps, _, device), places in kinds.items():
+        if len(places) > 1:
+            with _without_autocast(device):
+                found = _matrices_of(torch.stack([flows[i].factors for i in places]), eps)
+            for i, matrices in zip(places, zip(*(m.unbind() for m in found), strict=True), strict=True):
+                shared[i] = matrices
+    return shared
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:

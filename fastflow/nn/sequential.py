@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fastflow import validation
 from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.flow import Flow
+from fastflow.nn.lu_linear import shared_matrices
 from fastflow.reversible import has_hooks, run_reversible, run_storing, zero_log_det
 from fastflow.state_from_data import state_from_data
 
@@ -53,15 +54,20 @@ class Sequential(Flow):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.reversible:
             return run_reversible(
-                list(self._flat()), x, context, activation_checkpoint_every=self.activation_checkpoint_every
+                list(self._flat()),
+                x,
+                context,
+                shared_args=shared_matrices,
+                activation_checkpoint_every=self.activation_checkpoint_every,
             )
-        return run_storing(self.flows, x, context)
+        return run_storing(self.flows, x, context, shared_args=shared_matrices)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = zero_log_det(z)
         with state_from_data(False):
-            for flow in reversed(self.flows):
-                z, step = flow.inverse(z, context)
+            shared_args = shared_matrices(self.flows)
+            for flow, args in zip(reversed(self.flows), reversed(shared_args), strict=True):
+                z, step = flow.inverse(z, context, *args)
                 log_det = log_det + step
         return z, log_det
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import validation
+from fastflow.nn.elementwise_spline import ElementwiseSpline
 from fastflow.nn.flow import Flow
 from fastflow.nn.mask import Channels, Checkerboard, Halves, OwnChannels, Parts, own_mask
 from fastflow.ops.spline import check_form, parameters_per_element, spline, spline_inverse_backward
@@ -23,6 +24,8 @@ class SplineCoupling(Flow):
             is given. Its output has ``SplineCoupling.params_per_element(bins, tails, convention)`` channels for each
             channel of its part, see below; zeros are the identity with the default ``convention``.
         mask, swap_halves, split: as for :class:`AffineCoupling`.
+        passing: splines of the part that passes through, applied after the network has read it; with ``"halves"`` only.
+            They and those of the coupling have one form, and are computed together.
         bins, bound, tails, convention, factor, min_bin, min_slope: see :func:`fastflow.ops.spline`. The networks of
             the paper scale widths and heights by a ``factor`` of :math:`1/\sqrt{\text{hidden}}`.
 
@@ -49,6 +52,7 @@ class SplineCoupling(Flow):
         mask: str | Tensor = "halves",
         swap_halves: bool = False,
         split: float | None = None,
+        passing: ElementwiseSpline | None = None,
         bins: int = 8,
         bound: float = 3.0,
         tails: str = "linear",
@@ -67,6 +71,20 @@ class SplineCoupling(Flow):
         self.swap_halves, self.split = swap_halves, split
         self.bins, self.bound, self.tails, self.convention = bins, bound, tails, convention
         self.factor, self.min_bin, self.min_slope = factor, min_bin, min_slope
+        self.passing = passing
+        if passing is not None:
+            self._check_passing(passing)
+
+    def _check_passing(self, passing: ElementwiseSpline) -> None:
+        if not isinstance(passing, ElementwiseSpline):
+            raise validation.argument_error("passing", repr(passing), "an ElementwiseSpline or None")
+        if self.mask != "halves":
+            raise validation.argument_error(
+                "passing", "an ElementwiseSpline", 'None, as mask is not "halves"'
+            )
+        form = {name: value for name, value in self._form().items() if name != "factor"}
+        if passing.form != form or passing.channels < passing.shape[0]:
+            raise validation.argument_error("passing", repr(passing), f"splines of all channels, with {form}")
 
     @staticmethod
     def params_per_element(bins: int = 8, tails: str = "linear", convention: str = "fastflow") -> int:
@@ -89,10 +107,9 @@ class SplineCoupling(Flow):
         names = "bins", "bound", "tails", "convention", "factor", "min_bin", "min_slope"
         return {name: getattr(self, name) for name in names}
 
-    def _network(self, parts: Parts, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Input and output of the network."""
+    def _network(self, parts: Parts, x: Tensor, context: Tensor | None) -> Tensor:
         x_a = parts.network_input(x)
-        return x_a, self.net(x_a) if context is None else self.net(x_a, context)
+        return self.net(x_a) if context is None else self.net(x_a, context)
 
     def _operands(self, parts: Parts, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, dict]:
         """x, parameters and channels of the op: all of x for a mask of channels, else its transformed part."""
@@ -108,44 +125,57 @@ class SplineCoupling(Flow):
         h = h.unflatten(1, (-1, each)).movedim(2, -1).flatten(1, -2).index_select(1, parts.transformed)
         return parts.taken(x), h.flatten(1), {}
 
-    def _couple(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        parts = self._parts(x)
-        _, h = self._network(parts, x, context)
-        v, params, channels = self._operands(parts, x, h)
-        y, log_det = spline(v, params, **channels, **self._form(), inverse=inverse)
-        return y if isinstance(parts, Channels) else parts.merged(x, y), log_det
+    def _together(self, x: Tensor, h: Tensor) -> Tensor:
+        """Parameters of all channels: those of ``passing`` and those of the network."""
+        passing = self.passing.expanded(x, self.factor)
+        return torch.cat([h, passing] if self.swap_halves else [passing, h], dim=1)
+
+    def _pass_inverse(self, parts: Halves, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z with the part that passes through as the network reads it, and the log-det."""
+        first = z.shape[1] - parts.kept(z) if self.swap_halves else 0
+        params = self.passing.expanded(z, self.factor)
+        return spline(z, params, first_channel=first, **self._form(), inverse=True)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._couple(x, context, inverse=False)
+        parts = self._parts(x)
+        v, params, channels = self._operands(parts, x, self._network(parts, x, context))
+        if self.passing is not None:
+            params, channels = self._together(x, params), {}
+        y, log_det = spline(v, params, **channels, **self._form())
+        return y if isinstance(parts, Channels) else parts.merged(x, y), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        parts, log_det_passing = self._parts(z), None
+        if self.passing is not None:
+            z, log_det_passing = self._pass_inverse(parts, z)
         with state_from_data(False):
-            return self._couple(z, context, inverse=True)
+            v, params, channels = self._operands(parts, z, self._network(parts, z, context))
+        x, log_det = spline(v, params, **channels, **self._form(), inverse=True)
+        x = x if isinstance(parts, Channels) else parts.merged(z, x)
+        return x, log_det if log_det_passing is None else log_det + log_det_passing
 
     def inverse_backward(
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Gradients]:
         parts = self._parts(z)
         fused = isinstance(parts, Channels)
+        with torch.no_grad():
+            read = z if self.passing is None else self._pass_inverse(parts, z)[0]
         with torch.enable_grad():
-            kept = z.detach().requires_grad_()
-            _, h = self._network(parts, kept, context)
-            y, params, channels = self._operands(parts, z, h)
+            read = read.detach().requires_grad_()
+            y, params, channels = self._operands(parts, z, self._network(parts, read, context))
+            if self.passing is not None:
+                params, channels = self._together(z, params), {}
         channel_order = channels.pop("channel_order", None)
+        dy = dz if fused else parts.taken(dz)
         x, dx, dparams = spline_inverse_backward(
-            y,
-            params.detach(),
-            channel_order,
-            dz if fused else parts.taken(dz),
-            dlog_det,
-            **channels,
-            **self._form(),
+            y, params.detach(), channel_order, dy, dlog_det, **channels, **self._form()
         )
         if not fused:
             x, dx = parts.merged(z, x), parts.merged(dz, dx)
-        gradients = vjp((params,), (dparams,), [kept, *wanted])
-        dkept = gradients.pop(kept, None)
-        return x, dx if dkept is None else dx + dkept, gradients
+        gradients = vjp((params,), (dparams,), [read, *wanted])
+        dread = gradients.pop(read, None)
+        return x, dx if dread is None else dx + dread, gradients
 
     def extra_repr(self) -> str:
         split = "" if self.split is None else f", split={self.split}"

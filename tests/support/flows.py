@@ -163,6 +163,9 @@ OF_VECTORS = {
         mlp, bins=2, mask=torch.tensor([True, False, False, True], device="cpu"), tails="circular"
     ),
     "SplineCoupling, checkerboard": partial(spline_coupling, mlp, 4, mask="checkerboard", convention="zuko"),
+    "SplineCoupling, passing": lambda: spline_coupling(
+        mlp, bins=3, bound=2.0, factor=0.4, passing=ElementwiseSpline(2, bins=3, bound=2.0), swap_halves=True
+    ),
     "ElementwiseSpline": lambda: ElementwiseSpline(4, first_channel=1, channels=2, bins=3),
     "LULinear": lambda: LULinear(4, identity_init=False),
     # with the numbers as domain and as range
