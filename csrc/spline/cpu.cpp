@@ -1,155 +1,20 @@
 // fastflow_C::spline, its backward and its inverse + backward on the CPU.
 //
-// Tiles of about 128 elements: their parameters are copied into columns (spline.h), a few KB that stay in the
-// first cache. Bytes per element, float32, for P parameters: forward 8 + 4 P, backward 12 + 8 P, inverse +
-// backward 16 + 8 P.
+// Bytes per element, float32, for P parameters: forward 8 + 4 P, backward 12 + 8 P, inverse + backward
+// 16 + 8 P.
 #include "stable.h"
 
-#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "checks.h"
-#include "cpu/tensors.h"
-#include "cpu/tiles.h"
+#include "cpu/columns.h"
 #include "spline/spline.h"
 
 namespace fastflow::cpu {
 namespace {
-
-constexpr int64_t ELEMENTS = 128;  // of a tile
-constexpr int64_t COLUMN =
-    144;                      // elements between parameters: a power of two would map them to few cache sets
-constexpr int64_t GRAIN = 6;  // minimum number of tiles per thread: starting a thread costs about 10 us
-
-// Elements of a part of the channels of a sample: `channels` of them, at all positions. In `rows` the
-// channels of a position are neighbors (channels_last, and vectors), otherwise the positions of a channel.
-struct Part {
-  const int64_t* order;  // the channels in memory
-  int64_t channels, positions;
-  bool rows;
-  int64_t size() const { return channels * positions; }
-
-  // Calls run(i, channel index, position, count) for runs of neighbors: elements `from` to `to`, i counts
-  // from 0.
-  template <typename F>
-  void runs(int64_t from, int64_t to, const F& run) const {
-    const int64_t length = rows ? channels : positions;
-    for (int64_t e = from; e < to;) {
-      const int64_t line = e / length, at = e % length, count = std::min(length - at, to - e);
-      rows ? run(e - from, at, line, count) : run(e - from, line, at, count);
-      e += count;
-    }
-  }
-};
-
-// The tiles of a batch: groups of whole samples, or pieces of a sample.
-struct SplineTiles {
-  Part transformed, passing;
-  int64_t samples, samples_per_tile, pieces, capacity;
-
-  SplineTiles(const Part& transformed_, const Part& passing_, int64_t samples_)
-      : transformed(transformed_), passing(passing_), samples(samples_) {
-    const int64_t size = std::max<int64_t>(1, transformed.size());
-    samples_per_tile = std::max<int64_t>(1, ELEMENTS / size);
-    pieces = size <= ELEMENTS ? 1 : (size + ELEMENTS - 1) / ELEMENTS;
-  }
-  int64_t count() const { return (samples + samples_per_tile - 1) / samples_per_tile * pieces; }
-};
-
-struct SplineTile {
-  int64_t first, last, from, to;  // samples; elements of each
-  SplineTile(const SplineTiles& tiles, const Part& part, int64_t i)
-      : first(i / tiles.pieces * tiles.samples_per_tile),
-        last(std::min(first + tiles.samples_per_tile, tiles.samples)),
-        from(part.size() * (i % tiles.pieces) / tiles.pieces),
-        to(part.size() * (i % tiles.pieces + 1) / tiles.pieces) {}
-  int64_t count() const { return (last - first) * (to - from); }
-};
-
-// A tensor [N, channels, positions].
-struct Strided {
-  char* data;
-  ScalarType dtype;
-  int64_t sample, channel, position;
-  explicit Strided(const Tensor& t)
-      : data(static_cast<char*>(t.data_ptr())),
-        dtype(t.scalar_type()),
-        sample(t.stride(0)),
-        channel(t.stride(1)),
-        position(position_stride(t)) {}
-};
-
-// Copies elements of x or y, of the channels order[0], order[1], ..., to or from a buffer.
-template <bool STORE, typename acc>
-void copy_elements(const Strided& x, const Part& part, const SplineTile& t, acc* buffer) {
-  for_dtype(x.dtype, [&](auto value) {
-    using T = decltype(value);
-    T* data = reinterpret_cast<T*>(x.data);
-    acc* to = buffer;
-    for (int64_t n = t.first; n < t.last; ++n, to += t.to - t.from)
-      part.runs(t.from, t.to, [&](int64_t i, int64_t k, int64_t p, int64_t count) {
-        T* at = data + n * x.sample + p * x.position;
-        if (part.rows) {
-          for (int64_t j = 0; j < count; ++j) {
-            T& element = at[part.order[k + j] * x.channel];
-            if constexpr (STORE) element = static_cast<T>(to[i + j]);
-            else to[i + j] = static_cast<acc>(element);
-          }
-        } else if constexpr (STORE) {
-          copy_line(at + part.order[k] * x.channel, x.position, to + i, 1, count);
-        } else {
-          copy_line(to + i, 1, at + part.order[k] * x.channel, x.position, count);
-        }
-      });
-  });
-}
-
-// Copies parameters of [N, T P, ...] to or from columns.
-template <bool STORE, typename acc>
-void copy_parameters(const Strided& h, int64_t each, const Part& part, const SplineTile& t, acc* columns) {
-  for_dtype(h.dtype, [&](auto value) {
-    using T = decltype(value);
-    T* data = reinterpret_cast<T*>(h.data);
-    acc* to = columns;
-    for (int64_t n = t.first; n < t.last; ++n, to += t.to - t.from)
-      part.runs(t.from, t.to, [&](int64_t i, int64_t k, int64_t p, int64_t count) {
-        T* at = data + n * h.sample + k * each * h.channel + p * h.position;
-        for (int64_t j = 0; j < (part.rows ? count : 0); ++j) {
-          T* element = at + j * each * h.channel;
-          acc* column = to + i + j;
-          for (int64_t q = 0; q < each; ++q) {
-            if constexpr (STORE) element[q * h.channel] = static_cast<T>(column[q * COLUMN]);
-            else column[q * COLUMN] = static_cast<acc>(element[q * h.channel]);
-          }
-        }
-        for (int64_t q = 0; q < (part.rows ? 0 : each); ++q) {
-          if constexpr (STORE) copy_line(at + q * h.channel, h.position, to + i + q * COLUMN, 1, count);
-          else copy_line(to + i + q * COLUMN, 1, at + q * h.channel, h.position, count);
-        }
-      });
-  });
-}
-
-// Copies the channels that pass through; both tensors have one dtype.
-void pass(const Strided& from, const Strided& to, const Part& part, const SplineTile& t) {
-  for_dtype(from.dtype, [&](auto value) {
-    using T = decltype(value);
-    for (int64_t n = t.first; n < t.last; ++n)
-      part.runs(t.from, t.to, [&](int64_t, int64_t k, int64_t p, int64_t count) {
-        const T* source = reinterpret_cast<const T*>(from.data) + n * from.sample + p * from.position;
-        T* target = reinterpret_cast<T*>(to.data) + n * to.sample + p * to.position;
-        if (part.rows)
-          for (int64_t j = k; j < k + count; ++j)
-            target[part.order[j] * to.channel] = source[part.order[j] * from.channel];
-        else
-          copy_line(target + part.order[k] * to.channel, to.position, source + part.order[k] * from.channel,
-                    from.position, count);
-      });
-  });
-}
 
 // The arguments that all three ops share.
 struct Form {
@@ -158,6 +23,10 @@ struct Form {
   const std::string &tails, &convention;
   double factor, min_bin, min_slope;
 
+  int64_t parameters(const char* op) const {
+    STD_TORCH_CHECK(bins >= 1 && bins <= MAX_BINS, op, ": bins: got ", bins, ", expected 1 to ", MAX_BINS);
+    return splines<float>().parameters();
+  }
   template <typename T>
   Splines<T> splines() const {
     const bool none = tails == "none", zuko = convention == "zuko";
@@ -178,125 +47,6 @@ struct Form {
   }
 };
 
-// The order of the channels, and the tiles.
-struct Layout {
-  std::vector<int64_t> order;
-  int64_t transformed, each;
-
-  Layout(const char* op, const char* name, const Tensor& x, const Tensor& params,
-         const std::optional<Tensor>& channel_order, int64_t first_channel, const Form& form)
-      : order(x.size(1)), each(form.splines<float>().parameters()) {
-    STD_TORCH_CHECK(form.bins >= 1 && form.bins <= MAX_BINS, op, ": bins: got ", form.bins,
-                    ", expected 1 to ", MAX_BINS);
-    const int64_t channels = x.size(1);
-    expect_dims(op, "params", params, 2);
-    transformed = params.size(1) / each;
-    std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-    sizes[1] = transformed * each;
-    expect_floating(op, "params", params, sizes);
-    STD_TORCH_CHECK(transformed <= channels, op, ": params: got ", transformed, " splines per position of ",
-                    name, ", expected at most ", channels);
-    if (!channel_order) {
-      STD_TORCH_CHECK(first_channel >= 0 && first_channel + transformed <= channels, op,
-                      ": first_channel: got ", first_channel, ", expected 0 to ", channels - transformed);
-      for (int64_t k = 0; k < channels; ++k)
-        order[k] = k < transformed                   ? first_channel + k
-                   : k < transformed + first_channel ? k - transformed
-                                                     : k;
-      return;
-    }
-    expect_shape(op, "channel_order", *channel_order, {channels});
-    expect_dtype(op, "channel_order", *channel_order, {ScalarType::Long});
-    const auto* values = static_cast<const int64_t*>(channel_order->const_data_ptr());
-    std::vector<bool> seen(channels);
-    for (int64_t k = 0; k < channels; ++k) {
-      const int64_t c = order[k] = values[k * channel_order->stride(0)];
-      STD_TORCH_CHECK(c >= 0 && c < channels && !seen[c], op, ": channel_order: got ", c, " at index ", k,
-                      ", expected a permutation of 0 to ", channels - 1);
-      seen[c] = true;
-    }
-  }
-  SplineTiles tiles(const Tensor& x, const Tensor& params) const {
-    int64_t positions = 1;
-    for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
-    const bool rows = positions == 1 || (params.stride(1) == 1 && params.size(1) > 1);
-    return {{order.data(), transformed, positions, rows},
-            {order.data() + transformed, static_cast<int64_t>(order.size()) - transformed, positions, rows},
-            x.size(0)};
-  }
-};
-
-template <typename acc>
-acc* zeroed(Buffer<acc>& memory, int64_t size) {  // the last vector of a tile reads beyond its elements
-  std::fill_n(memory.get(), size, acc(0));
-  return memory.get();
-}
-
-template <typename acc>
-void forward(const Tensor& x_, const Tensor& params_, const Layout& layout, const Form& form, bool inverse,
-             const Tensor& y_, const Tensor& log_det) {
-  const Strided x(x_), params(params_), y(y_);
-  const SplineTiles tiles = layout.tiles(x_, params_);
-  const Splines<acc> splines = form.splines<acc>();
-  const Buffer<double> sums(tiles.pieces > 1 ? tiles.count() : 0);
-  acc* log_det_ptr = log_det.mutable_data_ptr<acc>();
-  torch::stable::parallel_for(0, tiles.count(), GRAIN, [&](int64_t begin, int64_t end) {
-    const int64_t size = (layout.each + 2) * COLUMN;
-    Buffer<acc> memory(size);
-    acc *columns = zeroed(memory, size), *v = columns + layout.each * COLUMN, *log_slope = v + COLUMN;
-    for (int64_t i = begin; i < end; ++i) {
-      const SplineTile t(tiles, tiles.transformed, i);
-      copy_elements<false>(x, tiles.transformed, t, v);
-      copy_parameters<false>(params, layout.each, tiles.transformed, t, columns);
-      spline_elements({splines, inverse, padded(t.count()), COLUMN, v, columns, v, log_slope});
-      copy_elements<true>(y, tiles.transformed, t, v);
-      pass(x, y, tiles.passing, SplineTile(tiles, tiles.passing, i));
-      const int64_t each = t.to - t.from;
-      if (tiles.pieces > 1) sums.get()[i] = sum(log_slope, each);
-      else
-        for (int64_t n = t.first; n < t.last; ++n)
-          log_det_ptr[n] = static_cast<acc>(sum(log_slope + (n - t.first) * each, each));
-    }
-  });
-  if (tiles.pieces > 1)
-    for (int64_t n = 0; n < tiles.samples; ++n)
-      log_det_ptr[n] = static_cast<acc>(sum(sums.get() + n * tiles.pieces, tiles.pieces));
-}
-
-// With `x_out_`, v is the output of the forward direction and x_out_ receives its input.
-template <typename acc>
-void backward(const Tensor& v_, const Tensor& params_, const Tensor& g_, const Tensor& dlog_det_,
-              const Layout& layout, const Form& form, Given of, const std::optional<Tensor>& x_out_,
-              const Tensor& dv_, const Tensor& dparams_) {
-  const Strided v(v_), params(params_), g(g_), dv(dv_), dparams(dparams_), x_out(x_out_ ? *x_out_ : dv_);
-  const SplineTiles tiles = layout.tiles(v_, params_);
-  const Splines<acc> splines = form.splines<acc>();
-  const Buffer<acc> dlog_det = values_of<acc>(dlog_det_);
-  torch::stable::parallel_for(
-      0, tiles.count(), std::max<int64_t>(1, GRAIN / 2), [&](int64_t begin, int64_t end) {
-        const int64_t size = (layout.each + 4) * COLUMN;
-        Buffer<acc> memory(size);
-        acc *columns = zeroed(memory, size), *in = columns + layout.each * COLUMN, *upstream = in + COLUMN,
-            *dlog = upstream + COLUMN, *out = dlog + COLUMN;
-        for (int64_t i = begin; i < end; ++i) {
-          const SplineTile t(tiles, tiles.transformed, i), rest(tiles, tiles.passing, i);
-          copy_elements<false>(v, tiles.transformed, t, in);
-          copy_elements<false>(g, tiles.transformed, t, upstream);
-          copy_parameters<false>(params, layout.each, tiles.transformed, t, columns);
-          for (int64_t n = t.first; n < t.last; ++n)
-            std::fill_n(dlog + (n - t.first) * (t.to - t.from), t.to - t.from, dlog_det.get()[n]);
-          spline_elements_backward({splines, of, padded(t.count()), COLUMN, in, columns, upstream, dlog,
-                                    x_out_ ? out : nullptr, upstream, columns});
-          copy_elements<true>(dv, tiles.transformed, t, upstream);
-          copy_parameters<true>(dparams, layout.each, tiles.transformed, t, columns);
-          pass(g, dv, tiles.passing, rest);
-          if (!x_out_) continue;
-          copy_elements<true>(x_out, tiles.transformed, t, out);
-          pass(v, x_out, tiles.passing, rest);
-        }
-      });
-}
-
 std::tuple<Tensor, Tensor> spline(const Tensor& x, const Tensor& params,
                                   const std::optional<Tensor>& channel_order, int64_t first_channel,
                                   int64_t bins, double bound, const std::string& tails,
@@ -304,12 +54,16 @@ std::tuple<Tensor, Tensor> spline(const Tensor& x, const Tensor& params,
                                   double min_slope, bool inverse) {
   expect_batch("spline", "x", x);
   const Form form{bins, bound, tails, convention, factor, min_bin, min_slope};
-  const Layout layout("spline", "x", x, params, channel_order, first_channel, form);
+  const Layout layout("spline", "x", x, params, channel_order, first_channel, form.parameters("spline"));
   OutputBuffer y(x);
   const Tensor log_det = empty(x, {x.size(0)}, accumulator_of(x));
   for_accumulator(x, [&](auto acc) {
-    forward<decltype(acc)>(with_position_stride(x), with_position_stride(params), layout, form, inverse,
-                           y.kernel_output(), log_det);
+    using T = decltype(acc);
+    const Splines<T> splines = form.splines<T>();
+    for_columns<T>(with_position_stride(x), with_position_stride(params), layout, y.kernel_output(), log_det,
+                   [&](int64_t count, T* v, T* columns, T* log_slope) {
+                     spline_elements({splines, inverse, count, COLUMN, v, columns, v, log_slope});
+                   });
   });
   return {y.finalize(), log_det};
 }
@@ -322,14 +76,19 @@ std::tuple<std::optional<Tensor>, Tensor, Tensor> backward_of(const char* op, co
                                                               Given of) {
   expect_batch(op, name, v);
   expect_gradients(op, v, dy, dlog_det);
-  const Layout layout(op, name, v, params, channel_order, first_channel, form);
+  const Layout layout(op, name, v, params, channel_order, first_channel, form.parameters(op));
   OutputBuffer dv(dy), dparams(params);
   std::optional<OutputBuffer> x;
   if (of == Given::y) x.emplace(v);
   for_accumulator(v, [&](auto acc) {
-    backward<decltype(acc)>(with_position_stride(v), with_position_stride(params), with_position_stride(dy),
-                            dlog_det, layout, form, of, x ? std::optional(x->kernel_output()) : std::nullopt,
-                            dv.kernel_output(), dparams.kernel_output());
+    using T = decltype(acc);
+    const Splines<T> splines = form.splines<T>();
+    for_columns_backward<T>(
+        with_position_stride(v), with_position_stride(params), with_position_stride(dy), dlog_det, layout,
+        x ? std::optional(x->kernel_output()) : std::nullopt, dv.kernel_output(), dparams.kernel_output(),
+        [&](int64_t count, T* in, T* columns, T* g, T* dlog, T* out) {
+          spline_elements_backward({splines, of, count, COLUMN, in, columns, g, dlog, out, g, columns});
+        });
   });
   return {x ? std::optional(x->finalize()) : std::nullopt, dv.finalize(), dparams.finalize()};
 }

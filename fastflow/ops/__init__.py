@@ -16,6 +16,7 @@ from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.glow_network import glow_network
 from fastflow.ops.layout import acc_dtype, positions
 from fastflow.ops.lu_weight import lu_weight
+from fastflow.ops.mixture_cdf import mixture_cdf, mixture_cdf_inverse_backward
 from fastflow.ops.noise import uniform_noise
 from fastflow.ops.spline import spline, spline_inverse_backward
 from fastflow.ops.squeeze import squeeze2d, unsqueeze2d
@@ -51,6 +52,8 @@ __all__ = [
     "gaussian_sample",
     "glow_network",
     "lu_weight",
+    "mixture_cdf",
+    "mixture_cdf_inverse_backward",
     "positions",
     "raise_singular",
     "spline",

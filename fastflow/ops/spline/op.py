@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastflow import validation
+from fastflow.ops import columns
 from fastflow.ops.registry import register
 from fastflow.ops.spline import reference
 from fastflow.ops.spline.reference import parameters_per_element
@@ -55,36 +56,18 @@ def _check(
     dlog_det: Tensor | None = None,
 ) -> None:
     check_form(bins, bound, tails, convention, factor, min_bin, min_slope)
-    validation.floating_point(argument, x)
-    validation.same_device_and_precision("params", params, argument, x)
     each = parameters_per_element(bins, tails, convention)
-    channels = x.shape[1]
-    got = validation.shape_of(params)
-    transformed = params.shape[1] // each if params.ndim > 1 else 0
-    expected = (x.shape[0], transformed * each, *x.shape[2:])
-    enough = 1 <= transformed <= channels
-    if tuple(params.shape) != expected or not enough:
-        sizes = ", ".join([str(x.shape[0]), f"{each} T", *map(str, x.shape[2:])])
-        why = f"{argument} is {list(x.shape)}; {each} parameters of each of T channels, {bins} bins, {tails} tails"
-        raise validation.argument_error("params", got, f"[{sizes}] ({why})")
-    if channel_order is None:
-        last = channels - transformed
-        if not 0 <= first_channel <= last:
-            expected = (
-                f"an index from 0 to {last}, of the first of {transformed} transformed channels of {channels}"
-            )
-            raise validation.argument_error("first_channel", first_channel, expected)
-    else:
-        if first_channel != 0:
-            raise validation.argument_error("first_channel", first_channel, "0 with a channel_order")
-        if channel_order.dtype != torch.int64 or channel_order.device != x.device:
-            raise validation.argument_error(
-                "channel_order",
-                f"{channel_order.dtype} on {channel_order.device}",
-                f"torch.int64 on {x.device}, the device of {argument}",
-            )
-        validation.channels("channel_order", channel_order, channels, "a permutation of the channels")
-    validation.gradients(argument, x, dy, dlog_det)
+    columns.check(
+        argument,
+        x,
+        params,
+        channel_order,
+        first_channel,
+        each,
+        dy,
+        dlog_det,
+        lambda: f"{bins} bins, {tails} tails",
+    )
 
 
 def _in_kernel(*args: object) -> bool:

@@ -1,13 +1,14 @@
 """Rational-quadratic splines in plain PyTorch."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.ops.layout import acc_dtype, dense_like, sample_view
+from fastflow.ops import columns
 
 
 def parameters_per_element(bins: int, tails: str, convention: str) -> int:
@@ -223,42 +224,13 @@ def _elementwise(v: Tensor, params: Tensor, form: Form, inverse: bool) -> tuple[
     return torch.where(inside, result, result + slope * beyond), -log_slope if inverse else log_slope
 
 
-def _per_element(params: Tensor, form: Form, acc: torch.dtype) -> Tensor:
-    """``[N, T P, ...]`` as ``[N, T, ..., P]``."""
-    return params.unflatten(1, (-1, form.per_element)).movedim(2, -1).to(acc)
-
-
-def _transformed(
-    params: Tensor, channel_order: Tensor | None, first_channel: int, form: Form
-) -> Tensor | tuple[int, int]:
-    """Indices of the transformed channels, or the first of neighbors and their number."""
-    count = params.shape[1] // form.per_element
-    return (first_channel, count) if channel_order is None else channel_order[:count]
-
-
-def _taken(x: Tensor, channels: Tensor | tuple[int, int]) -> Tensor:
-    return x.index_select(1, channels) if isinstance(channels, Tensor) else x.narrow(1, *channels)
-
-
-def _merged(x: Tensor, y: Tensor, channels: Tensor | tuple[int, int]) -> Tensor:
-    y = y.to(x.dtype)
-    if isinstance(channels, Tensor):
-        return dense_like(x.index_copy(1, channels, y), x)
-    first, count = channels
-    if count < x.shape[1]:
-        y = torch.cat([x[:, :first], y, x[:, first + count :]], 1)
-    return dense_like(y, x)
-
-
 def spline(
     x: Tensor, params: Tensor, channel_order: Tensor | None, first_channel: int, bins: int, bound: float,
     tails: str, convention: str, factor: float, min_bin: float, min_slope: float, inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     form = Form(bins, bound, tails, convention, factor, min_bin, min_slope)
-    acc = acc_dtype(x.dtype)
-    channels = _transformed(params, channel_order, first_channel, form)
-    y, log_slope = _elementwise(_taken(x, channels).to(acc), _per_element(params, form, acc), form, inverse)
-    return _merged(x, y, channels), log_slope.flatten(1).sum(1)
+    each = partial(_elementwise, form=form, inverse=inverse)
+    return columns.applied(each, x, params, channel_order, first_channel, form.per_element)
 
 
 def _pullback(
@@ -390,15 +362,8 @@ def _pulled_back(
     form: Form,
     given: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    acc = acc_dtype(v.dtype)
-    channels = _transformed(params, channel_order, first_channel, form)
-    taken = _taken(v, channels).to(acc)
-    d = sample_view(dlog_det.to(acc), taken).expand(taken.shape)
-    x, dv, dparams = _pullback(
-        taken, _per_element(params, form, acc), _taken(g, channels).to(acc), d, form, given
-    )
-    dparams = dense_like(dparams.movedim(-1, 2).flatten(1, 2), params)
-    return _merged(v, x, channels), _merged(g, dv, channels), dparams
+    each = partial(_pullback, form=form, given=given)
+    return columns.pulled_back(each, v, params, channel_order, first_channel, g, dlog_det, form.per_element)
 
 
 def spline_backward(
