@@ -14,6 +14,7 @@
 #include "cpu/gemm.h"
 #include "cpu/tensors.h"
 #include "cpu/tiles.h"
+#include "cpu/transpose.h"
 
 namespace fastflow::cpu {
 
@@ -116,6 +117,13 @@ void copy_parameters(const Strided& h, int64_t each, const Part& part, const Col
     for (int64_t n = t.first; n < t.last; ++n, to += t.to - t.from)
       part.runs(t.from, t.to, [&](int64_t i, int64_t k, int64_t p, int64_t count) {
         T* at = data + n * h.sample + k * each * h.channel + p * h.position;
+        if constexpr (std::is_same_v<T, acc>) {
+          if (part.rows && h.channel == 1) {
+            if constexpr (STORE) to_rows(ToRows<acc>{count, each, COLUMN, to + i, at});
+            else to_columns(ToColumns<acc>{count, each, COLUMN, at, to + i});
+            return;
+          }
+        }
         for (int64_t j = 0; j < (part.rows ? count : 0); ++j) {
           T* element = at + j * each * h.channel;
           acc* column = to + i + j;
