@@ -35,10 +35,20 @@ def _check(
     )
 
 
-register(reference.mixture_cdf_backward)
-register(reference.mixture_cdf_inverse_backward, check=_check)
+MAX_COMPONENTS = 64  # of the kernels
+
+
+def _in_kernel(*args: object) -> bool:
+    """Whether the kernels have these mixtures, of the arguments of any of the ops."""
+    return (args[4] if isinstance(args[4], int) else args[6]) <= MAX_COMPONENTS
+
+
+kernels = {"compiled": ("cpu",), "eligible": _in_kernel}
+register(reference.mixture_cdf_backward, **kernels)
+register(reference.mixture_cdf_inverse_backward, **kernels, check=_check)
 register(
     reference.mixture_cdf,
+    **kernels,
     check=_check,
     outputs="y log_det",
     backward=reference.mixture_cdf_backward,
