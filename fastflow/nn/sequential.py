@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastflow import validation
 from fastflow.deprecation import renamed_arguments, renamed_property
 from fastflow.nn.flow import Flow
-from fastflow.nn.lu_linear import shared_matrices
+from fastflow.nn.lu_linear import shared_inverses, shared_matrices
 from fastflow.reversible import has_hooks, run_reversible, run_storing, zero_log_det
 from fastflow.state_from_data import state_from_data
 
@@ -65,7 +65,7 @@ class Sequential(Flow):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = zero_log_det(z)
         with state_from_data(False):
-            shared_args = shared_matrices(self.flows)
+            shared_args = shared_inverses(self.flows)
             for flow, args in zip(reversed(self.flows), reversed(shared_args), strict=True):
                 z, step = flow.inverse(z, context, *args)
                 log_det = log_det + step
