@@ -117,6 +117,10 @@ class SplineCoupling(Flow):
         count = parts.channels(x)
         why = f"x is {list(x.shape)}, {each} parameters of each of {count} channels"
         validation.same_shape("params", h, (x.shape[0], each * count, *x.shape[2:]), why)
+        if self.passing is not None and self.passing.channels != parts.kept(x):
+            got = f"splines of {self.passing.channels} channels"
+            expected = f"of the {parts.kept(x)} channels of x {list(x.shape)} that pass through"
+            raise validation.argument_error("passing", got, expected)
         if isinstance(parts, Halves):
             return x, h, {"first_channel": 0 if self.swap_halves else parts.kept(x)}
         if isinstance(parts, OwnChannels):
