@@ -48,6 +48,9 @@ def layers(c: int) -> list[nn.Flow]:
         nn.Coupling(torch.nn.Conv2d(c // 2, 3 * (c // 2), 1), nn.PiecewiseLinear(3)),
         nn.Coupling(torch.nn.Conv2d(c // 2, 5 * (c // 2), 1), nn.PiecewiseQuadratic(3)),
         nn.SplineCoupling(torch.nn.Conv2d(c // 2, (c // 2) * nn.SplineCoupling.params_per_element(8), 1)),
+        nn.MixtureCDFCoupling(
+            torch.nn.Conv2d(c // 2, (c // 2) * nn.MixtureCDFCoupling.params_per_element(8), 1)
+        ),
         nn.BatchNorm(c),
         nn.Affine(c),
         nn.Standardize(c),

@@ -404,6 +404,7 @@ CONSTRUCTORS = {
     fnn.Softplus: {},
     fnn.Split: {"num_features": 4},
     fnn.SplineCoupling: {"net": conv(2, 46)},
+    fnn.MixtureCDFCoupling: {"net": conv(2, 52)},
     fnn.Squeeze: {},
     fnn.Standardize: {"num_features": 4},
     fnn.Tanh: {},

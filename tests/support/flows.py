@@ -28,6 +28,7 @@ from fastflow.nn import (
     Log,
     Logit,
     LULinear,
+    MixtureCDFCoupling,
     Permute,
     PiecewiseLinear,
     PiecewiseQuadratic,
@@ -123,6 +124,13 @@ def spline_coupling(net, c_in: int = 2, transformed: int | None = None, **option
     return SplineCoupling(net(c_in, each * (transformed or c_in)), **options)
 
 
+def mixture_coupling(
+    net, c_in: int = 2, transformed: int | None = None, components: int = 3, **options
+) -> MixtureCDFCoupling:
+    each = MixtureCDFCoupling.params_per_element(components)
+    return MixtureCDFCoupling(net(c_in, each * (transformed or c_in)), components=components, **options)
+
+
 def affine(net, c_in: int = 2, **options) -> AffineCoupling:
     return AffineCoupling(net(c_in, 2 * c_in), **options)
 
@@ -166,6 +174,11 @@ OF_VECTORS = {
     "SplineCoupling, passing": lambda: spline_coupling(
         mlp, bins=3, bound=2.0, factor=0.4, passing=ElementwiseSpline(2, bins=3, bound=2.0), swap_halves=True
     ),
+    "MixtureCDFCoupling": partial(mixture_coupling, mlp),
+    "MixtureCDFCoupling, mask of channels": lambda: mixture_coupling(
+        mlp, mask=torch.tensor([True, False, False, True], device="cpu"), components=1
+    ),
+    "MixtureCDFCoupling, checkerboard": partial(mixture_coupling, mlp, 4, mask="checkerboard"),
     "ElementwiseSpline": lambda: ElementwiseSpline(4, first_channel=1, channels=2, bins=3),
     "LULinear": lambda: LULinear(4, identity_init=False),
     # with the numbers as domain and as range
@@ -193,6 +206,8 @@ OF_IMAGES = {
     "Coupling": lambda: Coupling(conv(2, 4), Asinh()),
     "SplineCoupling": partial(spline_coupling, conv, swap_halves=True, convention="nflows"),
     "SplineCoupling, no tails": partial(spline_coupling, conv, 1, 3, split=1, tails="none", bins=2),
+    "MixtureCDFCoupling": partial(mixture_coupling, conv, swap_halves=True),
+    "MixtureCDFCoupling, split": partial(mixture_coupling, conv, 1, 3, split=1, components=2),
     "ElementwiseSpline": lambda: ElementwiseSpline(IMAGE, bins=2, tails="circular"),
     "additive checkerboard": partial(additive, conv, 4, mask="checkerboard"),
     "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),

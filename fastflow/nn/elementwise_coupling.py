@@ -1,0 +1,117 @@
+"""The base of couplings with functions of elements that one op computes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import validation
+from fastflow.nn.flow import Flow
+from fastflow.nn.mask import Channels, Checkerboard, Halves, OwnChannels, Parts, own_mask
+from fastflow.reversible import Gradients, vjp
+from fastflow.state_from_data import state_from_data
+
+
+class ElementwiseCoupling(Flow):
+    """Coupling of which an op transforms each element by parameters of its own, ``[N, T P, ...]``.
+
+    A subclass has the number P of parameters per element, :attr:`each`, and calls the op. Masks of channels are the
+    op's. Masks of positions copy the transformed part first.
+    """
+
+    def __init__(self, net: nn.Module, mask: str | Tensor, swap_halves: bool, split: float | None) -> None:
+        super().__init__()
+        if not callable(net):
+            raise validation.argument_error("net", repr(net), "a module")
+        own = own_mask(mask, swap_halves, split)
+        self.net = net
+        self.own_mask, self.mask = own, "own" if own is not None else mask
+        self.swap_halves, self.split = swap_halves, split
+
+    @property
+    def each(self) -> int:
+        """Number of parameters of an element."""
+        raise NotImplementedError
+
+    def _transform(
+        self, v: Tensor, params: Tensor, channels: dict, inverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The op; ``channels`` are its arguments that name the transformed channels."""
+        raise NotImplementedError
+
+    def _transform_inverse_backward(
+        self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _completed(self, x: Tensor, params: Tensor, channels: dict) -> tuple[Tensor, dict]:
+        """Parameters and channels of the op, of those of the transformed part."""
+        return params, channels
+
+    def _read(self, parts: Parts, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z with the part that passes through as the network reads it, and the log-det of that."""
+        return z, None
+
+    def _parts(self, x: Tensor) -> Parts:
+        validation.floating_point("x", x)
+        if self.own_mask is not None:
+            return self.own_mask
+        if self.mask == "checkerboard":
+            return Checkerboard(x, self.swap_halves)
+        return Halves(self.split, self.swap_halves)
+
+    def _network(self, parts: Parts, x: Tensor, context: Tensor | None) -> Tensor:
+        x_a = parts.network_input(x)
+        return self.net(x_a) if context is None else self.net(x_a, context)
+
+    def _operands(self, parts: Parts, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """x, parameters and channels of the op: all of x for a mask of channels, else its transformed part."""
+        each = self.each
+        count = parts.channels(x)
+        why = f"x is {list(x.shape)}, {each} parameters of each of {count} channels"
+        validation.same_shape("params", h, (x.shape[0], each * count, *x.shape[2:]), why)
+        if isinstance(parts, Halves):
+            return x, h, {"first_channel": 0 if self.swap_halves else parts.kept(x)}
+        if isinstance(parts, OwnChannels):
+            return x, h, {"channel_order": torch.cat([parts.transformed, parts.kept])}
+        # [N, C, P, ...] as [N, C ..., P], of which the transformed elements are taken
+        h = h.unflatten(1, (-1, each)).movedim(2, -1).flatten(1, -2).index_select(1, parts.transformed)
+        return parts.taken(x), h.flatten(1), {}
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        parts = self._parts(x)
+        v, params, channels = self._operands(parts, x, self._network(parts, x, context))
+        y, log_det = self._transform(v, *self._completed(x, params, channels))
+        return y if isinstance(parts, Channels) else parts.merged(x, y), log_det
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        parts = self._parts(z)
+        z, log_det_passing = self._read(parts, z)
+        with state_from_data(False):
+            operands = self._operands(parts, z, self._network(parts, z, context))
+        x, log_det = self._transform(*operands, inverse=True)
+        x = x if isinstance(parts, Channels) else parts.merged(z, x)
+        return x, log_det if log_det_passing is None else log_det + log_det_passing
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        parts = self._parts(z)
+        fused = isinstance(parts, Channels)
+        with torch.no_grad():
+            read = self._read(parts, z)[0]
+        with torch.enable_grad():
+            read = read.detach().requires_grad_()
+            y, params, channels = self._operands(parts, z, self._network(parts, read, context))
+            params, channels = self._completed(z, params, channels)
+        dy = dz if fused else parts.taken(dz)
+        x, dx, dparams = self._transform_inverse_backward(y, params.detach(), dy, dlog_det, channels)
+        if not fused:
+            x, dx = parts.merged(z, x), parts.merged(dz, dx)
+        gradients = vjp((params,), (dparams,), [read, *wanted])
+        dread = gradients.pop(read, None)
+        return x, dx if dread is None else dx + dread, gradients
+
+    def extra_repr(self) -> str:
+        split = "" if self.split is None else f", split={self.split}"
+        return f"mask={self.mask!r}{split}, swap_halves={self.swap_halves}"
