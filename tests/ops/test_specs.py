@@ -66,6 +66,12 @@ def on(name: str, body: str) -> fastflow.backend:
     return fastflow.backend(BACKENDS.get(body, body))
 
 
+def runs_compiled(case: spec.Case) -> bool:
+    """Whether the C++ op takes the arguments of a case."""
+    eligible = OPS[case.op].eligible_compiled
+    return eligible is None or eligible(*case.args)
+
+
 def test_every_op_has_cases_whose_names_differ():
     assert {name.split()[0] for name in NAMES} == set(OPS)
     assert len(set(NAMES)) == len(NAMES)
@@ -104,6 +110,10 @@ def test_registration(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if "cpu" in OPS[name.split()[0]].compiled])
 def test_same_bits_for_any_number_of_threads_and_all_written(name, dtype, layout):
     case = find(name, dtype, layout, (64, 12, 16, 16))
+    if not runs_compiled(case):
+        pytest.skip(
+            "PyTorch runs: its bits may depend on the number of threads, as those of bfloat16 convolutions"
+        )
 
     op = functional(getattr(torch.ops.fastflow, case.op).default)
 

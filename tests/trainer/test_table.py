@@ -335,7 +335,10 @@ def test_without_context_in_float64(tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ("--model glow", "model: got glow, expected vector_glow for rows such as those of moons"),
+        (
+            "--model glow",
+            "model: got glow, expected vector_glow or neural_spline_flow for rows such as those of moons",
+        ),
         ("--n-bits 5", "n_bits: got 5, expected no value: vector_glow has no such option"),
         ("--image-size 8", "image_size: got 8, expected none for a table"),
         ("--class-conditional", "class_conditional: got True, expected False: vector_glow cannot be"),
