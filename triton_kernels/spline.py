@@ -258,7 +258,8 @@ def pieces(
     s = height / width
     turn = d0 + d1 - 2 * s
     xi = solve(kept - y_low, height, s, turn, d0) if BY_Y else (kept - x_low) / width
-    xi = clamped(xi, 0.0, 1.0)
+    # 1 at the upper end, of which the sum of all bins differs by rounding
+    xi = tl.where(kept >= START + LENGTH, 1.0, clamped(xi, 0.0, 1.0))
     above = (v > START) if ZUKO else (v >= START)
     inside = above & (v <= START + LENGTH)
     bins = (raw_x, top_x, inverse_x, x_below, x_own, raw_y, top_y, inverse_y, y_below, y_own)

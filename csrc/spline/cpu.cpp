@@ -24,6 +24,7 @@ struct Form {
   double factor, min_bin, min_slope;
 
   int64_t parameters(const char* op) const {
+    STD_TORCH_CHECK(convention != "freia", op, ": convention: got freia, expected another one");
     STD_TORCH_CHECK(bins >= 1 && bins <= MAX_BINS, op, ": bins: got ", bins, ", expected 1 to ", MAX_BINS);
     return splines<float>().parameters();
   }

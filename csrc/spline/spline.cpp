@@ -118,6 +118,10 @@ struct SplineMath {
   FASTFLOW_INLINE V end() const { return M::all(s.start + s.length); }
   FASTFLOW_INLINE I inside(const V& v) const { return reaches(v, M::all(s.start)) & at_least(end(), v); }
   FASTFLOW_INLINE V clamped(const V& v) const { return M::min(M::max(v, s.start), s.start + s.length); }
+  // xi in [0, 1], and 1 at the upper end: only rounding differs from that.
+  FASTFLOW_INLINE V within_unit(const V& xi, const V& kept) const {
+    return select(at_least(kept, end()), M::all(1), M::min(M::max(xi, 0), 1));
+  }
 };
 
 // The root xi of the height eta above the bin's lower end, without cancellation for either sign of b.
@@ -150,7 +154,7 @@ FASTFLOW_INLINE void forward_lanes(const SplineForward<T>& given) {
     const V d0 = math.slope(raw.r0, raw.fixed0), d1 = math.slope(raw.r1, raw.fixed1);
     const V s = y.size / x.size, q = d0 + d1 - 2 * s;
     V xi = f.inverse ? solved<M>(kept - y.lower, y.size, s, q, d0) : (kept - x.lower) / x.size;
-    xi = M::min(M::max(xi, 0), 1);
+    xi = math.within_unit(xi, kept);
     const V rest = 1 - xi, t = xi * rest, bottom = s + q * t, ratio = s / bottom;
     const V top = d1 * xi * xi + 2 * s * t + d0 * rest * rest;
     V out = f.inverse ? x.lower + xi * x.size : y.lower + y.size * ((s * xi * xi + d0 * t) / bottom);
@@ -198,7 +202,7 @@ FASTFLOW_INLINE void backward_lanes(const SplineBackward<T>& given) {
     const V d0 = math.slope(raw.r0, raw.fixed0), d1 = math.slope(raw.r1, raw.fixed1);
     const V inverse_width = 1 / x.size, s = y.size * inverse_width, q = d0 + d1 - 2 * s;
     V xi = by_y ? solved<M>(kept - y.lower, y.size, s, q, d0) : (kept - x.lower) * inverse_width;
-    xi = M::min(M::max(xi, 0), 1);
+    xi = math.within_unit(xi, kept);
     const V rest = 1 - xi, turn = rest - xi, t = xi * rest, bottom = s + q * t, inverse_bottom = 1 / bottom;
     const V top = d1 * xi * xi + 2 * s * t + d0 * rest * rest, inverse_top = 1 / top;
     const V numerator = s * xi * xi + d0 * t, ratio = s * inverse_bottom, slope = top * ratio * ratio;

@@ -149,9 +149,9 @@ def piece_of(v: Tensor, knots: Knots, form: Form, inverse: bool) -> Piece:
     return Piece(index, *at, *slopes)
 
 
-def _within_unit(offset: Tensor) -> Tensor:
-    """``offset`` clamped to [0, 1], with the gradient of ``offset``: only rounding leaves the bin."""
-    return offset + (offset.clamp(0, 1) - offset).detach()
+def _within_unit(offset: Tensor, at_end: Tensor) -> Tensor:
+    """``offset`` clamped to [0, 1], and 1 at the interval's upper end: only rounding differs from that."""
+    return torch.where(at_end, 1.0, offset.clamp(0, 1))
 
 
 def _terms(xi: Tensor, p: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -206,17 +206,26 @@ def _inside(v: Tensor, interval: _Interval, form: Form) -> Tensor:
     return above & (v <= interval.high)
 
 
+def _or_nan(v: Tensor, kept: Tensor) -> Tensor:
+    """``v``, or NaN where an end of the interval is NaN."""
+    return torch.where(kept.isnan(), kept, v)
+
+
 def _elementwise(v: Tensor, params: Tensor, form: Form, inverse: bool) -> tuple[Tensor, Tensor]:
     """Spline of each element, and its log-derivative."""
     knots = knots_of(params, form)
     interval = _interval(knots, form, inverse)
     inside, kept = _inside(v, interval, form), interval.clamp(v)
     p = piece_of(kept, knots, form, inverse)
-    xi = _within_unit(_solve(kept - p.y, p) if inverse else (kept - p.x) / p.width)
+    offset = _solve(kept - p.y, p) if inverse else (kept - p.x) / p.width
+    xi = (
+        offset + (_within_unit(offset, kept >= interval.high) - offset).detach()
+    )  # with the gradient of offset
     s, _, _, bottom, y, top = _terms(xi, p)
     log_slope = torch.log(top * (s / bottom).square())
     result = p.x + xi * p.width if inverse else p.y + p.height * (y / bottom)
     if form.tails in ("linear", "circular"):  # the identity outside; NaN stays NaN
+        v = _or_nan(v, kept)
         log_slope = torch.where(inside, log_slope, torch.where(v.isnan(), v, 0.0))
         return torch.where(inside, result, v), -log_slope if inverse else log_slope
     beyond = v - kept  # a line of the slope at the end
@@ -246,7 +255,7 @@ def _pullback(
     interval = _interval(knots, form, by_y)
     inside, kept = _inside(v, interval, form), interval.clamp(v)
     p = piece_of(kept, knots, form, by_y)
-    xi = (_solve(kept - p.y, p) if by_y else (kept - p.x) / p.width).clamp(0, 1)
+    xi = _within_unit(_solve(kept - p.y, p) if by_y else (kept - p.x) / p.width, kept >= interval.high)
     s, q, t, bottom, y, top = _terms(xi, p)
     ratio = s / bottom
     slope = top * ratio * ratio  # dy/dx
@@ -263,9 +272,7 @@ def _pullback(
 
     x = p.x + xi * p.width
     passed = g
-    if (
-        given == "inverse"
-    ):  # the implicit function theorem: the derivatives of the spline, with other gradients
+    if given == "inverse":  # the implicit function theorem: the spline's derivatives, with other gradients
         dlog_slope = -dlog_slope
         g = -(g + dlog_slope * log_by_xi / p.width) / slope
         dv = -g
@@ -283,6 +290,7 @@ def _pullback(
     by_x = -by_xi / p.width
     of_piece = [by_x, by_x * xi - by_s * s / p.width, g, g * y / bottom + by_s / p.width, by_0, by_1]
     if identity:
+        v = _or_nan(v, kept)
         dv = torch.where(inside, dv, torch.where(v.isnan(), v, passed))
         x = torch.where(inside, x, v)
         of_piece = [torch.where(inside, d, torch.zeros_like(d)) for d in of_piece]
