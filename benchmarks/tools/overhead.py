@@ -46,6 +46,14 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
     if hasattr(ops, "glow_network"):
         w1, w2, w3 = (torch.ones(c, c, k, k, device=device) for k in (3, 1, 3))
         later["glow_network"] = ops.glow_network, (x, w1, channel, w2, channel, w3, channel), tuple(range(7))
+    if hasattr(ops, "spline"):
+        params = torch.ones(n, 2 * c, side, side, device=device)  # one bin
+        later["spline"] = lambda x, h: ops.spline(x, h, bins=1), (x, params), (0, 1)
+        later["spline_inverse_backward"] = (
+            lambda y, h, dy, dlog_det: ops.spline_inverse_backward(y, h, None, dy, dlog_det, bins=1),
+            (x, params, dy, dlog_det),
+            (),
+        )
     return later | {
         "actnorm": (ops.actnorm, (x, channel, channel), (0, 1, 2)),
         "actnorm_inverse_backward": (ops.actnorm_inverse_backward, (x, channel, channel, dy, dlog_det), ()),

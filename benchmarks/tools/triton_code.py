@@ -31,6 +31,7 @@ import fastflow
 from fastflow import ops
 from fastflow.models import Glow
 from fastflow.nn import AffineCoupling
+from fastflow.ops.spline import parameters_per_element
 
 PAGE = Path(__file__).parents[2] / "docs" / "triton_code.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -45,6 +46,7 @@ BATCH = 64  # as in training, since Triton specializes kernels for divisible siz
 IMAGE = (3, 32, 32)
 MANY = 512  # images, for kernels that share few among more programs
 HIDDEN = 512  # channels of a coupling network
+VECTORS, BINS = (4096, 16), (8, 16)  # of splines
 PIXELS = 2**15  # of a batch, at most, for kernels of which more pixels give no other launch
 
 # recording ----------------------------------------------------------------------------
@@ -265,6 +267,20 @@ def _variational(images: Tensor) -> None:
     torch.autograd.backward([y, log_det], [torch.empty_like(y), torch.empty_like(log_det)])
 
 
+def _spline(shape: tuple[int, ...], memory_format: torch.memory_format, bins: int) -> None:
+    """Launches splines of half of the channels: forward, inverse, gradients, gradients from the output."""
+    half = shape[1] // 2
+    each = parameters_per_element(bins, "linear", "fastflow")
+    order = torch.arange(shape[1])
+    x = torch.empty(shape).contiguous(memory_format=memory_format)
+    h = torch.empty(shape[0], half * each, *shape[2:]).contiguous(memory_format=memory_format)
+    y, log_det = ops.spline(x.requires_grad_(), h.requires_grad_(), order, bins=bins)
+    torch.autograd.backward([y, log_det], [torch.empty_like(y), torch.empty_like(log_det)])
+    with torch.no_grad():
+        ops.spline(x, h, order, bins=bins, inverse=True)
+        ops.spline_inverse_backward(x, h, order, torch.empty_like(x), log_det, bins=bins)
+
+
 def _format(x: Tensor) -> torch.memory_format:
     return (
         torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -303,7 +319,12 @@ def recorded() -> list[Spec]:
             model.sample(BATCH)
             if network == torch.float32:
                 _variational(images)
+                _spline((BATCH, 12, 16, 16), memory_format, BINS[0])
         specs |= launched
+    with recording() as launched:
+        for bins in BINS:
+            _spline(VECTORS, torch.contiguous_format, bins)
+    specs |= launched
     layouts = ("contiguous", "channels_last", "mixed", "–")
     return sorted(
         specs,
@@ -459,7 +480,7 @@ here has been timed.
 | variant | constants that the rows of a kernel do not share; the shared ones are listed above its table |
 | dtype | dtype of the first image; other dtypes follow ("h bfloat16": coupling network under autocast) |
 | layout | memory layout; "mixed" if the tensors have both |
-| shape | shape of one sample of the first image |
+| shape | shape of one sample of the first image, or of the first vectors |
 | registers | registers per thread; a multiprocessor has 65,536 |
 | spills | bytes of stack per thread, for registers that did not fit |
 | shared | bytes of shared memory per program |

@@ -44,6 +44,11 @@ def coupling(x, h, factor=None, **variant):
     return lambda: ops.affine_coupling(x, h, factor, **variant)
 
 
+def spline(x=None, params=None, order=None, **other):
+    x, params = x_(2, 4) if x is None else x, x_(2, 4 * 8) if params is None else params
+    return lambda: ops.spline(x, params, order, **{"bins": 3, **other})
+
+
 def network(**wrong):
     args = {
         "x": x_(2, 3, 4, 4),
@@ -285,6 +290,81 @@ OPS = {
     "seed's shape": (
         lambda: ops.uniform_noise((2, 3), seed=torch.tensor([1, 2])),
         r"seed: got torch.int64 of shape \[2\], expected an int",
+    ),
+    # splines
+    "spline of integers": (spline(u8(2, 4)), r"x: got dtype torch.uint8, expected a floating point tensor"),
+    "spline without a batch": (spline(x_(4)), r"x: got shape \[4\], expected a batch \[N, C, ...\]"),
+    "spline's parameters": (
+        spline(params=x_(2, 31)),
+        r"params: got shape \[2, 31\], expected \[2, 32\] \(x is \[2, 4\]; 8 parameters of each of 4 channels, 3 bins",
+    ),
+    "spline's parameters of another batch": (
+        spline(params=x_(1, 32)),
+        r"params: got shape \[1, 32\], expected \[2, 32\]",
+    ),
+    "spline's parameters of pixels": (
+        spline(x_(2, 4, 3, 3), x_(2, 32, 3)),
+        r"params: got shape \[2, 32, 3\], expected \[2, 32, 3, 3\]",
+    ),
+    "spline's parameters of some channels": (
+        spline(params=x_(2, 30), order=torch.arange(4)),
+        r"params: got shape \[2, 30\], expected \[2, 8 T\] \(.* of each of T channels, 3 bins, linear tails\)",
+    ),
+    "spline's parameters of no channel": (
+        spline(params=x_(2, 0), order=torch.arange(4)),
+        r"params: got shape \[2, 0\], expected \[2, 8 T\]",
+    ),
+    "spline's parameters of more channels": (
+        spline(params=x_(2, 40), order=torch.arange(4)),
+        r"params: got shape \[2, 40\], expected \[2, 8 T\]",
+    ),
+    "spline's dtypes": (
+        spline(params=x_(2, 32, dtype=F64)),
+        r"params: got dtype torch.float64, expected torch.float32, the dtype of x",
+    ),
+    "spline's devices": (
+        spline(params=x_(2, 32, device=META)),
+        r"params: got device meta, expected cpu, the device of x",
+    ),
+    "channel_order's dtype": (
+        spline(order=torch.arange(4.0)),
+        r"channel_order: got torch.float32 on cpu, expected torch.int64 on cpu, the device of x",
+    ),
+    "channel_order's device": (
+        spline(order=torch.arange(4, device=META)),
+        r"channel_order: got torch.int64 on meta, expected torch.int64 on cpu",
+    ),
+    "channel_order's length": (
+        spline(order=torch.arange(3)),
+        r"channel_order: got shape \[3\], expected \[4\], a permutation of the channels",
+    ),
+    "bins": (spline(bins=0), r"bins: got 0, expected a positive integer"),
+    "bound": (spline(bound=-1.0), r"bound: got -1.0, expected a positive number"),
+    "spline's factor": (spline(factor=0.0), r"factor: got 0.0, expected a positive number"),
+    "min_bin": (
+        spline(min_bin=0.4),
+        r"min_bin: got 0.4, expected a number of at least 0 and less than 0.333333, for 3 bins",
+    ),
+    "min_bin of FrEIA": (
+        spline(params=x_(2, 40), convention="freia", tails="affine", min_bin=2.0),
+        r"min_bin: got 2.0, expected a number of at least 0 and less than 2, for 3 bins",
+    ),
+    "min_slope": (spline(min_slope=1.0), r"min_slope: got 1.0, expected a number between 0 and 1"),
+    "convention": (
+        spline(convention="pyro"),
+        r"convention: got 'pyro', expected one of 'fastflow', 'nflows', 'zuko', 'freia'",
+    ),
+    "tails": (
+        spline(tails="affine"),
+        r"tails: got 'affine', expected one of 'linear', 'circular', 'none'",
+    ),
+    "spline's dy": (
+        lambda: ops.spline_inverse_backward(x_(2, 4), x_(2, 32), None, x_(2, 3), x_(2), bins=3),
+        r"dy: got shape \[2, 3\], expected \[2, 4\] \(like y\)",
+    ),
+    "spline's dlog_det": (
+        lambda: ops.spline_inverse_backward(x_(2, 4), x_(2, 32), None, x_(2, 4), x_(2, 1), bins=3),
+        r"dlog_det: got shape \[2, 1\], expected \[2\] \(one value per sample\)",
     ),
     # LU and triangles
     "lower's shape": (lu(lower=x_(2, 3, 4)), r"lower: got shape \[2, 3, 4\], expected a stack \[K, C, C\]"),

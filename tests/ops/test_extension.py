@@ -31,6 +31,8 @@ SOFT = ("halves", False, "soft_clamp", "scale_first", "shift_scale")
 ADDITIVE = ("checkerboard", False, "none", "scale_first", "shift_scale")
 NETWORK = (torch.zeros(2, 3, 3, 3), COUNT, torch.zeros(2, 2), COUNT, torch.zeros(2, 2, 3, 3), COUNT)
 FLAT, SQUEEZED = (8, 1.0, -0.5, False, None), (8, 1.0, -0.5, False, "space")
+TWO_BINS = (2, 3.0, "linear", "fastflow", 1.0, 1e-3, 1e-3)  # of splines, 5 parameters each
+OF_EACH, OF_HALF = torch.zeros(2, 20, 4, 4), torch.zeros(2, 10, 4, 4)  # of EVEN's channels
 FLOATING = "expected Float or Double or BFloat16 or Half"
 
 CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
@@ -206,6 +208,71 @@ CPU_ERRORS = {
         ((COUNT, *FLAT), "y: got shape [2], expected at least 2 dimensions"),
         ((X, *SQUEEZED), "y: got 3 channels, expected a multiple of 4"),
     ],
+    "spline": [
+        ((COUNT, COUNT, None, *TWO_BINS, False), "x: got shape [2], expected at least 2 dimensions"),
+        ((EVEN.int(), OF_EACH, None, *TWO_BINS, False), f"x: got dtype Int, {FLOATING}"),
+        ((EVEN, OF_EACH.int(), None, *TWO_BINS, False), f"params: got dtype Int, {FLOATING}"),
+        ((EVEN, COUNT, None, *TWO_BINS, False), "params: got shape [2], expected at least 2 dimensions"),
+        (
+            (EVEN, OF_EACH[:, 1:], None, *TWO_BINS, False),
+            "params: got shape [2, 19, 4, 4], expected [2, 20, 4, 4]",
+        ),
+        (
+            (EVEN, OF_EACH[:, :, 1:], None, *TWO_BINS, False),
+            "params: got shape [2, 20, 3, 4], expected [2, 20, 4, 4]",
+        ),
+        (
+            (EVEN, OF_HALF[:, 1:], torch.arange(4), *TWO_BINS, False),
+            "params: got shape [2, 9, 4, 4], expected [2, 5, 4, 4]",
+        ),
+        (
+            (X, OF_EACH, torch.arange(3), *TWO_BINS, False),
+            "params: got 4 splines per position of x, expected at most 3",
+        ),
+        ((EVEN, OF_EACH, None, 0, *TWO_BINS[1:], False), "bins: got 0, expected 1 to 64"),
+        (
+            (EVEN, torch.zeros(2, 4 * 194, 4, 4), None, 65, *TWO_BINS[1:], False),
+            "bins: got 65, expected 1 to 64",
+        ),
+        (
+            (EVEN, OF_EACH, None, *TWO_BINS[:3], "freia", *TWO_BINS[4:], False),
+            "convention: got freia, expected another one",
+        ),
+        (
+            (EVEN, OF_HALF, torch.arange(3), *TWO_BINS, False),
+            "channel_order: got shape [3], expected [4]",
+        ),
+        (
+            (EVEN, OF_HALF, torch.arange(4).int(), *TWO_BINS, False),
+            "channel_order: got dtype Int, expected Long",
+        ),
+        *(
+            (
+                (EVEN, OF_HALF, torch.tensor([3, 0, wrong, 1]), *TWO_BINS, False),
+                f"channel_order: got {wrong} at index 2, expected a permutation of 0 to 3",
+            )
+            for wrong in (-1, 0, 4)
+        ),
+    ],
+    "spline_backward": [
+        (
+            (EVEN, OF_EACH, None, X, COUNT, *TWO_BINS, False),
+            "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]",
+        ),
+        ((EVEN, OF_EACH, None, EVEN, VECTORS, *TWO_BINS, False), "dlog_det: got shape [2, 3], expected [2]"),
+        (
+            (EVEN, OF_HALF, torch.tensor([0, 1, 2, 2]), EVEN, COUNT, *TWO_BINS, True),
+            "channel_order: got 2 at index 3, expected a permutation of 0 to 3",
+        ),
+    ],
+    "spline_inverse_backward": [
+        ((EVEN, OF_EACH, None, X, COUNT, *TWO_BINS), "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
+        (
+            (EVEN, OF_EACH[:1], None, EVEN, COUNT, *TWO_BINS),
+            "params: got shape [1, 20, 4, 4], expected [2, 20, 4, 4]",
+        ),
+        ((EVEN, OF_EACH, None, EVEN, COUNT, 65, *TWO_BINS[1:]), "bins: got 65, expected 1 to 64"),
+    ],
     "squeeze": [
         ((MATRICES, "space", False), "x: got shape [2, 3, 3], expected [*, *, *, *]"),
         ((X[:, :, 1:], "space", False), "x: got shape [2, 3, 3, 4], expected an even height and width"),
@@ -356,6 +423,21 @@ def runs():
         y = C.bias_relu(x, s, s, True)
         return y, *C.bias_relu_backward(y, dy, s, True)
 
+    splines, order = torch.randn(9000, 3 * 8), torch.tensor([4, 1, 5, 0, 3, 2])
+    of_images = torch.randn(64, 12 * 8, 16, 16)
+
+    def splined(x, dy, dlog_det, params, order):
+        """Splines of three bins, both directions, and their gradients."""
+        form = (3, *TWO_BINS[1:])
+        y, log_det = C.spline(x, params, order, *form, False)
+        return (
+            y,
+            log_det,
+            *C.spline(y, params, order, *form, True),
+            *C.spline_backward(x, params, order, dy, dlog_det, *form, True),
+            *C.spline_inverse_backward(y, params, order, dy, dlog_det, *form),
+        )
+
     pixels = torch.randint(0, 256, (9000, 6)).to(torch.uint8)
 
     def dequantized(noise, dy):
@@ -387,6 +469,8 @@ def runs():
             *C.affine_coupling(*vectors[:3], *SOFT, False),
             *C.affine_coupling_inverse_backward(*vectors, *SOFT),
         ),
+        "spline of vectors": lambda: splined(vectors[0], vectors[3], vectors[4], splines, order),
+        "spline of images": lambda: splined(x, dy, x[:, 0, 0, 0], of_images, None),
         "gaussian_log_prob of vectors": lambda: log_prob(vectors[0], vectors[3], factor),
         "conv1x1": lambda: (C.conv1x1(x, weight, dy[0, :, 0, 0]),),
         "conv1x1_backward": lambda: C.conv1x1_backward(x, weight, dy),

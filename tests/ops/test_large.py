@@ -82,6 +82,22 @@ def test_affine_coupling(shape, mask, layout, each_backend):
 
 @each_layout
 @shapes
+def test_spline(shape, layout, each_backend):
+    n, c, *size = shape
+    form = {"bins": 3}
+    x, params = lay_out(torch.randn(shape), layout), lay_out(0.3 * torch.randn(n, c // 2 * 8, *size), layout)
+    order = torch.randperm(c)
+    for inverse in (False, True):
+        found = gradients(ops.spline, x, params, order, **form, inverse=inverse)
+        exact = exactly(lambda *a, v=inverse: gradients(ops.spline, *a, **form, inverse=v), x, params, order)
+        assert_near(found, exact)
+    args = x, params, order, found[0], found[1]
+    found = ops.spline_inverse_backward(*args, **form)
+    assert_near(found, exactly(ops.spline_inverse_backward, *args, **form))
+
+
+@each_layout
+@shapes
 def test_actnorm(shape, layout, each_backend):
     x, s, b = lay_out(torch.randn(shape), layout), 0.3 * torch.randn(shape[1]), torch.randn(shape[1])
     for inverse in (False, True):
@@ -307,6 +323,16 @@ def test_past_32_bits(count, samples, layout, each_backend):
         return v[-1:, :, -6:].clone()
 
     x, h = random(), random()
+    order, form = (
+        torch.tensor([2, 0, 1, 3]),
+        {"bins": 1, "tails": "circular"},
+    )  # 4 GB of x are 3 GB of parameters
+    y, _ = ops.spline(x, h[:, :3], order, **form)
+    assert torch.equal(last(y), ops.spline(last(x), last(h)[:, :3], order, **form)[0])
+    found = ops.spline_inverse_backward(y, h[:, :3], order, x, torch.zeros(n), **form)
+    expected = ops.spline_inverse_backward(last(y), last(h)[:, :3], order, last(x), torch.zeros(1), **form)
+    assert all(torch.equal(last(v), e) for v, e in zip(found, expected, strict=True))
+    del y, found
     y, _ = ops.affine_coupling(x, h)
     assert torch.equal(last(y), ops.affine_coupling(last(x), last(h))[0])
     back, dx, dh, _ = ops.affine_coupling_inverse_backward(y, h, None, x, torch.zeros(n))
