@@ -267,18 +267,17 @@ def _variational(images: Tensor) -> None:
     torch.autograd.backward([y, log_det], [torch.empty_like(y), torch.empty_like(log_det)])
 
 
-def _spline(shape: tuple[int, ...], memory_format: torch.memory_format, bins: int) -> None:
+def _spline(x: Tensor, bins: int, first_channel: int = 0, channel_order: Tensor | None = None) -> None:
     """Launches splines of half of the channels: forward, inverse, gradients, gradients from the output."""
-    half = shape[1] // 2
     each = parameters_per_element(bins, "linear", "fastflow")
-    order = torch.arange(shape[1])
-    x = torch.empty(shape).contiguous(memory_format=memory_format)
-    h = torch.empty(shape[0], half * each, *shape[2:]).contiguous(memory_format=memory_format)
-    y, log_det = ops.spline(x.requires_grad_(), h.requires_grad_(), order, bins=bins)
+    h = torch.empty(len(x), x.shape[1] // 2 * each, *x.shape[2:])
+    h = h.contiguous(memory_format=_format(x)) if x.ndim == 4 else h
+    form = {"bins": bins, "first_channel": first_channel}
+    y, log_det = ops.spline(x.requires_grad_(), h.requires_grad_(), channel_order, **form)
     torch.autograd.backward([y, log_det], [torch.empty_like(y), torch.empty_like(log_det)])
     with torch.no_grad():
-        ops.spline(x, h, order, bins=bins, inverse=True)
-        ops.spline_inverse_backward(x, h, order, torch.empty_like(x), log_det, bins=bins)
+        ops.spline(x, h, channel_order, **form, inverse=True)
+        ops.spline_inverse_backward(x, h, channel_order, torch.empty_like(x), log_det, **form)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -319,11 +318,11 @@ def recorded() -> list[Spec]:
             model.sample(BATCH)
             if network == torch.float32:
                 _variational(images)
-                _spline((BATCH, 12, 16, 16), memory_format, BINS[0])
+                _spline(torch.empty(BATCH, 12, 16, 16).contiguous(memory_format=memory_format), BINS[0], 6)
         specs |= launched
     with recording() as launched:
         for bins in BINS:
-            _spline(VECTORS, torch.contiguous_format, bins)
+            _spline(torch.empty(VECTORS), bins, channel_order=torch.arange(VECTORS[1]))
     specs |= launched
     layouts = ("contiguous", "channels_last", "mixed", "–")
     return sorted(

@@ -296,15 +296,15 @@ OPS = {
     "spline without a batch": (spline(x_(4)), r"x: got shape \[4\], expected a batch \[N, C, ...\]"),
     "spline's parameters": (
         spline(params=x_(2, 31)),
-        r"params: got shape \[2, 31\], expected \[2, 32\] \(x is \[2, 4\]; 8 parameters of each of 4 channels, 3 bins",
+        r"params: got shape \[2, 31\], expected \[2, 8 T\] \(x is \[2, 4\]; 8 parameters of each of T channels, 3 bins",
     ),
     "spline's parameters of another batch": (
         spline(params=x_(1, 32)),
-        r"params: got shape \[1, 32\], expected \[2, 32\]",
+        r"params: got shape \[1, 32\], expected \[2, 8 T\]",
     ),
     "spline's parameters of pixels": (
         spline(x_(2, 4, 3, 3), x_(2, 32, 3)),
-        r"params: got shape \[2, 32, 3\], expected \[2, 32, 3, 3\]",
+        r"params: got shape \[2, 32, 3\], expected \[2, 8 T, 3, 3\]",
     ),
     "spline's parameters of some channels": (
         spline(params=x_(2, 30), order=torch.arange(4)),
@@ -337,6 +337,14 @@ OPS = {
     "channel_order's length": (
         spline(order=torch.arange(3)),
         r"channel_order: got shape \[3\], expected \[4\], a permutation of the channels",
+    ),
+    "first_channel": (
+        spline(params=x_(2, 16), first_channel=3),
+        r"first_channel: got 3, expected an index from 0 to 2, of the first of 2 transformed channels of 4",
+    ),
+    "first_channel and channel_order": (
+        spline(order=torch.arange(4), first_channel=1),
+        r"first_channel: got 1, expected 0 with a channel_order",
     ),
     "bins": (spline(bins=0), r"bins: got 0, expected a positive integer"),
     "bound": (spline(bound=-1.0), r"bound: got -1.0, expected a positive number"),

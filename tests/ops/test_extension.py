@@ -209,46 +209,53 @@ CPU_ERRORS = {
         ((X, *SQUEEZED), "y: got 3 channels, expected a multiple of 4"),
     ],
     "spline": [
-        ((COUNT, COUNT, None, *TWO_BINS, False), "x: got shape [2], expected at least 2 dimensions"),
-        ((EVEN.int(), OF_EACH, None, *TWO_BINS, False), f"x: got dtype Int, {FLOATING}"),
-        ((EVEN, OF_EACH.int(), None, *TWO_BINS, False), f"params: got dtype Int, {FLOATING}"),
-        ((EVEN, COUNT, None, *TWO_BINS, False), "params: got shape [2], expected at least 2 dimensions"),
+        ((COUNT, COUNT, None, 0, *TWO_BINS, False), "x: got shape [2], expected at least 2 dimensions"),
+        ((EVEN.int(), OF_EACH, None, 0, *TWO_BINS, False), f"x: got dtype Int, {FLOATING}"),
+        ((EVEN, OF_EACH.int(), None, 0, *TWO_BINS, False), f"params: got dtype Int, {FLOATING}"),
+        ((EVEN, COUNT, None, 0, *TWO_BINS, False), "params: got shape [2], expected at least 2 dimensions"),
         (
-            (EVEN, OF_EACH[:, 1:], None, *TWO_BINS, False),
-            "params: got shape [2, 19, 4, 4], expected [2, 20, 4, 4]",
+            (EVEN, OF_EACH[:, 1:], None, 0, *TWO_BINS, False),
+            "params: got shape [2, 19, 4, 4], expected [2, 15, 4, 4]",
         ),
         (
-            (EVEN, OF_EACH[:, :, 1:], None, *TWO_BINS, False),
+            (EVEN, OF_EACH[:, :, 1:], None, 0, *TWO_BINS, False),
             "params: got shape [2, 20, 3, 4], expected [2, 20, 4, 4]",
         ),
         (
-            (EVEN, OF_HALF[:, 1:], torch.arange(4), *TWO_BINS, False),
+            (EVEN, OF_HALF[:, 1:], torch.arange(4), 0, *TWO_BINS, False),
             "params: got shape [2, 9, 4, 4], expected [2, 5, 4, 4]",
         ),
         (
-            (X, OF_EACH, torch.arange(3), *TWO_BINS, False),
-            "params: got 4 splines per position of x, expected at most 3",
+            (X, OF_EACH, torch.arange(3), 0, *TWO_BINS, False),
+            "params: got 20 parameters per position of x, expected at most 15",
         ),
-        ((EVEN, OF_EACH, None, 0, *TWO_BINS[1:], False), "bins: got 0, expected 1 to 64"),
+        ((EVEN, OF_EACH, None, 0, 0, *TWO_BINS[1:], False), "bins: got 0, expected 1 to 64"),
         (
-            (EVEN, torch.zeros(2, 4 * 194, 4, 4), None, 65, *TWO_BINS[1:], False),
+            (EVEN, torch.zeros(2, 4 * 194, 4, 4), None, 0, 65, *TWO_BINS[1:], False),
             "bins: got 65, expected 1 to 64",
         ),
         (
-            (EVEN, OF_EACH, None, *TWO_BINS[:3], "freia", *TWO_BINS[4:], False),
+            (EVEN, OF_EACH, None, 0, *TWO_BINS[:3], "freia", *TWO_BINS[4:], False),
             "convention: got freia, expected another one",
         ),
+        *(
+            (
+                (EVEN, OF_HALF, None, first, *TWO_BINS, False),
+                f"first_channel: got {first}, expected 0 to 2",
+            )
+            for first in (-1, 3)
+        ),
         (
-            (EVEN, OF_HALF, torch.arange(3), *TWO_BINS, False),
+            (EVEN, OF_HALF, torch.arange(3), 0, *TWO_BINS, False),
             "channel_order: got shape [3], expected [4]",
         ),
         (
-            (EVEN, OF_HALF, torch.arange(4).int(), *TWO_BINS, False),
+            (EVEN, OF_HALF, torch.arange(4).int(), 0, *TWO_BINS, False),
             "channel_order: got dtype Int, expected Long",
         ),
         *(
             (
-                (EVEN, OF_HALF, torch.tensor([3, 0, wrong, 1]), *TWO_BINS, False),
+                (EVEN, OF_HALF, torch.tensor([3, 0, wrong, 1]), 0, *TWO_BINS, False),
                 f"channel_order: got {wrong} at index 2, expected a permutation of 0 to 3",
             )
             for wrong in (-1, 0, 4)
@@ -256,22 +263,25 @@ CPU_ERRORS = {
     ],
     "spline_backward": [
         (
-            (EVEN, OF_EACH, None, X, COUNT, *TWO_BINS, False),
+            (EVEN, OF_EACH, None, 0, X, COUNT, *TWO_BINS, False),
             "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]",
         ),
-        ((EVEN, OF_EACH, None, EVEN, VECTORS, *TWO_BINS, False), "dlog_det: got shape [2, 3], expected [2]"),
         (
-            (EVEN, OF_HALF, torch.tensor([0, 1, 2, 2]), EVEN, COUNT, *TWO_BINS, True),
+            (EVEN, OF_EACH, None, 0, EVEN, VECTORS, *TWO_BINS, False),
+            "dlog_det: got shape [2, 3], expected [2]",
+        ),
+        (
+            (EVEN, OF_HALF, torch.tensor([0, 1, 2, 2]), 0, EVEN, COUNT, *TWO_BINS, True),
             "channel_order: got 2 at index 3, expected a permutation of 0 to 3",
         ),
     ],
     "spline_inverse_backward": [
-        ((EVEN, OF_EACH, None, X, COUNT, *TWO_BINS), "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
+        ((EVEN, OF_EACH, None, 0, X, COUNT, *TWO_BINS), "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
         (
-            (EVEN, OF_EACH[:1], None, EVEN, COUNT, *TWO_BINS),
+            (EVEN, OF_EACH[:1], None, 0, EVEN, COUNT, *TWO_BINS),
             "params: got shape [1, 20, 4, 4], expected [2, 20, 4, 4]",
         ),
-        ((EVEN, OF_EACH, None, EVEN, COUNT, 65, *TWO_BINS[1:]), "bins: got 65, expected 1 to 64"),
+        ((EVEN, OF_EACH, None, 0, EVEN, COUNT, 65, *TWO_BINS[1:]), "bins: got 65, expected 1 to 64"),
     ],
     "squeeze": [
         ((MATRICES, "space", False), "x: got shape [2, 3, 3], expected [*, *, *, *]"),
@@ -429,13 +439,13 @@ def runs():
     def splined(x, dy, dlog_det, params, order):
         """Splines of three bins, both directions, and their gradients."""
         form = (3, *TWO_BINS[1:])
-        y, log_det = C.spline(x, params, order, *form, False)
+        y, log_det = C.spline(x, params, order, 0, *form, False)
         return (
             y,
             log_det,
-            *C.spline(y, params, order, *form, True),
-            *C.spline_backward(x, params, order, dy, dlog_det, *form, True),
-            *C.spline_inverse_backward(y, params, order, dy, dlog_det, *form),
+            *C.spline(y, params, order, 0, *form, True),
+            *C.spline_backward(x, params, order, 0, dy, dlog_det, *form, True),
+            *C.spline_inverse_backward(y, params, order, 0, dy, dlog_det, *form),
         )
 
     pixels = torch.randint(0, 256, (9000, 6)).to(torch.uint8)

@@ -308,7 +308,7 @@ def of_case(case, shape=(2, 4)):
 def test_gradients(each_backend, case):
     form, x, params, order = of_case(case)
     args = leaves(x, params)
-    assert gradcheck(lambda x, h: OP(x, h, order, *form.values(), case["inverse"]), args, fast_mode=True)
+    assert gradcheck(lambda x, h: OP(x, h, order, 0, *form.values(), case["inverse"]), args, fast_mode=True)
 
 
 @pytest.mark.bodies(
@@ -318,17 +318,19 @@ def test_gradients(each_backend, case):
 def test_second_gradients(case):
     form, x, params, order = of_case(case)
     args = leaves(x, params)
-    assert gradgradcheck(lambda x, h: OP(x, h, order, *form.values(), case["inverse"]), args, fast_mode=True)
+    assert gradgradcheck(
+        lambda x, h: OP(x, h, order, 0, *form.values(), case["inverse"]), args, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_backward_is_that_of_the_reference(case):
     form, x, params, order = of_case(case, (4, 6))
     args = leaves(x, params)
-    outputs = reference.spline(*args, order, *form.values(), case["inverse"])
+    outputs = reference.spline(*args, order, 0, *form.values(), case["inverse"])
     upstream = [torch.randn_like(v) for v in outputs]
     expected = torch.autograd.grad(outputs, args, upstream)
-    found = BACKWARD(x, params, order, *upstream, *form.values(), case["inverse"])
+    found = BACKWARD(x, params, order, 0, *upstream, *form.values(), case["inverse"])
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -336,7 +338,7 @@ def test_backward_is_that_of_the_reference(case):
 def test_inverse_backward(case):
     form, x, params, order = of_case(case, (4, 6))
     args = leaves(x, params)
-    outputs = reference.spline(*args, order, *form.values(), False)
+    outputs = reference.spline(*args, order, 0, *form.values(), False)
     upstream = [torch.randn_like(v) for v in outputs]
     expected = torch.autograd.grad(outputs, args, upstream)
     back, *found = ops.spline_inverse_backward(outputs[0].detach(), params, order, *upstream, **form)
@@ -376,7 +378,7 @@ def test_knots(convention, tails, inverse):
 
     def by_input(v):
         zero, one = torch.zeros_like(v), torch.ones(len(v), dtype=v.dtype)
-        return BACKWARD(v, params, None, zero, one, *form.values(), inverse)[0]
+        return BACKWARD(v, params, None, 0, zero, one, *form.values(), inverse)[0]
 
     sides = [by_input(v + step) for step in (-1e-10, 1e-10)]
     found = by_input(v)
@@ -490,9 +492,9 @@ def test_float32_is_as_exact_as_the_reference(each_backend, case):
     values = list(form.values())
 
     def run(spline, x, params):
-        y, log_det = spline(x, params, None, *values, False)
-        back, log_det_back = spline(x, params, None, *values, True)
-        return y, log_det, back, log_det_back, spline(y, params, None, *values, True)[0]
+        y, log_det = spline(x, params, None, 0, *values, False)
+        back, log_det_back = spline(x, params, None, 0, *values, True)
+        return y, log_det, back, log_det_back, spline(y, params, None, 0, *values, True)[0]
 
     exact = run(reference.spline, x.double(), params.double())
     theirs, ours = run(reference.spline, x, params), run(OP, x, params)
@@ -508,10 +510,10 @@ def test_float32_beyond_the_interval(convention):
     form = options(convention, "none", bins=8)
     _, params = elements(form, 500, scale=6, dtype=torch.float32)
     x = 1 + torch.rand(500, 1)
-    exact = reference.spline(x.double(), params.double(), None, *form.values(), False)
+    exact = reference.spline(x.double(), params.double(), None, 0, *form.values(), False)
     found = ops.spline(x, params, **form)
     torch.testing.assert_close(found, tuple(v.float() for v in exact), rtol=1e-5, atol=1e-5)
-    exact = reference.spline(x.double(), params.double(), None, *form.values(), True)
+    exact = reference.spline(x.double(), params.double(), None, 0, *form.values(), True)
     found = ops.spline(x, params, **form, inverse=True)
     torch.testing.assert_close(found, tuple(v.float() for v in exact), rtol=1e-5, atol=1e-5)
 
@@ -548,17 +550,23 @@ def test_half_precision(convention, tails, inverse, dtype):
 ORDERS = [(1, 1), (2, 1), (5, 1), (5, 2), (5, 4), (5, 5), (8, 3), (34, 17)]  # channels, transformed
 
 
+@pytest.mark.parametrize("neighbors", [False, True], ids=["order", "neighbors"])
 @pytest.mark.parametrize("channels, transformed", ORDERS)
 @pytest.mark.parametrize("size", [(), (3, 2)], ids=["vectors", "images"])
-def test_channel_order(channels, transformed, size):
-    """The first channels of the order are transformed; the others keep their bits, and their gradients."""
+def test_channels(channels, transformed, size, neighbors):
+    """The first channels of the order, or neighbors, are transformed; the others keep their bits and their gradients."""
     form = options("fastflow", "linear", bins=3)
     x, params = inputs(form, (3, channels, *size), transformed)
-    order = torch.randperm(channels)
+    order, first = torch.randperm(channels), 0
+    if neighbors:
+        first = (channels - transformed + 1) // 2
+        order = torch.arange(channels).roll(-first)
     chosen, others = order[:transformed], order[transformed:]
+    order = None if neighbors else order
+    where = {"first_channel": first, **form}
     for inverse in (False, True):
         args = leaves(x, params)
-        y, log_det = ops.spline(*args, order, **form, inverse=inverse)
+        y, log_det = ops.spline(*args, order, **where, inverse=inverse)
         dy, dlog_det = torch.randn_like(y), torch.randn_like(log_det)
         dx, dparams = torch.autograd.grad((y, log_det), args, (dy, dlog_det))
         alone = leaves(x[:, chosen], params)
@@ -567,9 +575,9 @@ def test_channel_order(channels, transformed, size):
         torch.testing.assert_close((y[:, chosen], log_det), expected, rtol=1e-13, atol=1e-13)
         torch.testing.assert_close((dx[:, chosen], dparams), gradients, rtol=1e-12, atol=1e-12)
         assert torch.equal(y[:, others], x[:, others]) and torch.equal(dx[:, others], dy[:, others])
-    y = ops.spline(x, params, order, **form)[0]
-    back, dx, dparams = ops.spline_inverse_backward(y, params, order, dy, dlog_det, **form)
-    expected = BACKWARD(x, params, order, dy, dlog_det, *form.values(), False)
+    y = ops.spline(x, params, order, **where)[0]
+    back, dx, dparams = ops.spline_inverse_backward(y, params, order, dy, dlog_det, **where)
+    expected = BACKWARD(x, params, order, first, dy, dlog_det, *form.values(), False)
     torch.testing.assert_close((back, dx, dparams), (x, *expected), rtol=1e-9, atol=1e-9)
     assert torch.equal(back[:, others], x[:, others]) and torch.equal(dx[:, others], dy[:, others])
 
@@ -594,10 +602,10 @@ def assert_all_three(x, params, order, dy, dlog_det, form, inverse, body):
     twice = body != "interpreter"  # NumPy's bits repeat; test_specs.py runs twice in the interpreter, too
     kwargs = {"twice": twice, "ill_conditioned": True}
     values = list(form.values())
-    assert_as_reference(OP, x, params, order, *values, inverse, **kwargs)
-    assert_as_reference(BACKWARD, x, params, order, dy, dlog_det, *values, inverse, **kwargs)
+    assert_as_reference(OP, x, params, order, 0, *values, inverse, **kwargs)
+    assert_as_reference(BACKWARD, x, params, order, 0, dy, dlog_det, *values, inverse, **kwargs)
     if not inverse:
-        assert_as_reference(INVERSE_BACKWARD, x, params, order, dy, dlog_det, *values, **kwargs)
+        assert_as_reference(INVERSE_BACKWARD, x, params, order, 0, dy, dlog_det, *values, **kwargs)
 
 
 @compared_triton_and_cpu
@@ -691,7 +699,7 @@ def test_opcheck_layouts(layout):
     form = options("fastflow", "linear", bins=3)
     x, params = (lay_out(v, layout) for v in inputs(form, (2, 4, 3, 2), 2))
     values, order = list(form.values()), torch.tensor([3, 1, 0, 2])
-    torch.library.opcheck(OP, (*leaves(x, params), order, *values, True), test_utils=STATIC)
+    torch.library.opcheck(OP, (*leaves(x, params), order, 0, *values, True), test_utils=STATIC)
     dy, dlog_det = lay_out(torch.randn(x.shape, dtype=x.dtype), layout), torch.randn(2, dtype=x.dtype)
-    torch.library.opcheck(BACKWARD, (x, params, order, dy, dlog_det, *values, False), test_utils=STATIC)
-    torch.library.opcheck(INVERSE_BACKWARD, (x, params, order, dy, dlog_det, *values), test_utils=STATIC)
+    torch.library.opcheck(BACKWARD, (x, params, order, 0, dy, dlog_det, *values, False), test_utils=STATIC)
+    torch.library.opcheck(INVERSE_BACKWARD, (x, params, order, 0, dy, dlog_det, *values), test_utils=STATIC)
