@@ -69,7 +69,7 @@ def load_raw(
 ):  # fmt: skip
     """COUNT raw parameters from the FIRST on, as a tuple of groups."""
     groups = ()
-    for i in tl.static_range(tl.cdiv(COUNT, GROUP)):
+    for i in tl.static_range((COUNT + GROUP - 1) // GROUP):
         groups = groups + (
             load_group(
                 h, n, k, p, i, mask, stride_n, stride_k, stride_p, COUNT, FIRST, GROUP, EACH, ACC, DIM, VEC_K, VEC_P
@@ -498,7 +498,7 @@ def spline_backward_kernel(
     s0 = slope_vjp(r0, fixed0, d0, by_0, ZUKO, OFFSET, RANGE)[:, :, None]
     s1 = slope_vjp(r1, fixed1, d1, by_1, ZUKO, OFFSET, RANGE)[:, :, None]
     at = index[:, :, None]
-    for i in tl.static_range(tl.cdiv(SLOPES, GROUP)):
+    for i in tl.static_range((SLOPES + GROUP - 1) // GROUP):
         j = (i * GROUP + tl.arange(0, GROUP))[None, None, :]
         knot = j + (1 if TAILS == "linear" else 0)
         draw = tl.where(knot == at, s0, 0.0) + tl.where(knot == at + 1, s1, 0.0)
