@@ -43,7 +43,7 @@ def _in_kernel(*args: object) -> bool:
     return (args[4] if isinstance(args[4], int) else args[6]) <= MAX_COMPONENTS
 
 
-kernels = {"compiled": ("cpu",), "eligible": _in_kernel}
+kernels = {"triton": True, "compiled": ("cpu",), "eligible": _in_kernel}
 register(reference.mixture_cdf_backward, **kernels)
 register(reference.mixture_cdf_inverse_backward, **kernels, check=_check)
 register(
