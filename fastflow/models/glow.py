@@ -30,7 +30,7 @@ from fastflow.nn import (
 from fastflow.nn.networks.builder import NetworkBuilder
 from fastflow.nn.networks.fastest import is_fused_on_cpu
 
-Coupling = Literal["affine", "additive"]
+Coupling = Literal["affine", "additive", "spline"]
 Scale = Literal["soft_clamp", "tanh", "sigmoid", "exp"]
 Conv1x1 = Literal["lu", "plain", "reverse", "shuffle"]
 Network = Literal["plain", "fused", "auto"]
@@ -63,6 +63,8 @@ class GlowConfig(ModelConfig):
     context_image: bool = False
     standardize: bool = False
     output_start: float | None = None
+    bins: int = 4
+    bound: float = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +99,9 @@ class Glow(Model):
         levels: number of levels L; each halves the image side.
         steps: number of flow steps per level K.
         hidden: number of channels inside the coupling networks.
-        coupling: type of coupling, ``"affine"`` or ``"additive"``.
+        coupling: type of coupling, ``"affine"``, ``"additive"`` or ``"spline"``. ``"spline"``: the rational-quadratic
+            splines of neural spline flows (arXiv:1906.04032, section 5.3), see
+            :class:`~fastflow.nn.SplineCoupling`.
         conv1x1: channel mixing of a step: a learned 1x1 convolution (``"lu"``: LU-factored, ``"plain"``) or a
             fixed permutation (``"reverse"``, ``"shuffle"``).
         n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``. None: images are floating point
@@ -127,6 +131,9 @@ class Glow(Model):
             ``min(1, 2048 / (hidden * steps ** 2))``, so that Adam's first steps do not explode in deep models
             without a warm-up (docs/training.md). 1: as in the paper's code, which warms up. Networks of the
             caller's own are not scaled.
+        bins: number of bins of each spline, with ``coupling="spline"``.
+        bound: the splines map ``[-bound, bound]`` to itself and are the identity outside. ActNorm starts every
+            channel with mean 0 and standard deviation 1, so that the default covers most values.
 
     Of floating point images, :meth:`log_prob` is the exact log-density in nats, and :meth:`bits_per_dim` the same in
     bits per dimension. It depends on the unit of the values and may be negative: it is not comparable with bits/dim
@@ -157,7 +164,7 @@ class Glow(Model):
             if config.context_image:
                 features *= 4 ** (level + 1)
             options = config.hidden, config.coupling, config.conv1x1, config.scale, config.network, features
-            steps = [GlowStep(c, *options) for _ in range(config.steps)]
+            steps = [GlowStep(c, *options, config.bins, config.bound) for _ in range(config.steps)]
             for step in steps:
                 if isinstance(step.coupling.net, GlowNetwork):
                     step.coupling.net.scale_outputs(config.start_of_outputs())

@@ -60,9 +60,13 @@ class ElementwiseCoupling(Flow):
             return Checkerboard(x, self.swap_halves)
         return Halves(self.split, self.swap_halves)
 
-    def _network(self, parts: Parts, x: Tensor, context: Tensor | None) -> Tensor:
+    def _network(
+        self, parts: Parts, x: Tensor, context: Tensor | None, shared_args: Sequence[Tensor]
+    ) -> Tensor:
         x_a = parts.network_input(x)
-        return self.net(x_a) if context is None else self.net(x_a, context)
+        # by keyword: hooks on the network see x and the context only
+        further = {"shared_args": shared_args} if shared_args else {}
+        return self.net(x_a, **further) if context is None else self.net(x_a, context, **further)
 
     def _operands(self, parts: Parts, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, dict]:
         """x, parameters and channels of the op: all of x for a mask of channels, else its transformed part."""
@@ -78,23 +82,34 @@ class ElementwiseCoupling(Flow):
         h = h.unflatten(1, (-1, each)).movedim(2, -1).flatten(1, -2).index_select(1, parts.transformed)
         return parts.taken(x), h.flatten(1), {}
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, *network_args: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """``(y, log_det)``; ``network_args`` are further arguments of the network if these are computed already."""
         parts = self._parts(x)
-        v, params, channels = self._operands(parts, x, self._network(parts, x, context))
+        v, params, channels = self._operands(parts, x, self._network(parts, x, context, network_args))
         y, log_det = self._transform(v, *self._completed(x, params, channels))
         return y if isinstance(parts, Channels) else parts.merged(x, y), log_det
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, z: Tensor, context: Tensor | None = None, *network_args: Tensor
+    ) -> tuple[Tensor, Tensor]:
         parts = self._parts(z)
         z, log_det_passing = self._read(parts, z)
         with state_from_data(False):
-            operands = self._operands(parts, z, self._network(parts, z, context))
+            operands = self._operands(parts, z, self._network(parts, z, context, network_args))
         x, log_det = self._transform(*operands, inverse=True)
         x = x if isinstance(parts, Channels) else parts.merged(z, x)
         return x, log_det if log_det_passing is None else log_det + log_det_passing
 
     def inverse_backward(
-        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+        self,
+        z: Tensor,
+        dz: Tensor,
+        dlog_det: Tensor,
+        wanted: Sequence[Tensor],
+        context: Tensor | None = None,
+        *network_args: Tensor,
     ) -> tuple[Tensor, Tensor, Gradients]:
         parts = self._parts(z)
         fused = isinstance(parts, Channels)
@@ -102,7 +117,7 @@ class ElementwiseCoupling(Flow):
             read = self._read(parts, z)[0]
         with torch.enable_grad():
             read = read.detach().requires_grad_()
-            y, params, channels = self._operands(parts, z, self._network(parts, read, context))
+            y, params, channels = self._operands(parts, z, self._network(parts, read, context, network_args))
             params, channels = self._completed(z, params, channels)
         dy = dz if fused else parts.taken(dz)
         x, dx, dparams = self._transform_inverse_backward(y, params.detach(), dy, dlog_det, channels)

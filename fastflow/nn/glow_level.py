@@ -16,6 +16,7 @@ from fastflow.nn.flow import Flow
 from fastflow.nn.networks.builder import NetworkBuilder, built
 from fastflow.nn.networks.glow_network import GlowNetwork, network_args_of
 from fastflow.nn.permute import Permute
+from fastflow.nn.spline_coupling import SplineCoupling
 from fastflow.nn.squeeze import Squeeze
 from fastflow.reversible import Gradients, add, run_reversible, run_storing, vjp
 from fastflow.state_from_data import state_from_data
@@ -36,7 +37,8 @@ class GlowStep(Flow):
     Args:
         num_features: number of channels C, 2 or more, or 1 with ``context_features``.
         hidden: number of channels inside the coupling network.
-        coupling: ``"affine"`` or ``"additive"``.
+        coupling: ``"affine"``, ``"additive"`` or ``"spline"``: rational-quadratic splines, see
+            :class:`SplineCoupling`.
         conv1x1: channel mixing: ``"lu"`` or ``"plain"``, a learned 1x1 convolution with or without LU
             decomposition; ``"reverse"`` or ``"shuffle"``, a fixed permutation.
         scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`.
@@ -44,6 +46,8 @@ class GlowStep(Flow):
             (in_channels, out_channels) that returns the network, a module.
         context_features: number of channels of the context at the size of x, see :class:`GlowNetwork`; None:
             no context.
+        bins: number of bins K of each spline; the network has (3K - 1) outputs per transformed channel.
+        bound: the splines map ``[-bound, bound]`` to itself, and are the identity outside.
 
     Shape: x, z ``[N, C, H, W]``; log_det ``[N]``, nats.
     Raises ValueError for another shape, and for any other argument.
@@ -58,27 +62,34 @@ class GlowStep(Flow):
         scale: str = "soft_clamp",
         network: str | NetworkBuilder = "auto",
         context_features: int | None = None,
+        bins: int = 4,
+        bound: float = 3.0,
     ) -> None:
         super().__init__()
         validation.positive_int("num_features", num_features)
         if num_features < 2 and context_features is None:
             raise validation.argument_error("num_features", num_features, "2 or more, or context_features")
         validation.positive_int("hidden", hidden)
-        validation.one_of("coupling", coupling, ("affine", "additive"))
+        validation.one_of("coupling", coupling, ("affine", "additive", "spline"))
         validation.one_of("conv1x1", conv1x1, ("lu", "plain", "reverse", "shuffle"))
+        validation.positive_int("bins", bins)
+        validation.number("bound", bound, "a positive number", lambda v: 0 < v < math.inf)
         kept = num_features // 2
         transformed = num_features - kept
         self.actnorm = ActNorm(num_features)
         self.conv1x1 = _mixing(num_features, conv1x1)
-        outputs = 2 * transformed if coupling == "affine" else transformed
+        each = {"affine": 2, "additive": 1, "spline": SplineCoupling.params_per_element(bins)}[coupling]
+        outputs = each * transformed
         if callable(network):
             net = built(network, kept, outputs)
         else:
             net = GlowNetwork(kept, outputs, hidden, network, context_features)
         if coupling == "affine":
             self.coupling = AffineCoupling(net, scale=scale, num_scale_factors=transformed)
-        else:
+        elif coupling == "additive":
             self.coupling = AdditiveCoupling(net)
+        else:
+            self.coupling = SplineCoupling(net, bins=bins, bound=bound)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None
@@ -144,10 +155,13 @@ def shared_args_of(
 def coupling_args_of(
     couplings: list[Flow], device: torch.device, pixels: int
 ) -> list[tuple[Tensor | None, ...]]:
-    """Factor of the scale function and arguments of the network of each coupling; none of other flows."""
-    if any(type(coupling) not in (AffineCoupling, AdditiveCoupling) for coupling in couplings):
+    """Arguments of each coupling's network, for affine ones after their factors; none of other flows."""
+    kinds = {type(coupling) for coupling in couplings}
+    if kinds != {SplineCoupling} and not kinds <= {AffineCoupling, AdditiveCoupling}:
         return [()] * len(couplings)
     networks = network_args_of([coupling.net for coupling in couplings], device, pixels)
+    if kinds == {SplineCoupling}:
+        return networks
     log_factors = [coupling.log_factor for coupling in couplings]
     if any(f is None or f.shape != log_factors[0].shape or f.numel() == 1 for f in log_factors):
         return [(None, *of_network) for of_network in networks]

@@ -48,6 +48,7 @@ MODELS = {
     "Glow, additive, reverse, learned prior": lambda **kw: glow(
         coupling="additive", conv1x1="reverse", learned_prior=True, **kw
     ),
+    "Glow, spline": lambda **kw: glow(coupling="spline", bins=3, bound=2.0, **kw),
     "Glow, shuffle, classes": lambda **kw: glow(conv1x1="shuffle", classes=3, **kw),
 }
 MNIST = {f"MNIST, {variant}": lambda variant=variant, **kw: mnist_flow(variant, **kw) for variant in VARIANTS}
