@@ -194,11 +194,12 @@ def root(z, weight, mean, width, rate, fastest, mask, COMPONENTS: tl.constexpr, 
         above = found > z
         low = tl.where(above, low, x)
         high = tl.where(above, x, high)
-        inverse_slope = 1 / slope
-        step = (z - found) * inverse_slope
+        residual = z - found
+        step = residual / slope
         size = tl.abs(step)
-        rounding = (tl.abs(x) + (1 + tl.abs(z)) * inverse_slope) * (2 * EPSILON)
-        small = (size <= rounding) | (size <= NEAR / fastest)
+        small = (size <= tl.maximum(tl.abs(x) * (2 * EPSILON), NEAR / fastest)) | (
+            tl.abs(residual) <= (1 + tl.abs(z)) * (2 * EPSILON)
+        )
         newton = (x + step >= low) & (x + step <= high) & (small | (2 * size <= tl.abs(last)))
         to = tl.where(newton, x + step, tl.where(small, x, low + (high - low) / 2))
         last = tl.where(newton, step, high - low)
@@ -372,7 +373,7 @@ def mixture_cdf_backward_kernel(
             VEC_K, VEC_P,
         )  # fmt: skip
     else:
-        for i in range(tl.cdiv(COMPONENTS, GROUP)):
+        for i in range((COMPONENTS + GROUP - 1) // GROUP):
             b_logit = load_group(
                 h, n, k, p, i, mask, h_n, h_k, h_p, COMPONENTS, 2, GROUP, EACH, ACC, DIM_H, VEC_K, VEC_P
             )

@@ -130,12 +130,11 @@ struct MixtureMath {
       const Terms t = terms<false>(x, p);
       const I above = ~at_least(z, t.z);
       low = select(above, low, x), high = select(above, x, high);
-      const V inverse_slope = 1 / t.slope, step = (z - t.z) * inverse_slope, to = x + step,
-              size = M::abs(step);
+      const V residual = z - t.z, step = residual / t.slope, to = x + step, size = M::abs(step);
       // the derivative of the log-slope is at most a few times the largest rate, so the error after a step
       // that is a small part of the width is of the order of its square
-      const V rounding = (M::abs(x) + (1 + M::abs(z)) * inverse_slope) * (2 * EPSILON);
-      const I small = at_least(larger(rounding, near / fastest), size);
+      const I small = at_least(larger(M::abs(x) * (2 * EPSILON), near / fastest), size) |
+                      at_least((M::abs(z) + 1) * (2 * EPSILON), M::abs(residual));
       const I inside = at_least(to, low) & at_least(high, to);
       const I newton = inside & (small | at_least(M::abs(last), size * 2));
       const V halved = low + (high - low) / 2;

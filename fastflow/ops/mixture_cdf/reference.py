@@ -84,10 +84,10 @@ def _root(z: Tensor, m: _Mixture) -> Tensor:
         t = _terms(x, m)
         above = t.z > z
         low, high = torch.where(above, low, x), torch.where(above, x, high)
-        inverse_slope = torch.exp(-t.log_slope)
-        step = (z - t.z) * inverse_slope
+        residual = z - t.z
+        step = residual * torch.exp(-t.log_slope)
         inside = (x + step >= low) & (x + step <= high)
-        small = step.abs() <= epsilon * (x.abs() + (1 + z.abs()) * inverse_slope)
+        small = (step.abs() <= epsilon * x.abs()) | (residual.abs() <= epsilon * (1 + z.abs()))
         newton = inside & ((2 * step.abs() <= last.abs()) | small)
         to = torch.where(newton, x + step, torch.where(small, x, low + (high - low) / 2))
         last = torch.where(newton, step, high - low)
