@@ -129,6 +129,41 @@ REFERENCE = [
         "dA = -(dB @ X.mT)",
         "tests/ops/test_triangular_solve.py -k reference",
     ),
+    Fault(
+        "knots of the bin above",
+        "fastflow/ops/spline/reference.py",
+        "ends = (knots.y if inverse else knots.x)[..., 1:]",
+        "ends = (knots.y if inverse else knots.x)[..., :-1]",
+        "tests/ops/test_spline.py -k reference",
+    ),
+    Fault(
+        "factor of the raw sizes left out of their gradient",
+        "fastflow/ops/spline/reference.py",
+        "(1 - smallest * form.bins) * form.factor * _softmax_vjp",
+        "(1 - smallest * form.bins) * _softmax_vjp",
+        "tests/ops/test_spline.py -k reference",
+    ),
+    Fault(
+        "gradient of a circular slope only of its first knot",
+        "fastflow/ops/spline/reference.py",
+        "by_slope[..., :1] + by_slope[..., -1:], by_slope[..., 1:-1]",
+        "by_slope[..., :1], by_slope[..., 1:-1]",
+        "tests/ops/test_spline.py -k reference",
+    ),
+    Fault(
+        "interval of a spline open at its upper bound",
+        "fastflow/ops/spline/reference.py",
+        "return above & (v <= interval.high)",
+        "return above & (v < interval.high)",
+        "tests/ops/test_spline.py -k reference",
+    ),
+    Fault(
+        "log-slope of NaN is 0",
+        "fastflow/ops/spline/reference.py",
+        "log_slope = torch.where(inside, log_slope, torch.where(v.isnan(), v, 0.0))",
+        "log_slope = torch.where(inside, log_slope, torch.zeros_like(v))",
+        "tests/ops/test_spline.py -k reference",
+    ),
 ]
 
 TRITON = [
@@ -341,6 +376,34 @@ TRITON = [
         "vec_k = math.gcd(16, k, *",
         "vec_k = math.gcd(16, *",
         op(INTERPRETER, "actnorm", "affine_coupling"),
+    ),
+    Fault(
+        "lower end of a bin includes the bin",
+        "triton_kernels/spline.py",
+        "below += tl.where(here, e[i - 1], 0.0)",
+        "below += tl.where(here, e[i], 0.0)",
+        op(INTERPRETER, "spline"),
+    ),
+    Fault(
+        "slope of the last circular knot is 1",
+        "triton_kernels/spline.py",
+        "r1 = tl.where(index == BINS - 1, raw[0], r1)",
+        "r1 = tl.where(index == BINS, raw[0], r1)",
+        op(INTERPRETER, "spline"),
+    ),
+    Fault(
+        "root of the quadratic cancels",
+        "triton_kernels/spline.py",
+        "tl.where(positive, 2 * s * eta, root - b) / tl.where(positive, b + root, 2 * a)",
+        "tl.where(a != 0, root - b, 2 * s * eta) / tl.where(a != 0, 2 * a, b + root)",
+        op(INTERPRETER, "spline"),
+    ),
+    Fault(
+        "channels before the transformed ones not copied",
+        "triton_kernels/spline.py",
+        "c = tl.where(j < K + first_channel, j - K, j)",
+        "c = j",
+        op(INTERPRETER, "spline"),
     ),
 ]
 
@@ -564,6 +627,34 @@ CPU = [
         "for (int64_t slot = 1; slot < slots; ++slot)",
         "for (int64_t slot = 1; slot < slots - 1; ++slot)",
         op("compiled", "actnorm", "gaussian"),
+    ),
+    Fault(
+        "inverse log-slope keeps its sign",
+        "csrc/spline/spline.cpp",
+        "f.inverse ? -log_slope : log_slope",
+        "log_slope",
+        op("compiled", "spline"),
+    ),
+    Fault(
+        "negative discriminant of rounding",
+        "csrc/spline/spline.cpp",
+        "M::sqrt(M::max(b * b + 4 * a * s * eta, 0))",
+        "M::sqrt(b * b + 4 * a * s * eta)",
+        op("compiled", "spline"),
+    ),
+    Fault(
+        "upper end of a spline by the sum of its bins",
+        "csrc/spline/spline.cpp",
+        "return select(at_least(kept, end()), M::all(1), M::min(M::max(xi, 0), 1));",
+        "return M::min(M::max(xi, 0), 1);",
+        op("compiled", "spline"),
+    ),
+    Fault(
+        "order of a spline's channels ignored",
+        "csrc/cpu/columns.h",
+        "const int64_t c = order[k] = values[k * channel_order->stride(0)];",
+        "const int64_t c = values[k * channel_order->stride(0)]; order[k] = k;",
+        op("compiled", "spline"),
     ),
 ]
 

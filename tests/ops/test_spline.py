@@ -299,7 +299,7 @@ GRADIENTS = by_body(CASES, reference=CASES, compiled=CASES, interpreter=every_va
 
 
 def of_case(case, shape=(2, 4)):
-    form = options(*case["variant"], bins=case["bins"])
+    form = options(*case["variant"], bins=case["bins"], factor=0.7, min_bin=0.02, min_slope=0.05)
     x, params = inputs(form, shape, shape[1] // 2 if case["half"] else None)
     return form, x, params, torch.randperm(shape[1]) if case["half"] else None
 
