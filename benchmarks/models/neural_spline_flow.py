@@ -8,6 +8,9 @@ Log-densities and gradients by the parameters of both are compared with FastFlow
 timed. A model that differs has no row. ``networks only`` computes the five coupling networks, and nothing else: no
 coupling can take less. ``zuko, autoregressive`` is zuko's NSF with two hidden layers per network, a different model.
 
+``--clock processor`` measures the processor time of one thread instead of the time that passes: other programs on the
+machine change it little.
+
 A training step has no optimizer. Each sample has its own context. Models take turns in one process, which keeps the
 memory that tensors free, as the command line does.
 
@@ -16,6 +19,7 @@ Rows go to results/neural_spline_flow.csv. The table of docs/splines.md is rewri
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +34,7 @@ from fastflow.models import NeuralSplineFlow
 from fastflow.nn import SplineCoupling
 from fastflow.trainer.cli import keep_memory
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 SIZES = ((200, 5, 10, 50), (512, 16, 32, 64), (4096, 16, 32, 128))  # batch, features, context, hidden
 QUICK = ((8, 3, 2, 4),)
 MODES = ("training step", "sample")
@@ -166,11 +171,11 @@ def measure(size: tuple[int, int, int, int], options: argparse.Namespace) -> lis
         for call in each.values():
             for _ in range(3):
                 call()
-        taken = harness.microseconds(each, options.seconds, options.device)
+        taken = harness.microseconds(each, options.seconds, options.device, CLOCKS[options.clock])
         harness.refuse_straw_man(taken, f"{size} {mode}", options.quick)
         for name, (p20, p50, p80) in taken.items():
             row = {"batch": batch, "features": features, "context": context, "hidden": hidden, "steps": 5}
-            row |= {"mode": mode, "provider": name}
+            row |= {"mode": mode, "provider": name, "clock": options.clock}
             row |= {"p20_ms": f"{p20 / 1e3:.3f}", "p50_ms": f"{p50 / 1e3:.3f}", "p80_ms": f"{p80 / 1e3:.3f}"}
             row |= {"ratio": f"{p50 / taken['plain'][1]:.3f}"}
             error = errors.get(name)
@@ -189,22 +194,34 @@ def table(rows: list[dict]) -> str:
     body = [[*key, *(cells.get(name, "") for name in providers)] for key, cells in lines.items()]
     about = "{device}, torch {torch}, commit {commit}, {date}".format(**rows[0])
     head = ["batch", "D", "context", "hidden", "", *providers]
-    return f"{page.table(head, body)}\n\n(milliseconds, p50, in parentheses p20 to p80; {about})"
+    clock = " of processor time" if rows[0]["clock"] == "processor" else ""
+    return f"{page.table(head, body)}\n\n(milliseconds{clock}, p50, in parentheses p20 to p80; {about})"
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     def add(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of splines.md")
+        parser.add_argument(
+            "--clock", choices=CLOCKS, default="wall", help="processor: on one thread of a CPU"
+        )
         parser.set_defaults(seconds=15.0)
 
     options, rows = harness.arguments(__doc__, argv, add), []
     keep_memory()
-    if options.device == "cpu" and (load := os.getloadavg()[0]) > 0.3:
+    if options.clock == "processor":
+        if options.device != "cpu":
+            raise ValueError(f"clock: got 'processor' on {options.device}, expected 'wall'")
+    elif options.device == "cpu" and (load := os.getloadavg()[0]) > 0.3:
         print(f"other programs are running ({load:.1f} on average over the last minute): discard these times")
-    for size in tqdm(QUICK if options.quick else SIZES, desc="neural_spline_flow"):
-        found = measure(size, options)
-        harness.append(options.results / "neural_spline_flow.csv", found)
-        rows += found
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if options.clock == "processor" else threads)
+    try:
+        for size in tqdm(QUICK if options.quick else SIZES, desc="neural_spline_flow"):
+            found = measure(size, options)
+            harness.append(options.results / "neural_spline_flow.csv", found)
+            rows += found
+    finally:
+        torch.set_num_threads(threads)
     found = table(rows)
     page.write(options.docs / "splines.md", {"neural_spline_flow": found})
     print(found)

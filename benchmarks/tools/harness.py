@@ -303,8 +303,10 @@ def launches(call: Callable, provider: str, device: str) -> int | str:
     return traffic.calls.total()
 
 
-def turn(call: Callable, seconds: float, device: str) -> list[float]:
-    """Microseconds of every call within ``seconds``, at least one."""
+def turn(
+    call: Callable, seconds: float, device: str, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
+    """Microseconds of every call within ``seconds``, at least one; on a CPU by ``clock``."""
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -313,19 +315,24 @@ def turn(call: Callable, seconds: float, device: str) -> list[float]:
     now = time.perf_counter()
     end = now + seconds
     while now < end or not times:
-        before = time.perf_counter()
+        before = clock()
         call()
+        times.append(1e6 * (clock() - before))
         now = time.perf_counter()
-        times.append(1e6 * (now - before))
     return times
 
 
-def microseconds(calls: dict[str, Callable], seconds: float, device: str) -> dict[str, list[float]]:
+def microseconds(
+    calls: dict[str, Callable],
+    seconds: float,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Percentiles 20, 50 and 80 of each call, in microseconds."""
     rounds = 1 if device == "cuda" else ROUNDS
     times = {name: [] for name in calls}
     for _, (name, call) in itertools.product(range(rounds), calls.items()):
-        times[name] += turn(call, seconds / (rounds * len(calls)), device)
+        times[name] += turn(call, seconds / (rounds * len(calls)), device, clock)
     return {name: np.quantile(t, QUANTILES).tolist() for name, t in times.items()}
 
 

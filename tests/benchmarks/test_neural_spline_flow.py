@@ -36,6 +36,19 @@ def test_rows_of_the_model(device, tmp_path, splines_page, monkeypatch):
     assert_tables(splines_page, "neural_spline_flow")
 
 
+def test_processor_time_is_of_one_thread(tmp_path, splines_page, monkeypatch):
+    monkeypatch.setattr(neural_spline_flow, "keep_memory", lambda: None)
+    monkeypatch.setattr(harness, "ROUNDS", 1)
+    threads = torch.get_num_threads()
+    options = ["--quick", "--clock", "processor", "--results", str(tmp_path), "--docs", str(tmp_path)]
+    rows = neural_spline_flow.main([*options, "--device", "cpu"])
+    assert all(row["device"].endswith("1 threads") and row["clock"] == "processor" for row in rows)
+    assert torch.get_num_threads() == threads
+    assert "(milliseconds of processor time, p50," in splines_page.read_text()
+    with pytest.raises(ValueError, match="^clock: got 'processor' on cuda, expected 'wall'"):
+        neural_spline_flow.main([*options, "--device", "cuda"])
+
+
 @pytest.mark.parametrize("wrong", ["a log-density", "a gradient", "nothing"])
 def test_another_model_is_refused(wrong):
     model = neural_spline_flow.build(3, 2, 4, "cpu").double()
@@ -71,6 +84,22 @@ def test_rows_of_a_table(tmp_path, splines_page, monkeypatch):
     assert [row["provider"] for row in rows] == list(tabular.PROVIDERS[: 1 + libraries.installed("nflows")])
     assert {(row["rows"], row["features"]) for row in rows} == {(120, 3)}, "one row is twice in the file"
     assert_tables(splines_page, "tabular")
+
+
+def test_a_table_has_the_last_row_of_each_model(tmp_path):
+    file = tmp_path / "tabular.csv"
+    rows = [
+        ("SLCP", "fastflow", -2),
+        ("SLCP", "nflows", -3),
+        ("MAGIC", "fastflow", -5),
+        ("SLCP", "fastflow", -1),
+    ]
+    common = {"rows": 10, "features": 5, "seed": 0, "steps": 7, "seconds": 2.0}
+    about = {"device": "a processor", "torch": "2", "commit": "c", "date": "d"}
+    harness.append(file, [{"data": d, "provider": p, "test_nats": v} | common | about for d, p, v in rows])
+    found = tabular.table(tabular.latest(file)).splitlines()
+    assert found[2] == "| MAGIC | 10 | 5 | -5.000 |  |  | 2.0 |  |  |"
+    assert found[3] == "| SLCP | 10 | 5 | -1.000 | -3.000 | +2.000 | 2.0 | 2.0 | 1.0 |"
 
 
 def test_data_are_split_without_overlap_and_standardized_by_the_training_rows():
