@@ -67,7 +67,7 @@ def fused_calls(monkeypatch):
 )
 def test_it_computes_what_the_plain_network_computes(dtype, reversible, coupling, channels_last, fused_calls):
     options = {"reversible": reversible, "coupling": coupling, "channels_last": channels_last}
-    # the steps only differ by rounding, which a deep network amplifies, and the inverse of a steep spline
+    # the steps only differ by rounding, which a deep network amplifies, and the inverse of a flat spline too
     if dtype == torch.bfloat16 or coupling == "spline":
         options["std"] = 0.05
     plain, fused = (level_of(network, dtype=_dtype(dtype), **options) for network in ("plain", "fused"))
