@@ -46,6 +46,16 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
     if hasattr(ops, "glow_network"):
         w1, w2, w3 = (torch.ones(c, c, k, k, device=device) for k in (3, 1, 3))
         later["glow_network"] = ops.glow_network, (x, w1, channel, w2, channel, w3, channel), tuple(range(7))
+    if hasattr(ops, "mixture_cdf"):
+        params = torch.ones(n, 5 * c, side, side, device=device)  # one component
+        later["mixture_cdf"] = lambda x, h: ops.mixture_cdf(x, h, components=1), (x, params), (0, 1)
+        later["mixture_cdf_inverse_backward"] = (
+            lambda y, h, dy, dlog_det: ops.mixture_cdf_inverse_backward(
+                y, h, None, dy, dlog_det, components=1
+            ),
+            (x, params, dy, dlog_det),
+            (),
+        )
     if hasattr(ops, "spline"):
         params = torch.ones(n, 2 * c, side, side, device=device)  # one bin
         later["spline"] = lambda x, h: ops.spline(x, h, bins=1), (x, params), (0, 1)

@@ -31,6 +31,7 @@ import fastflow
 from fastflow import ops
 from fastflow.models import Glow
 from fastflow.nn import AffineCoupling
+from fastflow.ops.mixture_cdf import mixture_cdf_parameters
 from fastflow.ops.spline import parameters_per_element
 
 PAGE = Path(__file__).parents[2] / "docs" / "triton_code.md"
@@ -47,6 +48,7 @@ IMAGE = (3, 32, 32)
 MANY = 512  # images, for kernels that share few among more programs
 HIDDEN = 512  # channels of a coupling network
 VECTORS, BINS = (4096, 16), (8, 16)  # of splines
+COMPONENTS = (4, 8)  # of mixtures
 PIXELS = 2**15  # of a batch, at most, for kernels of which more pixels give no other launch
 
 # recording ----------------------------------------------------------------------------
@@ -280,6 +282,18 @@ def _spline(x: Tensor, bins: int, first_channel: int = 0, channel_order: Tensor 
         ops.spline_inverse_backward(x, h, channel_order, torch.empty_like(x), log_det, **form)
 
 
+def _mixture(x: Tensor, components: int, channel_order: Tensor | None = None) -> None:
+    """Launches mixtures of half of the channels, as :func:`_spline`."""
+    h = torch.empty(len(x), x.shape[1] // 2 * mixture_cdf_parameters(components), *x.shape[2:])
+    h = h.contiguous(memory_format=_format(x)) if x.ndim == 4 else h
+    form = {"components": components}
+    y, log_det = ops.mixture_cdf(x.requires_grad_(), h.requires_grad_(), channel_order, **form)
+    torch.autograd.backward([y, log_det], [torch.empty_like(y), torch.empty_like(log_det)])
+    with torch.no_grad():
+        ops.mixture_cdf(x, h, channel_order, **form, inverse=True)
+        ops.mixture_cdf_inverse_backward(x, h, channel_order, torch.empty_like(x), log_det, **form)
+
+
 def _format(x: Tensor) -> torch.memory_format:
     return (
         torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -319,10 +333,15 @@ def recorded() -> list[Spec]:
             if network == torch.float32:
                 _variational(images)
                 _spline(torch.empty(BATCH, 12, 16, 16).contiguous(memory_format=memory_format), BINS[0], 6)
+                _mixture(
+                    torch.empty(BATCH, 12, 16, 16).contiguous(memory_format=memory_format), COMPONENTS[0]
+                )
         specs |= launched
     with recording() as launched:
         for bins in BINS:
             _spline(torch.empty(VECTORS), bins, channel_order=torch.arange(VECTORS[1]))
+        for components in COMPONENTS:
+            _mixture(torch.empty(VECTORS), components, torch.arange(VECTORS[1]))
     specs |= launched
     layouts = ("contiguous", "channels_last", "mixed", "–")
     return sorted(

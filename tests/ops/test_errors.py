@@ -44,6 +44,11 @@ def coupling(x, h, factor=None, **variant):
     return lambda: ops.affine_coupling(x, h, factor, **variant)
 
 
+def mixture(x=None, params=None, order=None, **other):
+    x, params = x_(2, 4) if x is None else x, x_(2, 4 * 8) if params is None else params
+    return lambda: ops.mixture_cdf(x, params, order, **{"components": 2, **other})
+
+
 def spline(x=None, params=None, order=None, **other):
     x, params = x_(2, 4) if x is None else x, x_(2, 4 * 8) if params is None else params
     return lambda: ops.spline(x, params, order, **{"bins": 3, **other})
@@ -290,6 +295,33 @@ OPS = {
     "seed's shape": (
         lambda: ops.uniform_noise((2, 3), seed=torch.tensor([1, 2])),
         r"seed: got torch.int64 of shape \[2\], expected an int",
+    ),
+    # mixtures
+    "mixture of integers": (mixture(u8(2, 4)), r"x: got dtype torch.uint8, expected a floating point tensor"),
+    "mixture's parameters": (
+        mixture(params=x_(2, 31)),
+        r"params: got shape \[2, 31\], expected \[2, 8 T\] \(x is \[2, 4\]; 8 parameters .* 2 components\)",
+    ),
+    "mixture's dtypes": (
+        mixture(params=x_(2, 32, dtype=F64)),
+        r"params: got dtype torch.float64, expected torch.float32, the dtype of x",
+    ),
+    "mixture's channel_order": (
+        mixture(order=torch.arange(3)),
+        r"channel_order: got shape \[3\], expected \[4\], a permutation of the channels",
+    ),
+    "mixture's first_channel": (
+        mixture(params=x_(2, 16), first_channel=3),
+        r"first_channel: got 3, expected an index from 0 to 2, of the first of 2 transformed channels of 4",
+    ),
+    "components": (mixture(components=0), r"components: got 0, expected a positive integer"),
+    "mixture's dy": (
+        lambda: ops.mixture_cdf_inverse_backward(x_(2, 4), x_(2, 32), None, x_(2, 3), x_(2), components=2),
+        r"dy: got shape \[2, 3\], expected \[2, 4\] \(like y\)",
+    ),
+    "mixture's dlog_det": (
+        lambda: ops.mixture_cdf_inverse_backward(x_(2, 4), x_(2, 32), None, x_(2, 4), x_(2, 1), components=2),
+        r"dlog_det: got shape \[2, 1\], expected \[2\] \(one value per sample\)",
     ),
     # splines
     "spline of integers": (spline(u8(2, 4)), r"x: got dtype torch.uint8, expected a floating point tensor"),

@@ -261,6 +261,37 @@ CPU_ERRORS = {
             for wrong in (-1, 0, 4)
         ),
     ],
+    "mixture_cdf": [
+        ((COUNT, COUNT, None, 0, 1, False), "x: got shape [2], expected at least 2 dimensions"),
+        ((EVEN, OF_EACH.int(), None, 0, 1, False), f"params: got dtype Int, {FLOATING}"),
+        (
+            (EVEN, OF_EACH[:, 1:], None, 0, 1, False),
+            "params: got shape [2, 19, 4, 4], expected [2, 15, 4, 4]",
+        ),
+        (
+            (X, OF_EACH, torch.arange(3), 0, 1, False),
+            "params: got 20 parameters per position of x, expected at most 15",
+        ),
+        ((EVEN, OF_EACH, None, 0, 0, False), "components: got 0, expected 1 to 64"),
+        ((EVEN, OF_EACH, None, 0, 65, False), "components: got 65, expected 1 to 64"),
+        ((EVEN, OF_HALF, None, 3, 1, False), "first_channel: got 3, expected 0 to 2"),
+        (
+            (EVEN, OF_HALF, torch.tensor([3, 0, 4, 1]), 0, 1, False),
+            "channel_order: got 4 at index 2, expected a permutation of 0 to 3",
+        ),
+    ],
+    "mixture_cdf_backward": [
+        ((EVEN, OF_EACH, None, 0, X, COUNT, 1, False), "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
+        ((EVEN, OF_EACH, None, 0, EVEN, VECTORS, 1, False), "dlog_det: got shape [2, 3], expected [2]"),
+        ((EVEN, OF_EACH, None, 0, EVEN, COUNT, 65, False), "components: got 65, expected 1 to 64"),
+    ],
+    "mixture_cdf_inverse_backward": [
+        ((EVEN, OF_EACH, None, 0, X, COUNT, 1), "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
+        (
+            (EVEN, OF_EACH[:1], None, 0, EVEN, COUNT, 1),
+            "params: got shape [1, 20, 4, 4], expected [2, 20, 4, 4]",
+        ),
+    ],
     "spline_backward": [
         (
             (EVEN, OF_EACH, None, 0, X, COUNT, *TWO_BINS, False),
@@ -448,6 +479,17 @@ def runs():
             *C.spline_inverse_backward(y, params, order, 0, dy, dlog_det, *form),
         )
 
+    def mixed(x, dy, dlog_det, params, order):
+        """Mixtures of two components, both directions, and their gradients."""
+        y, log_det = C.mixture_cdf(x, params, order, 0, 2, False)
+        return (
+            y,
+            log_det,
+            *C.mixture_cdf(y, params, order, 0, 2, True),
+            *C.mixture_cdf_backward(x, params, order, 0, dy, dlog_det, 2, True),
+            *C.mixture_cdf_inverse_backward(y, params, order, 0, dy, dlog_det, 2),
+        )
+
     pixels = torch.randint(0, 256, (9000, 6)).to(torch.uint8)
 
     def dequantized(noise, dy):
@@ -480,6 +522,8 @@ def runs():
             *C.affine_coupling_inverse_backward(*vectors, *SOFT),
         ),
         "spline of vectors": lambda: splined(vectors[0], vectors[3], vectors[4], splines, order),
+        "mixture_cdf of vectors": lambda: mixed(vectors[0], vectors[3], vectors[4], splines, order),
+        "mixture_cdf of images": lambda: mixed(x, dy, x[:, 0, 0, 0], of_images, None),
         "spline of images": lambda: splined(x, dy, x[:, 0, 0, 0], of_images, None),
         "gaussian_log_prob of vectors": lambda: log_prob(vectors[0], vectors[3], factor),
         "conv1x1": lambda: (C.conv1x1(x, weight, dy[0, :, 0, 0]),),

@@ -98,6 +98,24 @@ def test_spline(shape, layout, each_backend):
 
 @each_layout
 @shapes
+def test_mixture_cdf(shape, layout, each_backend):
+    n, c, *size = shape
+    form = {"components": 2}
+    x, params = lay_out(torch.randn(shape), layout), lay_out(0.3 * torch.randn(n, c // 2 * 8, *size), layout)
+    order = torch.randperm(c)
+    for inverse in (False, True):
+        found = gradients(ops.mixture_cdf, x, params, order, **form, inverse=inverse)
+        exact = exactly(
+            lambda *a, v=inverse: gradients(ops.mixture_cdf, *a, **form, inverse=v), x, params, order
+        )
+        assert_near(found, exact)
+    args = x, params, order, found[0], found[1]
+    found = ops.mixture_cdf_inverse_backward(*args, **form)
+    assert_near(found, exactly(ops.mixture_cdf_inverse_backward, *args, **form))
+
+
+@each_layout
+@shapes
 def test_actnorm(shape, layout, each_backend):
     x, s, b = lay_out(torch.randn(shape), layout), 0.3 * torch.randn(shape[1]), torch.randn(shape[1])
     for inverse in (False, True):
