@@ -338,7 +338,6 @@ def mixture_cdf_backward_kernel(
     )
     inverse_f, inverse_f1, inverse_total = 1 / f, 1 / f1, 1 / total
     log_by_x = tl.zeros_like(b_x)
-    weights = tl.zeros_like(b_x)
     for i in tl.static_range(COMPONENTS):
         u = (b_x - mean[i]) * rate[i]
         one, to_left, to_right = sides_of(u)
@@ -348,7 +347,6 @@ def mixture_cdf_backward_kernel(
             tl.exp(exponent_of(weight[i], u, width[i], left, top, top1) - highest) * one * one * inverse_total
         )
         log_by_x += rate[i] * (share * (to_right - to_left) - below * to_right + above * to_left)
-        weights += tl.exp(weight[i])
     g = b_dy
     if GIVEN == "inverse":
         dlog = -dlog
@@ -365,6 +363,9 @@ def mixture_cdf_backward_kernel(
     tl.store(at, (by_z * z + dlog).to(dh.dtype.element_ty), mask=mask)
     at = address_of(dh, n, k, p, dh_n, dh_k, dh_p, 1, EACH, DIM_DH, VEC_K, VEC_P)
     tl.store(at, g.to(dh.dtype.element_ty), mask=mask)
+    weights = tl.zeros_like(b_x)
+    for i in tl.static_range(COMPONENTS):
+        weights += tl.exp(weight[i])
     # The terms are computed again as the parameters lie in memory, see store_sizes in spline.py.
     if len(logits) == 1 and ACC != tl.float64:
         store_group(

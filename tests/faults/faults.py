@@ -164,6 +164,27 @@ REFERENCE = [
         "log_slope = torch.where(inside, log_slope, torch.zeros_like(v))",
         "tests/ops/test_spline.py -k reference",
     ),
+    Fault(
+        "logistics towards the same side in the slope of a mixture",
+        "fastflow/ops/mixture_cdf/reference.py",
+        "[below + right - m.log_width, above + left - m.log_width]",
+        "[below + right - m.log_width, above + right - m.log_width]",
+        "tests/ops/test_mixture_cdf.py -k reference",
+    ),
+    Fault(
+        "mixture's inverse without its bracket",
+        "fastflow/ops/mixture_cdf/reference.py",
+        "newton = inside & ((2 * step.abs() <= last.abs()) | small)",
+        "newton = step.isfinite()",
+        "tests/ops/test_mixture_cdf.py -k reference",
+    ),
+    Fault(
+        "mixture's inverse with the derivatives of one step",
+        "fastflow/ops/mixture_cdf/reference.py",
+        "for _ in range(2):",
+        "for _ in range(1):",
+        "tests/ops/test_derivatives.py -k 'mixture_cdf_backward and inverse and second'",
+    ),
 ]
 
 TRITON = [
@@ -404,6 +425,20 @@ TRITON = [
         "c = tl.where(j < K + first_channel, j - K, j)",
         "c = j",
         op(INTERPRETER, "spline"),
+    ),
+    Fault(
+        "slope of a mixture not taken in logarithms",
+        "triton_kernels/mixture_cdf.py",
+        "return highest + tl.log(total / tl.where(left, f, f1) * both), total, highest",
+        "return tl.log(tl.exp(highest) * total / tl.where(left, f, f1) * both), total, highest",
+        op(INTERPRETER, "mixture_cdf"),
+    ),
+    Fault(
+        "gradient of a mixture's logits without that of the weights",
+        "triton_kernels/mixture_cdf.py",
+        "d * (share - below - above + of_all)",
+        "d * (share - below - above)",
+        op(INTERPRETER, "mixture_cdf"),
     ),
 ]
 
@@ -655,6 +690,20 @@ CPU = [
         "const int64_t c = order[k] = values[k * channel_order->stride(0)];",
         "const int64_t c = values[k * channel_order->stride(0)]; order[k] = k;",
         op("compiled", "spline"),
+    ),
+    Fault(
+        "an infinite rounding error ends a mixture's inverse",
+        "csrc/mixture_cdf/mixture.cpp",
+        "at_least((M::abs(z) + 1) * (2 * EPSILON), M::abs(residual))",
+        "at_least((M::abs(z) + 1) * (2 * EPSILON) / t.slope, size)",
+        op("compiled", "mixture_cdf"),
+    ),
+    Fault(
+        "gradient of a mixture's log-scales without their share in the slope",
+        "csrc/mixture_cdf/mixture.cpp",
+        "-u * by - dlog * share",
+        "-u * by",
+        op("compiled", "mixture_cdf"),
     ),
 ]
 
