@@ -634,8 +634,8 @@ GLOW = {
         }.items()
     },
     "coupling": (
-        lambda: glow(coupling="spline"),
-        r"coupling: got 'spline', expected one of 'affine', 'additive'",
+        lambda: glow(coupling="cubic"),
+        r"coupling: got 'cubic', expected one of 'affine', 'additive', 'spline'",
     ),
     "conv1x1": (
         lambda: glow(conv1x1="qr"),
