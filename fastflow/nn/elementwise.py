@@ -1,6 +1,7 @@
 """Elementwise flows without parameters, or with one."""
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,13 @@ from fastflow.ops import acc_dtype
 class _Elementwise(Flow):
     """Base class of functions of one element: ``_map`` and ``_inverse_map`` return values and log slopes."""
 
+    @abstractmethod
     def _map(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _map")
 
+    @abstractmethod
     def _inverse_map(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _inverse_map")
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         validation.floating_point("x", x)

@@ -1,5 +1,6 @@
 """The base of couplings with functions of elements that one op computes."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -29,20 +30,23 @@ class ElementwiseCoupling(Flow):
         self.swap_halves, self.split = swap_halves, split
 
     @property
+    @abstractmethod
     def each(self) -> int:
         """Number of parameters of an element."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no each")
 
+    @abstractmethod
     def _transform(
         self, v: Tensor, params: Tensor, channels: dict, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The op; ``channels`` are its arguments that name the transformed channels."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _transform")
 
+    @abstractmethod
     def _transform_inverse_backward(
         self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict
     ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _transform_inverse_backward")
 
     def _completed(self, x: Tensor, params: Tensor, channels: dict) -> tuple[Tensor, dict]:
         """Parameters and channels of the op, of those of the transformed part."""

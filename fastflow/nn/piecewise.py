@@ -1,6 +1,7 @@
 """Piecewise linear and piecewise quadratic functions for couplings."""
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +24,14 @@ class _Piecewise(nn.Module):
         self.bins, self.bound, self.min_slope = bins, bound, min_slope
 
     @property
+    @abstractmethod
     def params_per_element(self) -> int:
         """Number P of parameters of one element, by which a network's number of outputs follows."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no params_per_element")
 
+    @abstractmethod
     def _unit(self, u: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _unit")
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return self._mapped(x, h, inverse=False)
