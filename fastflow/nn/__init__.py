@@ -30,6 +30,7 @@ from fastflow.nn.mixture_cdf_coupling import MixtureCDFCoupling
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import GatedNetwork
 from fastflow.nn.networks.glow_network import GlowNetwork
+from fastflow.nn.networks.masked_network import MaskedNetwork
 from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.networks.residual_mlp import ResidualMLP
 from fastflow.nn.networks.residual_network import ResidualNetwork
@@ -85,6 +86,7 @@ __all__ = [
     "Logit",
     "LogitDequantize",
     "MLP",
+    "MaskedNetwork",
     "MixtureCDFCoupling",
     "Permute",
     "PiecewiseLinear",

@@ -3,6 +3,7 @@
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import ChannelLayerNorm, GatedBlock, GatedNetwork
 from fastflow.nn.networks.glow_network import ActNormConv2d, GlowNetwork, ZeroConv2d
+from fastflow.nn.networks.masked_network import MaskedNetwork
 from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.networks.residual_mlp import ResidualMLP, ResidualMLPBlock
 from fastflow.nn.networks.residual_network import ResidualBlock, ResidualNetwork, WeightNormConv2d
@@ -15,6 +16,7 @@ __all__ = [
     "GatedNetwork",
     "GlowNetwork",
     "MLP",
+    "MaskedNetwork",
     "ResidualBlock",
     "ResidualMLP",
     "ResidualMLPBlock",

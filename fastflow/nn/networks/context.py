@@ -22,9 +22,15 @@ def with_context(x: Tensor, context: Tensor | None, context_features: int | None
     Shape: x ``[N, C, ...]``; context ``[N, context_features]``, or of an image with that many channels after it
     is squeezed. Raises ValueError for another context.
     """
+    context = checked_context(x, context, context_features)
+    return x if context is None else torch.cat([x, context], dim=1)
+
+
+def checked_context(x: Tensor, context: Tensor | None, context_features: int | None) -> Tensor | None:
+    """The context as it is concatenated to x, see :func:`with_context`; None without ``context_features``."""
     if context_features is None:
         if context is None:
-            return x
+            return None
         got = f"a tensor of {validation.shape_of(context)}"
         raise validation.argument_error("context", got, "None: the network has no context_features")
     n, _, *sides = x.shape
@@ -44,7 +50,7 @@ def with_context(x: Tensor, context: Tensor | None, context_features: int | None
         raise validation.argument_error("context", validation.shape_of(given), expected)
     if not context.is_floating_point():
         raise validation.argument_error("context", f"dtype {context.dtype}", "floating point")
-    return torch.cat([x, context], dim=1)
+    return context
 
 
 def _is_twice(size: torch.Size, sides: list[int]) -> bool:

@@ -1,0 +1,380 @@
+"""Masked network of autoregressive flows: the parameters of a feature depend on the features before it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastflow import validation
+from fastflow.nn.networks.context import checked_context
+from fastflow.transforms import in_transform
+
+ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu}
+CONTEXT_MODES = ("add", "glu")
+BEFORE, GATE, AFTER, SKIP = 1, 2, 4, 8
+
+
+class Plan(NamedTuple):
+    """A masked network as ``fastflow.ops.masked_inverse`` takes it: the units of each layer sorted by degree."""
+
+    weights: Tensor
+    """Matrices of the layers, row-major, one after the other; masked entries are 0."""
+    ends: Tensor
+    """int64 ``[L, D]``: the number of units of hidden layer l of degree k or less."""
+    order: Tensor
+    """int64 ``[D]``: feature ``order[k]`` is the k-th."""
+    widths: list[int]
+    """Number of units of each hidden layer."""
+    layers: list[int]
+    """Flags of each layer, the last of the output."""
+
+
+class MaskedNetwork(nn.Module):
+    r"""Masked network (MADE): the outputs of feature ``order[k]`` depend on the features ``order[:k]`` only.
+
+    Source: MADE, arXiv:1502.03509, section 4. A hidden unit of degree d depends on the first d features. Connections
+    to a unit of a lower degree are masked: they multiply by 0. The degrees of a layer's units ascend and are spread
+    evenly from 1 to D - 1. With a context, or with one feature, they start at 0: such units depend on no feature.
+
+    The last layer is zero-initialized, so flows start as the identity.
+
+    Args:
+        features: number of features D.
+        outputs_per_feature: number P of outputs of each feature.
+        hidden: numbers of units of the hidden layers. With ``residual``, the first is the width of the blocks' inputs
+            and outputs, and each further one is the width of the layer inside a block.
+        residual: pre-activation residual blocks of two layers after the first layer, as in :class:`ResidualMLP`.
+        context_features: number of features of the context; None: no context.
+        context_mode: ``"add"``: a linear map of the context is added to the first layer, and to the layer inside each
+            block. ``"glu"``: it is added to the first layer, and the sigmoid of one multiplies the output of each
+            block before it is added, or without blocks each further hidden layer before its activation.
+        context_activation: apply the activation to the context's term of the first layer, as nflows does.
+        order: order of the features: None: as they are; ``"reverse"``, ``"random"`` (torch's generator), or a
+            sequence of each index from 0 to D - 1 once. It is in the state dict unless it is None.
+        activation: ``"relu"``, ``"tanh"``, ``"silu"`` or ``"elu"``.
+        dropout: probability of dropout after the activation of each hidden layer, with ``residual`` of the layer
+            inside each block, in [0, 1).
+        degrees: degrees of the units of each hidden layer, with ``residual`` those of the first layer, then for each
+            block those inside it and those of its output, which are the first layer's. None: spread evenly.
+
+    Shape: x ``[N, D]``; context ``[N, context_features]`` or None; output ``[N, D P]``, the P outputs of the first
+    feature, then those of the second.
+    Raises ValueError for any other argument.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> net = fnn.MaskedNetwork(4, 2, hidden=(16, 16))
+        >>> h = net(torch.randn(8, 4))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        outputs_per_feature: int,
+        hidden: Sequence[int] = (512, 512),
+        *,
+        residual: bool = False,
+        context_features: int | None = None,
+        context_mode: str = "add",
+        context_activation: bool = False,
+        order: str | Sequence[int] | None = None,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        degrees: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__()
+        validation.positive_ints(features=features, outputs_per_feature=outputs_per_feature)
+        validation.boolean("residual", residual)
+        fewest = 2 if residual else 1
+        validation.sample_shape("hidden", hidden, f"{fewest} or more positive integers")
+        if len(hidden) < fewest:
+            expected = "2 or more positive integers: widths of the blocks and inside each block"
+            raise validation.argument_error("hidden", hidden, expected)
+        validation.positive_int("context_features", context_features, optional=True)
+        validation.one_of("context_mode", context_mode, CONTEXT_MODES)
+        validation.boolean("context_activation", context_activation)
+        validation.one_of("activation", activation, tuple(ACTIVATIONS))
+        validation.number("dropout", dropout, "a number from 0 to below 1", lambda v: 0 <= v < 1)
+        self.features, self.outputs_per_feature, self.hidden = features, outputs_per_feature, tuple(hidden)
+        self.residual, self.context_features, self.context_mode = residual, context_features, context_mode
+        self.context_activation, self.activation, self.dropout = context_activation, activation, dropout
+        gated = context_features is not None and context_mode == "glu"
+        self.widths, self.flags = _layers(self.hidden, residual, gated)
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b)
+            for a, b in zip(
+                (features, *self.widths), (*self.widths, features * outputs_per_feature), strict=True
+            )
+        )
+        self.context_layers = nn.ModuleDict()
+        if context_features is not None:
+            for i, flags in enumerate(self.flags[:-1]):
+                if i == 0 or flags & GATE or (context_mode == "add" and residual and not flags & SKIP):
+                    self.context_layers[str(i)] = nn.Linear(context_features, self.widths[i])
+        self.register_buffer("order", _order(order, features))
+        lowest = 0 if context_features is not None or features == 1 else 1
+        for i, of_layer in enumerate(_degrees(degrees, self.widths, self.flags, features, lowest)):
+            self.register_buffer(f"degrees_{i}", of_layer)
+        self._forget()
+        for layer, flags in zip(self.layers, self.flags, strict=True):
+            if flags & SKIP:
+                nn.init.uniform_(layer.weight, -1e-3, 1e-3)
+                nn.init.uniform_(layer.bias, -1e-3, 1e-3)
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        params = self.in_order(self.sorted(x), context)
+        if self.order is None:
+            return params
+        return self.unsorted(params.unflatten(1, (self.features, self.outputs_per_feature))).flatten(1)
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """``x`` ``[N, D, ...]`` with its features in the network's order."""
+        return x if self.order is None else x.index_select(1, self.order)
+
+    def unsorted(self, x: Tensor) -> Tensor:
+        """``x`` ``[N, D, ...]`` with its features as they were before :meth:`sorted`."""
+        return x if self.order is None else x.index_select(1, torch.argsort(self.order))
+
+    def drawn(self, x: Tensor) -> list[Tensor | None]:
+        """Factors of dropout of the input of each layer for samples like x; of none but in training."""
+        if not (self.training and self.dropout):
+            return [None] * len(self.layers)
+        kept = 1 - self.dropout
+        return [
+            torch.empty(x.shape[0], layer.in_features, dtype=x.dtype, device=x.device)
+            .bernoulli_(kept)
+            .div_(kept)
+            if self._drops(i)
+            else None
+            for i, layer in enumerate(self.layers)
+        ]
+
+    def _drops(self, i: int) -> bool:
+        """Whether dropout is applied to the input of layer i."""
+        return bool(self.flags[i] & SKIP) if self.residual else i > 0
+
+    def in_order(
+        self, x: Tensor, context: Tensor | None = None, factors: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """The output for x whose features are in the network's order; its features are in that order too.
+
+        ``factors``: those of :meth:`drawn`; None: new ones.
+        """
+        validation.floating_point("x", x)
+        validation.same_shape("x", x, (x.shape[0], self.features), "vectors of the network's features")
+        context = checked_context(x, context, self.context_features)
+        act = ACTIVATIONS[self.activation]
+        factors = self.drawn(x) if factors is None else factors
+        u, outputs = x, [x]
+        for i, (layer, flags, weight, factor) in enumerate(
+            zip(self.layers, self.flags, self._weights(), factors, strict=True)
+        ):
+            u = act(u) if flags & BEFORE else u
+            u = F.linear(u if factor is None else u * factor, weight, layer.bias)
+            if str(i) in self.context_layers:
+                term = self.context_layers[str(i)](context)
+                if flags & GATE:
+                    u = u * torch.sigmoid(term)
+                else:
+                    u = u + (act(term) if self.context_activation and i == 0 else term)
+            u = act(u) if flags & AFTER else u
+            u = u + outputs[-2] if flags & SKIP else u
+            outputs.append(u)
+        return u
+
+    def context_terms(self, context: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What is added to the layers, and what the gated layers are multiplied by, with units sorted by degree.
+
+        Shape: ``[S]`` or ``[N, S]`` with S the number of units of all layers and of the output; ``[N, G]`` with G the
+        number of units of gated layers, or None.
+        """
+        act = ACTIVATIONS[self.activation]
+        added, gates = [], []
+        for i, (layer, flags) in enumerate(zip(self.layers, self.flags, strict=True)):
+            term = layer.bias
+            if context is not None and str(i) in self.context_layers:
+                of_context = self.context_layers[str(i)](context)
+                if flags & GATE:
+                    gates.append(self._sorted_units(torch.sigmoid(of_context), i, 1))
+                else:
+                    of_context = act(of_context) if self.context_activation and i == 0 else of_context
+                    term = of_context + term
+            added.append(self._sorted_units(term, i, term.ndim - 1))
+        if any(term.ndim == 2 for term in added):
+            rows = context.shape[0]
+            return torch.cat([t if t.ndim == 2 else t.expand(rows, -1) for t in added], 1), (
+                torch.cat(gates, 1) if gates else None
+            )
+        return torch.cat(added), None
+
+    def plan(self) -> Plan:
+        """The network with sorted units; kept until a parameter changes, unless autograd needs the weights."""
+        if self._fresh():
+            return self._plan()
+        kept = self._kept()
+        if kept.get("plan") is None:
+            with torch.inference_mode(False), torch.no_grad():
+                kept["plan"] = self._plan()
+        return kept["plan"]
+
+    def _plan(self) -> Plan:
+        weights = self._weights()
+        orders = [torch.argsort(d, stable=True) for d in self._degrees()]
+        rows, columns = [*orders, None], [None, *orders]
+        flat = []
+        for weight, row, column in zip(weights, rows, columns, strict=True):
+            weight = weight if row is None else weight.index_select(0, row)
+            flat.append((weight if column is None else weight.index_select(1, column)).flatten())
+        device = weights[0].device
+        k = torch.arange(self.features, device=device)
+        ends = torch.stack([(d[:, None] <= k).sum(0) for d in self._degrees()])
+        order = k if self.order is None else self.order
+        return Plan(torch.cat(flat), ends, order, list(self.widths), list(self.flags))
+
+    def _sorted_units(self, term: Tensor, i: int, dim: int) -> Tensor:
+        if i == len(self.widths):
+            return term
+        return term.index_select(dim, torch.argsort(self._degrees()[i], stable=True))
+
+    def _degrees(self) -> list[Tensor]:
+        return [getattr(self, f"degrees_{i}") for i in range(len(self.widths))]
+
+    def _masks(self) -> list[Tensor]:
+        """Masks of the layers, in the dtype of the weights."""
+        degrees = self._degrees()
+        k = torch.arange(self.features, device=degrees[0].device)
+        # the k-th feature has degree k + 1, and its outputs read degrees of k or less
+        columns = [k + 1, *degrees]
+        rows = [*degrees, k.repeat_interleave(self.outputs_per_feature)]
+        dtype = self.layers[0].weight.dtype
+        return [(r[:, None] >= c).to(dtype) for r, c in zip(rows, columns, strict=True)]
+
+    def _weights(self) -> list[Tensor]:
+        """Masked weights of the layers."""
+        if not self._keeps():
+            return [layer.weight * m for layer, m in zip(self.layers, self._masks(), strict=True)]
+        kept = self._kept()
+        if kept.get("masks") is None:
+            with torch.inference_mode(False), torch.no_grad():
+                kept["masks"] = self._masks()
+        if self._fresh():
+            return [layer.weight * m for layer, m in zip(self.layers, kept["masks"], strict=True)]
+        if kept.get("weights") is None:
+            with torch.inference_mode(False), torch.no_grad():
+                kept["weights"] = [
+                    layer.weight * m for layer, m in zip(self.layers, kept["masks"], strict=True)
+                ]
+        return kept["weights"]
+
+    def _keeps(self) -> bool:
+        """Whether tensors may be kept for later calls: not in transforms and graphs, whose tensors are others."""
+        if in_transform() or torch.compiler.is_compiling():
+            return False
+        return not any(t.is_inference() for t in self._sources())
+
+    def _fresh(self) -> bool:
+        """Whether the masked weights are computed anew, for autograd."""
+        if not self._keeps():
+            return True
+        return torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in self.layers)
+
+    def _sources(self) -> list[Tensor]:
+        return [*(layer.weight for layer in self.layers), *self._degrees()]
+
+    def _kept(self) -> dict[str, object]:
+        """What is kept of the present weights and degrees."""
+        now = self._sources()
+        state = [(t._version, t.data_ptr(), t.dtype, t.device) for t in now]
+        tensors, before, kept = self._cache
+        same = len(tensors) == len(now) and all(a is b for a, b in zip(tensors, now, strict=True))
+        if not same or before != state:
+            self._cache = now, state, kept = (now, state, {})
+        return kept
+
+    def _forget(self) -> None:
+        self._cache: tuple[list, list, dict] = [], [], {}
+
+    def train(self, mode: bool = True) -> "MaskedNetwork":
+        """As of any module. It forgets kept weights: writes to ``parameter.data`` change no version."""
+        self._forget()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_cache": ([], [], {})}
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.features}", f"{self.outputs_per_feature}", f"hidden={self.hidden}"]
+        if self.residual:
+            parts.append("residual=True")
+        if self.context_features is not None:
+            parts.append(f"context_features={self.context_features}, context_mode={self.context_mode!r}")
+        parts.append(f"activation={self.activation!r}")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
+        return ", ".join(parts)
+
+
+def _layers(hidden: tuple[int, ...], residual: bool, gated: bool) -> tuple[list[int], list[int]]:
+    """Widths of the hidden layers, and the flags of all layers."""
+    gate = GATE if gated else 0
+    if not residual:
+        return list(hidden), [AFTER | (gate if i else 0) for i in range(len(hidden))] + [0]
+    width, *inner = hidden
+    widths, flags = [width], [0]
+    for each in inner:
+        widths += [each, width]
+        flags += [BEFORE, BEFORE | gate | SKIP]
+    return widths, [*flags, 0]
+
+
+def _order(order: str | Sequence[int] | None, features: int) -> Tensor | None:
+    if order is None:
+        return None
+    if isinstance(order, str):
+        validation.one_of("order", order, ("reverse", "random"))
+        return torch.randperm(features) if order == "random" else torch.arange(features).flip(0)
+    numbers = list(order) if isinstance(order, Sequence | Tensor) else [order]
+    numbers = [int(i) if isinstance(i, Tensor) and not i.is_floating_point() else i for i in numbers]
+    if not all(isinstance(i, int) for i in numbers) or sorted(numbers) != list(range(features)):
+        raise validation.argument_error("order", order, f"each of 0 to {features - 1} once")
+    return torch.tensor(numbers)
+
+
+def spread(count: int, low: int, high: int) -> Tensor:
+    """``count`` ascending integers from ``low`` to ``high``, as even as possible."""
+    values, i = high - low + 1, torch.arange(count)
+    if count >= values:
+        return low + i * values // count
+    # fewer units than degrees: both ends, so that no unit of another layer is without a use
+    return low + (2 * i * (values - 1) + count - 1) // (2 * max(count - 1, 1))
+
+
+def _degrees(
+    given: Sequence[Sequence[int]] | None, widths: list[int], flags: list[int], features: int, lowest: int
+) -> list[Tensor]:
+    if given is None:
+        return [spread(width, lowest, features - 1) for width in widths]
+    expected = f"for each of {len(widths)} hidden layers one integer from 0 to {features - 1} per unit"
+    if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(widths):
+        got = (
+            f"{len(given)} sequences" if isinstance(given, Sequence) and not isinstance(given, str) else given
+        )
+        raise validation.argument_error("degrees", got, expected)
+    found = []
+    for i, (each, width) in enumerate(zip(given, widths, strict=True)):
+        of_layer = torch.as_tensor(each)
+        if (
+            of_layer.shape != (width,)
+            or of_layer.is_floating_point()
+            or not ((of_layer >= 0) & (of_layer < features)).all()
+        ):
+            raise validation.argument_error(f"degrees[{i}]", each, expected)
+        if flags[i] & SKIP and not torch.equal(of_layer.long(), found[i - 2]):
+            raise validation.argument_error(f"degrees[{i}]", each, "the degrees of the block's input")
+        found.append(of_layer.long().clone())
+    return found
