@@ -24,6 +24,7 @@ from fastflow.nn import (
     Split,
     Squeeze,
 )
+from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP, Affine, Spline
 
 F64, META = torch.float64, torch.device("meta")
 
@@ -47,6 +48,35 @@ def coupling(x, h, factor=None, **variant):
 def mixture(x=None, params=None, order=None, **other):
     x, params = x_(2, 4) if x is None else x, x_(2, 4 * 8) if params is None else params
     return lambda: ops.mixture_cdf(x, params, order, **{"components": 2, **other})
+
+
+def masked(features=3, context=False, **wrong):
+    """Two samples, hidden layers of 4 and 4 units, the second one a gated residual sum."""
+    args = {
+        "z": x_(2, features),
+        "weights": x_(4 * features + 4 * 4 + 4 * 4 + 2 * features * 4),
+        "added": x_(2, 12 + 2 * features),
+        "gates": x_(2, 4),
+        "ends": torch.full((3, features), 4),
+        "order": torch.arange(features),
+        "widths": [4, 4, 4],
+        "layers": [0, BEFORE, BEFORE | GATE | SKIP, BEFORE],
+        "transformer": Affine(),
+    }
+    return lambda: ops.masked_inverse(**{**args, **wrong})
+
+
+def masked_solve(**wrong):
+    args = {
+        "v": x_(2, 3),
+        "slope": x_(2, 3),
+        "jac": x_(2, 3, 2),
+        "weights": x_(3 * 4 + 4 * 6),
+        "ends": torch.full((1, 3), 4),
+        "widths": [4],
+        "layers": [AFTER, 0],
+    }
+    return lambda: ops.masked_solve(**{**args, **wrong})
 
 
 def spline(x=None, params=None, order=None, **other):
@@ -192,6 +222,113 @@ OPS = {
     "bias_relu over a view of a leaf": (
         lambda: ops.bias_relu(x_(2, 8).requires_grad_().chunk(2, dim=1)[1], x_(4), inplace=True),
         r"x: got a leaf that requires a gradient, expected a computed tensor",
+    ),
+    "masked inverse of images": (
+        masked(z=x_(2, 3, 1)),
+        r"z: got shape \[2, 3, 1\], expected vectors \[N, D\]",
+    ),
+    "masked inverse of nothing": (masked(z=x_(2, 0)), r"z: got shape \[2, 0\], expected .* D at least 1"),
+    "masked inverse in half precision": (
+        masked(z=x_(2, 3, dtype=torch.bfloat16)),
+        r"z: got dtype torch.bfloat16, expected float32 or float64",
+    ),
+    "masked inverse's weights": (
+        masked(weights=x_(5)),
+        r"weights: got shape \[5\], expected \[68\] \(the matrices of layers of 3, 4, 4, 4, 6\)",
+    ),
+    "masked inverse's dtypes": (
+        masked(weights=x_(68, dtype=F64)),
+        r"weights: got torch.float64 on cpu, expected torch.float32 on cpu, like z",
+    ),
+    "masked inverse's biases": (
+        masked(added=x_(17)),
+        r"added: got shape \[17\], expected \[18\] \(units of the hidden layers, parameters\)",
+    ),
+    "masked inverse's context": (masked(added=x_(3, 18)), r"added: got shape \[3, 18\], expected \[2, 18\]"),
+    "masked inverse's devices": (
+        masked(added=x_(18, device=META)),
+        r"added: got torch.float32 on meta, expected torch.float32 on cpu",
+    ),
+    "masked inverse without gates": (
+        masked(gates=None),
+        r"gates: got None, expected \[2, 4\] for the gated layers",
+    ),
+    "masked inverse's superfluous gates": (
+        masked(layers=[0, 0, 0, 0]),
+        r"gates: got a tensor, expected None, no layer is gated",
+    ),
+    "masked inverse's gates": (masked(gates=x_(2, 8)), r"gates: got shape \[2, 8\], expected \[2, 4\]"),
+    "masked inverse's ends": (
+        masked(ends=torch.full((2, 3), 4)),
+        r"ends: got shape \[2, 3\], expected \[3, 3\] \(hidden layers, features\)",
+    ),
+    "masked inverse's integers": (
+        masked(ends=torch.full((3, 3), 4, dtype=torch.int32)),
+        r"ends: got torch.int32 on cpu, expected torch.int64 on cpu, the device of z",
+    ),
+    "masked inverse's order": (
+        masked(order=torch.arange(4)),
+        r"order: got shape \[4\], expected \[3\], a perm",
+    ),
+    "masked inverse's order of floats": (
+        masked(order=x_(3)),
+        r"order: got torch.float32 on cpu, expected torch.int64 on cpu",
+    ),
+    "masked inverse's width": (masked(widths=[4, 0, 4]), r"widths\[1\]: got 0, expected a positive integer"),
+    "masked inverse's layers": (
+        masked(layers=[0, 0]),
+        r"layers: got \[0, 0\], expected 4 numbers, one for each of 3 hidden layers and the output",
+    ),
+    "masked inverse's first layer": (
+        masked(layers=[BEFORE, 0, 0, 0]),
+        r"layers\[0\]: got 1, expected a sum of some of the bits of 6",
+    ),
+    "masked inverse's last layer": (
+        masked(layers=[0, 0, 0, AFTER]),
+        r"layers\[3\]: got 4, expected a sum of some of the bits of 1",
+    ),
+    "masked inverse's residual sum": (
+        masked(widths=[5, 4, 4]),
+        r"widths\[2\]: got 4, expected 5, the width that is added to it",
+    ),
+    "masked inverse's activation": (
+        masked(activation="gelu"),
+        r"activation: got 'gelu', expected one of 'relu'",
+    ),
+    **{
+        f"masked inverse's {k}": (
+            masked(transformer=Affine(**{k: v})),
+            f"{k}: got {v!r}, expected {expected}",
+        )
+        for k, v, expected in (
+            ("scale", "none", "one of 'exp'"),
+            ("affine_order", "first", "one of 'scale_first'"),
+            ("params_layout", "interleaved", "one of 'scale_shift'"),
+            ("factor", 0.0, "a positive number"),
+            ("offset", -1.0, "a number of at least 0"),
+        )
+    },
+    "masked inverse's spline": (
+        masked(transformer=Spline(tails="affine")),
+        r"tails: got 'affine', expected one of 'linear'",
+    ),
+    "masked solve's vectors": (masked_solve(v=x_(3)), r"v: got shape \[3\], expected vectors \[N, D\]"),
+    "masked solve's slope": (
+        masked_solve(slope=x_(2, 2)),
+        r"slope: got shape \[2, 2\], expected \[2, 3\] \(like v\)",
+    ),
+    "masked solve's jac": (masked_solve(jac=x_(2, 3)), r"jac: got shape \[2, 3\], expected \[2, 3, P\]"),
+    "masked solve's samples": (
+        masked_solve(jac=x_(1, 3, 2)),
+        r"jac: got shape \[1, 3, 2\], expected \[2, 3, 2\]",
+    ),
+    "masked solve's units": (
+        masked_solve(outer=x_(2, 5)),
+        r"outer: got shape \[2, 5\], expected \[2, 4\] \(samples, hidden units\)",
+    ),
+    "masked solve's dtypes": (
+        masked_solve(dparams=x_(2, 3, 2, dtype=F64)),
+        r"dparams: got torch.float64 on cpu, expected torch.float32",
     ),
     "network's vectors": (network(x=x_(2, 3)), r"x: got shape \[2, 3\], expected images \[N, C, H, W\]"),
     "network of integers": (

@@ -1,0 +1,243 @@
+"""fastflow::masked_inverse, and fastflow::masked_solve, with which its gradient is one pass too."""
+
+import torch
+from torch import Tensor
+
+from fastflow import validation
+from fastflow.ops.masked_inverse import reference
+from fastflow.ops.masked_inverse.reference import (
+    AFTER,
+    BEFORE,
+    GATE,
+    SCALES,
+    SKIP,
+    Affine,
+    Spline,
+    gated,
+    sizes_of,
+    transformer_of,
+)
+from fastflow.ops.registry import register
+from fastflow.ops.spline import check_form
+
+ACTIVATIONS = ("relu", "tanh", "silu", "elu")
+AFFINE_ORDERS = ("scale_first", "shift_first")
+PARAMS_LAYOUTS = ("scale_shift", "shift_scale")
+
+
+def _check_tensor(
+    argument: str, t: Tensor, shape: tuple[int, ...], why: str, first: str, like: Tensor
+) -> None:
+    if t.dtype != like.dtype or t.device != like.device:
+        got, expected = f"{t.dtype} on {t.device}", f"{like.dtype} on {like.device}, like {first}"
+        raise validation.argument_error(argument, got, expected)
+    validation.same_shape(argument, t, shape, why)
+
+
+def _check_network(
+    first: str, like: Tensor, weights: Tensor, ends: Tensor, widths: list[int], layers: list[int], each: int
+) -> None:
+    features = like.shape[1]
+    if like.dtype not in (torch.float32, torch.float64):
+        raise validation.argument_error(first, f"dtype {like.dtype}", "float32 or float64")
+    if like.ndim != 2 or features == 0:
+        raise validation.argument_error(first, validation.shape_of(like), "vectors [N, D], D at least 1")
+    for i, width in enumerate(widths):
+        validation.positive_int(f"widths[{i}]", width)
+    if len(layers) != len(widths) + 1:
+        expected = f"{len(widths) + 1} numbers, one for each of {len(widths)} hidden layers and the output"
+        raise validation.argument_error("layers", layers, expected)
+    for i, flags in enumerate(layers):
+        allowed = BEFORE if i == len(widths) else BEFORE | GATE | AFTER | SKIP
+        if i == 0:
+            allowed &= ~BEFORE
+        if i < 2:
+            allowed &= ~SKIP
+        if flags & ~allowed:
+            expected = f"a sum of some of the bits of {allowed}"
+            raise validation.argument_error(f"layers[{i}]", flags, expected)
+        if flags & SKIP and widths[i] != widths[i - 2]:
+            expected = f"{widths[i - 2]}, the width that is added to it"
+            raise validation.argument_error(f"widths[{i}]", widths[i], expected)
+    if ends.dtype != torch.int64 or ends.device != like.device:
+        got, expected = (
+            f"{ends.dtype} on {ends.device}",
+            f"torch.int64 on {like.device}, the device of {first}",
+        )
+        raise validation.argument_error("ends", got, expected)
+    validation.same_shape("ends", ends, (len(widths), features), "hidden layers, features")
+    sizes = sizes_of(features, widths, each)
+    count = sum(rows * columns for rows, columns in zip(sizes[1:], sizes[:-1], strict=True))
+    why = f"the matrices of layers of {', '.join(map(str, sizes))}"
+    _check_tensor("weights", weights, (count,), why, first, like)
+
+
+def _check(
+    argument: str, z: Tensor, weights: Tensor, added: Tensor, gates: Tensor | None, ends: Tensor, order: Tensor,
+    widths: list[int], layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str,
+    offset: float, bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float,
+    min_slope: float,
+) -> None:  # fmt: skip
+    if z.ndim != 2:
+        raise validation.argument_error(argument, validation.shape_of(z), "vectors [N, D]")
+    validation.one_of("activation", activation, ACTIVATIONS)
+    if bins:
+        check_form(bins, bound, tails, convention, factor, min_bin, min_slope)
+    else:
+        validation.one_of("scale", scale, SCALES)
+        validation.one_of("affine_order", affine_order, AFFINE_ORDERS)
+        validation.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
+        validation.number("factor", factor, "a positive number", lambda v: 0 < v < float("inf"))
+        validation.number("offset", offset, "a number of at least 0", lambda v: 0 <= v < float("inf"))
+    transformer = transformer_of(
+        scale, affine_order, params_layout, offset, bins, bound, tails, convention, factor, min_bin, min_slope
+    )
+    n, features = z.shape
+    _check_network(argument, z, weights, ends, widths, layers, transformer.parameters)
+    total = sum(sizes_of(features, widths, transformer.parameters)[1:])
+    per_sample = (total,) if added.ndim == 1 else (n, total)
+    _check_tensor("added", added, per_sample, "units of the hidden layers, parameters", argument, z)
+    count = gated(layers, widths)
+    if (gates is None) != (count == 0):
+        got = "None" if gates is None else "a tensor"
+        expected = f"[{n}, {count}] for the gated layers" if count else "None, no layer is gated"
+        raise validation.argument_error("gates", got, expected)
+    if gates is not None:
+        _check_tensor("gates", gates, (n, count), "units of the gated layers", argument, z)
+    if order.dtype != torch.int64 or order.device != z.device:
+        got, expected = (
+            f"{order.dtype} on {order.device}",
+            f"torch.int64 on {z.device}, the device of {argument}",
+        )
+        raise validation.argument_error("order", got, expected)
+    validation.channels("order", order, features, "a permutation of the features")
+
+
+def _check_solve(
+    argument: str, v: Tensor, slope: Tensor, jac: Tensor, dparams: Tensor | None, inner: Tensor | None,
+    outer: Tensor | None, weights: Tensor, ends: Tensor, widths: list[int], layers: list[int],
+) -> None:  # fmt: skip
+    if v.ndim != 2:
+        raise validation.argument_error(argument, validation.shape_of(v), "vectors [N, D]")
+    n, features = v.shape
+    if jac.ndim != 3:
+        raise validation.argument_error("jac", validation.shape_of(jac), f"[{n}, {features}, P]")
+    each = jac.shape[2]
+    _check_network(argument, v, weights, ends, widths, layers, each)
+    of_params = (n, features, each), "samples, features, parameters of a feature"
+    of_units = (n, sum(widths)), "samples, hidden units"
+    named = {
+        "slope": (slope, v.shape, f"like {argument}"),
+        "jac": (jac, *of_params),
+        "dparams": (dparams, *of_params),
+        "inner": (inner, *of_units),
+        "outer": (outer, *of_units),
+    }
+    for name, (t, shape, why) in named.items():
+        if t is not None:
+            _check_tensor(name, t, shape, why, argument, v)
+
+
+register(reference.masked_solve, check=_check_solve)
+register(
+    reference.masked_inverse,
+    check=_check,
+    outputs="x log_det",
+    backward=reference.masked_inverse_backward,
+    gradients="z weights added gates",
+)
+
+
+def masked_inverse(
+    z: Tensor,
+    weights: Tensor,
+    added: Tensor,
+    gates: Tensor | None = None,
+    *,
+    ends: Tensor,
+    order: Tensor,
+    widths: list[int],
+    layers: list[int],
+    activation: str = "relu",
+    transformer: Affine | Spline,
+) -> tuple[Tensor, Tensor]:
+    r"""Inverse of a masked autoregressive transformation, in one pass through its network.
+
+    Source: MADE, arXiv:1502.03509; MAF, arXiv:1705.07057, section 3. The transformation is
+    :math:`z_k = T(x_k; h_k(x_{<k}))`, where h is a network with masks. A hidden unit of degree d depends on the first d
+    features. Once these are known, the unit is computed and does not change. So the D features, one after
+    the other, take the arithmetic of one pass; docs/maths.md has the formulas.
+
+    A hidden layer computes :math:`u = W\,p + a`, with the units p of the layer before and the row a of ``added``. It
+    is described by a sum of bits: ``BEFORE`` (1): p are activated first; ``GATE`` (2): u is multiplied by ``gates``;
+    ``AFTER`` (4): u is activated then; ``SKIP`` (8): the units of the layer before the previous one are added to it.
+    The units of a layer are sorted by degree, 0 to D - 1. Degree 0 depends on no feature.
+
+    Args:
+        z: latents.
+        weights: the matrices of the hidden layers and of the output, in rows, one after the other. Columns of the
+            first one and rows of the last one are in the order of the features; those of the parameters of a
+            feature are neighbors. Masked weights must be 0.
+        added: added to the products: biases, or biases and the terms of a context.
+        gates: factors of the gated layers; None if there are none.
+        ends: number of units of each hidden layer of degree at most 0, 1, ..., D - 1.
+        order: the features in their order, a permutation of them: degree d has the first d.
+        widths: sizes of the hidden layers.
+        layers: bits of the hidden layers, and of the output, ``BEFORE`` or 0.
+        activation: ``"relu"``, ``"tanh"``, ``"silu"`` or ``"elu"``.
+        transformer: an :class:`Affine` or a :class:`Spline`.
+
+    Shape: z, x ``[N, D]``; ends ``[L, D]``; order ``[D]``; added ``[S]`` or ``[N, S]``, S hidden units and parameters;
+    gates ``[N, G]``, G units of gated layers; log_det ``[N]``, nats, of this direction. float32 or float64.
+
+    The gradient of z, ``weights``, ``added`` and ``gates`` takes one pass too. Masked weights get a gradient of 0.
+    Raises ValueError for other shapes, dtypes, devices, names or numbers. The values of ``ends`` and ``order`` are
+    not checked, nor that masked weights are 0.
+    """
+    if isinstance(transformer, Affine):
+        spline, (scale, affine_order, params_layout, factor, offset) = Spline(bins=0), transformer
+        spline = spline._replace(factor=factor)
+    else:
+        spline, (scale, affine_order, params_layout, _, offset) = transformer, Affine()
+    bins, bound, tails, convention, factor, min_bin, min_slope = spline
+    return torch.ops.fastflow.masked_inverse.default(
+        z, weights, added, gates, ends, order, widths, layers, activation, scale, affine_order, params_layout,
+        offset, bins, bound, tails, convention, factor, min_bin, min_slope,
+    )  # fmt: skip
+
+
+def masked_solve(
+    v: Tensor,
+    slope: Tensor,
+    jac: Tensor,
+    dparams: Tensor | None = None,
+    inner: Tensor | None = None,
+    outer: Tensor | None = None,
+    *,
+    weights: Tensor,
+    ends: Tensor,
+    widths: list[int],
+    layers: list[int],
+) -> Tensor:
+    r"""Solves :math:`J^T u = v + N^T q` with the Jacobian J of a masked autoregressive transformation, in one pass.
+
+    N is the Jacobian of the network's parameters, and :math:`J = \mathrm{diag}(\text{slope}) + \text{jac}\,N`. J is
+    lower triangular. The gradient of :func:`masked_inverse` is such a solve. Features are in their order.
+
+    Args:
+        v: right-hand sides.
+        slope: :math:`\partial z_k / \partial x_k` at fixed parameters.
+        jac: derivatives of z_k by the parameters of feature k.
+        dparams: q, a gradient of the parameters; None stands for 0.
+        inner: derivatives of the hidden units by their products :math:`W\,p + a`: gate and activation after. None
+            stands for 1.
+        outer: derivatives of p in the next layer by the hidden units: activation before. None stands for 1.
+        weights, ends, widths, layers: the network, as in :func:`masked_inverse`. Only the bit ``SKIP`` is read.
+
+    Shape: v, slope, u ``[N, D]``; jac, dparams ``[N, D, P]``; inner, outer ``[N, S]``, S hidden units. float32 or
+    float64.
+    Raises ValueError for other shapes, dtypes or devices.
+    """
+    return torch.ops.fastflow.masked_solve.default(
+        v, slope, jac, dparams, inner, outer, weights, ends, widths, layers
+    )

@@ -1,0 +1,362 @@
+"""fastflow::masked_inverse and fastflow::masked_solve: against D passes through an ordinary masked network."""
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from fastflow import ops
+from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP, Affine, Spline
+from tests.support.cases import STATIC, leaf
+
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.bodies("reference")]
+
+ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu}
+PLAIN = (AFTER, AFTER, 0)
+RESIDUAL = (0, BEFORE, BEFORE | SKIP, BEFORE)
+GLU = (0, BEFORE, BEFORE | GATE | SKIP, BEFORE, BEFORE | GATE | SKIP, BEFORE)
+ZUKO = Affine("soft_clip", params_layout="shift_scale", factor=-math.log(1e-3))
+AFFINES = {
+    "exp": Affine(),
+    "sigmoid": Affine("sigmoid", offset=1e-3),
+    "softplus": Affine("softplus", "shift_first", offset=1e-3),
+    "soft_clamp": Affine("soft_clamp", factor=2.0),
+    "tanh": Affine("tanh", "shift_first", "shift_scale", factor=0.7),
+    "soft_clip": ZUKO,
+    "glow": Affine("sigmoid"),
+}
+SPLINES = {
+    f"{convention} {tails}": Spline(4, 3.0, tails, convention, 0.8)
+    for convention in ("fastflow", "nflows", "zuko")
+    for tails in ("linear", "circular", "none")
+} | {"freia linear": Spline(4, 3.0, "linear", "freia")}
+
+
+@dataclass
+class Network:
+    """A masked network whose units have degrees in no order, computed as one writes it, and the op's arguments.
+
+    Attributes:
+        degrees: of the units of each hidden layer: a unit depends on so many features of the order.
+        context: whether products have terms of each sample.
+    """
+
+    features: int = 5
+    degrees: tuple[Tensor, ...] = (torch.arange(7) % 5, torch.arange(9) % 5)
+    layers: tuple[int, ...] = PLAIN
+    activation: str = "relu"
+    transformer: Affine | Spline = Affine()
+    context: bool = False
+    samples: int = 4
+    dtype: torch.dtype = torch.float64
+    order: Tensor = field(init=False)
+
+    def __post_init__(self):
+        d, each, dtype = self.features, self.transformer.parameters, self.dtype
+        self.order = torch.randperm(d)
+        self.z = torch.randn(self.samples, d, dtype=dtype)
+        if isinstance(self.transformer, Spline) and self.transformer.tails == "none":
+            self.z = torch.rand(self.samples, d, dtype=dtype)
+        rank = self.order.argsort()  # of a feature in the order
+        of_features, of_params = rank + 1, rank.repeat_interleave(each)
+        degrees = [of_features, *self.degrees, of_params]
+        self.matrices = [
+            (above[:, None] >= below) * torch.randn(len(above), len(below), dtype=dtype) / len(below) ** 0.5
+            for above, below in zip(degrees[1:], degrees[:-1], strict=True)
+        ]
+        rows = (self.samples,) if self.context else ()
+        self.added = [torch.randn(*rows, len(w), dtype=dtype) / 2 for w in self.matrices]
+        gated = [flags & GATE for flags in self.layers[:-1]]
+        self.gates = [
+            torch.rand(self.samples, len(w), dtype=dtype) if gate else None
+            for w, gate in zip(self.matrices[:-1], gated, strict=True)
+        ]
+
+    def parameters(self, x: Tensor) -> Tensor:
+        """``[N, D, P]``"""
+        act = ACTIVATIONS[self.activation]
+        units = [x]
+        for w, a, gate, flags in zip(
+            self.matrices, self.added, [*self.gates, None], self.layers, strict=True
+        ):
+            u = (act(units[-1]) if flags & BEFORE else units[-1]) @ w.mT + a
+            u = u * gate if flags & GATE else u
+            u = act(u) if flags & AFTER else u
+            units.append(u + units[-2] if flags & SKIP else u)
+        return units[-1].unflatten(1, (self.features, -1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_slope = self.transformer.forward(x, self.parameters(x))
+        return z, log_slope.sum(1)
+
+    def inverse_by_passes(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.zeros_like(z)
+        for _ in range(self.features):
+            x, log_slope = self.transformer.inverse(z, self.parameters(x))
+        return x, log_slope.sum(1)
+
+    def sorts(self) -> list[Tensor]:
+        """The units of layers 0 to L + 1 as the op has them."""
+        places = torch.arange(self.features * self.transformer.parameters).view(self.features, -1)
+        hidden = [torch.argsort(d, stable=True) for d in self.degrees]
+        return [self.order, *hidden, places[self.order].flatten()]
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """z, weights, added and gates of the op."""
+        sorts = self.sorts()
+        matrices = [
+            w[rows][:, columns] for w, rows, columns in zip(self.matrices, sorts[1:], sorts[:-1], strict=True)
+        ]
+        added = [a[..., rows] for a, rows in zip(self.added, sorts[1:], strict=True)]
+        gates = [g[:, rows] for g, rows in zip(self.gates, sorts[1:-1], strict=True) if g is not None]
+        weights = torch.cat([w.flatten() for w in matrices])
+        return self.z, weights, torch.cat(added, -1), torch.cat(gates, 1) if gates else None
+
+    def options(self) -> dict:
+        k = torch.arange(self.features)
+        ends = [(d[:, None] <= k).sum(0) for d in self.degrees]
+        return {
+            "ends": torch.stack(ends) if ends else torch.empty(0, self.features, dtype=torch.int64),
+            "order": self.order,
+            "widths": [len(d) for d in self.degrees],
+            "layers": list(self.layers),
+            "activation": self.activation,
+            "transformer": self.transformer,
+        }
+
+    def inverse(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ops.masked_inverse(*(tensors or self.tensors()), **self.options())
+
+
+def degrees(features: int, *widths: int) -> tuple[Tensor, ...]:
+    """Degrees in a random order, of layers that have the same ones if they are equally wide."""
+    found = {width: torch.randperm(width) % features for width in widths}
+    return tuple(found[width] for width in widths)
+
+
+NETWORKS = {
+    "plain": lambda: Network(),
+    "one hidden layer": lambda: Network(degrees=degrees(5, 6), layers=(AFTER, 0), activation="tanh"),
+    "no hidden layer": lambda: Network(degrees=(), layers=(0,)),
+    "three hidden layers": lambda: Network(degrees=degrees(5, 8, 6, 11), layers=(AFTER, AFTER, AFTER, 0)),
+    "residual": lambda: Network(degrees=degrees(5, 8, 8, 8), layers=RESIDUAL, activation="silu"),
+    "gates": lambda: Network(degrees=degrees(5, *[8] * 5), layers=GLU, activation="elu", context=True),
+    "bottleneck block": lambda: Network(degrees=degrees(5, 8, 3, 8), layers=RESIDUAL, context=True),
+    "gate after": lambda: Network(layers=(AFTER | GATE, AFTER, 0), activation="tanh"),
+    "context": lambda: Network(context=True),
+    "no unit of degree 0": lambda: Network(degrees=(torch.tensor([1, 3, 3, 4, 2, 1]),), layers=(AFTER, 0)),
+    "only degree 0": lambda: Network(degrees=(torch.zeros(3, dtype=torch.int64),), layers=(AFTER, 0)),
+    "one feature": lambda: Network(features=1, degrees=degrees(1, 4, 3), context=True),
+    "narrower than the features": lambda: Network(features=11, degrees=degrees(11, 3, 2)),
+    "wide": lambda: Network(features=3, degrees=degrees(3, 70, 150), samples=70),
+    "many features": lambda: Network(features=90, degrees=degrees(90, 70, 120), samples=3),
+    "no samples": lambda: Network(samples=0, context=True),
+    "one sample": lambda: Network(samples=1),
+}
+each_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+each_transformer = pytest.mark.parametrize(
+    "transformer", [*AFFINES.values(), *SPLINES.values()], ids=[*AFFINES, *SPLINES]
+)
+
+
+@each_network
+def test_inverse_is_that_of_d_passes(make):
+    network = make()
+    found = network.inverse()
+    torch.testing.assert_close(found, network.inverse_by_passes(network.z), rtol=1e-12, atol=1e-12)
+    back, log_det = network.forward(found[0])
+    torch.testing.assert_close(back, network.z, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(log_det, -found[1], rtol=1e-11, atol=1e-11)
+
+
+@each_transformer
+@pytest.mark.parametrize("context", [False, True])
+def test_transformers(transformer, context):
+    network = Network(transformer=transformer, context=context, samples=33, activation="tanh")
+    found = network.inverse()
+    torch.testing.assert_close(found, network.inverse_by_passes(network.z), rtol=1e-11, atol=1e-11)
+
+
+@each_transformer
+def test_pullback_is_that_of_autograd(transformer):
+    x, params = (
+        torch.rand(7, dtype=torch.float64),
+        torch.randn(7, transformer.parameters, dtype=torch.float64),
+    )
+    g, dlog = torch.randn(2, 7, dtype=torch.float64)
+    x, params = leaf(x), leaf(params)
+    expected = torch.autograd.grad(transformer.forward(x, params), (x, params), (g, dlog))
+    torch.testing.assert_close(transformer.pullback(x, params, g, dlog), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    network = Network(degrees=degrees(5, 8, 8, 8), layers=RESIDUAL, activation=activation)
+    found = network.inverse()
+    torch.testing.assert_close(found, network.inverse_by_passes(network.z), rtol=1e-12, atol=1e-12)
+
+
+@each_network
+def test_float32_is_as_near_as_d_passes(make):
+    network = make()
+    exact = network.inverse_by_passes(network.z)
+    for name in ("matrices", "added", "gates"):
+        setattr(network, name, [None if v is None else v.float() for v in getattr(network, name)])
+    network.z = network.z.float()
+    found, passes = network.inverse(), network.inverse_by_passes(network.z)
+    for ours, theirs, truth in zip(found, passes, exact, strict=True):
+        assert ours.dtype == torch.float32
+        if truth.numel():
+            error, allowed = (ours - truth).abs().max(), 2 * (theirs - truth).abs().max()
+            assert error <= max(allowed, 1e-6 * truth.abs().max())
+
+
+@each_network
+def test_masked_weights_are_not_read(make):
+    network = make()
+    z, weights, added, gates = network.tensors()
+    poisoned = torch.where(weights == 0, torch.nan, weights)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(network.inverse(z, poisoned, added, gates), network.inverse(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_only_later_features_of_a_sample_become_nan(value):
+    network = Network(features=6, degrees=degrees(6, 20, 20), samples=70)
+    expected, _ = network.inverse()
+    network.z[17, network.order[3]] = value
+    x, log_det = network.inverse()
+    affected = torch.zeros_like(x, dtype=torch.bool)
+    affected[17, network.order[3:]] = True
+    assert torch.equal(x[~affected], expected[~affected]) and not x[17, network.order[3]].isfinite()
+    assert log_det[:17].isfinite().all() and log_det[18:].isfinite().all()
+
+
+# gradients --------------------------------------------------------------------------------------------------------------------
+
+SMOOTH = [name for name in NETWORKS if name not in ("many features", "wide", "no samples")]
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_gradients_are_those_of_d_passes(name):
+    network = NETWORKS[name]()
+    tensors = [None if v is None else leaf(v) for v in network.tensors()]
+    wanted = [v for v in tensors if v is not None]
+    weights = torch.randn_like(network.z), torch.randn(network.samples, dtype=network.dtype)
+    found = torch.autograd.grad(network.inverse(*tensors), wanted, weights)
+
+    for v in ("matrices", "added", "gates"):
+        setattr(network, v, [None if t is None else leaf(t) for t in getattr(network, v)])
+    network.z = leaf(network.z)
+    through = [t for t in (network.z, *network.matrices, *network.added, *network.gates) if t is not None]
+    passes = network.inverse_by_passes(network.z)
+    by_hand = iter(torch.autograd.grad(passes, through, weights, materialize_grads=True))
+    network.z = next(by_hand)
+    network.matrices, network.added = ([next(by_hand) for _ in network.matrices] for _ in range(2))
+    network.gates = [None if t is None else next(by_hand) for t in network.gates]
+    dz, dweights, *rest = (v for v in network.tensors() if v is not None)
+    kept = tensors[1] != 0  # masked weights have no gradient
+    torch.testing.assert_close(found[0], dz, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[1], torch.where(kept, dweights, 0.0), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[2:], tuple(rest), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["residual", "gates", "one hidden layer"])
+def test_gradcheck(name):
+    network = NETWORKS[name]()
+    network.activation = "tanh"
+    tensors = [None if v is None else leaf(v) for v in network.tensors()]
+    assert gradcheck(network.inverse, tensors, fast_mode=True)
+
+
+def jacobians(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Jacobians ``[N, D, D]`` of z and ``[N, D P, D]`` of the parameters, in the order."""
+    order, params = network.order, network.sorts()[-1]
+
+    def f(x):
+        return network.forward(x)[0][:, order], network.parameters(x).flatten(1)[:, params]
+
+    found = torch.autograd.functional.jacobian(lambda x: tuple(v.sum(0) for v in f(x)), x)
+    return tuple(v.movedim(1, 0)[..., order] for v in found)
+
+
+@each_network
+def test_solve(make):
+    """Against a dense solve with the Jacobian."""
+    network = make()
+    x, _ = network.inverse_by_passes(network.z)
+    J, N = jacobians(network, x)
+    assert not J.triu(1).any(), "the network that the test compares with is masked"
+    order, act = network.order, ACTIVATIONS[network.activation]
+    params = network.parameters(x)
+    one = torch.ones_like(x)
+    slope, jac = (v[:, order] for v in network.transformer.pullback(x, params, one, 0 * one))
+    inner, outer = [], []
+    units = [x]
+    for i, flags in enumerate(network.layers[:-1]):
+        u = (act(units[-1]) if flags & BEFORE else units[-1]) @ network.matrices[i].mT + network.added[i]
+        u = leaf(u)
+        with torch.enable_grad():
+            w = u * network.gates[i] if flags & GATE else u
+            w = act(w) if flags & AFTER else w
+        inner.append(torch.autograd.grad(w.sum(), u)[0])
+        h = leaf(w.detach() + units[-2] if flags & SKIP else w)
+        with torch.enable_grad():
+            p = act(h) if network.layers[i + 1] & BEFORE else h.clone()
+        outer.append(torch.autograd.grad(p.sum(), h)[0])
+        units.append(h.detach())
+    sorts = network.sorts()[1:-1]
+    inner, outer = (
+        torch.cat([v[:, s] for v, s in zip(parts, sorts, strict=True)], 1)
+        if parts
+        else x.new_empty(len(x), 0)
+        for parts in (inner, outer)
+    )
+    options = network.options()
+    rest = {k: options[k] for k in ("ends", "widths", "layers")} | {"weights": network.tensors()[1]}
+    v, q = torch.randn_like(x), torch.randn_like(jac)
+    for dparams in (None, q):
+        right = v if dparams is None else v + (N.mT @ dparams.flatten(1).unsqueeze(-1)).squeeze(-1)
+        found = ops.masked_solve(v, slope, jac, dparams, inner, outer, **rest)
+        expected = torch.linalg.solve(J.mT, right.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    if all(flags & (AFTER | GATE) == 0 for flags in network.layers):
+        assert torch.equal(ops.masked_solve(v, slope, jac, q, None, outer, **rest), found)
+    if not any(flags & BEFORE for flags in network.layers):
+        assert torch.equal(ops.masked_solve(v, slope, jac, q, inner, **rest), found)
+
+
+# registration -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["residual", "gates", "no samples"])
+def test_opcheck(name):
+    network = NETWORKS[name]()
+    tensors, options = network.tensors(), network.options()
+    form = ("exp", "scale_first", "scale_shift", 0.0, 0, 3.0, "linear", "fastflow", 1.0, 1e-3, 1e-3)
+    args = (*options.values(),)[:5]
+    leaves = [None if v is None else leaf(v) for v in tensors]
+    torch.library.opcheck(
+        torch.ops.fastflow.masked_inverse.default, (*leaves, *args, *form), test_utils=STATIC
+    )
+
+
+def test_compile():
+    network = NETWORKS["gates"]()
+    leaves = [leaf(v) for v in network.tensors()]
+
+    def loss(*tensors):
+        x, log_det = network.inverse(*tensors)
+        return x.square().sum() + log_det.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
