@@ -4,49 +4,16 @@
 // 16 + 8 P.
 #include "stable.h"
 
-#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "checks.h"
 #include "cpu/columns.h"
-#include "spline/spline.h"
+#include "spline/form.h"
 
 namespace fastflow::cpu {
 namespace {
-
-// The arguments that all three ops share.
-struct Form {
-  int64_t bins;
-  double bound;
-  const std::string &tails, &convention;
-  double factor, min_bin, min_slope;
-
-  int64_t parameters(const char* op) const {
-    STD_TORCH_CHECK(convention != "freia", op, ": convention: got freia, expected another one");
-    STD_TORCH_CHECK(bins >= 1 && bins <= MAX_BINS, op, ": bins: got ", bins, ", expected 1 to ", MAX_BINS);
-    return splines<float>().parameters();
-  }
-  template <typename T>
-  Splines<T> splines() const {
-    const bool none = tails == "none", zuko = convention == "zuko";
-    const double smallest = zuko ? 0 : min_bin;
-    return {bins,
-            none                  ? Tails::none
-            : tails == "circular" ? Tails::circular
-                                  : Tails::linear,
-            zuko,
-            static_cast<T>(none ? 0 : -bound),
-            static_cast<T>(none ? 1 : 2 * bound),
-            static_cast<T>(smallest),
-            static_cast<T>(1 - smallest * static_cast<double>(bins)),
-            static_cast<T>(factor),
-            static_cast<T>(min_slope),
-            static_cast<T>(convention == "fastflow" ? std::log(std::expm1(1 - min_slope)) : 0),
-            static_cast<T>(-1 / std::log(min_slope))};
-  }
-};
 
 std::tuple<Tensor, Tensor> spline(const Tensor& x, const Tensor& params,
                                   const std::optional<Tensor>& channel_order, int64_t first_channel,
@@ -54,7 +21,7 @@ std::tuple<Tensor, Tensor> spline(const Tensor& x, const Tensor& params,
                                   const std::string& convention, double factor, double min_bin,
                                   double min_slope, bool inverse) {
   expect_batch("spline", "x", x);
-  const Form form{bins, bound, tails, convention, factor, min_bin, min_slope};
+  const SplineForm form{bins, bound, tails, convention, factor, min_bin, min_slope};
   const Layout layout("spline", "x", x, params, channel_order, first_channel, form.parameters("spline"));
   OutputBuffer y(x);
   const Tensor log_det = empty(x, {x.size(0)}, accumulator_of(x));
@@ -73,7 +40,7 @@ std::tuple<std::optional<Tensor>, Tensor, Tensor> backward_of(const char* op, co
                                                               const Tensor& v, const Tensor& params,
                                                               const std::optional<Tensor>& channel_order,
                                                               int64_t first_channel, const Tensor& dy,
-                                                              const Tensor& dlog_det, const Form& form,
+                                                              const Tensor& dlog_det, const SplineForm& form,
                                                               Given of) {
   expect_batch(op, name, v);
   expect_gradients(op, v, dy, dlog_det);
