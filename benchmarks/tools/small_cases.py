@@ -66,7 +66,13 @@ def layers(c: int) -> list[nn.Flow]:
 
 
 def vector_layers(c: int) -> list[nn.Flow]:
-    return [nn.LULinear(c, identity_init=False)]
+    each = nn.MaskedAutoregressive.params_per_feature("spline")
+    residual = nn.MaskedNetwork(c, each, (9, 7), residual=True, order="reverse")
+    return [
+        nn.LULinear(c, identity_init=False),
+        nn.MaskedAutoregressive(nn.MaskedNetwork(c, 2, (11, 6))),
+        nn.MaskedAutoregressive(residual, "spline"),
+    ]
 
 
 def ran_ops(device: str) -> Iterator[str]:

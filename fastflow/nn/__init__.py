@@ -26,6 +26,7 @@ from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.glow_level import GlowLevel, GlowStep
 from fastflow.nn.inverse import Inverse
 from fastflow.nn.lu_linear import LULinear
+from fastflow.nn.masked_autoregressive import MaskedAutoregressive
 from fastflow.nn.mixture_cdf_coupling import MixtureCDFCoupling
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import GatedNetwork
@@ -86,6 +87,7 @@ __all__ = [
     "Logit",
     "LogitDequantize",
     "MLP",
+    "MaskedAutoregressive",
     "MaskedNetwork",
     "MixtureCDFCoupling",
     "Permute",

@@ -391,6 +391,7 @@ CONSTRUCTORS = {
     fnn.LULinear: {"features": 4},
     fnn.LogisticPrior: {"shape": IMAGE},
     fnn.LogitDequantize: {},
+    fnn.MaskedAutoregressive: {"net": fnn.MaskedNetwork(3, 2, (4, 4))},
     fnn.MaskedNetwork: {"features": 3, "outputs_per_feature": 2, "hidden": (4, 4)},
     fnn.MLP: {"in_features": 2, "out_features": 2},
     fnn.Permute: {"num_features": 4},

@@ -28,6 +28,8 @@ from fastflow.nn import (
     Logit,
     LogitDequantize,
     LULinear,
+    MaskedAutoregressive,
+    MaskedNetwork,
     Permute,
     PiecewiseLinear,
     PiecewiseQuadratic,
@@ -68,6 +70,13 @@ FLOWS = {
     ),
     "AdditiveCoupling": (lambda: AdditiveCoupling(GlowNetwork(2, 2, hidden=4)), IMAGE),
     "LULinear": (lambda: LULinear(4), VECTOR),
+    "MaskedAutoregressive": (lambda: MaskedAutoregressive(MaskedNetwork(4, 2, (6, 5))), VECTOR),
+    "MaskedAutoregressive, spline": (
+        lambda: MaskedAutoregressive(
+            MaskedNetwork(4, 8, (6, 5), residual=True, order="reverse"), "spline", bins=3
+        ),
+        VECTOR,
+    ),
     "PiecewiseLinear": (lambda: Coupling(nn.Linear(2, 6), PiecewiseLinear(3)), VECTOR),
     "PiecewiseQuadratic": (lambda: Coupling(nn.Conv2d(2, 10, 1), PiecewiseQuadratic(3)), IMAGE),
     "Inverse": (lambda: Inverse(AffineCoupling(nn.Linear(2, 4))), VECTOR),

@@ -18,6 +18,7 @@ from fastflow.nn import (
     EncoderDecoder,
     Exp,
     Flatten,
+    Flow,
     FromEncoderDecoder,
     FromReverse,
     GlowNetwork,
@@ -28,6 +29,8 @@ from fastflow.nn import (
     Log,
     Logit,
     LULinear,
+    MaskedAutoregressive,
+    MaskedNetwork,
     MixtureCDFCoupling,
     Permute,
     PiecewiseLinear,
@@ -139,6 +142,14 @@ def additive(net, c_in: int = 2, **options) -> AdditiveCoupling:
     return AdditiveCoupling(net(c_in, c_in), **options)
 
 
+def autoregressive(
+    transformer: str = "affine", hidden: tuple[int, ...] = (6, 5), form=None, **options
+) -> Flow:
+    form = form or {}
+    each = MaskedAutoregressive.params_per_feature(transformer, **form)
+    return MaskedAutoregressive(MaskedNetwork(4, each, hidden, **options), transformer, **form)
+
+
 ANY_SHAPE = {
     "ActNorm": lambda: ActNorm(4),
     "LU": lambda: InvertibleConv1x1(4),
@@ -181,6 +192,14 @@ OF_VECTORS = {
     "MixtureCDFCoupling, checkerboard": partial(mixture_coupling, mlp, 4, mask="checkerboard"),
     "ElementwiseSpline": lambda: ElementwiseSpline(4, first_channel=1, channels=2, bins=3),
     "LULinear": lambda: LULinear(4, identity_init=False),
+    "MaskedAutoregressive": partial(autoregressive, activation="tanh"),
+    "MaskedAutoregressive, spline": partial(
+        autoregressive, "spline", (6, 3), {"bins": 3}, residual=True, order="random", activation="silu"
+    ),
+    "MaskedAutoregressive, in passes": lambda: MaskedAutoregressive(
+        nn.Sequential(MaskedNetwork(4, 3, (6,), activation="elu")), PiecewiseLinear(3, bound=2.0)
+    ),
+    "Inverse of MaskedAutoregressive": lambda: Inverse(autoregressive(activation="tanh", order="reverse")),
     # with the numbers as domain and as range
     "LeakyReLU": LeakyReLU,
     "Sigmoid": lambda: Sequential(Sigmoid(), to_signs(), Inverse(SoftClip(1.0))),

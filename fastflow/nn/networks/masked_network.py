@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.nn.networks.context import checked_context
+from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP
 from fastflow.transforms import in_transform
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu}
 CONTEXT_MODES = ("add", "glu")
-BEFORE, GATE, AFTER, SKIP = 1, 2, 4, 8
 
 
 class Plan(NamedTuple):
@@ -126,8 +126,11 @@ class MaskedNetwork(nn.Module):
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        params = self.in_order(self.sorted(x), context)
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, factors: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
+        """The outputs; ``factors`` are those of :meth:`drawn`, or None: new ones."""
+        params = self.in_order(self.sorted(x), context, factors)
         if self.order is None:
             return params
         return self.unsorted(params.unflatten(1, (self.features, self.outputs_per_feature))).flatten(1)
@@ -161,10 +164,7 @@ class MaskedNetwork(nn.Module):
     def in_order(
         self, x: Tensor, context: Tensor | None = None, factors: Sequence[Tensor | None] | None = None
     ) -> Tensor:
-        """The output for x whose features are in the network's order; its features are in that order too.
-
-        ``factors``: those of :meth:`drawn`; None: new ones.
-        """
+        """:meth:`forward` of x whose features are in the network's order; those of the output are too."""
         validation.floating_point("x", x)
         validation.same_shape("x", x, (x.shape[0], self.features), "vectors of the network's features")
         context = checked_context(x, context, self.context_features)
