@@ -1,5 +1,5 @@
 #pragma once
-// exp, tanh, log, log1p, cosine and sine of vectors, for functions compiled for each instruction set
+// exp, expm1, tanh, log, log1p, cosine and sine of vectors, for functions compiled for each instruction set
 // (multiversion.h). Those of float are polynomials, within 2.5 units in the last place (cosine and sine: 3),
 // also for infinities, NaN and denormal numbers. Those of double call the C library.
 #include <cmath>
@@ -100,6 +100,14 @@ struct SimdMath<float, BYTES> : Simd<float, BYTES> {
     const V less_one = power * p + (power - 1.f);
     return (V)((I)(less_one / (less_one + 2.f)) | ((I)x & SIGN));
   }
+  // For x <= 0.
+  static FASTFLOW_INLINE V expm1(const V& x) {
+    I n;
+    V p;
+    reduce(Base::max(x, -20.f), n, p);
+    const V power = power_of_two(n);
+    return power * p + (power - 1.f);
+  }
   // For 0 <= x <= 1: 2 artanh(x / (2 + x)).
   static FASTFLOW_INLINE V log1p(const V& x) {
     const V s = x / (x + 2.f), w = s * s;
@@ -157,6 +165,9 @@ struct SimdMath<double, BYTES> : Simd<double, BYTES> {
   }
   static FASTFLOW_INLINE V tanh(const V& x) {
     return Base::each(x, [](double v) { return std::tanh(v); });
+  }
+  static FASTFLOW_INLINE V expm1(const V& x) {
+    return Base::each(x, [](double v) { return std::expm1(v); });
   }
   static FASTFLOW_INLINE V log1p(const V& x) {
     return Base::each(x, [](double v) { return std::log1p(v); });

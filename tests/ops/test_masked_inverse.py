@@ -13,7 +13,7 @@ from fastflow import ops
 from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP, Affine, Spline
 from tests.support.cases import STATIC, leaf
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.bodies("reference")]
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.bodies("reference", "compiled")]
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu}
 PLAIN = (AFTER, AFTER, 0)

@@ -19,6 +19,7 @@ from fastflow.ops.masked_inverse.reference import (
 )
 from fastflow.ops.registry import register
 from fastflow.ops.spline import check_form
+from fastflow.ops.spline.op import MAX_BINS
 
 ACTIVATIONS = ("relu", "tanh", "silu", "elu")
 AFFINE_ORDERS = ("scale_first", "shift_first")
@@ -138,9 +139,16 @@ def _check_solve(
             _check_tensor(name, t, shape, why, argument, v)
 
 
-register(reference.masked_solve, check=_check_solve)
+def _eligible(*args: object) -> bool:
+    bins, convention = args[13], args[16]
+    return bins <= MAX_BINS and (bins == 0 or convention != "freia")
+
+
+register(reference.masked_solve, compiled=("cpu",), check=_check_solve)
 register(
     reference.masked_inverse,
+    compiled=("cpu",),
+    eligible=_eligible,
     check=_check,
     outputs="x log_det",
     backward=reference.masked_inverse_backward,

@@ -18,6 +18,7 @@ from fastflow.ops.masked_inverse.reference import (
 )
 from fastflow.ops.spec import Case, Make
 
+LIMITS = {("masked_inverse", "cpu"): "for at most 64 bins, not for FrEIA's convention; else PyTorch"}
 # name; widths, bits of the layers, activation; whether a context adds to the products; transformer of the op
 AFFINE, SPLINE = ("linear", "fastflow"), ("scale_first", "scale_shift", 1e-3)
 VARIANTS = (

@@ -1,0 +1,480 @@
+// fastflow_C::masked_inverse and masked_solve on the CPU.
+//
+// A thread takes a tile of samples through all features; the samples are the lanes of vectors, and a unit is
+// a row. As in a triangular solve, features come in blocks. What a block's units and parameters get from
+// those before the block is one matrix product for each layer. Inside of the block, the units of a degree are
+// a small product with those of the block before them.
+//
+// Operations per sample: one for each weight that is not masked, multiply and add, as a forward pass over the
+// unmasked weights; a dense forward pass takes twice as many. With D features, H units in two hidden layers
+// and P parameters of a feature, that is H (D + H + P D) operations. The weights are read once for each tile,
+// of 64 samples (float64: 32), and a product takes 64 of their operations for each.
+#include "stable.h"
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/gemm.h"
+#include "cpu/tensors.h"
+#include "cpu/transpose.h"
+#include "masked_inverse/arguments.h"
+#include "masked_inverse/elements.h"
+#include "spline/form.h"
+
+namespace fastflow::cpu {
+namespace {
+
+constexpr int64_t UNITS = 48;         // of a layer in a block: some panels of a product
+constexpr int64_t MOST_DEGREES = 64;  // of a block
+
+// A network whose units have degrees.
+struct Degrees : MaskedNetwork {
+  std::vector<int64_t> ends;  // [last, features]
+
+  Degrees(const char* op, const char* name, const Tensor& like, const Tensor& weights, const Tensor& ends_,
+          const std::vector<int64_t>& widths, const std::vector<int64_t>& layers, int64_t each)
+      : MaskedNetwork(op, name, like, weights, ends_, widths, layers, each), ends(last * features) {
+    const int64_t* from = ends_.const_data_ptr<int64_t>();
+    for (int64_t l = 0; l < last; ++l)
+      for (int64_t k = 0, before = 0; k < features; ++k) {
+        const int64_t end = from[l * ends_.stride(0) + k * ends_.stride(1)];
+        STD_TORCH_CHECK(end >= before && end <= widths[l] && (k < features - 1 || end == widths[l]), op,
+                        ": ends: got ", end, " at [", l, ", ", k, "], expected ascending numbers to ",
+                        widths[l]);
+        ends[l * features + k] = before = end;
+      }
+  }
+  // The first unit of a degree: feature k, or the parameters of feature k.
+  int64_t first(int64_t layer, int64_t k) const {
+    if (layer == 0) return k;
+    if (layer > last) return k * each;
+    return k ? ends[(layer - 1) * features + k - 1] : 0;
+  }
+  // Number of units that the next layer's units of degree k read.
+  int64_t known(int64_t layer, int64_t k) const { return layer ? first(layer, k + 1) : k; }
+  // Number of degrees in a block.
+  int64_t block() const {
+    int64_t widest = 1;
+    for (int64_t l = 1; l <= last; ++l) widest = std::max(widest, sizes[l]);
+    return std::clamp<int64_t>((UNITS * features + widest - 1) / widest, 1, MOST_DEGREES);
+  }
+  bool gated(int64_t layer) const { return flags(layer) & GATE; }
+  bool activated_by_next(int64_t layer) const { return layer && flags(layer + 1) & BEFORE; }
+  bool added_later(int64_t layer) const { return layer + 2 <= last && flags(layer + 2) & SKIP; }
+};
+
+// Rows of samples, [N, size], of which columns become rows of a tile.
+template <typename T>
+struct Rows {
+  const T* data = nullptr;  // null: none
+  int64_t row = 0;
+
+  Rows() = default;
+  Rows(const Tensor& t) : data(t.const_data_ptr<T>()), row(t.stride(0)) {}
+  Rows(const std::optional<Tensor>& t) {
+    if (t) *this = Rows(*t);
+  }
+  explicit operator bool() const { return data; }
+  void load(int64_t sample, int64_t count, int64_t from, int64_t to, T* tile, int64_t width) const {
+    transpose({count, to - from, data + sample * row + from, row, tile, width});
+  }
+};
+
+Tensor rows_of(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 || t.numel() == 0 ? t : torch::stable::contiguous(t);
+}
+std::optional<Tensor> rows_of(const std::optional<Tensor>& t) {
+  return t ? std::optional(rows_of(*t)) : std::nullopt;
+}
+
+// Samples of a tile: as many as four vectors, half as many if there are too few tiles for all threads.
+template <typename T>
+int64_t tile_of(int64_t samples) {
+  const int64_t most = 256 / sizeof(T), threads = torch::stable::get_num_threads();
+  return samples < most * threads ? most / 2 : most;
+}
+
+// Runs f(first tile, last tile, count of samples of a tile), each thread once. The work is about one
+// operation for each weight and sample.
+template <typename F>
+void for_tiles(int64_t samples, int64_t width, int64_t weights, const F& f) {
+  const int64_t tiles = (samples + width - 1) / width;
+  // starting a thread costs about 10 us, the time of this many operations
+  const int64_t grain = std::max<int64_t>(1, (1 << 19) / (width * weights));
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    f(begin, end, [&](int64_t tile) { return std::min(width, samples - tile * width); });
+  });
+}
+
+// Memory of a tile, in rows of `width` elements.
+template <typename T>
+class Arena {
+ public:
+  Arena(int64_t rows, int64_t width) : width_(width), memory_(rows * width), next_(memory_.get()) {}
+  T* take(int64_t rows) { return (next_ += rows * width_) - rows * width_; }
+
+ private:
+  const int64_t width_;
+  const Buffer<T> memory_;
+  T* next_;
+};
+
+template <typename T>
+struct Transformer {
+  std::optional<Splines<T>> splines;
+  AffineInverse<T> affine;
+  bool scale_first_in_params;
+};
+
+// One tile of samples in the inverse.
+template <typename T>
+class Inverse {
+ public:
+  Inverse(const Degrees& net, const T* weights, const Rows<T>& added, bool per_sample, const Rows<T>& gates,
+          Activation activation, const Transformer<T>& transformer, const int64_t* order, int64_t width)
+      : net_(net),
+        weights_(weights),
+        added_(added),
+        per_sample_(per_sample),
+        gates_(gates),
+        activation_(activation),
+        transformer_(transformer),
+        order_(order),
+        width_(width),
+        block_(net.block()),
+        arena_(rows(), width) {
+    z_ = arena_.take(net.features);
+    x_ = arena_.take(net.features);
+    log_det_ = arena_.take(1);
+    log_slope_ = arena_.take(1);
+    units_.push_back(x_), read_.push_back(x_);
+    for (int64_t l = 1; l <= net.last; ++l) {
+      units_.push_back(arena_.take(net.sizes[l]));
+      read_.push_back(separate(l) ? arena_.take(net.sizes[l]) : units_[l]);
+      most_ = std::max(most_, net.sizes[l]);
+    }
+    params_ = arena_.take(block_ * net.each);
+    gate_ = arena_.take(most_);
+  }
+
+  void run(const Rows<T>& z, int64_t sample, int64_t count, T* x, T* log_det) {
+    sample_ = sample, count_ = count, columns_ = padded(count);
+    z.load(sample, count, 0, net_.features, z_, width_);
+    std::fill_n(log_det_, width_, T(0));
+    for (int64_t k = 0; k < net_.features; k += block_) block(k, std::min(k + block_, net_.features));
+    // z is not needed any more
+    for (int64_t k = 0; k < net_.features; ++k) std::copy_n(x_ + k * width_, width_, z_ + order_[k] * width_);
+    to_rows(ToRows<T>{count, net_.features, width_, z_, x + sample * net_.features});
+    std::copy_n(log_det_, count, log_det + sample);
+  }
+
+ private:
+  // Whether the activated units are apart from the units.
+  bool separate(int64_t l) const { return net_.activated_by_next(l) && net_.added_later(l); }
+  int64_t rows() const {
+    int64_t total = 2 * net_.features + 2 + block_ * net_.each, most = 0;
+    for (int64_t l = 1; l <= net_.last; ++l) {
+      total += net_.sizes[l] * (separate(l) ? 2 : 1);
+      most = std::max(most, net_.sizes[l]);
+    }
+    return total + most;
+  }
+
+  // Units `first` to `end` of a layer, from `from` to `to` of the layer before, are written to rows from
+  // `first - start` on.
+  void product(int64_t l, int64_t first, int64_t end, int64_t from, int64_t to, T* result, int64_t start,
+               Start begin) const {
+    const int64_t inputs = net_.sizes[l - 1];
+    gemm({end - first, columns_, to - from, weights_ + net_.weights[l] + first * inputs + from, inputs, 1,
+          read_[l - 1] + from * width_, width_, result + (first - start) * width_, width_, begin,
+          begin == Start::row ? added_.data + net_.added[l] + first : nullptr});
+  }
+
+  // The products with what was before the block.
+  void before(int64_t l, int64_t first, int64_t end, int64_t to, T* result, int64_t start) const {
+    if (first == end) return;
+    if (per_sample_)
+      added_.load(sample_, count_, net_.added[l] + first, net_.added[l] + end,
+                  result + (first - start) * width_, width_);
+    product(l, first, end, 0, to, result, start, per_sample_ ? Start::result : Start::row);
+  }
+
+  void block(int64_t k0, int64_t k1) {
+    const Degrees& net = net_;
+    for (int64_t l = 1; l <= net.last; ++l)
+      before(l, net.first(l, k0), net.first(l, k1), net.first(l - 1, k0), units_[l], 0);
+    const int64_t start = k0 * net.each;
+    before(net.last + 1, start, k1 * net.each, net.first(net.last, k0), params_, start);
+    for (int64_t k = k0; k < k1; ++k) {
+      for (int64_t l = 1; l <= net.last; ++l) {
+        const int64_t first = net.first(l, k), end = net.first(l, k + 1);
+        if (first == end) continue;
+        product(l, first, end, net.first(l - 1, k0), net.known(l - 1, k), units_[l], 0, Start::result);
+        finish_units(l, first, end);
+      }
+      const int64_t first = k * net.each;
+      product(net.last + 1, first, first + net.each, net.first(net.last, k0), net.known(net.last, k), params_,
+              start, Start::result);
+      transform(k, params_ + (first - start) * width_);
+    }
+  }
+
+  void finish_units(int64_t l, int64_t first, int64_t end) {
+    const int64_t at = first * width_, flags = net_.flags(l);
+    if (net_.gated(l))
+      gates_.load(sample_, count_, net_.gates[l] + first, net_.gates[l] + end, gate_, width_);
+    const bool next = net_.activated_by_next(l);
+    if (!(flags & (GATE | AFTER | SKIP)) && !next) return;
+    finish({activation_, (end - first) * width_, units_[l] + at, flags & GATE ? gate_ : nullptr,
+            (flags & AFTER) != 0, flags & SKIP ? units_[l - 2] + at : nullptr,
+            next ? read_[l] + at : nullptr});
+  }
+
+  void transform(int64_t k, T* params) {
+    const T* z = z_ + order_[k] * width_;
+    T* x = x_ + k * width_;
+    if (transformer_.splines) {
+      spline_elements({*transformer_.splines, true, columns_, width_, z, params, x, log_slope_});
+      for (int64_t i = 0; i < columns_; ++i) log_det_[i] += log_slope_[i];
+      return;
+    }
+    AffineInverse<T> a = transformer_.affine;
+    const bool scale_first = transformer_.scale_first_in_params;
+    a.count = columns_, a.z = z, a.x = x, a.log_det = log_det_;
+    a.raw = params + (scale_first ? 0 : width_), a.shift = params + (scale_first ? width_ : 0);
+    invert(a);
+  }
+
+  const Degrees& net_;
+  const T* weights_;
+  const Rows<T> added_;
+  const bool per_sample_;
+  const Rows<T> gates_;
+  const Activation activation_;
+  const Transformer<T>& transformer_;
+  const int64_t* order_;
+  const int64_t width_, block_;
+  Arena<T> arena_;
+  T *z_, *x_, *log_det_, *log_slope_, *params_, *gate_;
+  std::vector<T*> units_, read_;  // of layers 0 to last: units, and what the next layer reads
+  int64_t most_ = 0, sample_ = 0, count_ = 0, columns_ = 0;
+};
+
+Activation activation_of(const std::string& name) {
+  return name == "relu"   ? Activation::relu
+         : name == "tanh" ? Activation::tanh
+         : name == "silu" ? Activation::silu
+                          : Activation::elu;
+}
+
+AffineScale scale_of(const std::string& name) {
+  return name == "exp"          ? AffineScale::exp
+         : name == "sigmoid"    ? AffineScale::sigmoid
+         : name == "softplus"   ? AffineScale::softplus
+         : name == "soft_clamp" ? AffineScale::soft_clamp
+         : name == "tanh"       ? AffineScale::tanh
+                                : AffineScale::soft_clip;
+}
+
+std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights, const Tensor& added,
+                                          const std::optional<Tensor>& gates, const Tensor& ends,
+                                          const Tensor& order, const std::vector<int64_t>& widths,
+                                          const std::vector<int64_t>& layers, const std::string& activation,
+                                          const std::string& scale, const std::string& affine_order,
+                                          const std::string& params_layout, double offset, int64_t bins,
+                                          double bound, const std::string& tails,
+                                          const std::string& convention, double factor, double min_bin,
+                                          double min_slope) {
+  const char* op = "masked_inverse";
+  const SplineForm form{bins, bound, tails, convention, factor, min_bin, min_slope};
+  const Degrees net(op, "z", z, weights, ends, widths, layers, bins ? form.parameters(op) : 2);
+  const int64_t n = z.size(0), features = net.features;
+  const bool per_sample = added.dim() == 2;
+  if (per_sample) expect_tensor(op, "added", added, {n, net.total()}, z.scalar_type(), z);
+  else expect_tensor(op, "added", added, {net.total()}, z.scalar_type(), z);
+  STD_TORCH_CHECK(gates.has_value() == (net.total_gates() > 0), op, ": gates: got ",
+                  gates ? "a tensor" : "None", ", expected ", net.total_gates(), " for each sample");
+  if (gates) expect_tensor(op, "gates", *gates, {n, net.total_gates()}, z.scalar_type(), z);
+  expect_tensor(op, "order", order, {features}, ScalarType::Long, z);
+  const Tensor order_ = torch::stable::contiguous(order);
+  const int64_t* place = order_.const_data_ptr<int64_t>();
+  std::vector<bool> found(features);
+  for (int64_t k = 0; k < features; ++k) {
+    STD_TORCH_CHECK(place[k] >= 0 && place[k] < features && !found[place[k]], op, ": order: got ", place[k],
+                    " at ", k, ", expected each of 0 to ", features - 1, " once");
+    found[place[k]] = true;
+  }
+
+  Tensor x = empty(z, {n, features}), log_det = empty(z, {n});
+  const Tensor z_ = rows_of(z), weights_ = torch::stable::contiguous(weights), added_ = rows_of(added);
+  const std::optional<Tensor> gates_ = rows_of(gates);
+  const auto run = [&](auto value) {
+    using T = decltype(value);
+    Transformer<T> transformer{};
+    if (bins) transformer.splines = form.splines<T>();
+    transformer.affine.scale = scale_of(scale);
+    transformer.affine.scale_first = affine_order == "scale_first";
+    transformer.affine.factor = static_cast<T>(factor), transformer.affine.offset = static_cast<T>(offset);
+    transformer.scale_first_in_params = params_layout == "scale_shift";
+    const int64_t width = tile_of<T>(n);
+    for_tiles(n, width, net.weights[net.last + 2], [&](int64_t begin, int64_t end, const auto& count) {
+      Inverse<T> inverse(net, weights_.const_data_ptr<T>(), added_, per_sample, gates_,
+                         activation_of(activation), transformer, place, width);
+      for (int64_t tile = begin; tile < end; ++tile)
+        inverse.run(z_, tile * width, count(tile), x.mutable_data_ptr<T>(), log_det.mutable_data_ptr<T>());
+    });
+  };
+  z.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  return {x, log_det};
+}
+
+// One tile of samples in the solve with the transposed Jacobian. The features come from the last one to the
+// first, and a unit gets its gradient once those of all parameters that depend on it are known.
+template <typename T>
+class Solve {
+ public:
+  Solve(const Degrees& net, const T* weights, const Rows<T>& v, const Rows<T>& slope, const Rows<T>& jac,
+        const Rows<T>& dparams, const Rows<T>& inner, const Rows<T>& outer, int64_t width)
+      : net_(net),
+        weights_(weights),
+        v_(v),
+        slope_(slope),
+        jac_(jac),
+        dparams_(dparams),
+        inner_(inner),
+        outer_(outer),
+        width_(width),
+        block_(net.block()),
+        arena_(rows(), width) {
+    right_ = arena_.take(net.features);
+    slopes_ = arena_.take(net.features);
+    sums_.push_back(arena_.take(net.features));
+    products_.push_back(nullptr), units_.push_back(nullptr);
+    for (int64_t l = 1; l <= net.last; ++l) {
+      sums_.push_back(arena_.take(net.sizes[l]));
+      products_.push_back(arena_.take(net.sizes[l]));
+      units_.push_back(net.flags(l) & SKIP ? arena_.take(net.sizes[l]) : nullptr);
+    }
+    products_.push_back(arena_.take(net.sizes[net.last + 1]));
+    jacs_ = arena_.take(net.each);
+    shifts_ = arena_.take(net.each);
+    inners_ = arena_.take(most());
+    outers_ = arena_.take(most());
+  }
+
+  void run(int64_t sample, int64_t count, T* u) {
+    sample_ = sample, count_ = count, columns_ = padded(count);
+    v_.load(sample, count, 0, net_.features, right_, width_);
+    slope_.load(sample, count, 0, net_.features, slopes_, width_);
+    for (int64_t k = 0; k < net_.features; ++k)  // samples that fill the last vector
+      std::fill(slopes_ + k * width_ + count, slopes_ + k * width_ + columns_, T(1));
+    const int64_t blocks = (net_.features + block_ - 1) / block_;
+    for (int64_t b = blocks - 1; b >= 0; --b) block(b * block_, std::min((b + 1) * block_, net_.features));
+    to_rows(ToRows<T>{count, net_.features, width_, right_, u + sample * net_.features});
+  }
+
+ private:
+  int64_t most() const {
+    int64_t most = 0;
+    for (int64_t l = 1; l <= net_.last; ++l) most = std::max(most, net_.sizes[l]);
+    return most;
+  }
+  int64_t rows() const {
+    return 3 * net_.features + 2 * net_.units() + net_.total() + 2 * net_.each + 2 * most();
+  }
+
+  // Adds to units `first` to `end` of layer l the gradients of products `from` to `to` of the next layer.
+  void product(int64_t l, int64_t first, int64_t end, int64_t from, int64_t to, Start begin) const {
+    const int64_t inputs = net_.sizes[l];
+    gemm({end - first, columns_, to - from, weights_ + net_.weights[l + 1] + from * inputs + first, 1, inputs,
+          products_[l + 1] + from * width_, width_, sums_[l] + first * width_, width_, begin});
+  }
+
+  void block(int64_t k0, int64_t k1) {
+    const Degrees& net = net_;
+    for (int64_t l = 0; l <= net.last; ++l)
+      if (net.first(l, k0) < net.first(l, k1))
+        product(l, net.first(l, k0), net.first(l, k1), net.first(l + 1, k1), net.sizes[l + 1], Start::zero);
+    for (int64_t k = k1 - 1; k >= k0; --k) {
+      product(0, k, k + 1, net.first(1, k + 1), net.first(1, k1), Start::result);
+      const int64_t first = k * net.each, end = first + net.each;
+      jac_.load(sample_, count_, first, end, jacs_, width_);
+      if (dparams_) dparams_.load(sample_, count_, first, end, shifts_, width_);
+      T* right = right_ + k * width_;
+      solve({columns_, net.each, width_, right, sums_[0] + k * width_, slopes_ + k * width_, jacs_,
+             dparams_ ? shifts_ : nullptr, right, products_[net.last + 1] + first * width_});
+      for (int64_t l = net.last; l >= 1; --l) units(l, net.first(l, k), net.first(l, k + 1), k, k1);
+    }
+  }
+
+  void units(int64_t l, int64_t first, int64_t end, int64_t k, int64_t k1) {
+    if (first == end) return;
+    product(l, first, end, net_.first(l + 1, k), net_.first(l + 1, k1), Start::result);
+    const int64_t at = first * width_, column = net_.added[l];
+    if (inner_) inner_.load(sample_, count_, column + first, column + end, inners_, width_);
+    if (outer_) outer_.load(sample_, count_, column + first, column + end, outers_, width_);
+    pull({(end - first) * width_, sums_[l] + at, outer_ ? outers_ : nullptr,
+          net_.added_later(l) ? units_[l + 2] + at : nullptr, inner_ ? inners_ : nullptr,
+          units_[l] ? units_[l] + at : nullptr, products_[l] + at});
+  }
+
+  const Degrees& net_;
+  const T* weights_;
+  const Rows<T> v_, slope_, jac_, dparams_, inner_, outer_;
+  const int64_t width_, block_;
+  Arena<T> arena_;
+  T *right_, *slopes_, *jacs_, *shifts_, *inners_, *outers_;
+  // of layers 0 to last (+ 1): sums of gradients; gradients of products; of units that are added to others
+  std::vector<T*> sums_, products_, units_;
+  int64_t sample_ = 0, count_ = 0, columns_ = 0;
+};
+
+Tensor masked_solve(const Tensor& v, const Tensor& slope, const Tensor& jac,
+                    const std::optional<Tensor>& dparams, const std::optional<Tensor>& inner,
+                    const std::optional<Tensor>& outer, const Tensor& weights, const Tensor& ends,
+                    const std::vector<int64_t>& widths, const std::vector<int64_t>& layers) {
+  const char* op = "masked_solve";
+  expect_shape(op, "jac", jac, {ANY, ANY, ANY});
+  const int64_t each = jac.size(2);
+  const Degrees net(op, "v", v, weights, ends, widths, layers, each);
+  const int64_t n = v.size(0), features = net.features;
+  const auto check = [&](const char* name, const std::optional<Tensor>& t, IntHeaderOnlyArrayRef sizes) {
+    if (t) expect_tensor(op, name, *t, sizes, v.scalar_type(), v);
+  };
+  check("slope", slope, {n, features});
+  check("jac", jac, {n, features, each});
+  check("dparams", dparams, {n, features, each});
+  check("inner", inner, {n, net.units()});
+  check("outer", outer, {n, net.units()});
+
+  Tensor u = empty(v, {n, features});
+  const Tensor v_ = rows_of(v), slope_ = rows_of(slope), jac_ = torch::stable::contiguous(jac),
+               weights_ = torch::stable::contiguous(weights);
+  const std::optional<Tensor> inner_ = rows_of(inner), outer_ = rows_of(outer),
+                              dparams_ =
+                                  dparams ? std::optional(torch::stable::contiguous(*dparams)) : std::nullopt;
+  const auto run = [&](auto value) {
+    using T = decltype(value);
+    const int64_t width = tile_of<T>(n);
+    for_tiles(n, width, net.weights[net.last + 2], [&](int64_t begin, int64_t end, const auto& count) {
+      Solve<T> solve(net, weights_.const_data_ptr<T>(), v_, slope_, jac_, dparams_, inner_, outer_, width);
+      for (int64_t tile = begin; tile < end; ++tile)
+        solve.run(tile * width, count(tile), u.mutable_data_ptr<T>());
+    });
+  };
+  v.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  return u;
+}
+
+}  // namespace
+}  // namespace fastflow::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastflow_C, CPU, m) {
+  m.impl("masked_inverse", TORCH_BOX(&fastflow::cpu::masked_inverse));
+  m.impl("masked_solve", TORCH_BOX(&fastflow::cpu::masked_solve));
+}

@@ -1,0 +1,61 @@
+#pragma once
+// Elementwise parts of the one-pass inverse of a masked autoregressive transformation, compiled for each
+// instruction set (multiversion.h). Samples are the lanes of vectors, so that counts are multiples of 16.
+#include <cstdint>
+
+namespace fastflow::cpu {
+
+enum class Activation { relu, tanh, silu, elu };
+
+// The rest of hidden units after their product. Elements are units and samples.
+template <typename T>
+struct UnitElements {
+  Activation activation;
+  int64_t count;
+  T* units;        // the product, then the units
+  const T* gates;  // factors of the product, or null
+  bool after;      // whether the units are activated
+  const T* skip;   // added to the units, or null
+  T* read;         // the activated units that the next layer reads, may be `units`; or null
+};
+void finish(const UnitElements<float>&);
+void finish(const UnitElements<double>&);
+
+enum class AffineScale { exp, sigmoid, softplus, soft_clamp, tanh, soft_clip };
+
+// x from z of a feature; its log-slope is added to log_det.
+template <typename T>
+struct AffineInverse {
+  AffineScale scale;
+  bool scale_first;
+  T factor, offset;
+  int64_t count;
+  const T *z, *shift, *raw;
+  T *x, *log_det;
+};
+void invert(const AffineInverse<float>&);
+void invert(const AffineInverse<double>&);
+
+// units = (gradient + skip) by the next layers and products = units * inner; gradient is first multiplied by
+// outer. Null factors are 1, a null skip 0, null units are not written.
+template <typename T>
+struct UnitGradients {
+  int64_t count;
+  const T *gradient, *outer, *skip, *inner;
+  T *units, *products;
+};
+void pull(const UnitGradients<float>&);
+void pull(const UnitGradients<double>&);
+
+// u = (v - sum) / slope of a feature, and the gradients of its parameters, jac * u - dparams, whose rows are
+// `row` apart. A null dparams is 0.
+template <typename T>
+struct FeatureGradients {
+  int64_t count, parameters, row;
+  const T *v, *sum, *slope, *jac, *dparams;
+  T *u, *products;
+};
+void solve(const FeatureGradients<float>&);
+void solve(const FeatureGradients<double>&);
+
+}  // namespace fastflow::cpu
