@@ -58,11 +58,15 @@ def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
         ends = torch.stack([torch.arange(1, features + 1) * width // features for width in widths])
         masks = masks_of(ends, sizes, each)
         scaled = [mask * torch.randn(mask.shape, dtype=dtype) / mask.shape[1] ** 0.5 for mask in masks]
+        scaled[-1] = 0.1 * scaled[-1]
         weights = torch.cat([w.flatten() for w in scaled])
         total, count = sum(sizes[1:]), gated(list(layers), list(widths))
-        added = 0.3 * torch.randn((n, total) if context else (total,), dtype=dtype)
+        added = 0.1 * torch.randn((n, total) if context else (total,), dtype=dtype)
+        if bins := form[4]:  # as in the spline's cases, most log-slopes do not cancel in the log-det
+            heights = added[..., sum(widths) :].unflatten(-1, (features, each))[..., bins : 2 * bins]
+            heights[..., bins // 2 - 1 : bins // 2 + 1] += 1
         gates = torch.rand(n, count, dtype=dtype) if count else None
-        z = torch.randn(n, features, dtype=dtype)
+        z = 0.7 * torch.randn(n, features, dtype=dtype)
         order = torch.arange(features).flip(0)
         yield Case(
             "masked_inverse",
