@@ -3,6 +3,7 @@
 from fastflow.models.flow_model import FlowModel
 from fastflow.models.glow import Glow
 from fastflow.models.image_flow import ImageFlow
+from fastflow.models.maf import IAF, MAF
 from fastflow.models.mnist_flow import MNISTFlow, mnist_flow
 from fastflow.models.neural_spline_flow import NeuralSplineFlow
 from fastflow.models.nice import NICE
@@ -11,6 +12,8 @@ from fastflow.models.realnvp import RealNVP
 from fastflow.models.vector_glow import VectorGlow
 
 __all__ = [
+    "IAF",
+    "MAF",
     "NICE",
     "FlowModel",
     "Glow",

@@ -1,4 +1,4 @@
-"""Neural spline flow of vectors."""
+"""Neural spline flows of vectors."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +15,8 @@ from fastflow.nn import (
     GaussianPrior,
     IdentityDequantize,
     LULinear,
+    MaskedAutoregressive,
+    MaskedNetwork,
     Permute,
     Prior,
     ResidualMLP,
@@ -38,6 +40,7 @@ class NeuralSplineFlowConfig(ModelConfig):
     prior: Literal["gaussian"] | Prior | Distribution = "gaussian"
     reversible: bool = False
     standardize: bool = False
+    autoregressive: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,11 +51,12 @@ class NeuralSplineFlowConfig(ModelConfig):
 
 
 class NeuralSplineFlow(Model):
-    r"""Neural spline flow with coupling layers, RQ-NSF (C), of vectors.
+    r"""Neural spline flow of vectors, with coupling layers, RQ-NSF (C), or autoregressive ones, RQ-NSF (AR).
 
     Source: Neural Spline Flows, arXiv:1906.04032, section 5.1. A step is a random permutation, a linear map by
     triangular factors, and a coupling with rational-quadratic splines; splines without a network transform the half
-    that the coupling passes through. A last permutation and linear map follow. ``log_prob`` is the exact log-density.
+    that the coupling passes through. An autoregressive layer transforms all features instead. A last permutation and
+    linear map follow. ``log_prob`` is the exact log-density.
 
     Splines act on ``[-bound, bound]`` and are the identity outside, so data should be standardized:
     ``fastflow.fit(..., standardize=True)``.
@@ -72,6 +76,8 @@ class NeuralSplineFlow(Model):
         reversible: recompute activations in backward instead of storing them.
         standardize: standardize samples before the first step, see :meth:`Model.standardize_by`. ``fastflow.fit``
             with ``standardize=True`` adds it.
+        autoregressive: :class:`~fastflow.nn.MaskedAutoregressive` layers in place of couplings, with residual
+            :class:`~fastflow.nn.MaskedNetwork`. Samples take one pass of each network, as densities do.
 
     Shape: x ``[N, D]``, context ``[N, context_features]``, or ``[1, context_features]`` for all samples,
     floating point in the model's dtype.
@@ -116,9 +122,19 @@ def _mixing(features: int) -> list[nn.Module]:
 
 
 def _splines(config: NeuralSplineFlowConfig) -> list[nn.Module]:
-    """The coupling of a step, and the splines of the part that it passes through."""
+    """The coupling or the autoregressive layer of a step."""
     form = {"bins": config.bins, "bound": config.bound}
     kept = config.features // 2
+    if config.autoregressive and (kept or config.context_features is not None):
+        net = MaskedNetwork(
+            config.features,
+            MaskedAutoregressive.params_per_feature("spline", **form),
+            (config.hidden,) * (1 + config.blocks),
+            residual=True,
+            context_features=config.context_features,
+            dropout=config.dropout,
+        )
+        return [MaskedAutoregressive(net, "spline", **form)]
     if not kept and config.context_features is None:
         return [ElementwiseSpline(config.features, **form)]
     outputs = (config.features - kept) * SplineCoupling.params_per_element(config.bins)

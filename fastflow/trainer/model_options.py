@@ -9,8 +9,9 @@ import re
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Union, get_args
 
-from fastflow.models import NICE, Glow, MNISTFlow, NeuralSplineFlow, RealNVP, VectorGlow
+from fastflow.models import IAF, MAF, NICE, Glow, MNISTFlow, NeuralSplineFlow, RealNVP, VectorGlow
 from fastflow.models.glow import GlowConfig
+from fastflow.models.maf import IAFConfig, MAFConfig
 from fastflow.models.mnist_flow import VARIANTS, MNISTFlowConfig
 from fastflow.models.model import Model
 from fastflow.models.neural_spline_flow import NeuralSplineFlowConfig
@@ -87,6 +88,12 @@ MODELS = {
         fixed={"standardize": True},
         dimensions=1,
     ),
+    **{
+        name: TrainerModel(
+            model, config, names={"steps": "steps_per_level"}, fixed={"standardize": True}, dimensions=1
+        )
+        for name, model, config in (("maf", MAF, MAFConfig), ("iaf", IAF, IAFConfig))
+    },
     "neural_spline_flow": TrainerModel(
         NeuralSplineFlow,
         NeuralSplineFlowConfig,

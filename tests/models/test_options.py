@@ -6,8 +6,9 @@ from typing import Literal
 
 import pytest
 
-from fastflow.models import NICE, Glow, MNISTFlow, NeuralSplineFlow, RealNVP, VectorGlow
+from fastflow.models import IAF, MAF, NICE, Glow, MNISTFlow, NeuralSplineFlow, RealNVP, VectorGlow
 from fastflow.models.glow import GlowConfig
+from fastflow.models.maf import IAFConfig, MAFConfig
 from fastflow.models.mnist_flow import MNISTFlowConfig
 from fastflow.models.neural_spline_flow import NeuralSplineFlowConfig
 from fastflow.models.nice import NICEConfig
@@ -21,6 +22,8 @@ MODELS = {
     NICE: NICEConfig,
     VectorGlow: VectorGlowConfig,
     NeuralSplineFlow: NeuralSplineFlowConfig,
+    MAF: MAFConfig,
+    IAF: IAFConfig,
     MNISTFlow: MNISTFlowConfig,
 }
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 import fastflow.nn as fnn
 from fastflow.models import (
+    IAF,
+    MAF,
     NICE,
     FlowModel,
     Glow,
@@ -419,6 +421,8 @@ CONSTRUCTORS = {
     RealNVP: {"image_shape": (1, 4, 4), "scales": 1, "hidden": 4, "blocks": 1},
     NICE: {"features": 4, "hidden": 4},
     FlowModel: {"flow": fnn.ActNorm(4), "prior": fnn.GaussianPrior((4,))},
+    MAF: {"features": 4, "steps": 1, "hidden": 4},
+    IAF: {"features": 4, "steps": 1, "hidden": 4},
     NeuralSplineFlow: {"features": 4, "steps": 1, "hidden": 4, "blocks": 1},
     VectorGlow: {"features": 4, "steps": 1, "hidden": 4},
     MNISTFlow: {"variant": "simple"},

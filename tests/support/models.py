@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastflow.models import NICE, Glow, NeuralSplineFlow, RealNVP, VectorGlow, mnist_flow
+from fastflow.models import IAF, MAF, NICE, Glow, NeuralSplineFlow, RealNVP, VectorGlow, mnist_flow
 from fastflow.models.mnist_flow import VARIANTS
 from tests.support.cases import randomize
 
@@ -26,6 +26,12 @@ def neural_spline_flow(**kwargs):
     )
 
 
+def maf(model=MAF, **kwargs):
+    return model(
+        **{"features": 3, "steps": 2, "hidden": 5, "activation": "tanh", "reversible": True} | kwargs
+    )
+
+
 def glow(**kwargs):
     return Glow(**{"image_shape": (3, 4, 4), "levels": 2, "steps": 2, "hidden": 5} | kwargs)
 
@@ -45,6 +51,12 @@ MODELS = {
         features=2, layers=1, prior="mixture", components=3, **kw
     ),
     "NeuralSplineFlow": neural_spline_flow,
+    "NeuralSplineFlow, autoregressive": lambda **kw: neural_spline_flow(autoregressive=True, **kw),
+    "MAF": maf,
+    "MAF, batch normalization, residual": lambda **kw: maf(
+        batch_norm=True, residual=True, order="random", layers=1, **kw
+    ),
+    "IAF": lambda **kw: maf(IAF, **kw),
     "Glow, additive, reverse, learned prior": lambda **kw: glow(
         coupling="additive", conv1x1="reverse", learned_prior=True, **kw
     ),
