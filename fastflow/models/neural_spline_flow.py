@@ -17,7 +17,6 @@ from fastflow.nn import (
     LULinear,
     MaskedAutoregressive,
     MaskedNetwork,
-    Permute,
     Prior,
     ResidualMLP,
     Sequential,
@@ -96,8 +95,8 @@ class NeuralSplineFlow(Model):
     def __init__(self, config: NeuralSplineFlowConfig) -> None:
         layers = []
         for _ in range(config.steps):
-            layers += [*_mixing(config.features), *_splines(config)]
-        flow = Sequential(*layers, *_mixing(config.features), reversible=config.reversible)
+            layers += [_mixing(config.features), *_splines(config)]
+        flow = Sequential(*layers, _mixing(config.features), reversible=config.reversible)
         if isinstance(config.prior, (Prior, Distribution)):
             prior = prior_of(config.prior, (config.features,))
         else:
@@ -116,9 +115,8 @@ class NeuralSplineFlow(Model):
         )
 
 
-def _mixing(features: int) -> list[nn.Module]:
-    permutation = [Permute(features, "random")] if features > 1 else []
-    return [*permutation, LULinear(features)]
+def _mixing(features: int) -> nn.Module:
+    return LULinear(features, permutation="random" if features > 1 else None)
 
 
 def _splines(config: NeuralSplineFlowConfig) -> list[nn.Module]:

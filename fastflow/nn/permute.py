@@ -10,6 +10,21 @@ from fastflow.nn.flow import Flow, check_channels
 from fastflow.reversible import Gradients, zero_log_det
 
 
+def permutation_of(num_features: int, order: str | Sequence[int], argument: str = "order") -> Tensor:
+    """The indices of an order, see :class:`Permute`."""
+    index = torch.arange(num_features)
+    if isinstance(order, str):
+        validation.one_of(argument, order, ("reverse", "random", "interleaved"))
+        if order == "random":
+            return torch.randperm(num_features)
+        return index.flip(0) if order == "reverse" else torch.cat([index[::2], index[1::2]])
+    numbers = list(order) if isinstance(order, Iterable) else [order]
+    if not all(isinstance(i, int) for i in numbers) or sorted(numbers) != list(range(num_features)):
+        got = numbers if isinstance(order, Iterable) else order
+        raise validation.argument_error(argument, got, f"each of 0 to {num_features - 1} once")
+    return torch.tensor(order)
+
+
 class Permute(Flow):
     """A fixed permutation of the channels, ``y[:, i] = x[:, perm[i]]``; its log-det is 0.
 
@@ -27,20 +42,7 @@ class Permute(Flow):
         super().__init__()
         validation.positive_int("num_features", num_features)
         self.num_features, self.order = num_features, order
-        index = torch.arange(num_features)
-        if isinstance(order, str):
-            validation.one_of("order", order, ("reverse", "random", "interleaved"))
-            if order == "random":
-                perm = torch.randperm(num_features)
-            else:
-                perm = index.flip(0) if order == "reverse" else torch.cat([index[::2], index[1::2]])
-        else:
-            numbers = list(order) if isinstance(order, Iterable) else [order]
-            if not all(isinstance(i, int) for i in numbers) or sorted(numbers) != list(range(num_features)):
-                got = numbers if isinstance(order, Iterable) else order
-                raise validation.argument_error("order", got, f"each of 0 to {num_features - 1} once")
-            perm = torch.tensor(order)
-        self.register_buffer("perm", perm)
+        self.register_buffer("perm", permutation_of(num_features, order))
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix of the permutation, its inverse, and log|det| = 0; see :meth:`InvertibleConv1x1.weights`."""
