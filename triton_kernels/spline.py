@@ -559,7 +559,7 @@ def spline(
     form = _form(bins, bound, tails, convention, factor, min_bin, min_slope)
     acc, triton_acc = accumulator(x.dtype)
     y, out = allocate_output(x)
-    x, params = with_position_stride(x), with_position_stride(params)
+    x, params = with_position_stride(x), with_position_stride(_per_sample(params, x))
     k, channels = params.shape[1] // form["EACH"], x.shape[1]
     t = tiles(k, x, params, out, elements=ELEMENTS)
     log_det = x.new_empty((x.shape[0] * (1 if t.constants["VECTORS"] else t.split),), dtype=acc)
@@ -569,6 +569,11 @@ def spline(
         HAS_ORDER=channel_order is not None, PASSING=k < channels, ACC=triton_acc, **form, **t.constants,
     )  # fmt: skip
     return finalize(y, out), sum_parts(log_det, x.shape[0])
+
+
+def _per_sample(params: Tensor, x: Tensor) -> Tensor:
+    """Parameters of each sample of x: those of one sample may be given for all."""
+    return params.expand(x.shape[0], *params.shape[1:])
 
 
 def _backward(
@@ -583,6 +588,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     triton_acc = accumulator(v.dtype)[1]
     dv, dv_out = allocate_output(dy)
+    shape, params = params.shape, _per_sample(params, v)
     dparams, dparams_out = allocate_output(params)
     x, x_out = allocate_output(v) if given == "y" else (v, v)
     v, params, dy = with_position_stride(v), with_position_stride(params), with_position_stride(dy)
@@ -595,7 +601,7 @@ def _backward(
         *t.sizes, channels, dlog_det.stride(0), *t.strides, warps=WARPS, GIVEN=given,
         HAS_ORDER=channel_order is not None, PASSING=k < channels, ACC=triton_acc, **form, **t.constants,
     )  # fmt: skip
-    return finalize(x, x_out), finalize(dv, dv_out), finalize(dparams, dparams_out)
+    return finalize(x, x_out), finalize(dv, dv_out), finalize(dparams, dparams_out).sum_to_size(shape)
 
 
 def spline_backward(

@@ -6,11 +6,13 @@ nflows' is RQ-NSF (C), with its own initialization or FastFlow's weights: then i
 autoregressive, another function: sampling computes one feature per pass.
 """
 
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastflow.models import NeuralSplineFlow
-from fastflow.nn import LULinear, Permute, SplineCoupling
+from fastflow.nn import ElementwiseSpline, LULinear, SplineCoupling
 
 
 def nflows(like: NeuralSplineFlow) -> nn.Module:
@@ -59,24 +61,31 @@ def nflows(like: NeuralSplineFlow) -> nn.Module:
 def copy_weights(like: NeuralSplineFlow, to: nn.Module) -> nn.Module:
     """Gives nflows' flow ``to`` the weights of ``like``, its dtype and its device."""
     to.to(next(like.parameters()))
-    for ours, theirs in zip(like.flows[0].flows, to._transform._transforms, strict=True):
-        if isinstance(ours, Permute):
-            theirs._permutation.copy_(ours.perm)
-        elif isinstance(ours, LULinear):
+    theirs_in_order = iter(to._transform._transforms)
+    for ours in like.flows[0]:
+        if isinstance(ours, LULinear):
+            next(theirs_in_order)._permutation.copy_(ours.perm)
+            theirs = next(theirs_in_order)
             theirs.lower_entries.copy_(ours.factors[theirs.lower_indices])
             theirs.upper_entries.copy_(ours.factors[theirs.upper_indices])
             theirs.unconstrained_upper_diag.copy_(ours.factors.diagonal())
             theirs.bias.copy_(ours.bias)
+        elif isinstance(ours, SplineCoupling):
+            theirs = next(theirs_in_order)
+            _copy_network(ours, theirs)
         else:
-            _copy_coupling(ours, theirs)
+            _copy_splines(ours, theirs.unconditional_transform)
     return to
 
 
-def _copy_coupling(ours: SplineCoupling, theirs: nn.Module) -> None:
-    bins, each = ours.bins, SplineCoupling.params_per_element(ours.bins)
-    # nflows adds no offset to raw slopes: those of 0 are not slopes of 1
-    offset = torch.zeros(each).to(ours.passing.params)
-    offset[2 * bins :] = torch.log(torch.expm1(torch.tensor(1 - ours.min_slope, dtype=torch.float64)))
+def _offset(bins: int, min_slope: float) -> Tensor:
+    """What nflows does not add to raw parameters: its slopes of raw values of 0 are not 1."""
+    offset = torch.zeros(SplineCoupling.params_per_element(bins), dtype=torch.float64)
+    offset[2 * bins :] = math.log(math.expm1(1 - min_slope))
+    return offset
+
+
+def _copy_network(ours: SplineCoupling, theirs: nn.Module) -> None:
     net, own = theirs.transform_net, ours.net
     pairs = [(own.linear_in, net.initial_layer), (own.linear_out, net.final_layer)]
     for block, other in zip(own.blocks, net.blocks, strict=True):
@@ -84,8 +93,12 @@ def _copy_coupling(ours: SplineCoupling, theirs: nn.Module) -> None:
         pairs += [] if block.gate is None else [(block.gate, other.context_layer)]
     for own_layer, layer in pairs:
         layer.load_state_dict(own_layer.state_dict())
-    net.final_layer.bias.view(-1, each).add_(offset)
-    params, other = ours.passing.params.view(-1, each) + offset, theirs.unconditional_transform
+    net.final_layer.bias.view(-1, ours.each).add_(_offset(ours.bins, ours.min_slope))
+
+
+def _copy_splines(ours: ElementwiseSpline, other: nn.Module) -> None:
+    bins, offset = ours.form["bins"], _offset(ours.form["bins"], ours.form["min_slope"])
+    params = ours.params.view(-1, len(offset)) + offset.to(ours.params)
     other.unnormalized_widths.copy_(params[:, :bins])
     other.unnormalized_heights.copy_(params[:, bins : 2 * bins])
     other.unnormalized_derivatives.copy_(params[:, 2 * bins :])

@@ -162,15 +162,19 @@ inline void pass(const Strided& from, const Strided& to, const Part& part, const
 struct Layout {
   std::vector<int64_t> order;
   int64_t transformed, each;
+  bool shared = false;  // the parameters, by all samples: their first dimension is 1
 
   Layout(const char* op, const char* name, const Tensor& x, const Tensor& params,
-         const std::optional<Tensor>& channel_order, int64_t first_channel, int64_t each_)
+         const std::optional<Tensor>& channel_order, int64_t first_channel, int64_t each_,
+         bool may_share = false)
       : order(x.size(1)), each(each_) {
     const int64_t channels = x.size(1);
     expect_dims(op, "params", params, 2);
     transformed = params.size(1) / each;
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
     sizes[1] = transformed * each;
+    shared = may_share && params.size(0) == 1 && sizes[0] != 1;
+    if (shared) sizes[0] = 1;
     expect_floating(op, "params", params, sizes);
     STD_TORCH_CHECK(transformed <= channels, op, ": params: got ", transformed * each,
                     " parameters per position of ", name, ", expected at most ", channels * each);

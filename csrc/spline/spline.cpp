@@ -11,6 +11,8 @@ namespace {
 
 template <typename M, bool ZUKO, typename T>
 struct SplineMath {
+  using Simd = M;
+  static constexpr bool IS_ZUKO = ZUKO;
   using V = typename M::V;
   using I = typename M::I;
 
@@ -115,6 +117,25 @@ struct SplineMath {
     return (V)(~fixed & (I)(by * g));
   }
 
+  // The bin of each lane of a table, and the slopes at its ends.
+  struct Piece {
+    Bin x, y;
+    V d0, d1, index;
+  };
+  FASTFLOW_INLINE Piece look_up(const T* table, int64_t row, const V& v, bool by_y) const {
+    const auto at = [&](int64_t r, int64_t i)
+                        __attribute__((always_inline)) { return M::all(table[r * row + i]); };
+    Piece p{{at(0, 0), at(1, 0), V{}, V{}}, {at(2, 0), at(3, 0), V{}, V{}}, at(4, 0), at(5, 0), V{}};
+    for (int64_t i = 1; i < s.bins; ++i) {
+      const I here = reaches(v, at(by_y ? 2 : 0, i));
+      p.x.lower = select(here, at(0, i), p.x.lower), p.x.size = select(here, at(1, i), p.x.size);
+      p.y.lower = select(here, at(2, i), p.y.lower), p.y.size = select(here, at(3, i), p.y.size);
+      p.d0 = select(here, at(4, i), p.d0), p.d1 = select(here, at(5, i), p.d1);
+      p.index += (V)(here & (I)M::all(1));
+    }
+    return p;
+  }
+
   FASTFLOW_INLINE V end() const { return M::all(s.start + s.length); }
   FASTFLOW_INLINE I inside(const V& v) const { return reaches(v, M::all(s.start)) & at_least(end(), v); }
   FASTFLOW_INLINE V clamped(const V& v) const { return M::min(M::max(v, s.start), s.start + s.length); }
@@ -133,7 +154,7 @@ FASTFLOW_INLINE V solved(const V& eta, const V& height, const V& s, const V& q, 
   return b >= 0 ? positive : negative;
 }
 
-template <bool ZUKO, int BYTES, typename T>
+template <bool ZUKO, bool TABLE, int BYTES, typename T>
 FASTFLOW_INLINE void forward_lanes(const SplineForward<T>& given) {
   using M = SimdMath<T, BYTES>;
   using V = typename M::V;
@@ -144,14 +165,20 @@ FASTFLOW_INLINE void forward_lanes(const SplineForward<T>& given) {
   for (int64_t i = 0; i < f.count; i += M::COUNT) {
     const Math math{f, f.params + i, f.stride};
     const V v = M::load(f.v + i), kept = math.clamped(v);
-    V index;
-    const int64_t first = f.inverse ? f.bins : 0;
-    const auto searched = math.template find<false>(e, math.exponentials(first, e), kept, index);
-    const auto other = math.template find<true>(e, math.exponentials(f.bins - first, e), kept, index);
-    const auto& x = f.inverse ? other : searched;
-    const auto& y = f.inverse ? searched : other;
-    const auto raw = math.raw_slopes(index);
-    const V d0 = math.slope(raw.r0, raw.fixed0), d1 = math.slope(raw.r1, raw.fixed1);
+    typename Math::Bin x, y;
+    V d0, d1;
+    if (TABLE) {
+      const auto piece = math.look_up(f.table, f.row, kept, f.inverse);
+      x = piece.x, y = piece.y, d0 = piece.d0, d1 = piece.d1;
+    } else {
+      V index;
+      const int64_t first = f.inverse ? f.bins : 0;
+      const auto searched = math.template find<false>(e, math.exponentials(first, e), kept, index);
+      const auto other = math.template find<true>(e, math.exponentials(f.bins - first, e), kept, index);
+      x = f.inverse ? other : searched, y = f.inverse ? searched : other;
+      const auto raw = math.raw_slopes(index);
+      d0 = math.slope(raw.r0, raw.fixed0), d1 = math.slope(raw.r1, raw.fixed1);
+    }
     const V s = y.size / x.size, q = d0 + d1 - 2 * s;
     V xi = f.inverse ? solved<M>(kept - y.lower, y.size, s, q, d0) : (kept - x.lower) / x.size;
     xi = math.within_unit(xi, kept);
@@ -174,7 +201,51 @@ FASTFLOW_INLINE void forward_lanes(const SplineForward<T>& given) {
   }
 }
 
-template <bool ZUKO, int BYTES, typename T>
+// The gradients of the values of a bin.
+template <typename V>
+struct OfBin {
+  V x, width, y, height, d0, d1;
+};
+
+// Stores the gradients of the parameters of each lane. e: exponentials of its bins, inverse: 1 / their sums.
+template <typename Math, typename V, typename T>
+FASTFLOW_INLINE void store_gradients(const Math& math, const V* e_x, const V* e_y, const V& inverse_x,
+                                     const V& inverse_y, const typename Math::Bin& x,
+                                     const typename Math::Bin& y, const typename Math::RawSlopes& raw,
+                                     const V& d0, const V& d1, const V& index, const OfBin<V>& by, T* dparams,
+                                     int64_t stride) {
+  using M = typename Math::Simd;
+  using I = typename Math::I;
+  const auto& s = math.s;
+  const T size_scale = s.length * s.share;
+  const V mean_x = by.x * x.below + by.width * x.own, mean_y = by.y * y.below + by.height * y.own;
+  const V scale_x = inverse_x * (size_scale * s.factor), scale_y = inverse_y * (size_scale * s.factor);
+  const V range = M::all(2 * s.factor * s.inverse_log_range);
+  for (int64_t j = 0; j < s.bins; ++j) {
+    const I before = Math::above(index, M::all(j)), up_to = Math::at_least(index, M::all(j));
+    const V bin_x = Math::select(before, by.x, (V)(up_to & (I)by.width)),
+            bin_y = Math::select(before, by.y, (V)(up_to & (I)by.height));
+    V dx = e_x[j] * scale_x * (bin_x - mean_x), dy = e_y[j] * scale_y * (bin_y - mean_y);
+    if (Math::IS_ZUKO) {
+      const V c_x = M::abs(math.raw(j)) * range + 1, c_y = M::abs(math.raw(s.bins + j)) * range + 1;
+      dx = dx / (c_x * c_x), dy = dy / (c_y * c_y);
+    }
+    M::store(dparams + j * stride, dx);
+    M::store(dparams + (s.bins + j) * stride, dy);
+  }
+  const V s0 = math.slope_vjp(raw.r0, raw.fixed0, d0, by.d0),
+          s1 = math.slope_vjp(raw.r1, raw.fixed1, d1, by.d1);
+  const int64_t shift = s.tails == Tails::linear ? 1 : 0, slopes = s.slopes();
+  for (int64_t j = 0; j < slopes; ++j) {
+    const V at = M::all(j + shift);  // the knot
+    V d = (V)((I)(index == at ? s0 : V{}));
+    d += index + 1 == at ? s1 : V{};
+    if (s.tails == Tails::circular && j == 0) d += index == M::all(s.bins - 1) ? s1 : V{};
+    M::store(dparams + (2 * s.bins + j) * stride, d);
+  }
+}
+
+template <bool ZUKO, bool TABLE, int BYTES, typename T>
 FASTFLOW_INLINE void backward_lanes(const SplineBackward<T>& given) {
   using M = SimdMath<T, BYTES>;
   using V = typename M::V;
@@ -182,24 +253,32 @@ FASTFLOW_INLINE void backward_lanes(const SplineBackward<T>& given) {
   using Math = SplineMath<M, ZUKO, T>;
   const SplineBackward<T> f = given;
   const bool identity = f.tails != Tails::none, by_y = f.given != Given::x;
-  const T size_scale = f.length * f.share;
-  V e_x[MAX_BINS], e_y[MAX_BINS];
+  V e_x[MAX_BINS], e_y[MAX_BINS], sums[TABLE ? MAX_BINS * TABLE_ROWS : 1];
+  if (TABLE)
+    for (int64_t j = 0; j < f.bins * TABLE_ROWS; ++j) sums[j] = V{};
   for (int64_t i = 0; i < f.count; i += M::COUNT) {
     const Math math{f, f.params + i, f.stride};
     const V v = M::load(f.v + i), kept = math.clamped(v);
     V g = M::load(f.g + i), dlog = M::load(f.dlog_slope + i), index;
     const V passed = g;
-    const V inverse_x = math.exponentials(0, e_x), inverse_y = math.exponentials(f.bins, e_y);
+    V inverse_x, inverse_y, d0, d1;
     typename Math::Bin x, y;
-    if (by_y) {
-      y = math.template find<false>(e_y, inverse_y, kept, index);
-      x = math.template find<true>(e_x, inverse_x, kept, index);
+    typename Math::RawSlopes raw;
+    if (TABLE) {
+      const auto piece = math.look_up(f.table, f.row, kept, by_y);
+      x = piece.x, y = piece.y, d0 = piece.d0, d1 = piece.d1, index = piece.index;
     } else {
-      x = math.template find<false>(e_x, inverse_x, kept, index);
-      y = math.template find<true>(e_y, inverse_y, kept, index);
+      inverse_x = math.exponentials(0, e_x), inverse_y = math.exponentials(f.bins, e_y);
+      if (by_y) {
+        y = math.template find<false>(e_y, inverse_y, kept, index);
+        x = math.template find<true>(e_x, inverse_x, kept, index);
+      } else {
+        x = math.template find<false>(e_x, inverse_x, kept, index);
+        y = math.template find<true>(e_y, inverse_y, kept, index);
+      }
+      raw = math.raw_slopes(index);
+      d0 = math.slope(raw.r0, raw.fixed0), d1 = math.slope(raw.r1, raw.fixed1);
     }
-    const auto raw = math.raw_slopes(index);
-    const V d0 = math.slope(raw.r0, raw.fixed0), d1 = math.slope(raw.r1, raw.fixed1);
     const V inverse_width = 1 / x.size, s = y.size * inverse_width, q = d0 + d1 - 2 * s;
     V xi = by_y ? solved<M>(kept - y.lower, y.size, s, q, d0) : (kept - x.lower) * inverse_width;
     xi = math.within_unit(xi, kept);
@@ -243,42 +322,101 @@ FASTFLOW_INLINE void backward_lanes(const SplineBackward<T>& given) {
     if (f.x) M::store(f.x + i, x_out);
     M::store(f.dv + i, dv);
 
-    T* dparams = f.dparams + i;
-    const V mean_x = by_x * x.below + by_width * x.own, mean_y = by_lower * y.below + by_height * y.own;
-    const V scale_x = inverse_x * (size_scale * f.factor), scale_y = inverse_y * (size_scale * f.factor);
-    const V range = M::all(2 * f.factor * f.inverse_log_range);
-    for (int64_t j = 0; j < f.bins; ++j) {
-      const I before = Math::above(index, M::all(j)), up_to = Math::at_least(index, M::all(j));
-      const V bin_x = Math::select(before, by_x, (V)(up_to & (I)by_width)),
-              bin_y = Math::select(before, by_lower, (V)(up_to & (I)by_height));
-      V dx = e_x[j] * scale_x * (bin_x - mean_x), dy = e_y[j] * scale_y * (bin_y - mean_y);
-      if (ZUKO) {
-        const V c_x = M::abs(math.raw(j)) * range + 1, c_y = M::abs(math.raw(f.bins + j)) * range + 1;
-        dx = dx / (c_x * c_x), dy = dy / (c_y * c_y);
-      }
-      M::store(dparams + j * f.stride, dx);
-      M::store(dparams + (f.bins + j) * f.stride, dy);
+    const OfBin<V> by{by_x, by_width, by_lower, by_height, by_0, by_1};
+    if (!TABLE) {
+      store_gradients(math, e_x, e_y, inverse_x, inverse_y, x, y, raw, d0, d1, index, by, f.dparams + i,
+                      f.stride);
+      continue;
     }
-    const V s0 = math.slope_vjp(raw.r0, raw.fixed0, d0, by_0),
-            s1 = math.slope_vjp(raw.r1, raw.fixed1, d1, by_1);
-    const int64_t shift = f.tails == Tails::linear ? 1 : 0, slopes = f.slopes();
-    for (int64_t j = 0; j < slopes; ++j) {
-      const V at = M::all(j + shift);  // the knot
-      V d = (V)((I)(index == at ? s0 : V{}));
-      d += index + 1 == at ? s1 : V{};
-      if (f.tails == Tails::circular && j == 0) d += index == M::all(f.bins - 1) ? s1 : V{};
-      M::store(dparams + (2 * f.bins + j) * f.stride, d);
+    for (int64_t j = 0; j < f.bins; ++j) {
+      const I here = Math::at_least(index, M::all(j)) & ~Math::above(index, M::all(j));
+      V* sum = sums + j * TABLE_ROWS;
+      sum[0] += (V)(here & (I)by.x), sum[1] += (V)(here & (I)by.width), sum[2] += (V)(here & (I)by.y);
+      sum[3] += (V)(here & (I)by.height), sum[4] += (V)(here & (I)by.d0), sum[5] += (V)(here & (I)by.d1);
     }
   }
+  if (TABLE)
+    for (int64_t j = 0; j < f.bins; ++j)
+      for (int64_t r = 0; r < TABLE_ROWS; ++r) {
+        const V sum = sums[j * TABLE_ROWS + r];
+        for (int64_t l = 0; l < M::COUNT; ++l) f.dtable[r * f.row + j] += static_cast<double>(sum[l]);
+      }
+}
+
+// Calls run(math, index, first): lanes are the bins from `first` on.
+template <bool ZUKO, int BYTES, typename T, typename A, typename F>
+FASTFLOW_INLINE void for_bins(const A& a, const F& run) {
+  using M = SimdMath<T, BYTES>;
+  using V = typename M::V;
+  V lanes;
+  for (int64_t l = 0; l < M::COUNT; ++l) lanes[l] = static_cast<T>(l);
+  for (int64_t i = 0; i < a.bins; i += M::COUNT)
+    run(SplineMath<M, ZUKO, T>{a, a.params, a.stride}, lanes + static_cast<T>(i), i);
+}
+
+template <bool ZUKO, int BYTES, typename T>
+FASTFLOW_INLINE void table_lanes(const SplineTable<T>& given) {
+  using M = SimdMath<T, BYTES>;
+  using V = typename M::V;
+  using Math = SplineMath<M, ZUKO, T>;
+  const SplineTable<T> a = given;
+  for_bins<ZUKO, BYTES, T>(a, [&](const Math& math, V index, int64_t i) __attribute__((always_inline)) {
+    V e[MAX_BINS];
+    T* to = a.table + i;
+    const auto x = math.template find<true>(e, math.exponentials(0, e), V{}, index);
+    M::store(to, x.lower), M::store(to + a.row, x.size);
+    const auto y = math.template find<true>(e, math.exponentials(a.bins, e), V{}, index);
+    M::store(to + 2 * a.row, y.lower), M::store(to + 3 * a.row, y.size);
+    const auto raw = math.raw_slopes(index);
+    M::store(to + 4 * a.row, math.slope(raw.r0, raw.fixed0));
+    M::store(to + 5 * a.row, math.slope(raw.r1, raw.fixed1));
+  });
+}
+
+template <bool ZUKO, int BYTES, typename T>
+FASTFLOW_INLINE void table_backward_lanes(const SplineTableBackward<T>& given) {
+  using M = SimdMath<T, BYTES>;
+  using V = typename M::V;
+  using Math = SplineMath<M, ZUKO, T>;
+  const SplineTableBackward<T> a = given;
+  const int64_t parameters = a.parameters();
+  for (int64_t p = 0; p < parameters; ++p) a.dparams[p] = 0;
+  for_bins<ZUKO, BYTES, T>(a, [&](const Math& math, V index, int64_t i) __attribute__((always_inline)) {
+    V e_x[MAX_BINS], e_y[MAX_BINS], by[TABLE_ROWS];
+    T lanes[(3 * MAX_BINS + 1) * M::COUNT];
+    for (int64_t r = 0; r < TABLE_ROWS; ++r)
+      for (int64_t l = 0; l < M::COUNT; ++l)
+        by[r][l] = i + l < a.bins ? static_cast<T>(a.dtable[r * a.row + i + l]) : T(0);
+    const V inverse_x = math.exponentials(0, e_x), inverse_y = math.exponentials(a.bins, e_y);
+    const auto x = math.template find<true>(e_x, inverse_x, V{}, index);
+    const auto y = math.template find<true>(e_y, inverse_y, V{}, index);
+    const auto raw = math.raw_slopes(index);
+    const V d0 = math.slope(raw.r0, raw.fixed0), d1 = math.slope(raw.r1, raw.fixed1);
+    store_gradients(math, e_x, e_y, inverse_x, inverse_y, x, y, raw, d0, d1, index,
+                    OfBin<V>{by[0], by[1], by[2], by[3], by[4], by[5]}, lanes, M::COUNT);
+    for (int64_t p = 0; p < parameters; ++p)
+      for (int64_t l = 0; l < M::COUNT; ++l) a.dparams[p] += lanes[p * M::COUNT + l];
+  });
+}
+
+template <int BYTES, typename T>
+FASTFLOW_INLINE void table_simd(const SplineTable<T>& a) {
+  a.zuko ? table_lanes<true, BYTES, T>(a) : table_lanes<false, BYTES, T>(a);
+}
+template <int BYTES, typename T>
+FASTFLOW_INLINE void table_backward_simd(const SplineTableBackward<T>& a) {
+  a.zuko ? table_backward_lanes<true, BYTES, T>(a) : table_backward_lanes<false, BYTES, T>(a);
 }
 
 template <int BYTES, typename T>
 FASTFLOW_INLINE void forward_simd(const SplineForward<T>& f) {
-  f.zuko ? forward_lanes<true, BYTES, T>(f) : forward_lanes<false, BYTES, T>(f);
+  if (f.table) f.zuko ? forward_lanes<true, true, BYTES, T>(f) : forward_lanes<false, true, BYTES, T>(f);
+  else f.zuko ? forward_lanes<true, false, BYTES, T>(f) : forward_lanes<false, false, BYTES, T>(f);
 }
 template <int BYTES, typename T>
 FASTFLOW_INLINE void backward_simd(const SplineBackward<T>& f) {
-  f.zuko ? backward_lanes<true, BYTES, T>(f) : backward_lanes<false, BYTES, T>(f);
+  if (f.table) f.zuko ? backward_lanes<true, true, BYTES, T>(f) : backward_lanes<false, true, BYTES, T>(f);
+  else f.zuko ? backward_lanes<true, false, BYTES, T>(f) : backward_lanes<false, false, BYTES, T>(f);
 }
 
 }  // namespace
@@ -287,5 +425,9 @@ FASTFLOW_MULTIVERSION(spline_elements, SplineForward<float>, forward_simd)
 FASTFLOW_MULTIVERSION(spline_elements, SplineForward<double>, forward_simd)
 FASTFLOW_MULTIVERSION(spline_elements_backward, SplineBackward<float>, backward_simd)
 FASTFLOW_MULTIVERSION(spline_elements_backward, SplineBackward<double>, backward_simd)
+FASTFLOW_MULTIVERSION(spline_table, SplineTable<float>, table_simd)
+FASTFLOW_MULTIVERSION(spline_table, SplineTable<double>, table_simd)
+FASTFLOW_MULTIVERSION(spline_table_backward, SplineTableBackward<float>, table_backward_simd)
+FASTFLOW_MULTIVERSION(spline_table_backward, SplineTableBackward<double>, table_backward_simd)
 
 }  // namespace fastflow::cpu

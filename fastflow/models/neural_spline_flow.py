@@ -137,5 +137,5 @@ def _splines(config: NeuralSplineFlowConfig) -> list[nn.Module]:
         return [ElementwiseSpline(config.features, **form)]
     outputs = (config.features - kept) * SplineCoupling.params_per_element(config.bins)
     net = ResidualMLP(kept, outputs, config.hidden, config.blocks, config.context_features, config.dropout)
-    passing = ElementwiseSpline(kept, **form) if kept else None
-    return [SplineCoupling(net, passing=passing, **form, factor=config.hidden**-0.5)]
+    coupling = SplineCoupling(net, **form, factor=config.hidden**-0.5)
+    return [coupling, *([ElementwiseSpline(config.features, channels=kept, **form)] if kept else [])]

@@ -48,14 +48,6 @@ class ElementwiseCoupling(Flow):
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has no _transform_inverse_backward")
 
-    def _completed(self, x: Tensor, params: Tensor, channels: dict) -> tuple[Tensor, dict]:
-        """Parameters and channels of the op, of those of the transformed part."""
-        return params, channels
-
-    def _read(self, parts: Parts, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z with the part that passes through as the network reads it, and the log-det of that."""
-        return z, None
-
     def _parts(self, x: Tensor) -> Parts:
         validation.floating_point("x", x)
         if self.own_mask is not None:
@@ -92,19 +84,17 @@ class ElementwiseCoupling(Flow):
         """``(y, log_det)``; ``network_args`` are further arguments of the network if these are computed already."""
         parts = self._parts(x)
         v, params, channels = self._operands(parts, x, self._network(parts, x, context, network_args))
-        y, log_det = self._transform(v, *self._completed(x, params, channels))
+        y, log_det = self._transform(v, params, channels)
         return y if isinstance(parts, Channels) else parts.merged(x, y), log_det
 
     def inverse(
         self, z: Tensor, context: Tensor | None = None, *network_args: Tensor
     ) -> tuple[Tensor, Tensor]:
         parts = self._parts(z)
-        z, log_det_passing = self._read(parts, z)
         with state_from_data(False):
             operands = self._operands(parts, z, self._network(parts, z, context, network_args))
         x, log_det = self._transform(*operands, inverse=True)
-        x = x if isinstance(parts, Channels) else parts.merged(z, x)
-        return x, log_det if log_det_passing is None else log_det + log_det_passing
+        return x if isinstance(parts, Channels) else parts.merged(z, x), log_det
 
     def inverse_backward(
         self,
@@ -117,12 +107,9 @@ class ElementwiseCoupling(Flow):
     ) -> tuple[Tensor, Tensor, Gradients]:
         parts = self._parts(z)
         fused = isinstance(parts, Channels)
-        with torch.no_grad():
-            read = self._read(parts, z)[0]
         with torch.enable_grad():
-            read = read.detach().requires_grad_()
+            read = z.detach().requires_grad_()
             y, params, channels = self._operands(parts, z, self._network(parts, read, context, network_args))
-            params, channels = self._completed(z, params, channels)
         dy = dz if fused else parts.taken(dz)
         x, dx, dparams = self._transform_inverse_backward(y, params.detach(), dy, dlog_det, channels)
         if not fused:

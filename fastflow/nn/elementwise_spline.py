@@ -1,11 +1,14 @@
 """Learned splines of the elements of a sample."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.nn.flow import Flow
-from fastflow.ops.spline import check_form, parameters_per_element, spline
+from fastflow.ops.spline import check_form, parameters_per_element, spline, spline_inverse_backward
+from fastflow.reversible import Gradients
 
 
 class ElementwiseSpline(Flow):
@@ -64,40 +67,30 @@ class ElementwiseSpline(Flow):
             "min_slope": min_slope,
         }
         each = parameters_per_element(bins, tails, convention)
-        self._scales: tuple[tuple | None, Tensor | None] = None, None
-        self.params = nn.Parameter(torch.zeros(self.channels * each, *self.shape[1:]))
+        self.params = nn.Parameter(
+            torch.zeros(1, self.channels * each, *self.shape[1:])
+        )  # of one sample, for all
 
     def _is_channel(self, value: float) -> bool:
         return isinstance(value, int) and 0 <= value < self.shape[0]
 
-    def expanded(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        """Parameters of the op for samples like x, with this ``factor`` as the op's."""
-        params = self.params
-        if factor != 1:
-            params = params * self._scale(factor)
-        return params.expand(x.shape[0], *params.shape)
-
-    def _scale(self, factor: float) -> Tensor:
-        """What cancels ``factor`` in the raw widths and heights."""
-        key = factor, self.params.dtype, self.params.device
-        if self._scales[0] != key:
-            each, bins = self.params.shape[0] // self.channels, self.form["bins"]
-            with torch.inference_mode(False):  # kept for passes that autograd records
-                scale = torch.ones(self.channels, each, dtype=key[1], device=key[2])
-                scale[:, : 2 * bins] = 1 / factor
-                self._scales = key, scale.view(-1, *[1] * (self.params.ndim - 1))
-        return self._scales[1]
-
     def _mapped(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         validation.floating_point("x", x)
         validation.same_shape("x", x, (x.shape[0], *self.shape), "samples of the layer's shape")
-        return spline(x, self.expanded(x), first_channel=self.first_channel, **self.form, inverse=inverse)
+        return spline(x, self.params, first_channel=self.first_channel, **self.form, inverse=inverse)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._mapped(x, inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._mapped(z, inverse=True)
+
+    def inverse_backward(
+        self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Gradients]:
+        form = {"channel_order": None, "first_channel": self.first_channel} | self.form
+        x, dx, dparams = spline_inverse_backward(z, self.params.detach(), dy=dz, dlog_det=dlog_det, **form)
+        return x, dx, {self.params: dparams} if any(p is self.params for p in wanted) else {}
 
     def extra_repr(self) -> str:
         part = f", channels {self.first_channel} to {self.first_channel + self.channels - 1}"

@@ -38,8 +38,9 @@ class LULinear(Flow):
 
     Shape: x, y ``[N, D]``; log_det ``[N]``, nats, :math:`\sum_d \log U_{dd}`.
     Raises ValueError for x of another shape, another precision or another device, for an ``eps`` outside [0, 1), for
-    another permutation, and for ``features`` that are no positive integer. The inverse raises :class:`~fastflow.validation.SingularError` if a
-    diagonal is 0, inf or NaN, see :func:`fastflow.ops.triangular_solve`.
+    another permutation, and for ``features`` that are no positive integer. The inverse raises
+    :class:`~fastflow.validation.SingularError` if a diagonal is 0, inf or NaN, see
+    :func:`fastflow.ops.triangular_solve`.
 
     Example:
         >>> import torch

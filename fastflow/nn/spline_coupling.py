@@ -1,12 +1,8 @@
 """Coupling with rational-quadratic splines."""
 
-import torch
 from torch import Tensor, nn
 
-from fastflow import validation
 from fastflow.nn.elementwise_coupling import ElementwiseCoupling
-from fastflow.nn.elementwise_spline import ElementwiseSpline
-from fastflow.nn.mask import Parts
 from fastflow.ops.spline import check_form, parameters_per_element, spline, spline_inverse_backward
 
 
@@ -20,8 +16,6 @@ class SplineCoupling(ElementwiseCoupling):
             is given. Its output has ``SplineCoupling.params_per_element(bins, tails, convention)`` channels for each
             channel of its part, see below; zeros are the identity with the default ``convention``.
         mask, swap_halves, split: as for :class:`AffineCoupling`.
-        passing: splines of the part that passes through, applied after the network has read it; with ``"halves"`` only.
-            They and those of the coupling have one form, and are computed together.
         bins, bound, tails, convention, factor, min_bin, min_slope: see :func:`fastflow.ops.spline`. The networks of
             the paper scale widths and heights by a ``factor`` of :math:`1/\sqrt{\text{hidden}}`.
 
@@ -48,7 +42,6 @@ class SplineCoupling(ElementwiseCoupling):
         mask: str | Tensor = "halves",
         swap_halves: bool = False,
         split: float | None = None,
-        passing: ElementwiseSpline | None = None,
         bins: int = 8,
         bound: float = 3.0,
         tails: str = "linear",
@@ -61,20 +54,6 @@ class SplineCoupling(ElementwiseCoupling):
         check_form(bins, bound, tails, convention, factor, min_bin, min_slope)
         self.bins, self.bound, self.tails, self.convention = bins, bound, tails, convention
         self.factor, self.min_bin, self.min_slope = factor, min_bin, min_slope
-        self.passing = passing
-        if passing is not None:
-            self._check_passing(passing)
-
-    def _check_passing(self, passing: ElementwiseSpline) -> None:
-        if not isinstance(passing, ElementwiseSpline):
-            raise validation.argument_error("passing", repr(passing), "an ElementwiseSpline or None")
-        if self.mask != "halves":
-            raise validation.argument_error(
-                "passing", "an ElementwiseSpline", 'None, as mask is not "halves"'
-            )
-        form = {name: value for name, value in self._form().items() if name != "factor"}
-        if passing.form != form or passing.channels < passing.shape[0]:
-            raise validation.argument_error("passing", repr(passing), f"splines of all channels, with {form}")
 
     @staticmethod
     def params_per_element(bins: int = 8, tails: str = "linear", convention: str = "fastflow") -> int:
@@ -103,28 +82,6 @@ class SplineCoupling(ElementwiseCoupling):
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = {"channel_order": None} | channels
         return spline_inverse_backward(y, params, dy=dy, dlog_det=dlog_det, **given, **self._form())
-
-    def _operands(self, parts: Parts, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, dict]:
-        operands = super()._operands(parts, x, h)
-        if self.passing is not None and self.passing.channels != parts.kept(x):
-            got = f"splines of {self.passing.channels} channels"
-            expected = f"of the {parts.kept(x)} channels of x {list(x.shape)} that pass through"
-            raise validation.argument_error("passing", got, expected)
-        return operands
-
-    def _completed(self, x: Tensor, params: Tensor, channels: dict) -> tuple[Tensor, dict]:
-        """Parameters of all channels with ``passing``: its own and those of the network."""
-        if self.passing is None:
-            return params, channels
-        passing = self.passing.expanded(x, self.factor)
-        return torch.cat([params, passing] if self.swap_halves else [passing, params], dim=1), {}
-
-    def _read(self, parts: Parts, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.passing is None:
-            return z, None
-        first = z.shape[1] - parts.kept(z) if self.swap_halves else 0
-        params = self.passing.expanded(z, self.factor)
-        return spline(z, params, first_channel=first, **self._form(), inverse=True)
 
     def extra_repr(self) -> str:
         form = f"bins={self.bins}, bound={self.bound}, tails={self.tails!r}, convention={self.convention!r}"

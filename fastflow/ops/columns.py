@@ -1,5 +1,7 @@
 """Ops with parameters of each element, ``[N, T P, ...]``, of T of the channels; the others pass through.
 
+Some take parameters ``[1, T P, ...]`` that all samples share.
+
 The T channels are the first ones of ``channel_order``, or without it neighbors from ``first_channel`` on.
 """
 
@@ -22,17 +24,24 @@ def check(
     dy: Tensor | None,
     dlog_det: Tensor | None,
     form: Callable[[], str],
+    may_share: bool = False,
 ) -> None:
-    """Raise ValueError unless the tensors match; ``each`` is the number of parameters per element, ``form`` names them."""
+    """Raise ValueError unless the tensors match.
+
+    ``each`` is the number of parameters per element, ``form`` names them, and with ``may_share`` they may be those of
+    one sample, ``[1, T P, ...]``, for all.
+    """
     validation.floating_point(argument, x)
     validation.same_device_and_precision("params", params, argument, x)
     channels = x.shape[1]
     got = validation.shape_of(params)
     transformed = params.shape[1] // each if params.ndim > 1 else 0
-    expected = (x.shape[0], transformed * each, *x.shape[2:])
+    samples = 1 if may_share and params.ndim and params.shape[0] == 1 else x.shape[0]
+    expected = (samples, transformed * each, *x.shape[2:])
     enough = 1 <= transformed <= channels
     if tuple(params.shape) != expected or not enough:
-        sizes = ", ".join([str(x.shape[0]), f"{each} T", *map(str, x.shape[2:])])
+        samples = f"{x.shape[0]} or 1" if may_share else str(x.shape[0])
+        sizes = ", ".join([samples, f"{each} T", *map(str, x.shape[2:])])
         why = f"{argument} is {list(x.shape)}; {each} parameters of each of T channels, {form()}"
         raise validation.argument_error("params", got, f"[{sizes}] ({why})")
     if channel_order is None:
@@ -55,8 +64,9 @@ def check(
     validation.gradients(argument, x, dy, dlog_det)
 
 
-def _per_element(params: Tensor, each: int, acc: torch.dtype) -> Tensor:
-    """``[N, T P, ...]`` as ``[N, T, ..., P]``."""
+def _per_element(params: Tensor, samples: int, each: int, acc: torch.dtype) -> Tensor:
+    """``[N, T P, ...]``, or those of one sample for all, as ``[N, T, ..., P]``."""
+    params = params.expand(samples, *params.shape[1:])
     return params.unflatten(1, (-1, each)).movedim(2, -1).to(acc)
 
 
@@ -93,7 +103,7 @@ def applied(
     """``(y, log_det)`` of an ``elementwise`` function of ``(x, params [..., P])`` with its log-derivative."""
     acc = acc_dtype(x.dtype)
     channels = _transformed(params, channel_order, first_channel, each)
-    y, log_slope = elementwise(_taken(x, channels).to(acc), _per_element(params, each, acc))
+    y, log_slope = elementwise(_taken(x, channels).to(acc), _per_element(params, x.shape[0], each, acc))
     return _merged(x, y, channels), log_slope.flatten(1).sum(1)
 
 
@@ -112,6 +122,8 @@ def pulled_back(
     channels = _transformed(params, channel_order, first_channel, each)
     taken = _taken(v, channels).to(acc)
     d = sample_view(dlog_det.to(acc), taken).expand(taken.shape)
-    x, dv, dparams = elementwise(taken, _per_element(params, each, acc), _taken(g, channels).to(acc), d)
-    dparams = dense_like(dparams.movedim(-1, 2).flatten(1, 2), params)
+    x, dv, dparams = elementwise(
+        taken, _per_element(params, v.shape[0], each, acc), _taken(g, channels).to(acc), d
+    )
+    dparams = dense_like(dparams.movedim(-1, 2).flatten(1, 2).sum_to_size(params.shape), params)
     return _merged(v, x, channels), _merged(g, dv, channels), dparams

@@ -316,6 +316,10 @@ def _vmapped(reference: Callable, name: str, folded: list[int]) -> Callable:
         # a vector is one value per channel, which the samples share
         if mapped and (not set(mapped) <= set(folded) or any(values[i].ndim == 2 for i in mapped)):
             return reference(*args)
+        # nor can arguments be folded of which the samples share one
+        given = [i for i in folded if values[i] is not None]
+        if mapped and len({_samples(values[i], dims[i]) for i in given}) > 1:
+            return reference(*args)
         size, values = interpreter.batch_size(), list(values)
         for i in folded if mapped else ():
             if dims[i] is not None:
@@ -332,6 +336,10 @@ def _vmapped(reference: Callable, name: str, folded: list[int]) -> Callable:
         return tree_map(lambda v: _add_batch_dim(v, 0, interpreter.level()), split)
 
     return body
+
+
+def _samples(value: Tensor, mapped: int | None) -> int:
+    return value.shape[0 if mapped is None or mapped % value.ndim else 1]
 
 
 def _counting_writes(name: str) -> Callable:

@@ -692,6 +692,13 @@ CPU = [
         op("compiled", "spline"),
     ),
     Fault(
+        "gradient of shared splines of the last tile left out",
+        "csrc/spline/shared.h",
+        "for (int64_t i = 1; i < s.tiles.count(); ++i)",
+        "for (int64_t i = 1; i < s.tiles.count() - 1; ++i)",
+        op("compiled", "spline"),
+    ),
+    Fault(
         "an infinite rounding error ends a mixture's inverse",
         "csrc/mixture_cdf/mixture.cpp",
         "at_least((M::abs(z) + 1) * (2 * EPSILON), M::abs(residual))",
@@ -919,6 +926,13 @@ LAYERS = [
         "fastflow/nn/lu_linear.py",
         "torch.baddbmm(upper, lower, upper)",
         "torch.bmm(lower, upper)",
+        "tests/nn/test_lu_linear.py",
+    ),
+    Fault(
+        "columns of a matrix in the order of the permutation, not of its inverse",
+        "fastflow/nn/lu_linear.py",
+        "weight.gather(2, perm.argsort(1)[:, None]",
+        "weight.gather(2, perm[:, None]",
         "tests/nn/test_lu_linear.py",
     ),
     Fault(

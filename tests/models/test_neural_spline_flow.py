@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastflow
 from benchmarks.models import spline_libraries
 from fastflow.models import NeuralSplineFlow
-from fastflow.nn import ElementwiseSpline, SplineCoupling
+from fastflow.nn import ElementwiseSpline, LULinear, SplineCoupling
 from tests.support.cases import jacobian_log_det, randomize
 
 SMALL = {"steps": 2, "hidden": 6, "blocks": 1, "bins": 4}
@@ -47,10 +47,11 @@ def test_one_dimension_without_a_context_has_no_network():
 
 @pytest.mark.parametrize("features, kept", [(2, 1), (3, 1), (5, 2), (6, 3)])
 def test_half_of_the_features_pass_rounded_down(features, kept):
-    couplings = [m for m in flow(features).modules() if isinstance(m, SplineCoupling)]
-    assert len(couplings) == SMALL["steps"]
-    for coupling in couplings:
-        assert coupling.net.linear_in.in_features == kept == coupling.passing.channels
+    layers = list(flow(features).flows[0])
+    assert [type(m) for m in layers[:-1]] == [LULinear, SplineCoupling, ElementwiseSpline] * SMALL["steps"]
+    for coupling, passing in zip(layers[1::3], layers[2::3], strict=True):
+        assert coupling.net.linear_in.in_features == kept == passing.channels
+        assert passing.first_channel == 0
         assert coupling.net.linear_out.out_features == (features - kept) * (3 * SMALL["bins"] - 1)
 
 
@@ -143,13 +144,13 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("context_features", [None, 2])
 def test_launches_of_a_training_step(steps, context_features):
-    """The splines of the part that passes through have no launch of their own."""
+    """A coupling is one launch in each direction, and so are the splines of the part that passes through."""
     model = NeuralSplineFlow(features=5, context_features=context_features, steps=steps, hidden=6)
     context = None if context_features is None else torch.randn(7, context_features)
     with Launches() as launches:
         (-model.log_prob(torch.randn(7, 5), context).mean()).backward()
     splines = {name: n for name, n in launches.calls.items() if name.startswith("spline")}
-    assert splines == {"spline": steps, "spline_backward": steps}
+    assert splines == {"spline": 2 * steps, "spline_backward": 2 * steps}
 
 
 @pytest.mark.parametrize("context_features", [None, 3])

@@ -30,6 +30,29 @@ def test_the_formula(features):
     layer.check(x)
 
 
+@pytest.mark.parametrize("permutation", ["reverse", "random", "interleaved", (2, 0, 3, 1)])
+def test_a_permutation_is_a_layer_before_it(permutation):
+    """Alone, and where the matrices of a chain are computed at once; parameters and buffers are those of any layer."""
+    layers = [
+        randomize(fnn.LULinear(4, permutation=permutation, identity_init=False)).double() for _ in range(2)
+    ]
+    pairs = []
+    for layer in layers:
+        plain = fnn.LULinear(4).double()
+        plain.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "perm"})
+        pairs += [fnn.Permute(4, layer.perm.tolist()), plain]
+    x, expected = torch.randn(6, 4, dtype=F64), fnn.Sequential(*pairs)
+    torch.testing.assert_close(layers[0](x), fnn.Sequential(*pairs[:2])(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layers[0].inverse(layers[0](x)[0])[0], x, rtol=1e-12, atol=1e-12)
+    for reversible in (False, True):
+        chain = fnn.Sequential(*layers, reversible=reversible)
+        torch.testing.assert_close(chain(x), expected(x), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(chain.inverse(x), expected.inverse(x), rtol=1e-12, atol=1e-12)
+        gradients = [torch.autograd.grad(f(x)[0].sin().sum(), f.parameters()) for f in (chain, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+        chain.check(x)
+
+
 @pytest.mark.parametrize("eps", [0, 1e-3, 0.9])
 def test_it_starts_as_the_identity(eps):
     x = torch.randn(5, 3)
@@ -99,3 +122,9 @@ def test_errors(x, message):
 def test_eps_is_below_one(eps):
     with pytest.raises(ValueError, match="eps: got .*, expected a number from 0 to below 1"):
         fnn.LULinear(3, eps=eps)
+
+
+@pytest.mark.parametrize("permutation", ["sorted", (0, 1), (0, 1, 1), 3])
+def test_a_permutation_has_every_feature_once(permutation):
+    with pytest.raises(ValueError, match=re.escape("permutation: got ")):
+        fnn.LULinear(3, permutation=list(permutation) if isinstance(permutation, tuple) else permutation)

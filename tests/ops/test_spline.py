@@ -73,6 +73,44 @@ def elements(form, count, **kwargs):
     return inputs(form, (count, 1), **kwargs)
 
 
+# parameters that the samples share ------------------------------------------------------------------------------------------
+
+
+@each_variant
+@pytest.mark.parametrize(
+    "shape, transformed", [((300, 3), 2), ((2, 4, 3, 2), 4), ((0, 2), 1), ((20, 2, 5), 1)]
+)
+def test_shared_parameters_are_those_of_every_sample(convention, tails, shape, transformed):
+    form = options(convention, tails, factor=0.7)
+    x, params = inputs(form, shape, transformed, dtype=torch.float64)
+    shared = params[:1].clone() if len(params) else inputs(form, (1, *shape[1:]), transformed)[1]
+    dy, dlog_det = torch.randn_like(x), torch.randn(shape[0], dtype=torch.float64)
+    each, first = shared.expand(shape[0], *shared.shape[1:]), shape[1] - transformed
+    for inverse in (False, True):
+        found = ops.spline(x, shared, first_channel=first, **form, inverse=inverse)
+        wanted = ops.spline(x, each, first_channel=first, **form, inverse=inverse)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        leaves_ = x.clone().requires_grad_(), shared.clone().requires_grad_()
+        results = ops.spline(*leaves_, first_channel=first, **form, inverse=inverse)
+        found = torch.autograd.grad(results, leaves_, (dy, dlog_det))
+        wanted = BACKWARD(x, each, None, first, dy, dlog_det, *form.values(), inverse)
+        wanted = wanted[0], wanted[1].sum(0, keepdim=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    found = INVERSE_BACKWARD(x, shared, None, first, dy, dlog_det, *form.values())
+    *wanted, dparams = INVERSE_BACKWARD(x, each, None, first, dy, dlog_det, *form.values())
+    torch.testing.assert_close(found, (*wanted, dparams.sum(0, keepdim=True)), rtol=1e-10, atol=1e-10)
+
+
+def test_shared_parameters_of_vectors_of_functions():
+    form = options("fastflow", "linear")
+    x, params = inputs(form, (4, 6, 3), 3)
+    shared = params[:1, :, 0]  # [1, T P], of all functions
+    mapped = torch.vmap(lambda v: ops.spline(v, shared, **form), in_dims=2, out_dims=(2, 1))(x)
+    one_by_one = [ops.spline(x[..., i], shared, **form) for i in range(3)]
+    wanted = [torch.stack(v, -1) for v in zip(*one_by_one, strict=True)]
+    torch.testing.assert_close(list(mapped), wanted)
+
+
 # values -----------------------------------------------------------------------------------------------------------------------
 
 WIDTHS, HEIGHTS = [0.5, -1.0, 0.25, 1.5], [-0.5, 0.75, 1.0, -1.25]

@@ -182,9 +182,6 @@ OF_VECTORS = {
         mlp, bins=2, mask=torch.tensor([True, False, False, True], device="cpu"), tails="circular"
     ),
     "SplineCoupling, checkerboard": partial(spline_coupling, mlp, 4, mask="checkerboard", convention="zuko"),
-    "SplineCoupling, passing": lambda: spline_coupling(
-        mlp, bins=3, bound=2.0, factor=0.4, passing=ElementwiseSpline(2, bins=3, bound=2.0), swap_halves=True
-    ),
     "MixtureCDFCoupling": partial(mixture_coupling, mlp),
     "MixtureCDFCoupling, mask of channels": lambda: mixture_coupling(
         mlp, mask=torch.tensor([True, False, False, True], device="cpu"), components=1

@@ -67,6 +67,7 @@ def _check(
         dy,
         dlog_det,
         lambda: f"{bins} bins, {tails} tails",
+        may_share=True,
     )
 
 
@@ -112,7 +113,8 @@ def spline(
     Args:
         x: input; the output y with ``inverse=True``.
         params: raw parameters, the output of a network: for each transformed channel those of its bins' widths, then
-            those of their heights, then those of the slopes at the knots.
+            those of their heights, then those of the slopes at the knots. With a first dimension of 1, all samples
+            share them.
         channel_order: a permutation of the channels: the T transformed ones, in the order of ``params``, then the
             others, which pass through. None: the transformed ones are neighbors.
         first_channel: the first of the transformed channels, without a ``channel_order``.
@@ -128,7 +130,7 @@ def spline(
         min_slope: smallest slope (zuko: also the inverse of the largest; FrEIA: not used).
         inverse: compute x from y, and the log-det of that direction.
 
-    Shape: x, y ``[N, C, ...]``; params ``[N, T P, ...]`` with P = 3K - 1 for linear, 3K for circular and 3K + 1 for no
+    Shape: x, y ``[N, C, ...]``; params ``[N, T P, ...]`` or ``[1, T P, ...]`` with P = 3K - 1 for linear, 3K for circular and 3K + 1 for no
     tails (FrEIA: 3K for linear, 3K + 1 for affine); log_det ``[N]``, nats, float32 (float64 for float64 x).
 
     At a knot, either bin may be taken. NaN stays NaN.
