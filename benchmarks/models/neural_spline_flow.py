@@ -5,7 +5,8 @@
 
 ``plain`` is the model with its ops in plain PyTorch. ``nflows`` is nflows' RQ-NSF (C) with the same weights.
 Log-densities and gradients by the parameters of both are compared with FastFlow's in float64 before anything is
-timed. A model that differs has no row. ``networks only`` computes the five coupling networks, and nothing else: no
+timed. A model that differs has no row. ``compiled`` is FastFlow's model in torch.compile: ``log_prob``, and ``decode``
+of latents that are drawn each time. ``networks only`` computes the five coupling networks, and nothing else: no
 coupling can take less. ``zuko, autoregressive`` is zuko's NSF with two hidden layers per network, a different model.
 
 ``--clock processor`` measures the processor time of one thread instead of the time that passes: other programs on the
@@ -111,9 +112,9 @@ def same(model: NeuralSplineFlow) -> dict[str, object]:
     return found
 
 
-def training_step(flow, x: Tensor, context: Tensor) -> Callable:
-    leaves = list(flow.parameters())
-    return lambda: torch.autograd.grad(-flow.log_prob(x, context).mean(), leaves)
+def training_step(flow, x: Tensor, context: Tensor, log_prob: Callable | None = None) -> Callable:
+    leaves, log_prob = list(flow.parameters()), log_prob or flow.log_prob
+    return lambda: torch.autograd.grad(-log_prob(x, context).mean(), leaves)
 
 
 def networks(model: NeuralSplineFlow, x: Tensor, context: Tensor, mode: str) -> Callable:
@@ -132,7 +133,9 @@ def networks(model: NeuralSplineFlow, x: Tensor, context: Tensor, mode: str) -> 
     return sample if mode == "sample" else step
 
 
-def calls(model: NeuralSplineFlow, x: Tensor, context: Tensor) -> dict[str, dict[str, Callable]]:
+def calls(
+    model: NeuralSplineFlow, x: Tensor, context: Tensor, compiled: bool
+) -> dict[str, dict[str, Callable]]:
     """Functions to time, by mode and provider, plain PyTorch first."""
     n, found = len(x), {mode: {} for mode in MODES}
     flows = same(model)
@@ -140,6 +143,10 @@ def calls(model: NeuralSplineFlow, x: Tensor, context: Tensor) -> dict[str, dict
     for name, flow in flows.items():
         found["training step"][name] = training_step(flow, x, context)
         found["sample"][name] = lambda flow=flow: flow.sample(n, context=context)
+    if compiled:
+        log_prob, decode = (torch.compile(f, dynamic=False) for f in (model.log_prob, model.decode))
+        found["training step"]["compiled"] = training_step(model, x, context, log_prob)
+        found["sample"]["compiled"] = lambda: decode((model.prior.sample(n, x),), context)
     if "nflows" in flows:
         found["sample"]["nflows"] = without_graph(lambda: flows["nflows"].sample(1, context))
     if libraries.installed("zuko"):
@@ -167,7 +174,7 @@ def measure(size: tuple[int, int, int, int], options: argparse.Namespace) -> lis
     model, rows = build(features, context, hidden, options.device), []
     about = harness.metadata(options.device)
     given = inputs(batch, features, context, torch.float32, options.device)
-    for mode, each in calls(model, *given).items():
+    for mode, each in calls(model, *given, options.compiled).items():
         for call in each.values():
             for _ in range(3):
                 call()
