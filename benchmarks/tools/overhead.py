@@ -64,6 +64,23 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
             (x, params, dy, dlog_det),
             (),
         )
+    if hasattr(ops, "masked_inverse"):
+        from fastflow.ops.masked_inverse import Affine
+
+        z, jac = torch.ones(n, 1, device=device), torch.ones(n, 1, 2, device=device)
+        weights, added = torch.ones(3, device=device), torch.ones(3, device=device)
+        ends, order = (torch.arange(1, device=device) + i for i in (1, 0))
+        network = {"ends": ends[None], "widths": [1], "layers": [4, 0]}
+        later["masked_inverse"] = (
+            lambda z, w, a: ops.masked_inverse(z, w, a, order=order, transformer=Affine(), **network),
+            (z, weights, added),
+            (0, 1, 2),
+        )
+        later["masked_solve"] = (
+            lambda v, slope, jac, w: ops.masked_solve(v, slope, jac, weights=w, **network),
+            (z, z, jac, weights),
+            (),
+        )
     return later | {
         "actnorm": (ops.actnorm, (x, channel, channel), (0, 1, 2)),
         "actnorm_inverse_backward": (ops.actnorm_inverse_backward, (x, channel, channel, dy, dlog_det), ()),

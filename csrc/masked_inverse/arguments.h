@@ -1,6 +1,7 @@
 #pragma once
 // The network of masked_inverse and masked_solve, and checks of their arguments.
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -53,5 +54,31 @@ struct MaskedNetwork {
   int64_t total_gates() const { return gates[last + 1]; }
   int64_t flags(int64_t layer) const { return layers[layer - 1]; }
 };
+
+inline void check_masked_inverse(const MaskedNetwork& net, const Tensor& z, const Tensor& added,
+                                 const std::optional<Tensor>& gates, const Tensor& order) {
+  const char* op = "masked_inverse";
+  const int64_t n = z.size(0);
+  if (added.dim() == 2) expect_tensor(op, "added", added, {n, net.total()}, z.scalar_type(), z);
+  else expect_tensor(op, "added", added, {net.total()}, z.scalar_type(), z);
+  STD_TORCH_CHECK(gates.has_value() == (net.total_gates() > 0), op, ": gates: got ",
+                  gates ? "a tensor" : "None", ", expected ", net.total_gates(), " for each sample");
+  if (gates) expect_tensor(op, "gates", *gates, {n, net.total_gates()}, z.scalar_type(), z);
+  expect_tensor(op, "order", order, {net.features}, ScalarType::Long, z);
+}
+
+inline void check_masked_solve(const MaskedNetwork& net, const Tensor& v, const Tensor& slope,
+                               const Tensor& jac, const std::optional<Tensor>& dparams,
+                               const std::optional<Tensor>& inner, const std::optional<Tensor>& outer) {
+  const int64_t n = v.size(0);
+  const auto check = [&](const char* name, const std::optional<Tensor>& t, IntHeaderOnlyArrayRef sizes) {
+    if (t) expect_tensor("masked_solve", name, *t, sizes, v.scalar_type(), v);
+  };
+  check("slope", slope, {n, net.features});
+  check("jac", jac, {n, net.features, net.each});
+  check("dparams", dparams, {n, net.features, net.each});
+  check("inner", inner, {n, net.units()});
+  check("outer", outer, {n, net.units()});
+}
 
 }  // namespace fastflow

@@ -295,12 +295,7 @@ std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights
   const Degrees net(op, "z", z, weights, ends, widths, layers, bins ? form.parameters(op) : 2);
   const int64_t n = z.size(0), features = net.features;
   const bool per_sample = added.dim() == 2;
-  if (per_sample) expect_tensor(op, "added", added, {n, net.total()}, z.scalar_type(), z);
-  else expect_tensor(op, "added", added, {net.total()}, z.scalar_type(), z);
-  STD_TORCH_CHECK(gates.has_value() == (net.total_gates() > 0), op, ": gates: got ",
-                  gates ? "a tensor" : "None", ", expected ", net.total_gates(), " for each sample");
-  if (gates) expect_tensor(op, "gates", *gates, {n, net.total_gates()}, z.scalar_type(), z);
-  expect_tensor(op, "order", order, {features}, ScalarType::Long, z);
+  check_masked_inverse(net, z, added, gates, order);
   const Tensor order_ = torch::stable::contiguous(order);
   const int64_t* place = order_.const_data_ptr<int64_t>();
   std::vector<bool> found(features);
@@ -443,14 +438,7 @@ Tensor masked_solve(const Tensor& v, const Tensor& slope, const Tensor& jac,
   const int64_t each = jac.size(2);
   const Degrees net(op, "v", v, weights, ends, widths, layers, each);
   const int64_t n = v.size(0), features = net.features;
-  const auto check = [&](const char* name, const std::optional<Tensor>& t, IntHeaderOnlyArrayRef sizes) {
-    if (t) expect_tensor(op, name, *t, sizes, v.scalar_type(), v);
-  };
-  check("slope", slope, {n, features});
-  check("jac", jac, {n, features, each});
-  check("dparams", dparams, {n, features, each});
-  check("inner", inner, {n, net.units()});
-  check("outer", outer, {n, net.units()});
+  check_masked_solve(net, v, slope, jac, dparams, inner, outer);
 
   Tensor u = empty(v, {n, features});
   const Tensor v_ = rows_of(v), slope_ = rows_of(slope), jac_ = torch::stable::contiguous(jac),

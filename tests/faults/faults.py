@@ -185,6 +185,34 @@ REFERENCE = [
         "for _ in range(1):",
         "tests/ops/test_derivatives.py -k 'mixture_cdf_backward and inverse and second'",
     ),
+    Fault(
+        "gradient through a residual sum lost in the solve",
+        "fastflow/ops/masked_inverse/reference.py",
+        "d = d + after[:, first - past : end - past]",
+        "pass",
+        "tests/ops/test_masked_inverse.py -k 'solve and reference'",
+    ),
+    Fault(
+        "log-det's gradient by the parameters left out of the solve",
+        "fastflow/ops/masked_inverse/reference.py",
+        "found[last + 1] = extended(d if dparams is None else d - dparams[:, k], found[last + 1])",
+        "found[last + 1] = extended(d, found[last + 1])",
+        "tests/ops/test_masked_inverse.py -k 'solve and reference'",
+    ),
+    Fault(
+        "gate's gradient without the activation after it",
+        "fastflow/ops/masked_inverse/reference.py",
+        "g = g * activation_slope(products[i] * gate_parts[i], activation)",
+        "pass",
+        "tests/ops/test_masked_inverse.py -k 'gradients and reference'",
+    ),
+    Fault(
+        "scale of a sigmoid without its offset in the gradient",
+        "fastflow/ops/masked_inverse/reference.py",
+        "/ (torch.sigmoid(raw + 2) + o)",
+        "/ torch.sigmoid(raw + 2)",
+        "tests/ops/test_masked_inverse.py -k 'pullback and reference'",
+    ),
 ]
 
 TRITON = [
@@ -711,6 +739,48 @@ CPU = [
         "-u * by - dlog * share",
         "-u * by",
         op("compiled", "mixture_cdf"),
+    ),
+    Fault(
+        "units of a degree read all units of their block",
+        "csrc/masked_inverse/cpu.cpp",
+        "product(l, first, end, net.first(l - 1, k0), net.known(l - 1, k), units_[l], 0, Start::result);",
+        "product(l, first, end, net.first(l - 1, k0), net.first(l - 1, k1), units_[l], 0, Start::result);",
+        op("compiled", "masked_inverse"),
+    ),
+    Fault(
+        "units that are added later are activated in place",
+        "csrc/masked_inverse/cpu.cpp",
+        "return net_.activated_by_next(l) && net_.added_later(l);",
+        "return false;",
+        op("compiled", "masked_inverse"),
+    ),
+    Fault(
+        "parameters in one order only",
+        "csrc/masked_inverse/cpu.cpp",
+        'transformer.scale_first_in_params = params_layout == "scale_shift";',
+        "transformer.scale_first_in_params = true;",
+        op("compiled", "masked_inverse"),
+    ),
+    Fault(
+        "gradient through a residual sum lost",
+        "csrc/masked_inverse/cpu.cpp",
+        "net_.added_later(l) ? units_[l + 2] + at : nullptr",
+        "nullptr",
+        "tests/ops/test_specs.py tests/ops/test_masked_inverse.py -k 'masked and compiled'",
+    ),
+    Fault(
+        "sum of a unit's gradients from its own degree's block only",
+        "csrc/masked_inverse/cpu.cpp",
+        "net.first(l + 1, k1), net.sizes[l + 1], Start::zero);",
+        "net.first(l + 1, k1), net.first(l + 1, k1), Start::zero);",
+        "tests/ops/test_specs.py tests/ops/test_masked_inverse.py -k 'masked and compiled'",
+    ),
+    Fault(
+        "ELU by a difference that cancels",
+        "csrc/cpu/simd_math.h",
+        "return power * p + (power - 1.f);",
+        "return power * (p + 1.f) - 1.f;",
+        "tests/ops/test_masked_inverse.py -k activations",
     ),
 ]
 

@@ -33,6 +33,32 @@ NETWORK = (torch.zeros(2, 3, 3, 3), COUNT, torch.zeros(2, 2), COUNT, torch.zeros
 FLAT, SQUEEZED = (8, 1.0, -0.5, False, None), (8, 1.0, -0.5, False, "space")
 TWO_BINS = (2, 3.0, "linear", "fastflow", 1.0, 1e-3, 1e-3)  # of splines, 5 parameters each
 OF_EACH, OF_HALF = torch.zeros(2, 20, 4, 4), torch.zeros(2, 10, 4, 4)  # of EVEN's channels
+# of a masked network of 3 features with affine transformers: a layer of 2 units, and of 2, 2 and 2 with a sum
+MASKED = (torch.zeros(18), torch.zeros(8), None, torch.tensor([[0, 1, 2]]), torch.arange(3), [2], [4, 0])
+AFFINE_MASKED = (
+    "relu",
+    "exp",
+    "scale_first",
+    "scale_shift",
+    0.0,
+    0,
+    3.0,
+    "linear",
+    "fastflow",
+    1.0,
+    1e-3,
+    1e-3,
+)
+SPLINE_MASKED = (*AFFINE_MASKED[:5], 2, *AFFINE_MASKED[6:])
+SOLVED = VECTORS, torch.zeros(2, 3, 2), None, None, None, torch.zeros(18), MASKED[3], [2], [4, 0]
+
+
+def masked(z=VECTORS, form=AFFINE_MASKED, **wrong):
+    """Arguments of masked_inverse, of which some are wrong."""
+    names = "weights", "added", "gates", "ends", "order", "widths", "layers"
+    return z, *(wrong.get(name, value) for name, value in zip(names, MASKED, strict=True)), *form
+
+
 FLOATING = "expected Float or Double or BFloat16 or Half"
 
 CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
@@ -100,6 +126,44 @@ CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
     ],
 }
 CPU_ERRORS = {
+    "masked_inverse": [
+        (masked(z=COUNT), "z: got shape [2], expected [*, *]"),
+        (masked(z=VECTORS.half()), "z: got dtype Half, expected Float or Double"),
+        (masked(z=torch.zeros(2, 0)), "z: got 0 features of 2 parameters, expected at least 1"),
+        (masked(weights=torch.zeros(17)), "weights: got shape [17], expected [18]"),
+        (masked(weights=torch.zeros(18).double()), "weights: got dtype Double, expected Float"),
+        (masked(added=torch.zeros(7)), "added: got shape [7], expected [8]"),
+        (masked(added=torch.zeros(3, 8)), "added: got shape [3, 8], expected [2, 8]"),
+        (masked(gates=torch.zeros(2, 2)), "gates: got a tensor, expected 0 for each sample"),
+        (masked(layers=[6, 0]), "gates: got None, expected 2 for each sample"),
+        (masked(layers=[6, 0], gates=VECTORS), "gates: got shape [2, 3], expected [2, 2]"),
+        (masked(ends=torch.tensor([[0, 1]])), "ends: got shape [1, 2], expected [1, 3]"),
+        (masked(ends=torch.tensor([[0, 1, 3]])), "ends: got 3 at [0, 2], expected ascending numbers to 2"),
+        (masked(ends=torch.tensor([[1, 0, 2]])), "ends: got 0 at [0, 1], expected ascending numbers to 2"),
+        (masked(ends=torch.tensor([[-1, 0, 2]])), "ends: got -1 at [0, 0], expected ascending numbers to 2"),
+        (masked(ends=torch.tensor([[0, 1, 1]])), "ends: got 1 at [0, 2], expected ascending numbers to 2"),
+        (masked(order=torch.tensor([0, 1, 3])), "order: got 3 at 2, expected each of 0 to 2 once"),
+        (masked(order=torch.tensor([0, 1, 0])), "order: got 0 at 2, expected each of 0 to 2 once"),
+        (masked(order=torch.tensor([0, 1])), "order: got shape [2], expected [3]"),
+        (masked(widths=[0]), "widths: got 0, expected positive integers"),
+        (masked(layers=[4]), "layers: got 1 numbers, expected 2"),
+        (masked(layers=[1, 0]), "layers: got an activation of the features"),
+        (masked(layers=[8, 0]), "layers: got a sum of units that differ in number"),
+        (masked(layers=[4, 8]), "layers: got a sum of units that differ in number"),
+        (masked(layers=[4, 4]), "layers: got an output with gates"),
+        (masked(form=SPLINE_MASKED), "weights: got shape [18], expected [36]"),
+        (masked(form=(*AFFINE_MASKED[:5], 65, *AFFINE_MASKED[6:])), "bins: got 65, expected 1 to 64"),
+    ],
+    "masked_solve": [
+        ((VECTORS, *SOLVED[:1], VECTORS, *SOLVED[2:]), "jac: got shape [2, 3], expected [*, *, *]"),
+        ((COUNT, *SOLVED), "v: got shape [2], expected [*, *]"),
+        ((VECTORS, COUNT, *SOLVED[1:]), "slope: got shape [2], expected [2, 3]"),
+        ((VECTORS[:1], VECTORS[:1], *SOLVED[1:]), "jac: got shape [2, 3, 2], expected [1, 3, 2]"),
+        ((VECTORS, *SOLVED[:2], VECTORS, *SOLVED[3:]), "dparams: got shape [2, 3], expected [2, 3, 2]"),
+        ((VECTORS, *SOLVED[:3], VECTORS, *SOLVED[4:]), "inner: got shape [2, 3], expected [2, 2]"),
+        ((VECTORS, *SOLVED[:4], VECTORS, *SOLVED[5:]), "outer: got shape [2, 3], expected [2, 2]"),
+        ((VECTORS, *SOLVED[:5], COUNT, *SOLVED[6:]), "weights: got shape [2], expected [18]"),
+    ],
     "affine_coupling": [
         ((COUNT, EVEN, None, *ADDITIVE, False), "x: got shape [2], expected at least 2 dimensions"),
         ((X, EVEN, None, *COUPLING, False), "x: got 3 channels, expected a multiple of 2"),
@@ -505,7 +569,11 @@ def runs():
             *C.dequantize_inverse(y, *variant),
         )
 
+    masked_case = {case.op: case for case in spec.cases(spec.Make(), (900, 30, 1, 1), "masked_inverse")}
+
     return {
+        "masked_inverse": lambda: C.masked_inverse(*masked_case["masked_inverse"].args),
+        "masked_solve": lambda: (C.masked_solve(*masked_case["masked_solve"].args),),
         "dequantize of vectors": lambda: dequantized(vectors[0].sigmoid(), vectors[1]),
         "actnorm of vectors": lambda: normalized(vectors[0], vectors[3], vectors[4]),
         "bias_relu of vectors": lambda: rectified(vectors[0], vectors[1]),

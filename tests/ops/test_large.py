@@ -9,6 +9,8 @@ import torch
 
 import fastflow
 from fastflow import ops
+from fastflow.ops.masked_inverse import AFTER, Affine
+from fastflow.ops.masked_inverse.reference import masks_of
 from tests.support.cases import CUDA, lay_out
 
 GLOW = [(512, 12, 16, 16), (512, 24, 8, 8), (512, 48, 4, 4), (16, 12, 128, 128), (4, 48, 32, 32)]
@@ -237,6 +239,35 @@ def test_triangular_solve(k, n, m, each_backend):
                 lambda A, B, u=upper: gradients(lambda *a: ops.triangular_solve(*a, upper=u), A, B), A, B
             ),
         )
+
+
+@on_both(
+    "n, features, hidden", [(70, 40, 64), (3, 130, 200)], [(1000, 64, 512), (256, 784, 1024)], "compiled"
+)
+def test_masked_inverse(n, features, hidden, each_backend):
+    sizes = [features, hidden, hidden, 2 * features]
+    ends = (torch.arange(1, features + 1) * hidden // features).expand(2, -1).contiguous()
+    matrices = [mask * torch.randn(mask.shape) / mask.shape[1] ** 0.5 for mask in masks_of(ends, sizes, 2)]
+    weights = torch.cat([w.flatten() for w in matrices])
+    z, added = torch.randn(n, features), 0.1 * torch.randn(sum(sizes[1:]))
+
+    def run(z, weights, added):
+        return gradients(
+            lambda *a: ops.masked_inverse(
+                *a,
+                ends=ends,
+                order=torch.arange(features).flip(0),
+                widths=[hidden, hidden],
+                layers=[AFTER, AFTER, 0],
+                activation="tanh",
+                transformer=Affine("sigmoid"),
+            ),
+            z,
+            weights,
+            added,
+        )
+
+    assert_near(run(z, weights, added), exactly(run, z, weights, added), 5e-5)
 
 
 @pytest.mark.bodies("emulated", CUDA)

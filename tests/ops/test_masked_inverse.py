@@ -238,6 +238,116 @@ def test_only_later_features_of_a_sample_become_nan(value):
     assert log_det[:17].isfinite().all() and log_det[18:].isfinite().all()
 
 
+def of_part(network: Network, part: slice) -> list[Tensor]:
+    """The op's tensors of some of the samples."""
+    z, weights, added, gates = network.tensors()
+    return z[part], weights, added[part] if network.context else added, None if gates is None else gates[part]
+
+
+@pytest.mark.bodies("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sample_does_not_depend_on_the_others(dtype):
+    """Its bits do not: neither on how many there are nor on its place."""
+    network = Network(
+        features=20,
+        degrees=degrees(20, *[90] * 5),
+        layers=GLU,
+        activation="elu",
+        context=True,
+        samples=333,
+        dtype=dtype,
+    )
+    x, log_det = network.inverse()
+    right = torch.randn(4, 333, 20, dtype=dtype)
+    units = torch.rand(333, 450, dtype=dtype)
+
+    def solved(part: slice) -> Tensor:
+        options = network.options()
+        rest = {k: options[k] for k in ("ends", "widths", "layers")} | {"weights": network.tensors()[1]}
+        v, slope, *jac = right[:, part]
+        return ops.masked_solve(
+            v, slope.abs() + 1, torch.stack(jac, 2), None, units[part], units[part], **rest
+        )
+
+    u = solved(slice(None))
+    for first, end in [(0, 1), (332, 333), (7, 9), (100, 117), (5, 21), (64, 128), (3, 100), (1, 333)]:
+        part = slice(first, end)
+        found = network.inverse(*of_part(network, part))
+        assert torch.equal(found[0], x[part]) and torch.equal(found[1], log_det[part])
+        assert torch.equal(solved(part), u[part])
+
+
+@pytest.mark.parametrize("name", ["gates", "context", "plain"])
+def test_any_strides(name):
+    network = NETWORKS[name]()
+    z, weights, added, gates = network.tensors()
+    expected = network.inverse()
+    options = network.options()
+
+    def strided(t):
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1).flatten(-2)[..., ::2]
+
+    others = [
+        (z.mT.contiguous().mT, weights, added, gates),
+        (strided(z), strided(weights), strided(added), None if gates is None else strided(gates)),
+        (torch.cat([z, z], 1)[:, : network.features], weights, added, gates),
+    ]
+    for tensors in others:
+        found = ops.masked_inverse(*tensors, **options)
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+        assert found[0].is_contiguous()
+    same = torch.empty_like(z[:1]).copy_(z[:1]).expand(z.shape)
+    found = network.inverse(same, *network.tensors()[1:])
+    torch.testing.assert_close(found[0], network.inverse(same.clone(), *network.tensors()[1:])[0])
+    options["ends"], options["order"] = strided_int(options["ends"]), strided_int(options["order"])
+    torch.testing.assert_close(
+        ops.masked_inverse(z, weights, added, gates, **options), expected, rtol=1e-13, atol=1e-13
+    )
+
+
+def strided_int(t: Tensor) -> Tensor:
+    return torch.stack([t, -t - 1], -1).flatten(-2)[..., ::2]
+
+
+@pytest.mark.bodies("compiled")
+def test_values_of_ends_and_order():
+    """Those that would lead out of bounds are errors of the C++ body."""
+    network = Network()
+    options = network.options()
+    with pytest.raises(ValueError, match=r"^order: got 5 at 1, expected each of 0 to 4 once"):
+        ops.masked_inverse(*network.tensors(), **options | {"order": torch.tensor([0, 5, 1, 2, 3])})
+    with pytest.raises(ValueError, match=r"^ends: got 6 at \[0, 4\], expected ascending numbers to 7"):
+        ends = options["ends"].clone()
+        ends[0, 4] = 6
+        ops.masked_inverse(*network.tensors(), **options | {"ends": ends})
+
+
+@pytest.mark.bodies("compiled")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_float32(activation):
+    """To a few units in the last place, for any magnitude: z is minus a unit."""
+    values = torch.cat(
+        [torch.linspace(-110, 110, 4001), torch.randn(999) * 10.0 ** torch.randint(-30, 3, (999,))]
+    )
+    added = torch.cat([values[:, None], torch.zeros(5000, 2)], 1)
+    weights = torch.tensor([0.0, 0.0, 1.0])
+    x, log_det = ops.masked_inverse(
+        torch.zeros(5000, 1),
+        weights,
+        added,
+        ends=torch.ones(1, 1, dtype=torch.int64),
+        order=torch.zeros(1, dtype=torch.int64),
+        widths=[1],
+        layers=[AFTER, 0],
+        activation=activation,
+        transformer=Affine(),
+    )
+    exact = -ACTIVATIONS[activation](values.double())
+    assert not log_det.any()
+    unit = torch.finfo(torch.float32).eps * exact.abs() + torch.finfo(torch.float32).tiny
+    assert ((x[:, 0] - exact).abs() <= 4 * unit).all()
+
+
 # gradients --------------------------------------------------------------------------------------------------------------------
 
 SMOOTH = [name for name in NETWORKS if name not in ("many features", "wide", "no samples")]
