@@ -9,6 +9,7 @@ has all bins of its element in registers.
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -573,7 +574,7 @@ def spline(
 
 def _per_sample(params: Tensor, x: Tensor) -> Tensor:
     """Parameters of each sample of x: those of one sample may be given for all."""
-    return params.expand(x.shape[0], *params.shape[1:])
+    return params if params.shape[0] == x.shape[0] else params.expand(x.shape[0], *params.shape[1:])
 
 
 def _backward(
@@ -586,10 +587,11 @@ def _backward(
     form: dict,
     given: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    triton_acc = accumulator(v.dtype)[1]
+    acc, triton_acc = accumulator(v.dtype)
     dv, dv_out = allocate_output(dy)
-    shape, params = params.shape, _per_sample(params, v)
-    dparams, dparams_out = allocate_output(params)
+    given_params, params = params, _per_sample(params, v)
+    shared = params is not given_params
+    dparams, dparams_out = allocate_output(params, acc if shared else None)
     x, x_out = allocate_output(v) if given == "y" else (v, v)
     v, params, dy = with_position_stride(v), with_position_stride(params), with_position_stride(dy)
     tensors = v, params, dy, dv_out, dparams_out, x_out if given == "y" else v
@@ -601,7 +603,10 @@ def _backward(
         *t.sizes, channels, dlog_det.stride(0), *t.strides, warps=WARPS, GIVEN=given,
         HAS_ORDER=channel_order is not None, PASSING=k < channels, ACC=triton_acc, **form, **t.constants,
     )  # fmt: skip
-    return finalize(x, x_out), finalize(dv, dv_out), finalize(dparams, dparams_out).sum_to_size(shape)
+    dparams = finalize(dparams, dparams_out)
+    if shared:
+        dparams = torch.empty_like(given_params).copy_(dparams.sum(0, keepdim=True))
+    return finalize(x, x_out), finalize(dv, dv_out), dparams
 
 
 def spline_backward(

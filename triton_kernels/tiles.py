@@ -59,14 +59,14 @@ def with_position_stride(x: Tensor) -> Tensor:
     return x if strides(x) is not None else x.contiguous()
 
 
-def allocate_output(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor with the strides of ``torch.empty_like(x)``, and the buffer that a kernel writes.
+def allocate_output(x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """A tensor with the strides of ``torch.empty_like(x, dtype=dtype)``, and the buffer that a kernel writes.
 
     The buffer is the tensor itself if its positions have a single stride, otherwise contiguous.
     """
-    result = torch.empty_like(x)
+    result = torch.empty_like(x, dtype=dtype)
     return result, result if strides(result) is not None else torch.empty_like(
-        x, memory_format=torch.contiguous_format
+        result, memory_format=torch.contiguous_format
     )
 
 

@@ -19,7 +19,7 @@ VARIANTS = (
     ("nflows", "circular", 5, True),
     ("zuko", "none", 4, "neighbors"),
     ("nflows", "linear", 10, False),
-    ("fastflow", "linear", 6, "shared"),
+    ("fastflow", "linear", 4, "shared"),
     ("freia", "affine", 3, False),
 )
 
