@@ -410,6 +410,7 @@ def test_several_temperatures_are_rows_of_one_noise(files, tmp_path, capsys):
 
 ARGUMENTS = {
     "affine": ["--steps", "2", "--samples", "50"],
+    "autoregressive": ["--samples", "200", "--epochs", "1", "--size", "20"],
     "masks": [],
     "nice": ["--data", "digits.npz", "--hidden", "8", "--epochs", "1"],
     "one_dimension": ["--samples", "100", "--epochs", "1"],
