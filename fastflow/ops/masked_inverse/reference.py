@@ -313,7 +313,7 @@ def masked_inverse_backward(
     each, last = transformer.parameters, len(widths)
     sizes = sizes_of(x.shape[1], widths, each)
     masks = masks_of(ends, sizes, each)
-    matrices = [w * mask for w, mask in zip(matrices_of(weights, sizes), masks, strict=True)]
+    matrices = [torch.where(mask, w, 0.0) for w, mask in zip(matrices_of(weights, sizes), masks, strict=True)]
     parts = added.split(sizes[1:], -1)
     of_gates = [size if flags & GATE else 0 for flags, size in zip(layers, widths, strict=False)]
     gate_parts = None if gates is None else gates.split(of_gates, -1)
@@ -344,13 +344,13 @@ def masked_inverse_backward(
     v = dx.index_select(1, order) + by_x
     joined = [torch.cat(parts, 1) if parts else None for parts in (inner, outer)]
     u = torch.ops.fastflow.masked_solve.default(
-        v, slope, jac, dparams, *joined, torch.cat([w.flatten() for w in matrices]), ends, widths, layers
+        v, slope, jac, dparams, *joined, weights, ends, widths, layers
     )
     dz = u.index_select(1, order.argsort()).contiguous()
 
     d = (dparams - jac * u.unsqueeze(-1)).flatten(1)
     dunits: list[Tensor | int] = [0] * (last + 1)
-    dadded, dweights, dgates = [d], [d.mT @ read[-1] * masks[-1]], []
+    dadded, dweights, dgates = [d], [torch.where(masks[-1], d.mT @ read[-1], 0.0)], []
     for i in range(last - 1, -1, -1):
         flags = layers[i]
         d = d @ matrices[i + 1] * outer[i] + dunits[i + 1]
@@ -363,7 +363,7 @@ def masked_inverse_backward(
             dgates.insert(0, g * products[i])
         d = d * inner[i]
         dadded.insert(0, d)
-        dweights.insert(0, d.mT @ read[i] * masks[i])
+        dweights.insert(0, torch.where(masks[i], d.mT @ read[i], 0.0))
     dadded = torch.cat(dadded, 1)
     return (
         dz,
