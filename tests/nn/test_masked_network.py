@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastflow.nn import MaskedNetwork
 from fastflow.nn.networks.masked_network import ACTIVATIONS, AFTER, BEFORE, GATE, SKIP, spread
@@ -211,12 +212,14 @@ def test_kept_weights_follow_the_parameters():
     x = torch.randn(5, 3, dtype=F64)
     with torch.no_grad():
         net(x)
-        assert net._weights() is net._weights() and net.plan() is net.plan()
+        assert net._weights() is net._weights() and net.plan().weights is net.plan().weights
+        assert net.context_terms()[0] is net.context_terms()[0]
 
         def changes(change):
-            before, plan = net(x), net.plan()
+            before, plan, biases = net(x), net.plan().weights, net.context_terms()[0]
             change()
-            assert not torch.equal(net(x), before) and net.plan() is not plan
+            assert not torch.equal(net(x), before) and net.plan().weights is not plan
+            assert net.context_terms()[0] is not biases
             fresh = copy.deepcopy(net)
             assert torch.equal(fresh(x), net(x)) and torch.equal(fresh.plan().weights, net.plan().weights)
 
@@ -249,10 +252,31 @@ def test_gradients_of_weights_are_masked_and_recorded():
     with torch.no_grad():
         net(torch.randn(2, 3, dtype=F64)), net.plan()
     net(torch.randn(5, 3, dtype=F64)).square().sum().backward()
-    for layer, mask in zip(net.layers, net._masks(), strict=True):
+    for layer, mask in zip(net.layers, net._structure().masks, strict=True):
         assert layer.weight.grad.abs().sum() > 0
         assert (layer.weight.grad[mask == 0] == 0).all()
     assert net.plan().weights.requires_grad
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("widths", [(256, 256), (512, 600)])
+def test_blocks_of_the_matrices(widths, given):
+    """Wide layers skip blocks of masked columns if their units are sorted; results differ by rounding."""
+    torch.manual_seed(0)
+    degrees = [torch.randint(1, 20, (w,)) for w in widths] if given else None
+    net = trained(20, 30, widths, degrees=degrees)
+    blocks = net._structure().blocks
+    assert [b is not None for b in blocks] == [False, not given, not given]
+    if not given:
+        assert len(blocks[1]) == (2 if widths[0] == 256 else 4)
+        used = sum((b - a) * end for a, b, end in blocks[1])
+        assert 0.5 * widths[0] * widths[1] < used < 0.8 * widths[0] * widths[1]
+    x = torch.randn(64, 20, dtype=F64, requires_grad=True)
+    results = []
+    for rows in (slice(0, 64), slice(0, 63)):  # fewer samples take whole products
+        h = net(x[rows])
+        results.append((h[:63], *torch.autograd.grad(h[:63].square().sum(), [x, *net.parameters()])))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-9)
 
 
 def test_compiles_without_a_graph_break():
@@ -296,6 +320,20 @@ def test_nothing_but_the_context():
         x, context = torch.randn(6, 1, dtype=F64), contexts(net, 6)
         assert torch.equal(net(x, context), net(x + 1, context))
     assert (net(x, context) - net(x, context + 1)).abs().min() > 0
+
+
+def test_tensors_without_values():
+    net, x = trained(4, 2, (8, 8)).float(), torch.randn(3, 4)
+    with torch.device("meta"):
+        other = MaskedNetwork(4, 2, (8, 8))
+        assert other(torch.randn(3, 4)).shape == (3, 8) and other.plan().weights.is_meta
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert net(torch.randn(3, 4)).shape == (3, 8)
+    with torch.no_grad():
+        expected = net(x)
+        other.to_empty(device="cpu").load_state_dict(net.state_dict())
+        assert torch.equal(other(x), expected)
+        assert torch.equal(torch.func.functional_call(other, dict(net.named_parameters()), (x,)), expected)
 
 
 def test_an_empty_batch():

@@ -1,11 +1,13 @@
 """Masked network of autoregressive flows: the parameters of a feature depend on the features before it."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastflow import validation
 from fastflow.nn.networks.context import checked_context
@@ -118,7 +120,7 @@ class MaskedNetwork(nn.Module):
         lowest = 0 if context_features is not None or features == 1 else 1
         for i, of_layer in enumerate(_degrees(degrees, self.widths, self.flags, features, lowest)):
             self.register_buffer(f"degrees_{i}", of_layer)
-        self._forget()
+        self._of_degrees, self._of_weights = _Kept(), _Kept()
         for layer, flags in zip(self.layers, self.flags, strict=True):
             if flags & SKIP:
                 nn.init.uniform_(layer.weight, -1e-3, 1e-3)
@@ -171,11 +173,10 @@ class MaskedNetwork(nn.Module):
         act = ACTIVATIONS[self.activation]
         factors = self.drawn(x) if factors is None else factors
         u, outputs = x, [x]
-        for i, (layer, flags, weight, factor) in enumerate(
-            zip(self.layers, self.flags, self._weights(), factors, strict=True)
-        ):
+        each = zip(self.layers, self.flags, self._weights(), self._structure().blocks, factors, strict=True)
+        for i, (layer, flags, weight, blocks, factor) in enumerate(each):
             u = act(u) if flags & BEFORE else u
-            u = F.linear(u if factor is None else u * factor, weight, layer.bias)
+            u = _product(u if factor is None else u * factor, weight, layer.bias, blocks)
             if str(i) in self.context_layers:
                 term = self.context_layers[str(i)](context)
                 if flags & GATE:
@@ -193,119 +194,74 @@ class MaskedNetwork(nn.Module):
         Shape: ``[S]`` or ``[N, S]`` with S the number of units of all layers and of the output; ``[N, G]`` with G the
         number of units of gated layers, or None.
         """
+        if context is None:
+            return self._unless_fresh("biases", lambda: self._terms(None)[0]), None
+        return self._terms(context)
+
+    def _terms(self, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         act = ACTIVATIONS[self.activation]
-        added, gates = [], []
-        for i, (layer, flags) in enumerate(zip(self.layers, self.flags, strict=True)):
+        added, gates, orders = [], [], [*self._structure().orders, None]
+        for i, (layer, flags, order) in enumerate(zip(self.layers, self.flags, orders, strict=True)):
             term = layer.bias
             if context is not None and str(i) in self.context_layers:
                 of_context = self.context_layers[str(i)](context)
                 if flags & GATE:
-                    gates.append(self._sorted_units(torch.sigmoid(of_context), i, 1))
+                    gates.append(_taken(torch.sigmoid(of_context), order, 1))
                 else:
                     of_context = act(of_context) if self.context_activation and i == 0 else of_context
                     term = of_context + term
-            added.append(self._sorted_units(term, i, term.ndim - 1))
-        if any(term.ndim == 2 for term in added):
-            rows = context.shape[0]
-            return torch.cat([t if t.ndim == 2 else t.expand(rows, -1) for t in added], 1), (
-                torch.cat(gates, 1) if gates else None
-            )
-        return torch.cat(added), None
+            added.append(_taken(term, order, term.ndim - 1))
+        if context is not None:
+            added = [t if t.ndim == 2 else t.expand(context.shape[0], -1) for t in added]
+        return torch.cat(added, -1), torch.cat(gates, 1) if gates else None
 
     def plan(self) -> Plan:
         """The network with sorted units; kept until a parameter changes, unless autograd needs the weights."""
-        if self._fresh():
-            return self._plan()
-        kept = self._kept()
-        if kept.get("plan") is None:
-            with torch.inference_mode(False), torch.no_grad():
-                kept["plan"] = self._plan()
-        return kept["plan"]
+        structure = self._structure()
+        weights = self._unless_fresh("plan", self._sorted_weights)
+        order = structure.features if self.order is None else self.order
+        return Plan(weights, structure.ends, order, self.widths, self.flags)
 
-    def _plan(self) -> Plan:
-        weights = self._weights()
-        orders = [torch.argsort(d, stable=True) for d in self._degrees()]
-        rows, columns = [*orders, None], [None, *orders]
-        flat = []
-        for weight, row, column in zip(weights, rows, columns, strict=True):
-            weight = weight if row is None else weight.index_select(0, row)
-            flat.append((weight if column is None else weight.index_select(1, column)).flatten())
-        device = weights[0].device
-        k = torch.arange(self.features, device=device)
-        ends = torch.stack([(d[:, None] <= k).sum(0) for d in self._degrees()])
-        order = k if self.order is None else self.order
-        return Plan(torch.cat(flat), ends, order, list(self.widths), list(self.flags))
+    def _sorted_weights(self) -> Tensor:
+        orders = self._structure().orders
+        pairs = zip(self._weights(), [*orders, None], [None, *orders], strict=True)
+        return torch.cat([_taken(_taken(w, rows, 0), columns, 1).flatten() for w, rows, columns in pairs])
 
-    def _sorted_units(self, term: Tensor, i: int, dim: int) -> Tensor:
-        if i == len(self.widths):
-            return term
-        return term.index_select(dim, torch.argsort(self._degrees()[i], stable=True))
+    def _weights(self) -> list[Tensor]:
+        """Masked weights of the layers."""
+        masks = self._structure().masks
+        return self._unless_fresh(
+            "weights", lambda: [layer.weight * m for layer, m in zip(self.layers, masks, strict=True)]
+        )
+
+    def _unless_fresh(self, name: str, compute: Callable) -> Any:
+        """What ``compute`` returns; kept until a parameter changes, unless autograd or a transform needs it anew."""
+        parameters = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return compute()
+        kept = self._of_weights.kept([*parameters, *self._degrees()])
+        return compute() if kept is None else _computed_once(kept, name, compute)
+
+    def _structure(self) -> "_Structure":
+        """What follows from the degrees."""
+        degrees = self._degrees()
+        dtype = self.layers[0].weight.dtype
+        kept = self._of_degrees.kept(degrees)
+        if kept is None:
+            return _Structure.of(degrees, self.features, self.outputs_per_feature, dtype, False)
+        return _computed_once(
+            kept,
+            dtype,
+            lambda: _Structure.of(degrees, self.features, self.outputs_per_feature, dtype, True),
+        )
 
     def _degrees(self) -> list[Tensor]:
         return [getattr(self, f"degrees_{i}") for i in range(len(self.widths))]
 
-    def _masks(self) -> list[Tensor]:
-        """Masks of the layers, in the dtype of the weights."""
-        degrees = self._degrees()
-        k = torch.arange(self.features, device=degrees[0].device)
-        # the k-th feature has degree k + 1, and its outputs read degrees of k or less
-        columns = [k + 1, *degrees]
-        rows = [*degrees, k.repeat_interleave(self.outputs_per_feature)]
-        dtype = self.layers[0].weight.dtype
-        return [(r[:, None] >= c).to(dtype) for r, c in zip(rows, columns, strict=True)]
-
-    def _weights(self) -> list[Tensor]:
-        """Masked weights of the layers."""
-        if not self._keeps():
-            return [layer.weight * m for layer, m in zip(self.layers, self._masks(), strict=True)]
-        kept = self._kept()
-        if kept.get("masks") is None:
-            with torch.inference_mode(False), torch.no_grad():
-                kept["masks"] = self._masks()
-        if self._fresh():
-            return [layer.weight * m for layer, m in zip(self.layers, kept["masks"], strict=True)]
-        if kept.get("weights") is None:
-            with torch.inference_mode(False), torch.no_grad():
-                kept["weights"] = [
-                    layer.weight * m for layer, m in zip(self.layers, kept["masks"], strict=True)
-                ]
-        return kept["weights"]
-
-    def _keeps(self) -> bool:
-        """Whether tensors may be kept for later calls: not in transforms and graphs, whose tensors are others."""
-        if in_transform() or torch.compiler.is_compiling():
-            return False
-        return not any(t.is_inference() for t in self._sources())
-
-    def _fresh(self) -> bool:
-        """Whether the masked weights are computed anew, for autograd."""
-        if not self._keeps():
-            return True
-        return torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in self.layers)
-
-    def _sources(self) -> list[Tensor]:
-        return [*(layer.weight for layer in self.layers), *self._degrees()]
-
-    def _kept(self) -> dict[str, object]:
-        """What is kept of the present weights and degrees."""
-        now = self._sources()
-        state = [(t._version, t.data_ptr(), t.dtype, t.device) for t in now]
-        tensors, before, kept = self._cache
-        same = len(tensors) == len(now) and all(a is b for a, b in zip(tensors, now, strict=True))
-        if not same or before != state:
-            self._cache = now, state, kept = (now, state, {})
-        return kept
-
-    def _forget(self) -> None:
-        self._cache: tuple[list, list, dict] = [], [], {}
-
     def train(self, mode: bool = True) -> "MaskedNetwork":
         """As of any module. It forgets kept weights: writes to ``parameter.data`` change no version."""
-        self._forget()
+        self._of_weights.forget()
         return super().train(mode)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_cache": ([], [], {})}
 
     def extra_repr(self) -> str:
         parts = [f"{self.features}", f"{self.outputs_per_feature}", f"hidden={self.hidden}"]
@@ -317,6 +273,102 @@ class MaskedNetwork(nn.Module):
         if self.dropout:
             parts.append(f"dropout={self.dropout}")
         return ", ".join(parts)
+
+
+class _Structure(NamedTuple):
+    """What follows from the degrees of a network's units."""
+
+    masks: list[Tensor]
+    """Masks of the layers, in the dtype of the weights."""
+    orders: list[Tensor | None]
+    """Of each hidden layer the order that sorts its units; None if they are sorted."""
+    ends: Tensor
+    features: Tensor
+    """0 to D - 1."""
+    blocks: list[list[tuple[int, int, int]] | None]
+    """Of each layer blocks of rows, first and end, and the number of columns that are not masked; None: one product."""
+
+    @staticmethod
+    def of(
+        degrees: list[Tensor], features: int, outputs: int, dtype: torch.dtype, with_values: bool
+    ) -> "_Structure":
+        """``with_values``: degrees may be read, to find that they are sorted."""
+        k = torch.arange(features, device=degrees[0].device)
+        # the k-th feature has degree k + 1, and its outputs read degrees of k or less
+        columns, rows = [k + 1, *degrees], [*degrees, k.repeat_interleave(outputs)]
+        masks = [r[:, None] >= c for r, c in zip(rows, columns, strict=True)]
+        ends = torch.stack([(d[:, None] <= k).sum(0) for d in degrees])
+        ascend = [with_values and bool((d.diff() >= 0).all()) for d in degrees]
+        orders = [
+            None if ascends else torch.argsort(d, stable=True)
+            for d, ascends in zip(degrees, ascend, strict=True)
+        ]
+        sorted_layers = [a and b for a, b in zip([True, *ascend], [*ascend, True], strict=True)]
+        blocks = [_blocks(mask) if each else None for mask, each in zip(masks, sorted_layers, strict=True)]
+        return _Structure([m.to(dtype) for m in masks], orders, ends, k, blocks)
+
+
+class _Kept:
+    """Values computed from tensors, kept until one of these changes. A copy is empty."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def __reduce__(self) -> tuple:
+        return _Kept, ()
+
+    def forget(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.state: list[tuple] = []
+        self.values: dict = {}
+
+    def kept(self, tensors: list[Tensor]) -> dict | None:
+        """The values of ``tensors``; None in transforms, in graphs, and for tensors without values."""
+        if in_transform() or torch.compiler.is_compiling() or active_fake_mode() is not None:
+            return None
+        if any(t.is_inference() or t.is_meta or isinstance(t, FakeTensor) for t in tensors):
+            return None
+        state = [(t._version, t.data_ptr(), t.dtype, t.device) for t in tensors]
+        if len(tensors) != len(self.tensors) or any(
+            a is not b for a, b in zip(tensors, self.tensors, strict=True)
+        ):
+            self.state = []
+        if state != self.state:
+            self.tensors, self.state, self.values = tensors, state, {}
+        return self.values
+
+
+def _computed_once(kept: dict, name: object, compute: Callable) -> Any:
+    if name not in kept:
+        with torch.inference_mode(False), torch.no_grad():  # also for passes that autograd records
+            kept[name] = compute()
+    return kept[name]
+
+
+# measured on a CPU: smaller products take no less time in blocks
+MIN_WIDTH, MIN_SAMPLES = 256, 64
+
+
+def _blocks(mask: Tensor) -> list[tuple[int, int, int]] | None:
+    """Blocks of the rows of a sorted layer, if products that skip masked columns pay."""
+    rows, columns = mask.shape
+    if mask.device.type != "cpu" or min(rows, columns) < MIN_WIDTH:
+        return None
+    count = 4 if min(rows, columns) >= 2 * MIN_WIDTH else 2
+    bounds = [rows * i // count for i in range(count + 1)]
+    used = mask[[end - 1 for end in bounds[1:]]].sum(1).tolist()
+    return list(zip(bounds, bounds[1:], used, strict=False))
+
+
+def _product(u: Tensor, weight: Tensor, bias: Tensor, blocks: list[tuple[int, int, int]] | None) -> Tensor:
+    if blocks is None or u.shape[0] < MIN_SAMPLES:
+        return F.linear(u, weight, bias)
+    parts = [F.linear(u[:, :end], weight[a:b, :end], bias[a:b]) for a, b, end in blocks]
+    return torch.cat(parts, 1)
+
+
+def _taken(t: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    return t if index is None else t.index_select(dim, index)
 
 
 def _layers(hidden: tuple[int, ...], residual: bool, gated: bool) -> tuple[list[int], list[int]]:
