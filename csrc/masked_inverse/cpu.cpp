@@ -152,14 +152,13 @@ class Inverse {
     x_ = arena_.take(net.features);
     log_det_ = arena_.take(1);
     log_slope_ = arena_.take(1);
-    units_.push_back(x_), read_.push_back(x_);
+    units_.push_back(x_), read_.push_back(x_), factors_.push_back(nullptr);
     for (int64_t l = 1; l <= net.last; ++l) {
       units_.push_back(arena_.take(net.sizes[l]));
       read_.push_back(separate(l) ? arena_.take(net.sizes[l]) : units_[l]);
-      most_ = std::max(most_, net.sizes[l]);
+      factors_.push_back(net.gated(l) ? arena_.take(net.sizes[l]) : nullptr);
     }
     params_ = arena_.take(block_ * net.each);
-    gate_ = arena_.take(most_);
   }
 
   void run(const Rows<T>& z, int64_t sample, int64_t count, T* x, T* log_det) {
@@ -177,12 +176,9 @@ class Inverse {
   // Whether the activated units are apart from the units.
   bool separate(int64_t l) const { return net_.activated_by_next(l) && net_.added_later(l); }
   int64_t rows() const {
-    int64_t total = 2 * net_.features + 2 + block_ * net_.each, most = 0;
-    for (int64_t l = 1; l <= net_.last; ++l) {
-      total += net_.sizes[l] * (separate(l) ? 2 : 1);
-      most = std::max(most, net_.sizes[l]);
-    }
-    return total + most;
+    int64_t total = 2 * net_.features + 2 + block_ * net_.each + net_.total_gates();
+    for (int64_t l = 1; l <= net_.last; ++l) total += net_.sizes[l] * (separate(l) ? 2 : 1);
+    return total;
   }
 
   // Units `first` to `end` of a layer, from `from` to `to` of the layer before, are written to rows from
@@ -206,8 +202,13 @@ class Inverse {
 
   void block(int64_t k0, int64_t k1) {
     const Degrees& net = net_;
-    for (int64_t l = 1; l <= net.last; ++l)
-      before(l, net.first(l, k0), net.first(l, k1), net.first(l - 1, k0), units_[l], 0);
+    for (int64_t l = 1; l <= net.last; ++l) {
+      const int64_t first = net.first(l, k0), end = net.first(l, k1);
+      before(l, first, end, net.first(l - 1, k0), units_[l], 0);
+      if (net.gated(l))
+        gates_.load(sample_, count_, net_.gates[l] + first, net_.gates[l] + end, factors_[l] + first * width_,
+                    width_);
+    }
     const int64_t start = k0 * net.each;
     before(net.last + 1, start, k1 * net.each, net.first(net.last, k0), params_, start);
     for (int64_t k = k0; k < k1; ++k) {
@@ -226,11 +227,9 @@ class Inverse {
 
   void finish_units(int64_t l, int64_t first, int64_t end) {
     const int64_t at = first * width_, flags = net_.flags(l);
-    if (net_.gated(l))
-      gates_.load(sample_, count_, net_.gates[l] + first, net_.gates[l] + end, gate_, width_);
     const bool next = net_.activated_by_next(l);
     if (!(flags & (GATE | AFTER | SKIP)) && !next) return;
-    finish({activation_, (end - first) * width_, units_[l] + at, flags & GATE ? gate_ : nullptr,
+    finish({activation_, (end - first) * width_, units_[l] + at, flags & GATE ? factors_[l] + at : nullptr,
             (flags & AFTER) != 0, flags & SKIP ? units_[l - 2] + at : nullptr,
             next ? read_[l] + at : nullptr});
   }
@@ -260,9 +259,9 @@ class Inverse {
   const int64_t* order_;
   const int64_t width_, block_;
   Arena<T> arena_;
-  T *z_, *x_, *log_det_, *log_slope_, *params_, *gate_;
-  std::vector<T*> units_, read_;  // of layers 0 to last: units, and what the next layer reads
-  int64_t most_ = 0, sample_ = 0, count_ = 0, columns_ = 0;
+  T *z_, *x_, *log_det_, *log_slope_, *params_;
+  std::vector<T*> units_, read_, factors_;  // of layers 0 to last: units, what the next layer reads, gates
+  int64_t sample_ = 0, count_ = 0, columns_ = 0;
 };
 
 Activation activation_of(const std::string& name) {
@@ -356,10 +355,10 @@ class Solve {
       units_.push_back(net.flags(l) & SKIP ? arena_.take(net.sizes[l]) : nullptr);
     }
     products_.push_back(arena_.take(net.sizes[net.last + 1]));
-    jacs_ = arena_.take(net.each);
-    shifts_ = arena_.take(net.each);
-    inners_ = arena_.take(most());
-    outers_ = arena_.take(most());
+    jacs_ = arena_.take(block_ * net.each);
+    shifts_ = arena_.take(block_ * net.each);
+    inners_ = arena_.take(net.units());
+    outers_ = arena_.take(net.units());
   }
 
   void run(int64_t sample, int64_t count, T* u) {
@@ -374,13 +373,8 @@ class Solve {
   }
 
  private:
-  int64_t most() const {
-    int64_t most = 0;
-    for (int64_t l = 1; l <= net_.last; ++l) most = std::max(most, net_.sizes[l]);
-    return most;
-  }
   int64_t rows() const {
-    return 3 * net_.features + 2 * net_.units() + net_.total() + 2 * net_.each + 2 * most();
+    return 3 * net_.features + 4 * net_.units() + net_.total() + 2 * block_ * net_.each;
   }
 
   // Adds to units `first` to `end` of layer l the gradients of products `from` to `to` of the next layer.
@@ -392,17 +386,24 @@ class Solve {
 
   void block(int64_t k0, int64_t k1) {
     const Degrees& net = net_;
-    for (int64_t l = 0; l <= net.last; ++l)
-      if (net.first(l, k0) < net.first(l, k1))
-        product(l, net.first(l, k0), net.first(l, k1), net.first(l + 1, k1), net.sizes[l + 1], Start::zero);
+    for (int64_t l = 0; l <= net.last; ++l) {
+      const int64_t first = net.first(l, k0), end = net.first(l, k1);
+      if (first == end) continue;
+      product(l, first, end, net.first(l + 1, k1), net.sizes[l + 1], Start::zero);
+      if (l == 0) continue;
+      const int64_t column = net.added[l] + first, last = net.added[l] + end;
+      if (inner_) inner_.load(sample_, count_, column, last, inners_ + column * width_, width_);
+      if (outer_) outer_.load(sample_, count_, column, last, outers_ + column * width_, width_);
+    }
+    const int64_t start = k0 * net.each;
+    jac_.load(sample_, count_, start, k1 * net.each, jacs_, width_);
+    if (dparams_) dparams_.load(sample_, count_, start, k1 * net.each, shifts_, width_);
     for (int64_t k = k1 - 1; k >= k0; --k) {
       product(0, k, k + 1, net.first(1, k + 1), net.first(1, k1), Start::result);
-      const int64_t first = k * net.each, end = first + net.each;
-      jac_.load(sample_, count_, first, end, jacs_, width_);
-      if (dparams_) dparams_.load(sample_, count_, first, end, shifts_, width_);
+      const int64_t first = k * net.each, at = (first - start) * width_;
       T* right = right_ + k * width_;
-      solve({columns_, net.each, width_, right, sums_[0] + k * width_, slopes_ + k * width_, jacs_,
-             dparams_ ? shifts_ : nullptr, right, products_[net.last + 1] + first * width_});
+      solve({columns_, net.each, width_, right, sums_[0] + k * width_, slopes_ + k * width_, jacs_ + at,
+             dparams_ ? shifts_ + at : nullptr, right, products_[net.last + 1] + first * width_});
       for (int64_t l = net.last; l >= 1; --l) units(l, net.first(l, k), net.first(l, k + 1), k, k1);
     }
   }
@@ -410,11 +411,9 @@ class Solve {
   void units(int64_t l, int64_t first, int64_t end, int64_t k, int64_t k1) {
     if (first == end) return;
     product(l, first, end, net_.first(l + 1, k), net_.first(l + 1, k1), Start::result);
-    const int64_t at = first * width_, column = net_.added[l];
-    if (inner_) inner_.load(sample_, count_, column + first, column + end, inners_, width_);
-    if (outer_) outer_.load(sample_, count_, column + first, column + end, outers_, width_);
-    pull({(end - first) * width_, sums_[l] + at, outer_ ? outers_ : nullptr,
-          net_.added_later(l) ? units_[l + 2] + at : nullptr, inner_ ? inners_ : nullptr,
+    const int64_t at = first * width_, factor = (net_.added[l] + first) * width_;
+    pull({(end - first) * width_, sums_[l] + at, outer_ ? outers_ + factor : nullptr,
+          net_.added_later(l) ? units_[l + 2] + at : nullptr, inner_ ? inners_ + factor : nullptr,
           units_[l] ? units_[l] + at : nullptr, products_[l] + at});
   }
 
