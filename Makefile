@@ -8,7 +8,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.fastflow
 TESTS_STAMP := $(VENV)/.tests
-SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+SOURCES := pyproject.toml setup.py tests/libraries.txt $(shell find csrc -type f)
 # pip shows its downloads on a terminal and keeps still in a log; compiling all of torch to bytecode would take a minute, so only
 # what is used is compiled, at the end of setup
 PIP := $(PY) -m pip --disable-pip-version-check install --no-compile $(shell test -t 2 || echo --quiet)
@@ -56,6 +56,8 @@ $(STAMP): $(SOURCES)
 	@echo "[3/3] building the extensions and installing FastFlow, editable"
 	@# TORCH is named again, or a torchvision that wants another torch would replace it
 	@FASTFLOW_EMULATOR=1 $(PIP) --no-build-isolation $(TORCH) -e '.[train,test]'
+	@# libraries that tests compare with, without the packages that they ask for: some would replace torch
+	@$(PIP) --no-deps -r tests/libraries.txt
 	@# what training imports is imported once, so that its bytecode is there when training starts
 	@$(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow.trainer import train; \
 	  from fastflow.ops import extension as e; \

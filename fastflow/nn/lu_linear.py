@@ -81,9 +81,9 @@ class LULinear(Flow):
             return self._matrices()[0]
 
     def _matrices(self) -> tuple[Tensor, ...]:
-        """See :func:`_matrices_of`."""
+        """See :func:`matrices_of`."""
         perm = None if self.perm is None else self.perm[None]
-        return tuple(m[0] for m in _matrices_of(self.factors[None], self.eps, perm))
+        return tuple(m[0] for m in matrices_of(self.factors[None], self.eps, perm))
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.features:
@@ -147,7 +147,7 @@ class LULinear(Flow):
         return f"{self.features}, identity_init={self.identity_init}, eps={self.eps}{permutation}"
 
 
-def _matrices_of(factors: Tensor, eps: float, perm: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def matrices_of(factors: Tensor, eps: float, perm: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L U P, L without its diagonal, U and log|det| of a stack of factors ``[K, D, D]`` and permutations ``[K, D]``."""
     factors = factors.to(acc_dtype(factors.dtype))
     diagonal = F.softplus(factors.diagonal(dim1=1, dim2=2)) + eps
@@ -163,7 +163,7 @@ def shared_matrices(flows: Sequence[Flow]) -> list[tuple[Tensor, ...]]:
 
     Small matrices take the time of the calls: those of ten layers take as long as those of one.
     """
-    return _shared(flows, _matrices_of)
+    return _shared(flows, matrices_of)
 
 
 def shared_inverses(flows: Sequence[Flow]) -> list[tuple[Tensor, ...]]:
@@ -173,7 +173,7 @@ def shared_inverses(flows: Sequence[Flow]) -> list[tuple[Tensor, ...]]:
 
 def _inverse_of(factors: Tensor, eps: float, perm: Tensor | None) -> tuple[Tensor, Tensor]:
     """The inverse of L U P, and log|det L U|, of a stack of factors."""
-    _, lower, upper, log_det = _matrices_of(factors, eps, None)
+    _, lower, upper, log_det = matrices_of(factors, eps, None)
     columns = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
     columns = ops.triangular_solve(lower, columns, upper=False, unit_diagonal=True)
     inverse = ops.triangular_solve(upper, columns, upper=True)

@@ -1,0 +1,1 @@
+"""Faster layers for flows of other libraries: one module each, with ``accelerate`` and ``revert``."""

@@ -1,0 +1,190 @@
+"""Flows of nflows and of its fork glasflow.nflows, accelerated in place: the same numbers and gradients."""
+
+import importlib
+
+import pytest
+import torch
+from torch import nn
+
+from tests.support.libraries import assert_same, assert_trains_the_same, randomized
+
+PACKAGES = {"nflows": "nflows", "glasflow": "glasflow.nflows"}
+CONTEXT = 3
+
+
+@pytest.fixture(params=PACKAGES)
+def library(request):
+    """The integration, and modules of the package that it accelerates."""
+    package = PACKAGES[request.param]
+    pytest.importorskip(package)
+    return Library(importlib.import_module(f"fastflow.integrations.{request.param}"), package)
+
+
+class Library:
+    def __init__(self, ff, package):
+        self.ff = ff
+        for name in ("transforms", "flows", "distributions", "nn.nets"):
+            setattr(self, name.replace(".", "_"), importlib.import_module(f"{package}.{name}"))
+
+    def residual(self, context=CONTEXT, **options):
+        options = {"hidden_features": 8, "context_features": context, "num_blocks": 2} | options
+        return lambda inputs, outputs: self.nn_nets.ResidualNet(inputs, outputs, **options)
+
+    def coupling(self, mask, context=CONTEXT, net=None, **options):
+        options = {"num_bins": 5, "tails": "linear", "tail_bound": 2.0} | options
+        make = net or self.residual(context)
+        return self.transforms.PiecewiseRationalQuadraticCouplingTransform(mask, make, **options)
+
+    def flow(self, features, context=CONTEXT, steps=3, **options):
+        parts = []
+        for i in range(steps):
+            mask = [(i + j) % 2 for j in range(features)]
+            parts += [self.coupling(mask, context, **options), self.transforms.LULinear(features)]
+            parts.append(self.transforms.RandomPermutation(features))
+        transform = self.transforms.CompositeTransform(parts)
+        return self.flows.Flow(transform, self.distributions.StandardNormal([features]))
+
+
+BOTH = {
+    "forward": lambda m, x, c: m(x, c),
+    "inverse": lambda m, x, c: m.inverse(x, c),
+}
+
+
+@pytest.mark.parametrize(
+    "mask, context, options",
+    [
+        ([0, 0, 1, 1], CONTEXT, {}),
+        ([1, 0, 1, 0, 1], None, {"num_bins": 1}),
+        ([0, 1], CONTEXT, {"tails": None, "num_bins": 3}),
+        ([1, 0, 0], None, {"apply_unconditional_transform": True, "min_derivative": 0.02}),
+        ([0, 1, 1], CONTEXT, {"apply_unconditional_transform": True, "tails": None}),
+        ([0, 1, 1], None, {"min_bin_width": 0.01, "min_bin_height": 0.01, "tail_bound": 5}),
+        ([1, 0, 1], None, {"num_bins": 70}),
+    ],
+)
+def test_spline_couplings(library, mask, context, options):
+    model = randomized(library.coupling(mask, context, **options))
+    x = (
+        torch.rand(20, len(mask))
+        if options.get("tails", "linear") is None
+        else 2 * torch.randn(20, len(mask))
+    )
+    c = None if context is None else torch.randn(20, context)
+    report = assert_same(library.ff, model, BOTH, x, c)
+    assert report.replaced[""] == "PiecewiseRationalQuadraticCouplingTransform"
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+def test_spline_couplings_of_images(library, unconditional):
+    def net(inputs, outputs):
+        return library.nn_nets.ConvResidualNet(inputs, outputs, hidden_channels=6, num_blocks=1)
+
+    options = {"apply_unconditional_transform": unconditional, "img_shape": [3, 2]}
+    model = randomized(library.coupling([1, 0, 1], net=net, **options))
+    x = torch.randn(4, 3, 3, 2)
+    report = assert_same(library.ff, model, BOTH, x)
+    assert report.replaced[""] == "PiecewiseRationalQuadraticCouplingTransform"
+
+
+@pytest.mark.parametrize("shape, tails", [([4], "linear"), (3, None), ([2, 3, 2], "linear")])
+def test_splines_that_samples_share(library, shape, tails):
+    model = library.transforms.PiecewiseRationalQuadraticCDF(shape, num_bins=4, tails=tails, tail_bound=1.5)
+    size = shape if isinstance(shape, list) else [shape]
+    x = torch.rand(10, *size) if tails is None else 2 * torch.randn(10, *size)
+    assert_same(library.ff, randomized(model), BOTH, x)
+
+
+@pytest.mark.parametrize("features", [1, 2, 6])
+def test_linear_maps_alone_and_in_a_chain(library, features):
+    layers = [library.transforms.LULinear(features, identity_init=False) for _ in range(3)]
+    x = torch.randn(7, features)
+    assert_same(library.ff, randomized(layers[0]), BOTH, x)
+    chain = library.transforms.CompositeTransform([*layers, library.transforms.LULinear(features, eps=0.1)])
+    assert_same(library.ff, randomized(chain), BOTH, x)
+
+
+@pytest.mark.parametrize("context", [None, CONTEXT])
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_flows(library, context, batch_norm):
+    net = library.residual(context, use_batch_norm=batch_norm)
+    model = randomized(library.flow(5, context, net=net))
+    calls = {
+        "log_prob": lambda m, x, c: (m.log_prob(x, c),),
+        "sample": lambda m, x, c: (m.eval().sample(1 if c is not None else 4, c),),
+        "sample_and_log_prob": lambda m, x, c: m.eval().sample_and_log_prob(2 if c is not None else 4, c),
+    }
+    c = None if context is None else torch.randn(6, context)
+    # nflows draws float32
+    report = assert_same(library.ff, model, calls, 1.5 * torch.randn(6, 5), c, ("sample", "sample_and_log_prob"))
+    names = list(report.replaced.values())
+    assert names.count("PiecewiseRationalQuadraticCouplingTransform") == names.count("LULinear") == 3
+    assert "CompositeTransform" in names
+
+
+def test_training_coincides(library):
+    torch.manual_seed(0)
+    x, c = torch.randn(64, 4).double(), torch.randn(64, CONTEXT).double()
+    assert_trains_the_same(library.ff, library.flow(4), lambda m: -m.log_prob(x, c).mean())
+
+
+def test_what_is_left_alone_is_named(library):
+    class Own(library.transforms.LULinear):
+        pass
+
+    parts = [
+        Own(4),
+        library.transforms.LULinear(4, using_cache=True),
+        library.coupling([0, 0, 1, 1], min_bin_width=0.1),
+        library.transforms.HouseholderSequence(4, 2),
+        library.transforms.RandomPermutation(4),
+    ]
+    model = library.transforms.CompositeTransform(parts)
+    report = library.ff.accelerate(model)
+    assert report.left_alone["_transforms.0"] == ("Own", "a subclass of a layer that is covered")
+    assert report.left_alone["_transforms.1"] == ("LULinear", "using_cache=True")
+    assert report.left_alone["_transforms.2"][1] == "min_bin_width and min_bin_height differ"
+    assert report.left_alone["_transforms.3"] == ("HouseholderSequence", "not covered")
+    assert "_transforms.4" not in report.left_alone  # a permutation cannot be faster
+    assert type(parts[1]).__module__.startswith(type(parts[4]).__module__.split(".transforms")[0])
+    assert "LULinear: left alone, using_cache=True" in str(report)
+    assert "CompositeTransform: replaced" in str(report)
+    assert str(library.ff.accelerate(nn.Linear(2, 2))) == "nothing to replace was found"
+    again = library.ff.accelerate(model)
+    assert again == report
+
+
+def test_hooks_run(library):
+    model, seen = library.flow(4), []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, args, output: seen.append(type(m).__name__))
+    library.ff.accelerate(model)
+    model.log_prob(torch.randn(3, 4), torch.randn(3, CONTEXT))
+    assert seen.count("LULinear") == seen.count("PiecewiseRationalQuadraticCouplingTransform") == 3
+    assert seen.count("ResidualBlock") == 6 and seen.count("Linear") == 3 * (2 + 2 * 3)
+
+
+def test_errors_are_those_of_the_library(library):
+    coupling = library.coupling([0, 1, 1], None, tails=None)
+    library.ff.accelerate(coupling)
+    with pytest.raises(ValueError, match="Expected features = 3, got 2"):
+        coupling(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="must be a 2D or a 4D tensor"):
+        coupling.inverse(torch.zeros(2, 3, 1))
+    with pytest.raises(library.transforms.InputOutsideDomain):
+        coupling(torch.full((2, 3), 1.5))
+    with pytest.raises(ValueError, match="model: got dict, expected a module"):
+        library.ff.accelerate({})
+
+
+def test_extreme_parameters_are_finite_where_the_library_fails(library):
+    """nflows asserts that its discriminant is not negative; rounding makes it negative."""
+    torch.manual_seed(0)
+    model = library.coupling([0, 1], None, num_bins=8)
+    with torch.no_grad():
+        for p in model.transform_net.final_layer.parameters():
+            p.mul_(200)
+    library.ff.accelerate(model)
+    z = torch.linspace(-2, 2, 4000)[:, None].expand(-1, 2) * torch.tensor([1.0, 0.999])
+    x, log_det = model.inverse(z)
+    assert x.isfinite().all() and log_det.isfinite().all()
