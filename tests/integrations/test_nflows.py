@@ -116,7 +116,9 @@ def test_flows(library, context, batch_norm):
     }
     c = None if context is None else torch.randn(6, context)
     # nflows draws float32
-    report = assert_same(library.ff, model, calls, 1.5 * torch.randn(6, 5), c, ("sample", "sample_and_log_prob"))
+    report = assert_same(
+        library.ff, model, calls, 1.5 * torch.randn(6, 5), c, ("sample", "sample_and_log_prob")
+    )
     names = list(report.replaced.values())
     assert names.count("PiecewiseRationalQuadraticCouplingTransform") == names.count("LULinear") == 3
     assert "CompositeTransform" in names

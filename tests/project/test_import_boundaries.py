@@ -37,6 +37,19 @@ MAY_IMPORT = {
     "fitting": {"torch", "numpy", "tqdm", "validation", "models", "trainer"},
     "export": {"torch", "validation", "models", "nn"},
     "explore": {"torch", "validation", "models", "seeds", "sklearn"},
+    # a module of the name of a library imports that library
+    "integrations": {
+        "torch",
+        "ops",
+        "nn",
+        "reversible",
+        "validation",
+        "FrEIA",
+        "glasflow",
+        "nflows",
+        "normflows",
+        "zuko",
+    },
 }
 FORBIDDEN_ABOVE = {
     "trainer": {"triton", "triton_kernels", "ops", "reference", "reversible", "nn"},

@@ -17,6 +17,7 @@ MODULES = (
     "fastflow.distributed",
     "fastflow.explore",
     "fastflow.export",
+    "fastflow.integrations.accelerate",
     "fastflow.models",
     "fastflow.nn",
     "fastflow.ops",
