@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.triton_kernels.affine_coupling import tanh
 from fastflow.triton_kernels.spline import (
     ELEMENTS,
     GROUP,
@@ -39,6 +40,7 @@ from fastflow.triton_kernels.tiles import (
     with_position_stride,
 )
 
+MAX_LOG_WIDTH = tl.constexpr(7.0)  # of a component, up and down
 MAX_STEPS = 100  # of the inverse: each halves at least the last step or the bracket
 
 
@@ -56,10 +58,10 @@ def load_mixture(
     h, n, k, p, mask, stride_n, stride_k, stride_p, COMPONENTS: tl.constexpr, GROUP: tl.constexpr,
     EACH: tl.constexpr, ACC: tl.constexpr, DIM: tl.constexpr, VEC_K: tl.constexpr, VEC_P: tl.constexpr,
 ):  # fmt: skip
-    """The scale, the shift, and the raw parameters of the components as they lie in memory."""
+    """The log-scale, the shift, and the raw parameters of the components as they lie in memory."""
     at_a = address_of(h, n, k, p, stride_n, stride_k, stride_p, 0, EACH, DIM, VEC_K, VEC_P)
     at_b = address_of(h, n, k, p, stride_n, stride_k, stride_p, 1, EACH, DIM, VEC_K, VEC_P)
-    a = tl.load(at_a, mask=mask, other=0.0).to(ACC)
+    a = tanh(tl.load(at_a, mask=mask, other=0.0).to(ACC))
     b = tl.load(at_b, mask=mask, other=0.0).to(ACC)
     logits = load_raw(
         h, n, k, p, mask, stride_n, stride_k, stride_p, COMPONENTS, 2, GROUP, EACH, ACC, DIM, VEC_K, VEC_P
@@ -75,20 +77,30 @@ def load_mixture(
 
 
 @triton.jit
+def bounded_width(raw):
+    """A component's log-scale; NaN stays NaN."""
+    at_least = tl.where(raw < -MAX_LOG_WIDTH, -MAX_LOG_WIDTH, raw)
+    return tl.where(at_least > MAX_LOG_WIDTH, MAX_LOG_WIDTH, at_least)
+
+
+@triton.jit
 def components_of(logits, means, widths, COMPONENTS: tl.constexpr, GROUP: tl.constexpr):
     """Tuples of tiles: logits less their largest, means, log-scales, rates; the largest logit, the largest rate."""
     logit = columns(logits, GROUP)
     mean = columns(means, GROUP)
-    width = columns(widths, GROUP)
+    raw_width = columns(widths, GROUP)
     peak = logit[0]
     for i in tl.static_range(1, COMPONENTS):
         peak = tl.maximum(peak, logit[i])
     weight = ()
+    width = ()
     rate = ()
     fastest = tl.zeros_like(peak)
     for i in tl.static_range(COMPONENTS):
         weight = weight + (logit[i] - peak,)
-        b_rate = tl.exp(-width[i])
+        b_width = bounded_width(raw_width[i])
+        width = width + (b_width,)
+        b_rate = tl.exp(-b_width)
         rate = rate + (b_rate,)
         fastest = tl.maximum(fastest, b_rate)
     return weight, mean, width, rate, peak, fastest
@@ -271,6 +283,8 @@ def store_group(
 ):  # fmt: skip
     """Writes the gradients of group i of the logits, the means and the log-scales."""
     q = (i * GROUP + tl.arange(0, GROUP))[None, None, :]
+    inside = tl.abs(b_width) < MAX_LOG_WIDTH
+    b_width = bounded_width(b_width)
     weight, rate = b_logit - peak[:, :, None], tl.exp(-b_width)
     u = (x[:, :, None] - b_mean) * rate
     one, to_left, to_right = sides_of(u)
@@ -289,7 +303,8 @@ def store_group(
     at = raw_address(dh, n, k, p, 2 + COMPONENTS + q, dh_n, dh_k, dh_p, EACH, DIM_DH, VEC_K, VEC_P)
     tl.store(at, (-rate * by_u).to(dh.dtype.element_ty), mask=mask)
     at = raw_address(dh, n, k, p, 2 + 2 * COMPONENTS + q, dh_n, dh_k, dh_p, EACH, DIM_DH, VEC_K, VEC_P)
-    tl.store(at, (-u * by_u - d * share).to(dh.dtype.element_ty), mask=mask)
+    by_width = tl.where(inside, -u * by_u - d * share, 0.0)
+    tl.store(at, by_width.to(dh.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -360,7 +375,7 @@ def mixture_cdf_backward_kernel(
         at_x = address(x_out, n, c, p, x_out_n, x_out_k, x_out_p, DIM_X_OUT, VEC_K, VEC_P)
         tl.store(at_x, b_x.to(x_out.dtype.element_ty), mask=mask)
     at = address_of(dh, n, k, p, dh_n, dh_k, dh_p, 0, EACH, DIM_DH, VEC_K, VEC_P)
-    tl.store(at, (by_z * z + dlog).to(dh.dtype.element_ty), mask=mask)
+    tl.store(at, ((by_z * z + dlog) * (1 - a) * (1 + a)).to(dh.dtype.element_ty), mask=mask)
     at = address_of(dh, n, k, p, dh_n, dh_k, dh_p, 1, EACH, DIM_DH, VEC_K, VEC_P)
     tl.store(at, g.to(dh.dtype.element_ty), mask=mask)
     weights = tl.zeros_like(b_x)

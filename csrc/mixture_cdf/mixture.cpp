@@ -9,7 +9,8 @@
 namespace fastflow::cpu {
 namespace {
 
-constexpr int64_t MAX_STEPS = 100;  // of the inverse: each halves at least the last step or the bracket
+constexpr double MAX_LOG_WIDTH = 7;  // of a component, up and down
+constexpr int64_t MAX_STEPS = 100;   // of the inverse: each halves at least the last step or the bracket
 
 template <typename M, typename T>
 struct MixtureMath {
@@ -45,11 +46,16 @@ struct MixtureMath {
       fastest = larger(rate[k], fastest);
     }
   }
-  FASTFLOW_INLINE V log_scale() const { return M::load(params); }
+  FASTFLOW_INLINE V log_scale() const { return M::tanh(M::load(params)); }
   FASTFLOW_INLINE V shift() const { return M::load(params + stride); }
   FASTFLOW_INLINE V logit(int64_t k) const { return M::load(params + (2 + k) * stride); }
   FASTFLOW_INLINE V mean(int64_t k) const { return M::load(params + (2 + components + k) * stride); }
-  FASTFLOW_INLINE V log_width(int64_t k) const { return M::load(params + (2 + 2 * components + k) * stride); }
+  FASTFLOW_INLINE V raw_log_width(int64_t k) const {
+    return M::load(params + (2 + 2 * components + k) * stride);
+  }
+  FASTFLOW_INLINE V log_width(int64_t k) const {
+    return M::min(M::max(raw_log_width(k), -MAX_LOG_WIDTH), MAX_LOG_WIDTH);
+  }
 
   // logit F and its slope. Of each component: u; its parts of F and 1 - F, of which the sums are f and f1;
   // its part of the slope, of which the sum is `total`.
@@ -169,6 +175,7 @@ template <int BYTES, typename T>
 FASTFLOW_INLINE void backward_simd(const MixtureBackward<T>& given) {
   using M = SimdMath<T, BYTES>;
   using V = typename M::V;
+  using I = typename M::I;
   using Math = MixtureMath<M, T>;
   const MixtureBackward<T> f = given;
   const int64_t n = f.components;
@@ -212,9 +219,10 @@ FASTFLOW_INLINE void backward_simd(const MixtureBackward<T>& given) {
       M::store(dparams + (2 + k) * f.stride,
                by_z * (below - above) + dlog * (share - below - above + weight));
       M::store(dparams + (2 + n + k) * f.stride, -math.rate[k] * by);
-      M::store(dparams + (2 + 2 * n + k) * f.stride, -u * by - dlog * share);
+      const I inside = (I)(M::abs(math.raw_log_width(k)) < T(MAX_LOG_WIDTH) ? (V)~I{} : V{});
+      M::store(dparams + (2 + 2 * n + k) * f.stride, Math::select(inside, -u * by - dlog * share, V{}));
     }
-    M::store(dparams, by_z * t.z + dlog);
+    M::store(dparams, (by_z * t.z + dlog) * (1 - a) * (1 + a));
     M::store(dparams + f.stride, g);
   }
 }

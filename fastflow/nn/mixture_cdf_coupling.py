@@ -9,7 +9,7 @@ from fastflow.ops.mixture_cdf import mixture_cdf, mixture_cdf_inverse_backward, 
 
 
 class MixtureCDFCoupling(ElementwiseCoupling):
-    r"""Coupling with CDFs of mixtures of K logistics, :math:`y_a = x_a,\; y_b = e^a \operatorname{logit} F(x_b) + b`.
+    r"""Coupling with CDFs of mixtures of K logistics, :math:`y_a = x_a,\; y_b = e^{\tanh a} \operatorname{logit} F(x_b) + b`.
 
     The scale a, the shift b and the mixture F of each element are the output of ``net(x_a)``, see
     :func:`fastflow.ops.mixture_cdf`. Source: Flow++, arXiv:1902.00275, section 3.2.
@@ -30,7 +30,8 @@ class MixtureCDFCoupling(ElementwiseCoupling):
     :func:`fastflow.ops.mixture_cdf` do.
 
     Equal components receive equal gradients and stay equal, so a network whose last layer is zero needs
-    :meth:`initial_bias`. The scales have no bound.
+    :meth:`initial_bias`. The log-scale of y is between -1 and 1, and those of components are between
+    -7 and 7.
 
     Example:
         >>> import torch

@@ -213,6 +213,13 @@ REFERENCE = [
         "/ torch.sigmoid(raw + 2)",
         "tests/ops/test_masked_inverse.py -k 'pullback and reference'",
     ),
+    Fault(
+        "gradient of a mixture's log-scales outside the bounds",
+        "fastflow/ops/mixture_cdf/reference.py",
+        "torch.where(m.log_width.abs() < _MAX_LOG_WIDTH, -t.u * by_u - d * share, 0)",
+        "-t.u * by_u - d * share",
+        "tests/ops/test_mixture_cdf.py -k reference",
+    ),
 ]
 
 TRITON = [
@@ -466,6 +473,13 @@ TRITON = [
         "triton_kernels/mixture_cdf.py",
         "d * (share - below - above + of_all)",
         "d * (share - below - above)",
+        op(INTERPRETER, "mixture_cdf"),
+    ),
+    Fault(
+        "gradients of a mixture's components without the bounds of their log-scales",
+        "triton_kernels/mixture_cdf.py",
+        "b_width = bounded_width(b_width)",
+        "b_width = b_width",
         op(INTERPRETER, "mixture_cdf"),
     ),
 ]
@@ -781,6 +795,13 @@ CPU = [
         "return power * p + (power - 1.f);",
         "return power * (p + 1.f) - 1.f;",
         "tests/ops/test_masked_inverse.py -k activations",
+    ),
+    Fault(
+        "gradient of a mixture's scale without the derivative of its bound",
+        "csrc/mixture_cdf/mixture.cpp",
+        "(by_z * t.z + dlog) * (1 - a) * (1 + a)",
+        "(by_z * t.z + dlog)",
+        op("compiled", "mixture_cdf"),
     ),
 ]
 

@@ -43,10 +43,11 @@ def inputs(components, shape=(3, 4), transformed=None, scale=0.7, dtype=torch.fl
 
 
 def exact(x: float, params: list[float]) -> tuple:
-    """y and log dy/dx with 100 digits, as Flow++ writes them."""
+    """y and log dy/dx with 100 digits, as Flow++ writes them, with its bounds."""
     with mpmath.workdps(100):
         a, b, *rest = (mpmath.mpf(v) for v in params)
         k = len(rest) // 3
+        a, rest[2 * k :] = mpmath.tanh(a), [min(max(v, -7), 7) for v in rest[2 * k :]]
         weights = [mpmath.exp(v) for v in rest[:k]]
         f, above, density = mpmath.mpf(0), mpmath.mpf(0), mpmath.mpf(0)
         for weight, mean, width in zip(weights, rest[k : 2 * k], rest[2 * k :], strict=True):
@@ -127,12 +128,46 @@ def test_inverse_of_steps(dtype):
     x, y, params, log_det = (v.double() for v in (x, y, params, log_det))
     rows = zip(x[:, 0].tolist(), params.tolist(), strict=True)
     image = torch.tensor([float(exact(*row)[0]) for row in rows], dtype=torch.float64)
-    a, b = params[:, 0], params[:, 1]
+    a, b = params[:, 0].tanh(), params[:, 1]
     z, slope = (y[:, 0] - b) * torch.exp(-a), torch.exp(-log_det)
     unit = torch.finfo(dtype).eps * (
         slope * x[:, 0].abs() + torch.exp(a) * (1 + z.abs()) + y[:, 0].abs() + b.abs()
     )
     assert ((image - y[:, 0]).abs() <= 4 * unit).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_bounds(dtype):
+    """The log-scale of y is in [-1, 1], those of components in [-7, 7], for any parameters."""
+    x, params = inputs(3, (8, 1))
+    params[:, 0] = torch.tensor([0.01, 1.0, -3.0, 30.0, -30.0, 1e4, -1e4, -torch.inf])
+    params[:, 8:] = torch.tensor(
+        [[-6.9, 0.0, 7.1], [-7.1, -6.9, 6.9], [-100.0, 0.5, -8.0], [-1e4, 1e4, 0.0]]
+    ).repeat(2, 1)
+    assert_exact(x, params, 3, dtype, 100)
+    ends = torch.zeros(3, 5, dtype=dtype)
+    ends[:, 0] = torch.tensor([torch.inf, -torch.inf, 0.0])
+    ends[:, 4] = torch.tensor([0.0, -torch.inf, torch.inf])
+    y, log_det = ops.mixture_cdf(torch.ones(3, 1, dtype=dtype), ends, components=1)
+    slope = torch.tensor([1.0, 6.0, -7.0], dtype=dtype)
+    torch.testing.assert_close((y[:, 0], log_det), (slope.exp(), slope))
+
+
+def test_gradients_at_the_bounds():
+    """Those of a decrease as tanh's derivative; those of a log-scale outside its bounds are 0."""
+    x, params = inputs(2, (6, 1))
+    params[:, 0] = torch.tensor([0.0, 2.0, -4.0, 10.0, -20.0, 1e4])
+    params[:, 6:] = torch.tensor([[-7.1, -6.9], [-8.0, 0.5], [7.1, 6.9]]).repeat(2, 1)
+    args = leaves(x, params)
+    assert gradcheck(lambda x, h: OP(x, h, None, 0, 2, False), args, fast_mode=False)
+    y, log_det = OP(*args, None, 0, 2, False)
+    given = y.detach(), torch.randn_like(y), torch.randn_like(log_det)
+    expected = torch.autograd.grad((y, log_det), args, given[1:])
+    by_params = expected[1]
+    assert (by_params[:, 6:] == 0).equal(params[:, 6:].abs() > 7)
+    assert (by_params[:3, 0] != 0).all() and by_params[5, 0] == 0
+    found = ops.mixture_cdf_inverse_backward(given[0], params, None, *given[1:], components=2)
+    torch.testing.assert_close(found, (x, *expected), rtol=1e-9, atol=1e-9)
 
 
 def test_is_increasing():

@@ -68,9 +68,9 @@ def mixture_cdf(
 ) -> tuple[Tensor, Tensor]:
     r"""Logit of the CDF of a mixture of logistics of each element of x, scaled and shifted, with its log-det.
 
-    :math:`y = e^a \operatorname{logit} F(x) + b,\; F(x) = \sum_k \pi_k \sigma((x - \mu_k) e^{-s_k})` with
-    :math:`\pi = \operatorname{softmax}(l)`. Source: Flow++, arXiv:1902.00275, section 3.2. It is the identity for
-    parameters of 0.
+    :math:`y = e^{\tanh a} \operatorname{logit} F(x) + b,\; F(x) = \sum_k \pi_k \sigma((x - \mu_k) e^{-s_k})` with
+    :math:`\pi = \operatorname{softmax}(l)`. Source: Flow++, arXiv:1902.00275, section 3.2. As in its code, the log-scale of
+    y is between -1 and 1 and :math:`s_k` below -7 is -7; above 7 it is 7. It is the identity for parameters of 0.
 
     Args:
         x: input; the output y with ``inverse=True``.

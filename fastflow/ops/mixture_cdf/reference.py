@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastflow.ops import columns
 
+_MAX_LOG_WIDTH = 7.0  # of a component, up and down; Flow++ has the lower bound
+
 # of the inverse: each at least halves the last step or the bracket, so it is enough for the digits of the dtype
 STEPS = {torch.float64: 72, torch.float32: 40}
 
@@ -16,12 +18,12 @@ STEPS = {torch.float64: 72, torch.float32: 40}
 class _Mixture(NamedTuple):
     """Mixtures of K logistics: scale and shift of the result, and for the components ``[..., K]``."""
 
-    log_scale: Tensor  # a
+    log_scale: Tensor  # tanh a
     shift: Tensor  # b
     log_weight: Tensor
     mean: Tensor
-    log_width: Tensor  # s
-    rate: Tensor  # e^-s
+    log_width: Tensor  # s, from -7 to 7
+    rate: Tensor  # e^-log_width
 
 
 class _Terms(NamedTuple):
@@ -44,7 +46,8 @@ def _mixture(params: Tensor) -> _Mixture:
     k = (params.shape[-1] - 2) // 3
     a, b, logit, mean, width = params.split([1, 1, k, k, k], -1)
     log_weight = torch.log_softmax(logit, -1)
-    return _Mixture(a.squeeze(-1), b.squeeze(-1), log_weight, mean, width, torch.exp(-width))
+    width = width.clamp(-_MAX_LOG_WIDTH, _MAX_LOG_WIDTH)
+    return _Mixture(torch.tanh(a.squeeze(-1)), b.squeeze(-1), log_weight, mean, width, torch.exp(-width))
 
 
 def _terms(x: Tensor, m: _Mixture) -> _Terms:
@@ -163,8 +166,10 @@ def _pullback(
     d, by = dlog.unsqueeze(-1), by_z.unsqueeze(-1)
     by_u = by * z_by_u + d * log_by_u
     by_logit = by * (below - above) + d * log_by_logit
-    of_scale, of_shift = (by_z * t.z + dlog).unsqueeze(-1), g.unsqueeze(-1)
-    return x, dv, torch.cat([of_scale, of_shift, by_logit, -m.rate * by_u, -t.u * by_u - d * share], -1)
+    of_scale = (by_z * t.z + dlog) * (1 - m.log_scale) * (1 + m.log_scale)
+    of_width = torch.where(m.log_width.abs() < _MAX_LOG_WIDTH, -t.u * by_u - d * share, 0)
+    first = [of_scale.unsqueeze(-1), g.unsqueeze(-1)]
+    return x, dv, torch.cat([*first, by_logit, -m.rate * by_u, of_width], -1)
 
 
 def mixture_cdf_backward(
