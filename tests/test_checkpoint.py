@@ -85,6 +85,7 @@ def test_a_checkpoint_of_an_old_version_loads():
         "output_start": None,
         "bins": 4,
         "bound": 3.0,
+        "components": 8,
     }  # added since
     assert model.flows[0].steps[0].coupling.net.network == "auto"
     assert type(model) is Glow and model.config == config and model.classes == 2

@@ -30,7 +30,7 @@ from fastflow.nn import (
 from fastflow.nn.networks.builder import NetworkBuilder
 from fastflow.nn.networks.fastest import is_fused_on_cpu
 
-Coupling = Literal["affine", "additive", "spline"]
+Coupling = Literal["affine", "additive", "spline", "mixture"]
 Scale = Literal["soft_clamp", "tanh", "sigmoid", "exp"]
 Conv1x1 = Literal["lu", "plain", "reverse", "shuffle"]
 Network = Literal["plain", "fused", "auto"]
@@ -65,6 +65,7 @@ class GlowConfig(ModelConfig):
     output_start: float | None = None
     bins: int = 4
     bound: float = 3.0
+    components: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,9 +100,10 @@ class Glow(Model):
         levels: number of levels L; each halves the image side.
         steps: number of flow steps per level K.
         hidden: number of channels inside the coupling networks.
-        coupling: type of coupling, ``"affine"``, ``"additive"`` or ``"spline"``. ``"spline"``: the rational-quadratic
-            splines of neural spline flows (arXiv:1906.04032, section 5.3), see
-            :class:`~fastflow.nn.SplineCoupling`.
+        coupling: type of coupling, ``"affine"``, ``"additive"``, ``"spline"`` or ``"mixture"``. ``"spline"``: the
+            rational-quadratic splines of neural spline flows (arXiv:1906.04032, section 5.3), see
+            :class:`~fastflow.nn.SplineCoupling`. ``"mixture"``: the mixtures of logistics of Flow++
+            (arXiv:1902.00275, section 3.2), see :class:`~fastflow.nn.MixtureCDFCoupling`.
         conv1x1: channel mixing of a step: a learned 1x1 convolution (``"lu"``: LU-factored, ``"plain"``) or a
             fixed permutation (``"reverse"``, ``"shuffle"``).
         n_bits: bits per value; images are uint8 with values below ``2 ** n_bits``. None: images are floating point
@@ -134,6 +136,7 @@ class Glow(Model):
         bins: number of bins of each spline, with ``coupling="spline"``.
         bound: the splines map ``[-bound, bound]`` to itself and are the identity outside. ActNorm starts every
             channel with mean 0 and standard deviation 1, so that the default covers most values.
+        components: number of components of each mixture, with ``coupling="mixture"``.
 
     Of floating point images, :meth:`log_prob` is the exact log-density in nats, and :meth:`bits_per_dim` the same in
     bits per dimension. It depends on the unit of the values and may be negative: it is not comparable with bits/dim
@@ -164,7 +167,10 @@ class Glow(Model):
             if config.context_image:
                 features *= 4 ** (level + 1)
             options = config.hidden, config.coupling, config.conv1x1, config.scale, config.network, features
-            steps = [GlowStep(c, *options, config.bins, config.bound) for _ in range(config.steps)]
+            steps = [
+                GlowStep(c, *options, config.bins, config.bound, config.components)
+                for _ in range(config.steps)
+            ]
             for step in steps:
                 if isinstance(step.coupling.net, GlowNetwork):
                     step.coupling.net.scale_outputs(config.start_of_outputs())

@@ -13,6 +13,7 @@ from fastflow.nn.actnorm import ActNorm
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.conv1x1 import InvertibleConv1x1, stacked_weights
 from fastflow.nn.flow import Flow
+from fastflow.nn.mixture_cdf_coupling import MixtureCDFCoupling
 from fastflow.nn.networks.builder import NetworkBuilder, built
 from fastflow.nn.networks.glow_network import GlowNetwork, network_args_of
 from fastflow.nn.permute import Permute
@@ -37,8 +38,8 @@ class GlowStep(Flow):
     Args:
         num_features: number of channels C, 2 or more, or 1 with ``context_features``.
         hidden: number of channels inside the coupling network.
-        coupling: ``"affine"``, ``"additive"`` or ``"spline"``: rational-quadratic splines, see
-            :class:`SplineCoupling`.
+        coupling: ``"affine"``, ``"additive"``, ``"spline"`` or ``"mixture"``, see :class:`SplineCoupling` and
+            :class:`MixtureCDFCoupling`.
         conv1x1: channel mixing: ``"lu"`` or ``"plain"``, a learned 1x1 convolution with or without LU
             decomposition; ``"reverse"`` or ``"shuffle"``, a fixed permutation.
         scale: scale function of the affine coupling, see :func:`fastflow.ops.affine_coupling`.
@@ -48,6 +49,8 @@ class GlowStep(Flow):
             no context.
         bins: number of bins K of each spline; the network has (3K - 1) outputs per transformed channel.
         bound: the splines map ``[-bound, bound]`` to itself, and are the identity outside.
+        components: number of components K of each mixture; the network has (3K + 2) outputs per transformed channel.
+            Its biases start as :meth:`MixtureCDFCoupling.initial_bias`, not those of a network of the caller's own.
 
     Shape: x, z ``[N, C, H, W]``; log_det ``[N]``, nats.
     Raises ValueError for another shape, and for any other argument.
@@ -64,22 +67,29 @@ class GlowStep(Flow):
         context_features: int | None = None,
         bins: int = 4,
         bound: float = 3.0,
+        components: int = 8,
     ) -> None:
         super().__init__()
         validation.positive_int("num_features", num_features)
         if num_features < 2 and context_features is None:
             raise validation.argument_error("num_features", num_features, "2 or more, or context_features")
         validation.positive_int("hidden", hidden)
-        validation.one_of("coupling", coupling, ("affine", "additive", "spline"))
+        validation.one_of("coupling", coupling, ("affine", "additive", "spline", "mixture"))
         validation.one_of("conv1x1", conv1x1, ("lu", "plain", "reverse", "shuffle"))
         validation.positive_int("bins", bins)
         validation.number("bound", bound, "a positive number", lambda v: 0 < v < math.inf)
+        validation.positive_int("components", components)
         kept = num_features // 2
         transformed = num_features - kept
         self.actnorm = ActNorm(num_features)
         self.conv1x1 = _mixing(num_features, conv1x1)
-        each = {"affine": 2, "additive": 1, "spline": SplineCoupling.params_per_element(bins)}[coupling]
-        outputs = each * transformed
+        each = {
+            "affine": 2,
+            "additive": 1,
+            "spline": SplineCoupling.params_per_element(bins),
+            "mixture": MixtureCDFCoupling.params_per_element(components),
+        }
+        outputs = each[coupling] * transformed
         if callable(network):
             net = built(network, kept, outputs)
         else:
@@ -88,8 +98,12 @@ class GlowStep(Flow):
             self.coupling = AffineCoupling(net, scale=scale, num_scale_factors=transformed)
         elif coupling == "additive":
             self.coupling = AdditiveCoupling(net)
-        else:
+        elif coupling == "spline":
             self.coupling = SplineCoupling(net, bins=bins, bound=bound)
+        else:
+            self.coupling = MixtureCDFCoupling(net, components=components)
+            if isinstance(net, GlowNetwork):
+                net[-1].bias.data.copy_(MixtureCDFCoupling.initial_bias(transformed, components))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None
@@ -157,10 +171,11 @@ def coupling_args_of(
 ) -> list[tuple[Tensor | None, ...]]:
     """Arguments of each coupling's network, for affine ones after their factors; none of other flows."""
     kinds = {type(coupling) for coupling in couplings}
-    if kinds != {SplineCoupling} and not kinds <= {AffineCoupling, AdditiveCoupling}:
+    elementwise = kinds <= {SplineCoupling, MixtureCDFCoupling}
+    if not elementwise and not kinds <= {AffineCoupling, AdditiveCoupling}:
         return [()] * len(couplings)
     networks = network_args_of([coupling.net for coupling in couplings], device, pixels)
-    if kinds == {SplineCoupling}:
+    if elementwise:
         return networks
     log_factors = [coupling.log_factor for coupling in couplings]
     if any(f is None or f.shape != log_factors[0].shape or f.numel() == 1 for f in log_factors):

@@ -318,6 +318,23 @@ def test_splines_begin_as_the_identity_and_have_the_asked_form():
     assert (default.bins, default.bound) == (4, 3.0)  # as in the paper's code for 8-bit CIFAR-10
 
 
+@pytest.mark.parametrize("output_start", [1.0, 0.01])
+def test_components_of_mixtures_begin_apart(output_start):
+    """Whatever factor the outputs of the networks begin with; otherwise, all components would stay equal."""
+    model = small(coupling="mixture", components=3, levels=1, output_start=output_start)
+    model.initialize(images(model, 16))
+    for step in model.flows[0].steps:
+        params = step.coupling.net(torch.randn(2, 6, 2, 2))
+        expected = torch.zeros(11)
+        expected[5:8] = torch.tensor([-1.0, 0.0, 1.0])
+        torch.testing.assert_close(
+            params.unflatten(1, (6, 11)).movedim(2, -1), expected.expand(2, 6, 2, 2, 11), rtol=0, atol=1e-5
+        )
+    model(images(model)).mean().backward()
+    means = model.flows[0].steps[0].coupling.net[-1].bias.grad.view(6, 11)[:, 5:8]
+    assert (means[:, :-1] != means[:, 1:]).all()
+
+
 @pytest.mark.parametrize("coupling", COUPLINGS)
 @pytest.mark.parametrize(
     "options, said",
@@ -326,16 +343,18 @@ def test_splines_begin_as_the_identity_and_have_the_asked_form():
         ({"bins": 2.0}, "bins: got 2.0, expected a positive integer"),
         ({"bound": 0.0}, "bound: got 0.0, expected a positive number"),
         ({"bound": math.inf}, "bound: got inf, expected a positive number"),
+        ({"components": 0}, "components: got 0, expected a positive integer"),
     ],
 )
-def test_options_of_splines_are_checked_for_every_coupling(coupling, options, said):
+def test_options_of_splines_and_mixtures_are_checked_for_every_coupling(coupling, options, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
         small(coupling=coupling, **options)
 
 
-def test_networks_of_spline_couplings_are_prepared_at_once(monkeypatch):
+@pytest.mark.parametrize("coupling", ["spline", "mixture"])
+def test_networks_are_prepared_at_once(coupling, monkeypatch):
     """A level casts the weights of all its networks once under autocast, and every network uses these."""
-    model = trained(coupling="spline", levels=1, network="plain")
+    model = trained(coupling=coupling, levels=1, network="plain")
     given = []
     for step in model.flows[0].steps:
         forward = step.coupling.net.forward
@@ -354,9 +373,10 @@ def test_networks_of_spline_couplings_are_prepared_at_once(monkeypatch):
     assert given[2:] == [[torch.float32] + [torch.bfloat16] * 3] * 6
 
 
+@pytest.mark.parametrize("coupling", ["spline", "mixture"])
 @pytest.mark.parametrize("network", ["plain", "fused"])
-def test_bits_per_dim_of_splines_with_bfloat16_networks(network):
-    model = trained(coupling="spline", network=network).to(memory_format=torch.channels_last)
+def test_bits_per_dim_of_splines_and_mixtures_with_bfloat16_networks(network, coupling):
+    model = trained(coupling=coupling, network=network).to(memory_format=torch.channels_last)
     x = images(model)
     with torch.no_grad():
         exact = model(x, seed=1)

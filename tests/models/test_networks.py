@@ -8,8 +8,10 @@ from torch import nn
 
 import fastflow
 from fastflow.models import Glow, MNISTFlow, RealNVP, mnist_flow
-from fastflow.nn import AffineCoupling, GatedNetwork, SplineCoupling
+from fastflow.nn import AffineCoupling, GatedNetwork, MixtureCDFCoupling, SplineCoupling
 from tests.support.cases import randomize
+
+COUPLINGS = AffineCoupling, SplineCoupling, MixtureCDFCoupling
 
 
 class Conv(nn.Conv2d):
@@ -25,6 +27,7 @@ class Conv(nn.Conv2d):
 MODELS = {
     "Glow": lambda network: Glow((1, 4, 4), levels=2, steps=1, network=network),
     "additive Glow": lambda network: Glow((1, 4, 4), levels=1, steps=2, coupling="additive", network=network),
+    "Glow, mixture": lambda network: Glow((1, 4, 4), levels=1, steps=2, coupling="mixture", network=network),
     "Glow, spline": lambda network: Glow((1, 4, 4), levels=1, steps=2, coupling="spline", network=network),
     "RealNVP": lambda network: RealNVP((1, 4, 4), scales=2, network=network),
     "simple": lambda network: mnist_flow("simple", depth=2, network=network),
@@ -42,7 +45,7 @@ def test_the_networks_are_those_of_the_function(make):
 
     model = make(network)
     assert asked == [(m.in_channels, m.out_channels) for m in model.modules() if isinstance(m, Conv)]
-    assert len(asked) == sum(isinstance(m, (AffineCoupling, SplineCoupling)) for m in model.modules())
+    assert len(asked) == sum(isinstance(m, COUPLINGS) for m in model.modules())
     randomize(model, std=0.1).double().eval()
     x = torch.randint(0, 256, (2, *model.shape), dtype=torch.uint8)
     assert torch.equal(model.decode(model.encode(x)), x)

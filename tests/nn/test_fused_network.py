@@ -63,12 +63,13 @@ def fused_calls(monkeypatch):
 @pytest.mark.parametrize("reversible", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "coupling, channels_last", [("affine", False), ("affine", True), ("additive", True), ("spline", True)]
+    "coupling, channels_last",
+    [("affine", False), ("affine", True), ("additive", True), ("spline", True), ("mixture", True)],
 )
 def test_it_computes_what_the_plain_network_computes(dtype, reversible, coupling, channels_last, fused_calls):
     options = {"reversible": reversible, "coupling": coupling, "channels_last": channels_last}
-    # the steps only differ by rounding, which a deep network amplifies, and the inverse of a flat spline too
-    if dtype == torch.bfloat16 or coupling == "spline":
+    # the steps only differ by rounding, which a deep network amplifies, and the inverse of a flat function too
+    if dtype == torch.bfloat16 or coupling in ("spline", "mixture"):
         options["std"] = 0.05
     plain, fused = (level_of(network, dtype=_dtype(dtype), **options) for network in ("plain", "fused"))
     expected = results(plain, dtype)

@@ -772,7 +772,7 @@ GLOW = {
     },
     "coupling": (
         lambda: glow(coupling="cubic"),
-        r"coupling: got 'cubic', expected one of 'affine', 'additive', 'spline'",
+        r"coupling: got 'cubic', expected one of 'affine', 'additive', 'spline', 'mixture'",
     ),
     "conv1x1": (
         lambda: glow(conv1x1="qr"),

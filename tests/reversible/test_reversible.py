@@ -34,7 +34,7 @@ from tests.support.gradients import assert_as_stored, outputs_and_gradients
 
 
 GLOWS = pairwise(
-    coupling=["affine", "additive", "spline"],
+    coupling=["affine", "additive", "spline", "mixture"],
     conv1x1=["lu", "plain", "reverse", "shuffle"],
     scale=["soft_clamp", "tanh", "sigmoid", "exp"],
     classes=[None, 3],

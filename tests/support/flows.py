@@ -237,6 +237,7 @@ OF_IMAGES = {
     ),
     **{f"GlowStep, {v}": partial(GlowStep, 4, 6, conv1x1=v) for v in ("lu", "plain", "reverse", "shuffle")},
     "GlowStep, additive": lambda: GlowStep(4, 6, coupling="additive"),
+    "GlowStep, mixture": lambda: GlowStep(4, 6, coupling="mixture", components=3),
     "GlowStep, spline": lambda: GlowStep(4, 6, coupling="spline"),
     "GlowLevel": lambda: GlowLevel([GlowStep(16, 6) for _ in range(2)]),
 }

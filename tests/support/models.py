@@ -60,6 +60,7 @@ MODELS = {
     "Glow, additive, reverse, learned prior": lambda **kw: glow(
         coupling="additive", conv1x1="reverse", learned_prior=True, **kw
     ),
+    "Glow, mixture": lambda **kw: glow(coupling="mixture", components=2, output_start=0.1, **kw),
     "Glow, spline": lambda **kw: glow(coupling="spline", bins=3, bound=2.0, **kw),
     "Glow, shuffle, classes": lambda **kw: glow(conv1x1="shuffle", classes=3, **kw),
 }

@@ -131,8 +131,10 @@ class GlowNetwork(nn.Sequential):
 
     @torch.no_grad()
     def scale_outputs(self, factor: float) -> None:
-        """Set the learned factor :math:`e^{3 l}` of all outputs; with the last weights at 0, they stay 0."""
-        self[-1].logs.fill_(math.log(factor) / 3)
+        """Set the learned factor :math:`e^{3 l}` of all outputs; with the last weights at 0, they stay as they are."""
+        last = self[-1]
+        last.bias.mul_((3 * last.logs).exp() / factor)
+        last.logs.fill_(math.log(factor) / 3)
 
     def forward(self, x: Tensor, context: Tensor | None = None, shared_args: Sequence[Tensor] = ()) -> Tensor:
         """The output; ``shared_args`` is the network's entry of :func:`network_args_of`, if it is computed."""
