@@ -144,7 +144,12 @@ def _eligible(*args: object) -> bool:
     return bins <= MAX_BINS and (bins == 0 or convention != "freia")
 
 
-register(reference.masked_solve, compiled=("cpu",), check=_check_solve)
+register(
+    reference.masked_solve,
+    compiled=("cpu",),
+    check=_check_solve,
+    batched="v slope jac dparams inner outer",
+)
 register(
     reference.masked_inverse,
     compiled=("cpu",),
@@ -153,6 +158,7 @@ register(
     outputs="x log_det",
     backward=reference.masked_inverse_backward,
     gradients="z weights added gates",
+    batched="z added gates",
 )
 
 
