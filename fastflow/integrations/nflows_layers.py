@@ -9,90 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.masked_layers import AffineAutoregressive, RationalQuadraticAutoregressive
+from fastflow.integrations.spline_layers import RationalQuadraticCDF, RationalQuadraticCoupling
 from fastflow.nn.lu_linear import matrices_of
-from fastflow.ops import spline, triangular_solve
+from fastflow.ops import triangular_solve
 from fastflow.reversible import has_hooks
-
-
-def _spline_refusal(module: nn.Module) -> str | None:
-    if module.tails not in (None, "linear"):
-        return f"tails={module.tails!r}"
-    if module.min_bin_width != module.min_bin_height:
-        return "min_bin_width and min_bin_height differ"
-    return None
-
-
-def _spline_form(module: nn.Module, bins: int) -> dict:
-    return {
-        "bins": bins,
-        "bound": float(module.tail_bound),
-        "tails": module.tails or "none",
-        "convention": "nflows",
-        "min_bin": module.min_bin_width,
-        "min_slope": module.min_derivative,
-    }
-
-
-def _outside(module: nn.Module, inputs: Tensor) -> bool:
-    """Whether nflows raises: without tails, for inputs outside [0, 1], which synchronizes."""
-    return module.tails is None and inputs.numel() > 0 and bool(inputs.min() < 0 or inputs.max() > 1)
-
-
-class RationalQuadraticCoupling(Accelerated):
-    """``PiecewiseRationalQuadraticCouplingTransform``: the splines, the copy and the log-det are one op."""
-
-    @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
-        return _spline_refusal(module)
-
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self._refused(inputs):
-            return super().forward(inputs, context)  # raises
-        identity = inputs.index_select(1, self.identity_features)
-        params = self.transform_net(identity, context)
-        outputs, log_det = self._splines(inputs, params, inverse=False)
-        if self.unconditional_transform is None:
-            return outputs, log_det
-        identity, log_det_identity = self.unconditional_transform(identity, context)
-        return outputs.index_copy(1, self.identity_features, identity), log_det + log_det_identity
-
-    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self._refused(inputs):
-            return super().inverse(inputs, context)
-        identity, log_det_identity = inputs.index_select(1, self.identity_features), None
-        if self.unconditional_transform is not None:
-            identity, log_det_identity = self.unconditional_transform.inverse(identity, context)
-            inputs = inputs.index_copy(1, self.identity_features, identity)
-        outputs, log_det = self._splines(inputs, self.transform_net(identity, context), inverse=True)
-        return outputs, log_det if log_det_identity is None else log_det + log_det_identity
-
-    def _refused(self, inputs: Tensor) -> bool:
-        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features:
-            return True
-        return self.tails is None and _outside(self, inputs.index_select(1, self.transform_features))
-
-    def _splines(self, inputs: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        net, order = self.transform_net, torch.cat([self.transform_features, self.identity_features])
-        width = getattr(net, "hidden_features", getattr(net, "hidden_channels", 1))
-        form = _spline_form(self, self.num_bins)
-        return spline(inputs, params, order, **form, factor=width**-0.5, inverse=inverse)
-
-
-class RationalQuadraticCDF(Accelerated):
-    """``PiecewiseRationalQuadraticCDF``: splines that all samples share, of which the op makes a table once."""
-
-    @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
-        return _spline_refusal(module)
-
-    def _spline(self, inputs: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        if _outside(self, inputs):
-            return super()._spline(inputs, inverse)  # raises
-        raw = self.unnormalized_widths, self.unnormalized_heights, self.unnormalized_derivatives
-        params = torch.cat(raw, -1)  # [features, *positions, P]
-        params = params.movedim(-1, 1).flatten(0, 1)[None]
-        form = _spline_form(self, self.unnormalized_widths.shape[-1])
-        return spline(inputs, params.contiguous(), **form, inverse=inverse)
 
 
 @functools.lru_cache(maxsize=64)
@@ -213,6 +134,8 @@ def classes(transforms: ModuleType, resnet: ModuleType) -> dict[type, type[Accel
     return {
         transforms.PiecewiseRationalQuadraticCouplingTransform: RationalQuadraticCoupling,
         transforms.PiecewiseRationalQuadraticCDF: RationalQuadraticCDF,
+        transforms.MaskedAffineAutoregressiveTransform: AffineAutoregressive,
+        transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: RationalQuadraticAutoregressive,
         transforms.LULinear: LU,
         transforms.CompositeTransform: Composite,
         resnet.ResidualBlock: ResidualBlock,

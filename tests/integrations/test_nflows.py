@@ -4,9 +4,10 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from tests.support.libraries import assert_same, assert_trains_the_same, randomized
+from tests.support.libraries import assert_same, assert_trains_the_same, passes, randomized
 
 PACKAGES = {"nflows": "nflows", "glasflow": "glasflow.nflows"}
 CONTEXT = 3
@@ -122,6 +123,99 @@ def test_flows(library, context, batch_norm):
     names = list(report.replaced.values())
     assert names.count("PiecewiseRationalQuadraticCouplingTransform") == names.count("LULinear") == 3
     assert "CompositeTransform" in names
+
+
+AFFINE, SPLINE = (
+    "MaskedAffineAutoregressiveTransform",
+    "MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
+)
+
+
+@pytest.mark.parametrize("features", [1, 2, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"context_features": CONTEXT},
+        {"use_residual_blocks": False, "activation": torch.tanh, "context_features": CONTEXT},
+        {"use_residual_blocks": False, "random_mask": True, "activation": F.elu},
+        {"num_blocks": 0, "context_features": CONTEXT, "activation": nn.SiLU()},
+        {"num_blocks": 0, "use_residual_blocks": False},
+    ],
+)
+@pytest.mark.parametrize(
+    "name, form",
+    [
+        (AFFINE, {}),
+        (SPLINE, {"num_bins": 4, "tails": "linear", "tail_bound": 2.0}),
+        (SPLINE, {"num_bins": 3, "tails": None, "min_derivative": 0.01}),
+    ],
+)
+def test_autoregressive_layers(library, name, form, options, features):
+    if features == 1 and options.get("random_mask"):
+        options = options | {"random_mask": False}
+    model = randomized(getattr(library.transforms, name)(features, 9, **form, **options))
+    x = torch.rand(20, features) if form.get("tails", "") is None else 2 * torch.randn(20, features)
+    c = torch.randn(20, CONTEXT) if "context_features" in options else None
+    # the affine layer of glasflow holds a lambda
+    pickles = name == SPLINE or not hasattr(model, "scale_activation")
+    report = assert_same(library.ff, model, BOTH, x, c, pickles=pickles)
+    assert report.replaced[""] == name
+    library.ff.accelerate(model)
+    assert passes(model, lambda: model.inverse(x, c)) == 0  # one, in the op
+    assert passes(model, lambda: model(x, c)) == 1
+
+
+@pytest.mark.parametrize("name, form", [(AFFINE, {}), (SPLINE, {"tails": "linear"})])
+def test_autoregressive_layers_whose_inverse_takes_each_pass(library, name, form):
+    def counted(change=lambda m: m, **options):
+        model = getattr(library.transforms, name)(3, 8, **form, **options)
+        library.ff.accelerate(model)
+        change(model)
+        return passes(model, lambda: model.inverse(torch.randn(2, 3)))
+
+    def hook(model):
+        model.autoregressive_net.final_layer.register_forward_hook(lambda *args: None)
+
+    assert counted() == 0
+    assert counted(use_batch_norm=True, change=lambda m: m.eval()) == 3
+    assert counted(activation=torch.sin) == 3
+    assert counted(dropout_probability=0.5) == 3
+    assert counted(dropout_probability=0.5, change=lambda m: m.eval()) == 0
+    assert counted(change=hook) == 3
+    report = library.ff.accelerate(getattr(library.transforms, AFFINE)(3, 8, use_batch_norm=True))
+    assert report.left_alone[""] == (AFFINE, "batch norm in its network")
+
+
+def test_autoregressive_training_and_new_weights(library):
+    torch.manual_seed(0)
+    names = ((AFFINE, {}), (SPLINE, {"num_bins": 3, "tails": "linear"}))
+    parts = [getattr(library.transforms, name)(4, 8, context_features=CONTEXT, **f) for name, f in names]
+    transform = library.transforms.CompositeTransform(parts)
+    model = library.flows.Flow(transform, library.distributions.StandardNormal([4]))
+    x, c = torch.randn(64, 4).double(), torch.randn(64, CONTEXT).double()
+
+    def loss(m):
+        latents = m._transform(x, c)[0]
+        with torch.no_grad():  # weights that are kept follow the steps of the optimizer
+            back = m._transform.inverse(latents, c)[0]
+        assert (back - x).abs().max() < 1e-6
+        return -m.log_prob(x, c).mean() + m._transform.inverse(x, c)[0].square().mean()
+
+    assert_trains_the_same(library.ff, model, loss)
+
+
+def test_own_scales_and_networks_are_left_alone(library):
+    layer = library.transforms.MaskedAffineAutoregressiveTransform(3, 8)
+    layer.scale_activation = torch.exp
+    assert library.ff.accelerate(layer).left_alone[""][1] == "scale_activation"
+    layer = library.transforms.MaskedAffineAutoregressiveTransform(3, 8)
+
+    class Own(type(layer.autoregressive_net)):
+        pass
+
+    layer.autoregressive_net.__class__ = Own
+    assert library.ff.accelerate(layer).left_alone[""][1] == "its network is of the class Own"
 
 
 def test_training_coincides(library):

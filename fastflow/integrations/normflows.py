@@ -1,0 +1,40 @@
+"""Faster layers for a flow of normflows, with the same parameters, state dict and numbers.
+
+import fastflow.integrations.normflows as ff
+
+report = ff.accelerate(model)
+print(report)
+ff.revert(model)
+"""
+
+from normflows.flows.affine import autoregressive as _affine_autoregressive
+from normflows.flows.neural_spline import autoregressive as _autoregressive
+from normflows.flows.neural_spline import coupling as _coupling
+from normflows.nets import resnet as _resnet
+from torch import nn
+
+from fastflow.integrations import normflows_layers as _layers
+from fastflow.integrations import spline_layers as _splines
+from fastflow.integrations.accelerate import Report, faster_classes, revert
+from fastflow.integrations.accelerate import accelerate as _accelerate
+from fastflow.integrations.nflows_layers import ResidualBlock as _ResidualBlock
+
+__all__ = ["accelerate", "revert"]
+
+_CLASSES = faster_classes(
+    globals(),
+    {
+        _coupling.PiecewiseRationalQuadraticCoupling: _splines.RationalQuadraticCoupling,
+        _coupling.PiecewiseRationalQuadraticCDF: _splines.RationalQuadraticCDF,
+        _autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive: (
+            _layers.RationalQuadraticAutoregressive
+        ),
+        _affine_autoregressive.MaskedAffineAutoregressive: _layers.AffineAutoregressive,
+        _resnet.ResidualBlock: _ResidualBlock,
+    },
+)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Make the layers of normflows within ``model`` faster, in place; see :mod:`fastflow.integrations.nflows`."""
+    return _accelerate(model, _CLASSES, _layers.is_layer)
