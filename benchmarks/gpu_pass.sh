@@ -132,6 +132,7 @@ for name in $others; do benchmark "$name" 25 --seconds 0.1; done
 benchmark models.inverse_precision 30 --docs "$logs/docs"
 benchmark models.mnist_flows 20 --docs "$logs/docs" --seconds 1
 benchmark models.neural_spline_flow 25 --docs "$logs/docs" --seconds 1
+benchmark models.autoregressive_flow 25 --docs "$logs/docs" --seconds 1
 
 echo
 cat "$summary"

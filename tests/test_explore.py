@@ -11,7 +11,8 @@ import torch
 
 import fastflow
 from fastflow import explore
-from fastflow.models import NICE, Glow, VectorGlow, mnist_flow, published
+from fastflow.models import IAF, MAF, NICE, FlowModel, Glow, VectorGlow, mnist_flow, published
+from fastflow.nn import Affine, GaussianPrior
 from fastflow.trainer.cli import main
 
 pytest.importorskip("tyro")
@@ -408,6 +409,91 @@ def test_several_temperatures_are_rows_of_one_noise(files, tmp_path, capsys):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 20
 
 
+def gaussian(mean, scale):
+    """A model of two features with that mean and scale, and nothing to learn."""
+    model = FlowModel(Affine(2), GaussianPrior((2,)))
+    with torch.no_grad():
+        model.flow.shift.copy_(torch.tensor(mean))
+        model.flow.log_scale.copy_(torch.tensor(scale).log())
+    return model
+
+
+def test_divergences_of_gaussians():
+    """Against their formula, within a few standard errors."""
+    p, q = gaussian([0.0, 1.0], [1.0, 2.0]), gaussian([0.5, 0.0], [1.5, 1.0])
+    for first, second, exact in (
+        (p, q, 0.5 * (1 / 2.25 - 1 + math.log(2.25) + 0.25 / 2.25) + 0.5 * (4 - 1 - math.log(4) + 1)),
+        (q, p, 0.5 * (2.25 - 1 - math.log(2.25) + 0.25) + 0.5 * (0.25 - 1 + math.log(4) + 0.25)),
+    ):
+        found, error = explore.kl_divergence(first, second, 20_000, batch_size=6000)
+        assert abs(found - exact) < 4 * error < 0.1
+        again = explore.kl_divergence(first, second, 20_000, batch_size=6000)
+        assert again == (found, error)
+    assert explore.kl_divergence(p, p, 100) == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
+
+
+def test_a_student_becomes_its_teacher():
+    """A Gaussian with a covariance: the student is of the same family, and the divergence goes to 0."""
+    torch.manual_seed(0)
+    teacher = MAF(features=2, steps=1, hidden=4)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+    teacher.train()
+    before = {name: v.clone() for name, v in teacher.state_dict().items()}
+    student = IAF(features=2, steps=3, hidden=16, activation="tanh")
+    found = explore.distill(teacher, student, 300, batch_size=256, lr=1e-2)
+    assert len(found) == 300 and found[0] > 0.5 and abs(sum(found[-20:]) / 20) < 0.05
+    for pair in ((student, teacher), (teacher, student)):
+        divergence, error = explore.kl_divergence(*pair, 5000)
+        assert -3 * error < divergence < 0.05
+    assert teacher.training and all(torch.equal(v, before[name]) for name, v in teacher.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters()) and not student.training
+
+
+def test_a_student_of_contexts():
+    torch.manual_seed(0)
+    teacher, student = (kind(features=2, context_features=1, steps=2, hidden=8) for kind in (MAF, IAF))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    context = torch.randn(50, 1)
+    before = explore.kl_divergence(teacher, student, 2000, context=context)[0]
+    found = explore.distill(teacher, student, 200, batch_size=128, lr=5e-3, context=context, seed=1)
+    assert explore.kl_divergence(teacher, student, 2000, context=context)[0] < 0.2 * before
+    other = IAF(features=2, context_features=1, steps=2, hidden=8)
+    torch.manual_seed(0)
+    first = [kind(features=2, context_features=1, steps=2, hidden=8) for kind in (MAF, IAF)][1]
+    other.load_state_dict(first.state_dict())
+    assert explore.distill(teacher, other, 200, batch_size=128, lr=5e-3, context=context, seed=1) == found
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda p: explore.distill(p, torch.nn.Linear(2, 2)),
+            "model: got Linear, expected a model of continuous",
+        ),
+        (
+            lambda p: explore.distill(Glow((3, 8, 8), levels=1, steps=1, hidden=4), p),
+            "model: got uint8 samples",
+        ),
+        (lambda p: explore.distill(p, MAF(3, hidden=4)), "model: got samples of shape [3], expected [2]"),
+        (lambda p: explore.distill(p, p, 0), "steps: got 0, expected a positive integer"),
+        (lambda p: explore.distill(p, p, lr=-1.0), "lr: got -1.0, expected a positive number"),
+        (lambda p: explore.kl_divergence(p, p, 1), "n: got 1, expected an integer of 2 or more"),
+        (
+            lambda p: explore.distill(gaussian([0.0, 0.0], [1e-30, 1.0]), p, 2),
+            "divergence of step 1: got inf",
+        ),
+    ],
+)
+def test_distillation_errors(call, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        call(gaussian([0.0, 0.0], [1.0, 1.0]))
+
+
 ARGUMENTS = {
     "affine": ["--steps", "2", "--samples", "50"],
     "autoregressive": ["--samples", "200", "--epochs", "1", "--size", "20"],
@@ -420,6 +506,7 @@ ARGUMENTS = {
     "splines": ["--samples", "200", "--epochs", "1", "--size", "20"],
     "anomaly": ["multiscale.pt", "--data", "digits.npz", "--images", "8"],
     "conditional": ["--steps", "5", "--size", "20"],
+    "distillation": "--samples 200 --epochs 1 --steps 3 --size 20".split(),
     "density": ["--steps", "2", "--size", "20"],
     "dequantization": ["simple.pt", "multiscale.pt", "--data", "digits.npz", "--images", "2"],
     "levels": ["--steps", "2"],
@@ -442,6 +529,8 @@ def test_examples_run(script, files, tmp_path, monkeypatch, capsys):
         rows = [line.rsplit(maxsplit=3) for line in printed.splitlines()[1:]]
         assert {row[0] for row in rows} >= {"test", "inverted", "constant"}
         assert all(math.isfinite(float(v)) for row in rows for v in row[1:])
+    if script == "distillation":
+        assert printed.count("KL(student, teacher)") == printed.count("KL(teacher, student)") == 2
     if script == "conditional":
         assert printed.count("KL(exact, flow)") == 3
     if script == "nice":

@@ -77,6 +77,7 @@ STAGES = {
     "inverse_precision",
     "mnist_flows",
     "neural_spline_flow",
+    "autoregressive_flow",
     *harness.with_cases(),
 }
 
