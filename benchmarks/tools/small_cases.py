@@ -54,6 +54,8 @@ def layers(c: int) -> list[nn.Flow]:
         nn.BatchNorm(c),
         nn.Affine(c),
         nn.Standardize(c),
+        *(nn.TriangularLinear(c), nn.QRLinear(c, 2)),
+        *(nn.OrthogonalLinear(c), nn.OrthogonalLinear(c, "cayley"), nn.OrthogonalLinear(c, "exponential")),
         nn.Inverse(nn.AffineCoupling(net)),
         nn.LeakyReLU(0.5),
         nn.LeakyReLU(0.5, learned=True),

@@ -25,6 +25,7 @@ from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.glow_level import GlowLevel, GlowStep
 from fastflow.nn.inverse import Inverse
+from fastflow.nn.linear import OrthogonalLinear, QRLinear, TriangularLinear
 from fastflow.nn.lu_linear import LULinear
 from fastflow.nn.masked_autoregressive import MaskedAutoregressive
 from fastflow.nn.mixture_cdf_coupling import MixtureCDFCoupling
@@ -90,10 +91,12 @@ __all__ = [
     "MaskedAutoregressive",
     "MaskedNetwork",
     "MixtureCDFCoupling",
+    "OrthogonalLinear",
     "Permute",
     "PiecewiseLinear",
     "PiecewiseQuadratic",
     "Prior",
+    "QRLinear",
     "ResidualMLP",
     "ResidualNetwork",
     "Scale",
@@ -106,6 +109,7 @@ __all__ = [
     "Squeeze",
     "Standardize",
     "Tanh",
+    "TriangularLinear",
     "UniformPrior",
     "VariationalDequantize",
     "WithReverse",

@@ -77,7 +77,7 @@ class LULinear(Flow):
 
     def weight(self) -> Tensor:
         """The matrix L U P, ``[D, D]``; float32 if the parameters are half."""
-        with _without_autocast(self.factors.device):
+        with without_autocast(self.factors.device):
             return self._matrices()[0]
 
     def _matrices(self) -> tuple[Tensor, ...]:
@@ -96,7 +96,7 @@ class LULinear(Flow):
     ) -> tuple[Tensor, Tensor]:
         """``(y, log_det)``; ``shared_args`` is the layer's entry of :func:`shared_matrices` if it is computed."""
         self._check(x)
-        with _without_autocast(x.device):
+        with without_autocast(x.device):
             weight, _, _, log_det = shared_args or self._matrices()
             y = F.linear(x.to(weight.dtype), weight, self.bias.to(weight.dtype))
         return y.to(x.dtype), log_det.expand(x.shape[0])
@@ -106,7 +106,7 @@ class LULinear(Flow):
     ) -> tuple[Tensor, Tensor]:
         """``(x, log_det)``; ``shared_args`` is the layer's entry of :func:`shared_matrices` or :func:`shared_inverses`."""
         self._check(z)
-        with _without_autocast(z.device):
+        with without_autocast(z.device):
             if len(shared_args) == len(("weight_inverse", "log_det")):
                 weight_inverse, log_det = shared_args
                 x = F.linear(z.to(weight_inverse.dtype) - self.bias, weight_inverse).to(z.dtype)
@@ -130,7 +130,7 @@ class LULinear(Flow):
         context: Tensor | None = None,
         *shared_args: Tensor,
     ) -> tuple[Tensor, Tensor, Gradients]:
-        with _without_autocast(z.device):
+        with without_autocast(z.device):
             with torch.enable_grad():
                 weight, lower, upper, log_det = shared_args or self._matrices()
                 bias = self.bias
@@ -192,14 +192,14 @@ def _shared(flows: Sequence[Flow], matrices_of: Callable) -> list[tuple[Tensor, 
     for (_, eps, in_order, _, device), places in kinds.items():
         if len(places) > 1:
             perm = None if in_order else torch.stack([flows[i].perm for i in places])
-            with _without_autocast(device):
+            with without_autocast(device):
                 found = matrices_of(torch.stack([flows[i].factors for i in places]), eps, perm)
             for i, matrices in zip(places, zip(*(m.unbind() for m in found), strict=True), strict=True):
                 shared[i] = matrices
     return shared
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """Disable autocast, which would compute the products in half precision."""
     kind = device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # "meta" has none

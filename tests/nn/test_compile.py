@@ -30,9 +30,11 @@ from fastflow.nn import (
     LULinear,
     MaskedAutoregressive,
     MaskedNetwork,
+    OrthogonalLinear,
     Permute,
     PiecewiseLinear,
     PiecewiseQuadratic,
+    QRLinear,
     Scale,
     Sequential,
     Sigmoid,
@@ -41,6 +43,7 @@ from fastflow.nn import (
     Split,
     Squeeze,
     Tanh,
+    TriangularLinear,
 )
 from tests.support.cases import CUDA, randomize
 
@@ -70,6 +73,11 @@ FLOWS = {
     ),
     "AdditiveCoupling": (lambda: AdditiveCoupling(GlowNetwork(2, 2, hidden=4)), IMAGE),
     "LULinear": (lambda: LULinear(4), VECTOR),
+    "TriangularLinear": (lambda: TriangularLinear(4), VECTOR),
+    "OrthogonalLinear": (lambda: OrthogonalLinear(4), IMAGE),
+    "OrthogonalLinear, cayley": (lambda: OrthogonalLinear(4, "cayley"), VECTOR),
+    "OrthogonalLinear, exponential": (lambda: OrthogonalLinear(4, "exponential"), VECTOR),
+    "QRLinear": (lambda: QRLinear(4), IMAGE),
     "MaskedAutoregressive": (lambda: MaskedAutoregressive(MaskedNetwork(4, 2, (6, 5))), VECTOR),
     "MaskedAutoregressive, spline": (
         lambda: MaskedAutoregressive(
