@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.coupling_layers import is_plain
 from fastflow.integrations.spline_layers import outside, per_feature, spline_form, spline_refusal, splines
 from fastflow.nn.networks.masked_network import _computed_once, _Kept
 from fastflow.ops import masked_inverse
@@ -93,10 +94,7 @@ class MaskedAutoregressive(Accelerated):
             return None
         if self.training and any(isinstance(m, nn.Dropout) and m.training and m.p for m in net.modules()):
             return None
-        weight = net.initial_layer.weight
-        if inputs.dtype != weight.dtype or inputs.dtype not in (torch.float32, torch.float64):
-            return None
-        if any(map(has_hooks, net.modules())) or torch.is_autocast_enabled(inputs.device.type):
+        if not is_plain(inputs, net.initial_layer.weight) or any(map(has_hooks, net.modules())):
             return None
         blocks, residual = list(net.blocks), _is_residual(net)
         first = BEFORE if residual else AFTER

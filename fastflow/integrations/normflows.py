@@ -7,9 +7,14 @@ print(report)
 ff.revert(model)
 """
 
+from normflows.flows import mixing as _mixing
+from normflows.flows import normalization as _normalization
 from normflows.flows.affine import autoregressive as _affine_autoregressive
+from normflows.flows.affine import coupling as _affine_coupling
+from normflows.flows.affine import glow as _glow
 from normflows.flows.neural_spline import autoregressive as _autoregressive
 from normflows.flows.neural_spline import coupling as _coupling
+from normflows.nets import cnn as _cnn
 from normflows.nets import resnet as _resnet
 from torch import nn
 
@@ -17,6 +22,7 @@ from fastflow.integrations import normflows_layers as _layers
 from fastflow.integrations import spline_layers as _splines
 from fastflow.integrations.accelerate import Report, faster_classes, revert
 from fastflow.integrations.accelerate import accelerate as _accelerate
+from fastflow.integrations.nflows_layers import LU as _LU
 from fastflow.integrations.nflows_layers import ResidualBlock as _ResidualBlock
 
 __all__ = ["accelerate", "revert"]
@@ -31,6 +37,12 @@ _CLASSES = faster_classes(
         ),
         _affine_autoregressive.MaskedAffineAutoregressive: _layers.AffineAutoregressive,
         _resnet.ResidualBlock: _ResidualBlock,
+        _mixing._LULinear: _LU,
+        _mixing.Invertible1x1Conv: _layers.Invertible1x1Conv,
+        _normalization.ActNorm: _layers.ActNorm,
+        _affine_coupling.AffineCouplingBlock: _layers.AffineCouplingBlock,
+        _glow.GlowBlock: _layers.GlowBlock,
+        _cnn.ConvNet2d: _layers.ConvNet2d,
     },
 )
 

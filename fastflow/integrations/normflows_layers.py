@@ -1,7 +1,18 @@
 """Faster layers of normflows; those that it has from nflows are in ``spline_layers`` and ``masked_layers``."""
 
+import weakref
+
+import torch
+from torch import Tensor, nn
+
 from fastflow.integrations import masked_layers
+from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.coupling_layers import is_plain
+from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
+from fastflow.nn.networks.masked_network import _computed_once, _Kept
+from fastflow.ops import actnorm, affine_coupling, conv1x1, glow_network, lu_weight, positions
 from fastflow.ops.masked_inverse import Affine
+from fastflow.reversible import has_hooks
 
 
 class _Gated:
@@ -18,15 +29,205 @@ class RationalQuadraticAutoregressive(_Gated, masked_layers.RationalQuadraticAut
     """``MaskedPiecewiseRationalQuadraticAutoregressive``; with circular features the inverse takes D passes."""
 
 
+# not in the modules, whose attributes are those of the library
+_KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _value_of(module: nn.Module, buffer: Tensor, compute: object) -> object:
+    """A value that depends on a buffer only, computed anew when the buffer changes."""
+    kept = _KEPT.setdefault(module, _Kept()).kept([buffer])
+    return compute() if kept is None else _computed_once(kept, "value", compute)
+
+
+def _per_sample(z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
+    """The library has one log-det for all samples."""
+    return z, log_det.expand(z.shape[0])
+
+
+class ActNorm(Accelerated):
+    """``ActNorm``: one op, with a log-det for each sample; its flag is read once."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not _is_ready(self, z):
+            return _per_sample(*super().forward(z))
+        return actnorm(z, -self.s.flatten(), -self.t.flatten(), inverse=True)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not _is_ready(self, z):
+            return _per_sample(*super().inverse(z))
+        return actnorm(z, -self.s.flatten(), -self.t.flatten())
+
+
+def _is_ready(layer: nn.Module, z: Tensor) -> bool:
+    """Whether a layer with a scale and a shift for each channel is initialized."""
+    if (
+        z.ndim < 2
+        or tuple(layer.s.shape) != (1, z.shape[1], *(1,) * (z.ndim - 2))
+        or not is_plain(z, layer.s)
+    ):
+        return False
+    done = layer.data_dep_init_done
+    return bool(_value_of(layer, done, lambda: bool(done > 0)))
+
+
+class Invertible1x1Conv(Accelerated):
+    """``Invertible1x1Conv``: the inverse of its weight from the triangles, without a general solve in float64."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        return None if module.use_lu else "use_lu=False"
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not _is_image(self, z):
+            return _per_sample(*super().forward(z))
+        _, weight, log_det = self._weights()
+        return conv1x1(z, weight), (-positions(z) * log_det).expand(z.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not _is_image(self, z):
+            return _per_sample(*super().inverse(z))
+        weight, _, log_det = self._weights()
+        return conv1x1(z, weight), (positions(z) * log_det).expand(z.shape[0])
+
+    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, its inverse, and log|det| of a position."""
+        rows = _value_of(self, self.P, lambda: self.P.argmax(1))
+        found = lu_weight(rows[None], self.L[None], self.U[None], self.log_S[None], self.sign_S[None])
+        return tuple(f[0] for f in found)
+
+
+def _is_image(layer: nn.Module, z: Tensor) -> bool:
+    return z.ndim == 4 and z.shape[1] == layer.num_channels and is_plain(z, layer.L)
+
+
+class AffineCouplingBlock(Accelerated):
+    """``AffineCouplingBlock`` of halves of the channels: one op after the network."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        own = "normflows.flows.reshape", "normflows.flows.affine.coupling", "normflows.flows.reshape"
+        if [type(m).__name__ for m in module.flows] != ["Split", "AffineCoupling", "Merge"] or any(
+            type(m).__module__ != name for m, name in zip(module.flows, own, strict=True)
+        ):
+            return "its layers are not those of the library"
+        split, coupling, merge = module.flows
+        if split.mode not in ("channel", "channel_inv") or merge.mode != split.mode:
+            return f"split_mode={split.mode!r}"
+        if coupling.scale and coupling.scale_map not in ("exp", "sigmoid", "sigmoid_inv"):
+            return f"scale_map={coupling.scale_map!r}"
+        return None
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._coupled(z, inverse=False) or super().forward(z)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._coupled(z, inverse=True) or super().inverse(z)
+
+    def _coupled(self, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        split, coupling, _ = self.flows
+        if z.ndim < 2 or z.shape[1] % 2 or not is_plain(z) or any(map(has_hooks, self.flows)):
+            return None
+        swap = split.mode == "channel_inv"
+        params = coupling.param_map(z.chunk(2, 1)[int(swap)])
+        form = {"swap_halves": swap, "params_layout": "interleaved"}
+        if not coupling.scale:
+            return affine_coupling(z, params, scale="none", inverse=inverse, **form)
+        if coupling.scale_map != "sigmoid":
+            scale = "exp" if coupling.scale_map == "exp" else "sigmoid"
+            return affine_coupling(z, params, scale=scale, inverse=inverse, **form)
+        # z / s + t is the inverse of s (x - t)
+        signs = params.new_ones(2)
+        signs[0] = -1
+        params = (params.unflatten(1, (-1, 2)) * signs.view(2, *(1,) * (params.ndim - 2))).flatten(1, 2)
+        form |= {"scale": "sigmoid", "affine_order": "shift_first"}
+        return affine_coupling(z, params, inverse=not inverse, **form)
+
+
+class GlowBlock(Accelerated):
+    """``GlowBlock``: the convolution and the normalization of the channels are one convolution."""
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._folds(z):
+            return super().forward(z)
+        coupling, conv, norm = self.flows
+        z, log_det = coupling(z)
+        _, weight, log_det_conv = conv._weights()
+        scale = norm.s.flatten()
+        z = conv1x1(z, scale.exp()[:, None] * weight, norm.t.flatten())
+        return z, log_det + positions(z) * (scale.sum() - log_det_conv)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._folds(z):
+            return super().inverse(z)
+        coupling, conv, norm = self.flows
+        weight, _, log_det_conv = conv._weights()
+        scale = norm.s.flatten()
+        weight = weight * torch.exp(-scale)
+        z = conv1x1(z, weight, -(weight @ norm.t.flatten()))
+        pixels = positions(z)
+        z, log_det = coupling.inverse(z)
+        return z, log_det + pixels * (log_det_conv - scale.sum())
+
+    def _folds(self, z: Tensor) -> bool:
+        if len(self.flows) != 3 or not isinstance(self.flows[0], AffineCouplingBlock):
+            return False
+        _, conv, norm = self.flows
+        if not isinstance(conv, Invertible1x1Conv) or not isinstance(norm, ActNorm):
+            return False
+        return _is_image(conv, z) and _is_ready(norm, z) and not any(map(has_hooks, (conv, norm)))
+
+
+class ConvNet2d(Accelerated):
+    """``ConvNet2d`` of three convolutions: one op, which keeps hidden activations out of memory."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        layers = list(module.net)
+        if [type(m) for m in layers] != [nn.Conv2d, nn.LeakyReLU, nn.Conv2d, nn.LeakyReLU, nn.Conv2d]:
+            return "layers other than three convolutions"
+        if [m.kernel_size for m in layers[::2]] != [(3, 3), (1, 1), (3, 3)]:
+            return "kernel sizes other than 3, 1, 3"
+        if any(m.negative_slope != 0 for m in layers[1::2]):
+            return "leaky ReLUs"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self.net)
+        if not _is_fused(layers, x, self.training) or any(map(has_hooks, (self.net, *layers))):
+            return super().forward(x)
+        args = [t for layer in layers[::2] for t in (layer.weight, layer.bias)]
+        return glow_network(x, *args, tf32=x.is_cuda and torch.backends.cudnn.allow_tf32)
+
+
+def _is_fused(layers: list[nn.Module], x: Tensor, training: bool) -> bool:
+    """Whether the op is the fastest way for this network and batch."""
+    first, last = layers[0], layers[-1]
+    if x.ndim != 4 or not is_plain(x, first.weight) or torch.compiler.is_compiling():
+        return False
+    gpu = gpu_name(x.device)
+    if gpu is None:
+        return x.device.type == "cpu" and is_fused_on_cpu(x.dtype)
+    channels = first.in_channels, first.out_channels, last.out_channels
+    mode = "training" if training else "evaluation"
+    setting = Setting(gpu, str(x.dtype).removeprefix("torch."), *channels, mode)
+    return fastest_way(setting, x.shape[0] * positions(x)) == "fused"
+
+
 # the time of these is that of the modules inside, or of one operator
 NOTHING_TO_GAIN = {
+    "AffineCoupling",
     "AutoregressiveRationalQuadraticSpline",
     "CircularAutoregressiveRationalQuadraticSpline",
     "CircularCoupledRationalQuadraticSpline",
     "Composite",
     "CoupledRationalQuadraticSpline",
+    "LULinearPermute",
+    "Merge",
     "Permute",
     "Reverse",
+    "Split",
+    "Squeeze",
+    "_RandomPermutation",
 }
 
 

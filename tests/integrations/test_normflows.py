@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.cases import randomize
 from tests.support.libraries import assert_same, assert_trains_the_same, passes, randomized
 
 nf = pytest.importorskip("normflows")
@@ -150,3 +151,127 @@ def test_hooks_run_and_dropout_is_drawn_anew():
     assert passes(model, lambda: model.inverse(x)) == 3
     model.eval()
     assert passes(model, lambda: model.inverse(x)) == 0
+
+
+IMAGES = {
+    "forward": lambda m, x, c: per_sample(*m(x)),
+    "inverse": lambda m, x, c: per_sample(*m.inverse(x)),
+}
+
+
+def per_sample(z, log_det):
+    """The library has one log-det for all samples in some layers."""
+    return z, log_det.expand(z.shape[0])
+
+
+@pytest.mark.parametrize("features", [1, 2, 5])
+def test_linear_maps(features):
+    model = randomized(flows.LULinearPermute(features, identity_init=False))
+    report = assert_same(ff, model, BOTH, torch.randn(7, features))
+    assert report.replaced["linear"] == "_LULinear" and not report.left_alone
+
+
+def initialized(layer, std=0.2):
+    """Of data that it has seen: parameters that are not those of the start, in ActNorm too."""
+    for m in layer.modules():
+        if isinstance(m, flows.ActNorm):
+            m.data_dep_init_done = torch.tensor(1.0)
+    return randomize(layer, std=std)
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 1, 1), (3, 1, 1)])
+def test_actnorm(shape):
+    x = 1 + 2 * torch.randn(6, shape[0], *([5, 4] if len(shape) == 3 else []))
+    report = assert_same(ff, initialized(flows.ActNorm(shape)), IMAGES, x)
+    assert report.replaced == {"": "ActNorm"}
+    for call in ("forward", "inverse"):  # of a first batch
+        layers = [flows.ActNorm(shape), flows.ActNorm(shape)]
+        ff.accelerate(layers[1])
+        for _ in range(2):
+            wanted, found = (getattr(layer, call)(x) for layer in layers)
+            torch.testing.assert_close(found[0], wanted[0])
+            torch.testing.assert_close(found[1], wanted[1].expand(6))
+        torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
+        x = 2 * x
+        layers[1].load_state_dict(flows.ActNorm(shape).state_dict())
+        layers[0].load_state_dict(flows.ActNorm(shape).state_dict())
+        wanted, found = (getattr(layer, call)(x) for layer in layers)  # it is a first batch again
+        torch.testing.assert_close(found[0], wanted[0])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_invertible_convolutions(channels):
+    model = randomized(flows.Invertible1x1Conv(channels, use_lu=True))
+    assert_same(ff, model, IMAGES, torch.randn(3, channels, 4, 2))
+    report = ff.accelerate(flows.Invertible1x1Conv(channels))
+    assert report.left_alone[""] == ("Invertible1x1Conv", "use_lu=False")
+
+
+@pytest.mark.parametrize(
+    "scale, scale_map", [(True, "exp"), (True, "sigmoid"), (True, "sigmoid_inv"), (False, "exp")]
+)
+@pytest.mark.parametrize("split_mode", ["channel", "channel_inv"])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_affine_couplings(scale, scale_map, split_mode, vectors):
+    outputs = 4 if scale else 2
+    net = nn.Linear(2, outputs) if vectors else nn.Conv2d(2, outputs, 3, padding=1)
+    model = randomized(flows.AffineCouplingBlock(net, scale, scale_map, split_mode))
+    x = torch.randn(5, 4) if vectors else torch.randn(5, 4, 3, 2)
+    report = assert_same(ff, model, IMAGES, x)
+    assert report.replaced == {"": "AffineCouplingBlock"} and not report.left_alone
+
+
+@pytest.mark.parametrize(
+    "channels, options",
+    [
+        (4, {}),
+        (2, {"scale_map": "exp", "split_mode": "channel_inv"}),
+        (4, {"scale": False}),
+        (4, {"use_lu": False, "leaky": 0.1}),
+        (3, {}),  # halves that differ
+        (1, {"split_mode": "checkerboard"}),
+        (4, {"net_actnorm": True}),
+    ],
+)
+def test_glow_blocks(channels, options):
+    model = initialized(flows.GlowBlock(channels, 8, **options))
+    report = assert_same(ff, model, IMAGES, torch.randn(5, channels, 4, 6))
+    assert report.replaced[""] == "GlowBlock"
+
+
+def glow(levels=2, steps=2):
+    q0, merges, parts = [], [], []
+    for i in range(levels):
+        channels = 3 * 2 ** (levels + 1 - i)
+        parts.append([flows.GlowBlock(channels, 8) for _ in range(steps)] + [flows.Squeeze()])
+        latent = (channels, 2 * 2**i, 2 * 2**i) if i == 0 else (channels // 2, 2 * 2**i, 2 * 2**i)
+        q0.append(nf.distributions.DiagGaussian(latent))
+        if i > 0:
+            merges.append(flows.Merge())
+    return nf.MultiscaleFlow(q0, parts, merges, class_cond=False)
+
+
+def test_glow():
+    x = torch.randn(4, 3, 8, 8)
+    calls = {
+        "log_prob": lambda m, x, c: (m.log_prob(x, None),),
+        "sample": lambda m, x, c: m.sample(3),
+    }
+    report = assert_same(ff, initialized(glow(), 0.05), calls, x, float32_only=("sample",))
+    assert list(report.replaced.values()).count("GlowBlock") == 4 and not report.left_alone
+
+
+def test_training_of_glow_coincides():
+    torch.manual_seed(0)
+    x = torch.rand(8, 3, 8, 8).double()
+    assert_trains_the_same(ff, glow(), lambda m: m.forward_kld(x), steps=20)
+
+
+def test_hooks_in_glow_run():
+    model, seen = initialized(flows.GlowBlock(4, 8)), []
+    for module in model.modules():
+        module.register_forward_hook(lambda m, args, output: seen.append(type(m).__name__))
+    ff.accelerate(model)
+    model(torch.randn(2, 4, 4, 4))
+    names = ["Split", "AffineCoupling", "Merge", "ActNorm", "Invertible1x1Conv", "ConvNet2d"]
+    assert {*names} <= {*seen} and seen.count("Conv2d") == 3
