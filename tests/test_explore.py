@@ -496,6 +496,7 @@ def test_distillation_errors(call, message):
 
 ARGUMENTS = {
     "affine": ["--steps", "2", "--samples", "50"],
+    "continuous": ["--samples", "200", "--steps", "1", "--batch", "20", "--size", "5"],
     "autoregressive": ["--samples", "200", "--epochs", "1", "--size", "20"],
     "masks": [],
     "nice": ["--data", "digits.npz", "--hidden", "8", "--epochs", "1"],

@@ -1,5 +1,6 @@
 """Models of images and vectors, built from :mod:`fastflow.nn`."""
 
+from fastflow.models.continuous_flow import ContinuousFlow
 from fastflow.models.flow_model import FlowModel
 from fastflow.models.glow import Glow
 from fastflow.models.image_flow import ImageFlow
@@ -15,6 +16,7 @@ __all__ = [
     "IAF",
     "MAF",
     "NICE",
+    "ContinuousFlow",
     "FlowModel",
     "Glow",
     "ImageFlow",

@@ -6,6 +6,7 @@ from fastflow.nn.adapters import FromEncoderDecoder, FromReverse, WithReverse
 from fastflow.nn.affine import Affine
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.batch_norm import BatchNorm
+from fastflow.nn.continuous import Continuous
 from fastflow.nn.conv1x1 import InvertibleConv1x1
 from fastflow.nn.coupling import Coupling
 from fastflow.nn.dequantize import Dequantize, IdentityDequantize, LogitDequantize
@@ -29,6 +30,7 @@ from fastflow.nn.linear import OrthogonalLinear, QRLinear, TriangularLinear
 from fastflow.nn.lu_linear import LULinear
 from fastflow.nn.masked_autoregressive import MaskedAutoregressive
 from fastflow.nn.mixture_cdf_coupling import MixtureCDFCoupling
+from fastflow.nn.networks.concat_squash import ConcatSquash
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import GatedNetwork
 from fastflow.nn.networks.glow_network import GlowNetwork
@@ -60,6 +62,8 @@ __all__ = [
     "AffineCoupling",
     "BatchNorm",
     "CircularShift",
+    "ConcatSquash",
+    "Continuous",
     "Coupling",
     "Dequantize",
     "DistributionPrior",

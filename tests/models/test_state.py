@@ -13,6 +13,7 @@ from fastflow.models import (
     IAF,
     MAF,
     NICE,
+    ContinuousFlow,
     FlowModel,
     Glow,
     MNISTFlow,
@@ -369,6 +370,8 @@ CONSTRUCTORS = {
     fnn.AffineCoupling: {"net": conv(2, 4)},
     fnn.BatchNorm: {"num_features": 4},
     fnn.CircularShift: {},
+    fnn.ConcatSquash: {"features": 4},
+    fnn.Continuous: {"net": fnn.ConcatSquash(4, (4,))},
     fnn.Coupling: {"net": conv(2, 4), "transformer": fnn.ActNorm(4)},
     fnn.Dequantize: {},
     fnn.DistributionPrior: {"distribution": torch.distributions.Laplace(torch.zeros(4), torch.ones(4))},
@@ -427,6 +430,7 @@ CONSTRUCTORS = {
     MAF: {"features": 4, "steps": 1, "hidden": 4},
     IAF: {"features": 4, "steps": 1, "hidden": 4},
     NeuralSplineFlow: {"features": 4, "steps": 1, "hidden": 4, "blocks": 1},
+    ContinuousFlow: {"features": 4, "hidden": 4, "layers": 1},
     VectorGlow: {"features": 4, "steps": 1, "hidden": 4},
     MNISTFlow: {"variant": "simple"},
     mnist_flow: {"variant": "simple"},
@@ -438,6 +442,7 @@ SENSIBLE = {
     ("num_scale_factors", None),
 }  # None: the default of a former name
 SENSIBLE |= {("factor", 2.5), ("slope", 2.5), ("bound", 2.5), ("shift", -1), ("shift", 2.5)}
+SENSIBLE |= {("time", 2.5), ("atol", 2.5), ("rtol", 2.5)}
 SENSIBLE |= {("low", -1), ("low", 2.5), ("high", 2.5)}  # with a low above it, high is the one that is named
 # torch's, variadic (TypeError), a string or a module, a name in other code
 NOT_CHECKED = {"process_group", "flows", "prior", "context_name"}

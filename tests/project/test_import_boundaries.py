@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "reversible",
         "state_from_data",
         "transforms",
+        "torchdiffeq",  # of continuous flows, when one is made
     },
     "models": {"torch", "nn", "validation", "deprecation", "archive", "state_from_data", "transforms"},
     "checkpoint": {"torch", "validation", "models", "archive", "facade"},

@@ -1,5 +1,6 @@
 """Coupling networks, and a wrapper with encoder and decoder."""
 
+from fastflow.nn.networks.concat_squash import ConcatSquash
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import ChannelLayerNorm, GatedBlock, GatedNetwork
 from fastflow.nn.networks.glow_network import ActNormConv2d, GlowNetwork, ZeroConv2d
@@ -11,6 +12,7 @@ from fastflow.nn.networks.residual_network import ResidualBlock, ResidualNetwork
 __all__ = [
     "ActNormConv2d",
     "ChannelLayerNorm",
+    "ConcatSquash",
     "EncoderDecoder",
     "GatedBlock",
     "GatedNetwork",

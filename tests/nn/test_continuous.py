@@ -1,0 +1,282 @@
+"""Continuous flows: exact solutions of linear fields, gradients, unbiased estimates, penalties, errors."""
+
+import gc
+import math
+import re
+import sys
+from weakref import WeakSet
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastflow
+from fastflow import nn as fnn
+from fastflow.models import ContinuousFlow
+from tests.support.cases import jacobian_log_det, randomize
+
+pytest.importorskip("torchdiffeq")
+F64 = torch.float64
+EXACT = {"atol": 1e-10, "rtol": 1e-10}
+
+
+class Linear(nn.Module):
+    """dx/dt = A x, or A x plus the context."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.matrix = nn.Parameter(0.5 * torch.randn(features, features, dtype=F64))
+
+    def forward(self, t, x, context=None):
+        speed = x @ self.matrix.mT
+        return speed if context is None else speed + context
+
+
+def smooth(features=3, context_features=None, **options):
+    net = randomize(fnn.ConcatSquash(features, (8,), context_features, torch.tanh))
+    return fnn.Continuous(net, **EXACT | options).double()
+
+
+@pytest.mark.parametrize("trace", ["auto", "exact"])
+@pytest.mark.parametrize("time", [0.5, 2.0])
+def test_a_linear_field_is_a_matrix_exponential(trace, time):
+    net, x = Linear(3), torch.randn(6, 3, dtype=F64)
+    flow = fnn.Continuous(net, time=time, trace=trace, **EXACT)
+    z, log_det = flow(x)
+    torch.testing.assert_close(z, x @ torch.linalg.matrix_exp(time * net.matrix).mT, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(log_det, (time * net.matrix.trace()).expand(6), rtol=1e-8, atol=1e-8)
+    assert flow.evaluations > 6
+    back, log_det_back = flow.inverse(z)
+    torch.testing.assert_close(back, x, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(log_det_back, -log_det, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("context", [None, 2])
+def test_check(adjoint, context):
+    torch.manual_seed(0)
+    flow, x = smooth(context_features=context, adjoint=adjoint), torch.randn(4, 3, dtype=F64)
+    given = () if context is None else (torch.randn(4, context, dtype=F64),)
+    report = flow.check(x, *given, tolerance=1e-7, gradient_tolerance=1e-5)
+    assert not report.failures()
+    assert ("context" in report.gradient_errors) == (context is not None)
+
+
+def test_a_field_without_its_gradient_is_found():
+    class Detached(Linear):
+        def forward(self, t, x, context=None):
+            return super().forward(t, x.detach()) + 0 * x
+
+    flow, x = fnn.Continuous(Detached(2), adjoint=False, **EXACT), torch.randn(4, 2, dtype=F64)
+    with pytest.raises(ValueError, match="inaccurate: log_det, gradient of x"):
+        flow.check(x, tolerance=1e-7)
+
+
+def test_images():
+    net = nn.Conv2d(2, 2, 3, padding=1).double()
+
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, t, x):
+            return torch.tanh(self.net(x)) * t
+
+    flow, x = fnn.Continuous(Field(), trace="exact", **EXACT), torch.randn(3, 2, 3, 2, dtype=F64)
+    z, log_det = flow(x)
+    assert z.shape == x.shape
+    torch.testing.assert_close(log_det, jacobian_log_det(lambda v: flow(v)[0], x), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["rk4", "midpoint", "euler"])
+def test_fixed_steps(method):
+    torch.manual_seed(0)
+    flow, x = smooth(2, method=method, step_size=0.1, atol=1e-5, rtol=1e-5), torch.randn(5, 2, dtype=F64)
+    exact = fnn.Continuous(flow.net, **EXACT)(x)
+    errors = [(a - b).abs().max() for a, b in zip(flow(x), exact, strict=True)]
+    assert max(errors) < {"rk4": 1e-5, "midpoint": 1e-2, "euler": 0.3}[method]
+    assert flow.evaluations == 10 * {"rk4": 4, "midpoint": 2, "euler": 1}[method]
+
+
+def test_derivatives_of_stored_steps():
+    torch.manual_seed(0)
+    flow = smooth(2, 1, method="rk4", step_size=0.5, adjoint=False, atol=1e-5, rtol=1e-5)
+    x, context = (torch.randn(2, n, dtype=F64, requires_grad=True) for n in (2, 1))
+    assert gradcheck(flow, (x, context))
+    assert gradgradcheck(flow, (x, context))
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased(noise, adjoint):
+    """The mean of 20,000 draws, of the log-det and of its gradient, is within 4 standard errors of the exact value."""
+    torch.manual_seed(0)
+    net, n = Linear(3), 20_000
+    options = {"method": "rk4", "step_size": 1.0, "adjoint": adjoint}
+    flow = fnn.Continuous(net, trace="hutchinson", noise=noise, **options)
+    _, log_det = flow(torch.randn(n, 3, dtype=F64))
+    assert log_det.std() > 0.01
+    assert abs(log_det.mean() - net.matrix.trace()) < 4 * log_det.std() / math.sqrt(n)
+    (gradient,) = torch.autograd.grad(log_det.mean(), net.matrix)
+    deviation = math.sqrt(2) if noise == "gaussian" else 1.0  # of a product of two draws, at most
+    assert ((gradient - torch.eye(3)).abs() < 4 * deviation / math.sqrt(n)).all()
+    assert gradient.abs().min() > 0
+
+
+def test_noise_is_of_torchs_generator():
+    flow, x = fnn.Continuous(Linear(10), atol=1e-4, rtol=1e-4).eval(), torch.randn(4, 10, dtype=F64)
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        found.append(flow(x)[1])
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_penalties_of_a_linear_field():
+    net, x = Linear(3), torch.randn(5, 3, dtype=F64)
+    flow = fnn.Continuous(net, **EXACT)
+    z, log_det, kinetic, jacobian = flow.with_penalties(x)
+    torch.testing.assert_close((z, log_det), flow(x), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(jacobian, net.matrix.square().sum().expand(5), rtol=1e-7, atol=1e-7)
+    steps = torch.linspace(0, 1, 2001, dtype=F64)
+    speeds = torch.stack([(x @ torch.linalg.matrix_exp(t * net.matrix).mT @ net.matrix.mT) for t in steps])
+    torch.testing.assert_close(
+        kinetic, torch.trapezoid(speeds.square().sum(2), steps, dim=0), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_path_of_a_linear_field():
+    net, x = Linear(2), torch.randn(4, 2, dtype=F64)
+    flow, times = fnn.Continuous(net, time=2.0, **EXACT), [0.0, 0.5, 2.0]
+    expected = torch.stack([x @ torch.linalg.matrix_exp(t * net.matrix).mT for t in times])
+    torch.testing.assert_close(flow.path(x, times), expected, rtol=1e-8, atol=1e-8)
+    back = flow.path(expected[-1], times[::-1])
+    torch.testing.assert_close(back, expected.flip(0), rtol=1e-7, atol=1e-7)
+    for wrong in ([0.0], [0.0, 1.0, 0.5]):
+        with pytest.raises(ValueError, match="^times: got .*, expected two or more times"):
+            flow.path(x, wrong)
+
+
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_memory_of_the_adjoint_does_not_grow_with_the_steps(adjoint):
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def kept(step_size):
+        flow, alive = (
+            smooth(2, method="rk4", step_size=step_size, adjoint=adjoint, atol=1e-5, rtol=1e-5),
+            WeakSet(),
+        )
+
+        def pack(tensor):
+            saved = Saved(tensor.detach())  # the tensor itself would keep its graph
+            alive.add(saved)
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            result = flow(torch.randn(4, 2, dtype=F64, requires_grad=True))
+        gc.collect()
+        assert result[0].requires_grad
+        return sum(saved.tensor.nbytes for saved in alive)
+
+    few, many = kept(0.5), kept(0.05)
+    assert many == few if adjoint else many > 8 * few
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    torch.manual_seed(0)
+    flow, x = fnn.Continuous(fnn.ConcatSquash(2, (8,))), torch.randn(5, 2)
+    wanted = flow(x)
+    z, log_det = flow.to(dtype)(x.to(dtype))
+    assert z.dtype == dtype and log_det.dtype == torch.float32
+    torch.testing.assert_close(z.float(), wanted[0], rtol=0.05, atol=0.05)
+
+
+def test_no_samples():
+    flow = fnn.Continuous(fnn.ConcatSquash(2, (4,)))
+    z, log_det = flow(torch.zeros(0, 2))
+    assert z.shape == (0, 2) and log_det.shape == (0,)
+    (z.sum() + log_det.sum()).backward()
+    assert all((p.grad == 0).all() for p in flow.net.layers.parameters())
+
+
+def test_a_model_learns_and_samples():
+    torch.manual_seed(0)
+    x = torch.randn(400, 2) * torch.tensor([1.0, 0.2]) + torch.tensor([2.0, -1.0])
+    model = ContinuousFlow(features=2, hidden=16, layers=1, atol=1e-3, rtol=1e-3)
+    history = fastflow.fit(model, x, max_epochs=6, batch_size=100, lr=2e-2, progress=False)
+    assert history.validation[-1] > history.validation[0] + 1
+    samples = model.sample(1000)
+    assert (samples.mean(0) - x.mean(0)).abs().max() < 0.5
+    assert model.evaluations() > 0
+    z = model.encode(x)
+    torch.testing.assert_close(model.decode(z), x, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("context", [None, 3])
+def test_the_regularized_loss(context):
+    torch.manual_seed(0)
+    model = ContinuousFlow(
+        features=2, context_features=context, hidden=8, layers=1, blocks=2, atol=1e-7, rtol=1e-7
+    )
+    model = randomize(model)
+    x, c = torch.randn(20, 2), None if context is None else torch.randn(20, context)
+    plain = -model.log_prob(x, c).mean()
+    torch.testing.assert_close(model.regularized_loss(x, c, 0, 0), plain, rtol=1e-4, atol=1e-4)
+    one, two = (model.regularized_loss(x, c, factor, factor) - plain for factor in (0.1, 0.2))
+    assert one > 0
+    torch.testing.assert_close(two, 2 * one, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="^kinetic: got -1, expected a number of at least 0"):
+        model.regularized_loss(x, c, kinetic=-1)
+
+
+def test_files(tmp_path):
+    model = ContinuousFlow(features=2, hidden=4, layers=1, time=0.5)
+    fastflow.save(tmp_path / "model.pt", model)
+    loaded, x = fastflow.load(tmp_path / "model.pt"), torch.randn(3, 2)
+    assert type(loaded) is ContinuousFlow and loaded.config == model.config
+    assert torch.equal(loaded.log_prob(x), model.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: fnn.Continuous(torch.tanh), "net: got <built-in method tanh"),
+        (lambda: fnn.Continuous(Linear(2), trace="some"), "trace: got 'some', expected one of 'auto'"),
+        (lambda: fnn.Continuous(Linear(2), method="rk5"), "method: got 'rk5', expected one of 'dopri5'"),
+        (
+            lambda: fnn.Continuous(Linear(2), step_size=0.1),
+            "step_size: got 0.1, expected None for the method 'dopri5'",
+        ),
+        (
+            lambda: fnn.Continuous(Linear(2), method="rk4", step_size=2),
+            "step_size: got 2, expected a positive number up to the time 1",
+        ),
+        (
+            lambda: _wrong_shape(),
+            "output of net: got shape [2, 1], expected [2, 3]",
+        ),
+        (lambda: fnn.Continuous(Linear(2))(torch.zeros(2, 2, dtype=torch.int64)), "x: got dtype torch.int64"),
+    ],
+)
+def test_wrong_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        make()
+
+
+def _wrong_shape():
+    class Field(nn.Module):
+        def forward(self, t, x):
+            return x[:, :1]
+
+    return fnn.Continuous(Field())(torch.zeros(2, 3))
+
+
+def test_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(ImportError, match=re.escape("pip install fastflow[ode]")):
+        fnn.Continuous(Linear(2))
