@@ -22,6 +22,7 @@
 
 #include "checks.h"
 #include "cpu/gemm.h"
+#include "cpu/sums.h"
 #include "cpu/tensors.h"
 #include "cpu/transpose.h"
 #include "masked_inverse/arguments.h"
@@ -33,6 +34,7 @@ namespace {
 
 constexpr int64_t UNITS = 48;         // of a layer in a block: some panels of a product
 constexpr int64_t MOST_DEGREES = 64;  // of a block
+constexpr int64_t IN_A_ROW = 128;     // products that are added one by one: longer sums lose more digits
 
 // A network whose units have degrees.
 struct Degrees : MaskedNetwork {
@@ -64,6 +66,14 @@ struct Degrees : MaskedNetwork {
     int64_t widest = 1;
     for (int64_t l = 1; l <= last; ++l) widest = std::max(widest, sizes[l]);
     return std::clamp<int64_t>((UNITS * features + widest - 1) / widest, 1, MOST_DEGREES);
+  }
+  // Units of a layer in a block, at most.
+  int64_t widest_block() const {
+    int64_t most = 0;
+    for (int64_t l = 0; l <= last + 1; ++l)
+      for (int64_t k = 0; k < features; k += block())
+        most = std::max(most, first(l, std::min(k + block(), features)) - first(l, k));
+    return most;
   }
   bool gated(int64_t layer) const { return flags(layer) & GATE; }
   bool activated_by_next(int64_t layer) const { return layer && flags(layer + 1) & BEFORE; }
@@ -153,6 +163,7 @@ class Inverse {
     z_ = arena_.take(net.features);
     x_ = arena_.take(net.features);
     log_det_ = arena_.take(1);
+    log_slopes_ = arena_.take(1);
     log_slope_ = arena_.take(1);
     units_.push_back(x_), read_.push_back(x_), factors_.push_back(nullptr);
     for (int64_t l = 1; l <= net.last; ++l) {
@@ -161,13 +172,18 @@ class Inverse {
       factors_.push_back(net.gated(l) ? arena_.take(net.sizes[l]) : nullptr);
     }
     params_ = arena_.take(block_ * net.each);
+    part_ = arena_.take(net.widest_block());
   }
 
   void run(const Rows<T>& z, int64_t sample, int64_t count, T* x, T* log_det) {
     sample_ = sample, count_ = count, columns_ = padded(count);
     z.load(sample, count, 0, net_.features, z_, width_);
     std::fill_n(log_det_, width_, T(0));
-    for (int64_t k = 0; k < net_.features; k += block_) block(k, std::min(k + block_, net_.features));
+    for (int64_t k = 0; k < net_.features; k += block_) {
+      std::fill_n(log_slopes_, width_, T(0));
+      block(k, std::min(k + block_, net_.features));
+      add(Addition<T>{width_, log_slopes_, log_det_});
+    }
     // z is not needed any more
     for (int64_t k = 0; k < net_.features; ++k) std::copy_n(x_ + k * width_, width_, z_ + order_[k] * width_);
     to_rows(ToRows<T>{count, net_.features, width_, z_, x + sample * net_.features});
@@ -178,7 +194,7 @@ class Inverse {
   // Whether the activated units are apart from the units.
   bool separate(int64_t l) const { return net_.activated_by_next(l) && net_.added_later(l); }
   int64_t rows() const {
-    int64_t total = 2 * net_.features + 2 + block_ * net_.each + net_.total_gates();
+    int64_t total = 2 * net_.features + 3 + block_ * net_.each + net_.widest_block() + net_.total_gates();
     for (int64_t l = 1; l <= net_.last; ++l) total += net_.sizes[l] * (separate(l) ? 2 : 1);
     return total;
   }
@@ -188,9 +204,18 @@ class Inverse {
   void product(int64_t l, int64_t first, int64_t end, int64_t from, int64_t to, T* result, int64_t start,
                Start begin) const {
     const int64_t inputs = net_.sizes[l - 1];
-    gemm({end - first, columns_, to - from, weights_ + net_.weights[l] + first * inputs + from, inputs, 1,
-          read_[l - 1] + from * width_, width_, result + (first - start) * width_, width_, begin,
-          begin == Start::row ? added_.data + net_.added[l] + first : nullptr});
+    const T* weights = weights_ + net_.weights[l] + first * inputs;
+    T* rows = result + (first - start) * width_;
+    const auto some = [&](int64_t p, T* sums, Start sums_begin) {
+      gemm({end - first, columns_, std::min(to - p, IN_A_ROW), weights + p, inputs, 1,
+            read_[l - 1] + p * width_, width_, sums, width_, sums_begin,
+            sums_begin == Start::row ? added_.data + net_.added[l] + first : nullptr});
+    };
+    some(from, rows, begin);
+    for (int64_t p = from + IN_A_ROW; p < to; p += IN_A_ROW) {
+      some(p, part_, Start::zero);
+      add(Addition<T>{(end - first) * width_, part_, rows});
+    }
   }
 
   // The products with what was before the block.
@@ -241,12 +266,12 @@ class Inverse {
     T* x = x_ + k * width_;
     if (transformer_.splines) {
       spline_elements({*transformer_.splines, true, columns_, width_, z, params, x, log_slope_});
-      for (int64_t i = 0; i < columns_; ++i) log_det_[i] += log_slope_[i];
+      add(Addition<T>{columns_, log_slope_, log_slopes_});
       return;
     }
     AffineInverse<T> a = transformer_.affine;
     const bool scale_first = transformer_.scale_first_in_params;
-    a.count = columns_, a.z = z, a.x = x, a.log_det = log_det_;
+    a.count = columns_, a.z = z, a.x = x, a.log_det = log_slopes_;
     a.raw = params + (scale_first ? 0 : width_), a.shift = params + (scale_first ? width_ : 0);
     invert(a);
   }
@@ -261,7 +286,7 @@ class Inverse {
   const int64_t* order_;
   const int64_t width_, block_;
   Arena<T> arena_;
-  T *z_, *x_, *log_det_, *log_slope_, *params_;
+  T *z_, *x_, *log_det_, *log_slopes_, *log_slope_, *params_, *part_;
   std::vector<T*> units_, read_, factors_;  // of layers 0 to last: units, what the next layer reads, gates
   int64_t sample_ = 0, count_ = 0, columns_ = 0;
 };
@@ -359,6 +384,7 @@ class Solve {
     products_.push_back(arena_.take(net.sizes[net.last + 1]));
     jacs_ = arena_.take(block_ * net.each);
     shifts_ = arena_.take(block_ * net.each);
+    part_ = arena_.take(net.widest_block());
     inners_ = arena_.take(net.units());
     outers_ = arena_.take(net.units());
   }
@@ -376,14 +402,24 @@ class Solve {
 
  private:
   int64_t rows() const {
-    return 3 * net_.features + 4 * net_.units() + net_.total() + 2 * block_ * net_.each;
+    return 3 * net_.features + 4 * net_.units() + net_.total() + 2 * block_ * net_.each + net_.widest_block();
   }
 
-  // Adds to units `first` to `end` of layer l the gradients of products `from` to `to` of the next layer.
+  // The gradients of units `first` to `end` of layer l by products `from` to `to` of the next layer, from
+  // zero or added to what they are.
   void product(int64_t l, int64_t first, int64_t end, int64_t from, int64_t to, Start begin) const {
     const int64_t inputs = net_.sizes[l];
-    gemm({end - first, columns_, to - from, weights_ + net_.weights[l + 1] + from * inputs + first, 1, inputs,
-          products_[l + 1] + from * width_, width_, sums_[l] + first * width_, width_, begin});
+    const T* weights = weights_ + net_.weights[l + 1] + first;
+    T* rows = sums_[l] + first * width_;
+    const auto some = [&](int64_t p, T* sums, Start sums_begin) {
+      gemm({end - first, columns_, std::min(to - p, IN_A_ROW), weights + p * inputs, 1, inputs,
+            products_[l + 1] + p * width_, width_, sums, width_, sums_begin});
+    };
+    some(from, rows, begin);
+    for (int64_t p = from + IN_A_ROW; p < to; p += IN_A_ROW) {
+      some(p, part_, Start::zero);
+      add(Addition<T>{(end - first) * width_, part_, rows});
+    }
   }
 
   void block(int64_t k0, int64_t k1) {
@@ -424,7 +460,7 @@ class Solve {
   const Rows<T> v_, slope_, jac_, dparams_, inner_, outer_;
   const int64_t width_, block_;
   Arena<T> arena_;
-  T *right_, *slopes_, *jacs_, *shifts_, *inners_, *outers_;
+  T *right_, *slopes_, *jacs_, *shifts_, *part_, *inners_, *outers_;
   // of layers 0 to last (+ 1): sums of gradients; gradients of products; of units that are added to others
   std::vector<T*> sums_, products_, units_;
   int64_t sample_ = 0, count_ = 0, columns_ = 0;

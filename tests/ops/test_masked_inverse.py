@@ -215,6 +215,20 @@ def test_float32_is_as_near_as_d_passes(make):
             assert error <= max(allowed, 1e-6 * truth.abs().max())
 
 
+@pytest.mark.bodies("compiled")
+def test_long_sums_of_float32():
+    """Their error is at most four times that of D passes; of sums from the first product to the last it is eight times."""
+    network = Network(
+        features=60, degrees=(torch.arange(6000) % 60,), layers=(AFTER, 0), activation="tanh", samples=32
+    )
+    exact, _ = network.inverse_by_passes(network.z)
+    for name in ("matrices", "added"):
+        setattr(network, name, [v.float() for v in getattr(network, name)])
+    network.z = network.z.float()
+    found, passes = network.inverse()[0], network.inverse_by_passes(network.z)[0]
+    assert (found - exact).norm() <= 4 * (passes - exact).norm()
+
+
 @each_network
 def test_masked_weights_are_not_read(make):
     network = make()

@@ -214,7 +214,7 @@ def masked_inverse(
     z_in_order = z.index_select(1, order)
     units = [z_in_order[:, :0]] * (last + 1)  # of the layers, computed so far
     read = list(units)  # by the next layer
-    log_det = z.new_zeros(n)
+    log_slopes = []
 
     def product(layer: int, first: int, end: int) -> Tensor:
         inputs = read[layer - 1]
@@ -242,8 +242,8 @@ def masked_inverse(
         params = product(last + 1, k * each, (k + 1) * each)
         x, log_slope = transformer.inverse(z_in_order[:, k], params)
         read[0] = extended(read[0], x.unsqueeze(1))
-        log_det = log_det + log_slope
-    return read[0].index_select(1, order.argsort()).contiguous(), log_det
+        log_slopes.append(log_slope)
+    return read[0].index_select(1, order.argsort()).contiguous(), torch.stack(log_slopes, 1).sum(1)
 
 
 def masked_solve(
