@@ -465,27 +465,27 @@ OPS = {
     "spline without a batch": (spline(x_(4)), r"x: got shape \[4\], expected a batch \[N, C, ...\]"),
     "spline's parameters": (
         spline(params=x_(2, 31)),
-        r"params: got shape \[2, 31\], expected \[2, 8 T\] \(x is \[2, 4\]; 8 parameters of each of T channels, 3 bins",
+        r"params: got shape \[2, 31\], expected \[2 or 1, 8 T\] \(x is \[2, 4\]; 8 parameters of each of T channels, 3 bins",
     ),
     "spline's parameters of another batch": (
-        spline(params=x_(1, 32)),
-        r"params: got shape \[1, 32\], expected \[2, 8 T\]",
+        spline(params=x_(3, 32)),
+        r"params: got shape \[3, 32\], expected \[2 or 1, 8 T\]",
     ),
     "spline's parameters of pixels": (
         spline(x_(2, 4, 3, 3), x_(2, 32, 3)),
-        r"params: got shape \[2, 32, 3\], expected \[2, 8 T, 3, 3\]",
+        r"params: got shape \[2, 32, 3\], expected \[2 or 1, 8 T, 3, 3\]",
     ),
     "spline's parameters of some channels": (
         spline(params=x_(2, 30), order=torch.arange(4)),
-        r"params: got shape \[2, 30\], expected \[2, 8 T\] \(.* of each of T channels, 3 bins, linear tails\)",
+        r"params: got shape \[2, 30\], expected \[2 or 1, 8 T\] \(.* of each of T channels, 3 bins, linear tails\)",
     ),
     "spline's parameters of no channel": (
         spline(params=x_(2, 0), order=torch.arange(4)),
-        r"params: got shape \[2, 0\], expected \[2, 8 T\]",
+        r"params: got shape \[2, 0\], expected \[2 or 1, 8 T\]",
     ),
     "spline's parameters of more channels": (
         spline(params=x_(2, 40), order=torch.arange(4)),
-        r"params: got shape \[2, 40\], expected \[2, 8 T\]",
+        r"params: got shape \[2, 40\], expected \[2 or 1, 8 T\]",
     ),
     "spline's dtypes": (
         spline(params=x_(2, 32, dtype=F64)),
