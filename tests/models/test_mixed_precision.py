@@ -8,13 +8,15 @@ import torch
 from fastflow.models import Glow
 from tests.support.cases import randomize
 
+# noise of the parameters; random splines are steep, and their gradients then change by more than the networks' rounding
+NOISE = {"affine": 0.05, "mixture": 0.05, "spline": 0.01}
 
-@pytest.fixture(params=["affine", "mixture"])
+
+@pytest.fixture(params=NOISE)
 def glow(request):
-    # not splines: their gradients change by more than the rounding of the networks (docs/models.md)
     model = Glow((3, 8, 8), levels=2, steps=2, hidden=4, coupling=request.param)
     model.initialize(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), seed=0)
-    return randomize(model, std=0.05)
+    return randomize(model, std=NOISE[request.param])
 
 
 X = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
