@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.deprecation import renamed_arguments, renamed_property
-from fastflow.nn.flow import Flow
-from fastflow.nn.mask import Checkerboard, Halves, OwnChannels, Parts, Positions, own_mask
+from fastflow.nn.mask import OwnChannels, Positions
+from fastflow.nn.masked_coupling import MaskedCoupling
 from fastflow.ops import checkerboard_transformed
 from fastflow.ops.affine_coupling import (
     AFFINE_ORDERS,
@@ -25,7 +25,7 @@ from fastflow.state_from_data import state_from_data
 _RENAMED = {"flip": "swap_halves", "order": "affine_order", "h_order": "params_layout"}
 
 
-class AffineCoupling(Flow):
+class AffineCoupling(MaskedCoupling):
     r"""Affine coupling, :math:`y_a = x_a,\; y_b = s(h) x_b + t(h),\; h = \mathrm{net}(x_a)`.
 
     Source: RealNVP, arXiv:1605.08803, eq. 7-8.
@@ -68,19 +68,13 @@ class AffineCoupling(Flow):
         params_layout: str = "shift_scale",
         num_scale_factors: int = 1,
     ) -> None:
-        super().__init__()
-        if not callable(net):
-            raise validation.argument_error("net", repr(net), "a module")
-        own = own_mask(mask, swap_halves, split)
+        super().__init__(net, mask, swap_halves, split)
         validation.one_of("scale", scale, SCALES)
         validation.one_of("affine_order", affine_order, AFFINE_ORDERS)
         validation.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
         # None is the default of the former name, num_features
         validation.positive_int("num_scale_factors", num_scale_factors, optional=True)
-        self.net = net
-        self.own_mask, self.mask = own, "own" if own is not None else mask
-        self.swap_halves, self.split, self.scale = swap_halves, split, scale
-        self.affine_order, self.params_layout = affine_order, params_layout
+        self.scale, self.affine_order, self.params_layout = scale, affine_order, params_layout
         # the logarithm is the parameter, so that the factor is positive
         factors = torch.zeros(num_scale_factors or 1)
         self.log_factor = nn.Parameter(factors) if scale in WITH_FACTOR else None
@@ -88,13 +82,6 @@ class AffineCoupling(Flow):
     flip = renamed_property("flip", "swap_halves")
     order = renamed_property("order", "affine_order")
     h_order = renamed_property("h_order", "params_layout")
-
-    def _parts(self, x: Tensor) -> Parts:
-        if self.own_mask is not None:
-            return self.own_mask
-        if self.mask == "checkerboard":
-            return Checkerboard(x, self.swap_halves)
-        return Halves(self.split, self.swap_halves)
 
     def network_input(self, x: Tensor) -> Tensor:
         """Input of the network: the part of x that the coupling does not change."""
@@ -111,11 +98,6 @@ class AffineCoupling(Flow):
         if factor.shape[0] > 1:
             return factor
         return factor.expand(x.shape[1] if self.mask == "checkerboard" else self._parts(x).channels(x))
-
-    def _network(self, x: Tensor, context: Tensor | None, shared_args: Sequence[Tensor]) -> Tensor:
-        # by keyword: hooks on the network see x and the context only
-        further = {"shared_args": shared_args} if shared_args else {}
-        return self.net(x, **further) if context is None else self.net(x, context, **further)
 
     def _factor(self, x: Tensor, shared: Tensor | None) -> Tensor | None:
         return self.factor(x) if shared is None else shared
@@ -221,8 +203,7 @@ class AffineCoupling(Flow):
         return x, dx, gradients
 
     def extra_repr(self) -> str:
-        split = "" if self.split is None else f"split={self.split}, "
-        return f"mask={self.mask!r}, {split}swap_halves={self.swap_halves}, scale={self.scale!r}"
+        return f"{super().extra_repr()}, scale={self.scale!r}"
 
 
 def _after_zeros(x: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import validation
-from fastflow.nn.flow import Flow
-from fastflow.nn.mask import Checkerboard, Halves, Parts, own_mask
+from fastflow.nn.mask import Parts
+from fastflow.nn.masked_coupling import MaskedCoupling
 from fastflow.reversible import Gradients, vjp
 from fastflow.state_from_data import state_from_data
 
 
-class Coupling(Flow):
+class Coupling(MaskedCoupling):
     r"""Coupling with a function g, :math:`y_a = x_a,\; y_b = g(x_b; h),\; h = \mathrm{net}(x_a)`.
 
     Source: NICE, arXiv:1410.8516, section 3.2. :class:`AffineCoupling` and :class:`AdditiveCoupling` are the fused
@@ -55,39 +55,29 @@ class Coupling(Flow):
         swap_halves: bool = False,
         split: float | None = None,
     ) -> None:
-        super().__init__()
-        if not callable(net):
-            raise validation.argument_error("net", repr(net), "a module")
+        super().__init__(net, mask, swap_halves, split)
         if not callable(transformer) or not callable(getattr(transformer, "inverse", None)):
             expected = "a function of (x, h) with a method inverse(y, h)"
             raise validation.argument_error("transformer", repr(transformer), expected)
-        own = own_mask(mask, swap_halves, split)
-        self.net, self.transformer = net, transformer
-        self.own_mask, self.mask = own, "own" if own is not None else mask
-        self.swap_halves, self.split = swap_halves, split
+        self.transformer = transformer
 
     def _parts(self, x: Tensor) -> Parts:
         validation.floating_point("x", x)
-        if self.own_mask is not None:
-            return self.own_mask
-        if self.mask == "checkerboard":
-            return Checkerboard(x, self.swap_halves)
-        return Halves(self.split, self.swap_halves)
+        return super()._parts(x)
 
-    def _network(self, parts: Parts, x: Tensor, context: Tensor | None) -> Tensor:
-        x_a = parts.network_input(x)
-        return parts.parameters(self.net(x_a) if context is None else self.net(x_a, context), x)
+    def _parameters_of(self, parts: Parts, x: Tensor, context: Tensor | None) -> Tensor:
+        return parts.parameters(self._network(parts.network_input(x), context), x)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = self._parts(x)
-        h = self._network(parts, x, context)
+        h = self._parameters_of(parts, x, context)
         y_b, log_det = _called(self.transformer, parts.taken(x), h)
         return parts.merged(x, y_b), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = self._parts(z)
         with state_from_data(False):
-            h = self._network(parts, z, context)
+            h = self._parameters_of(parts, z, context)
             x_b, log_det = _called(self.transformer.inverse, parts.taken(z), h)
         return parts.merged(z, x_b), log_det
 
@@ -97,7 +87,7 @@ class Coupling(Flow):
         parts = self._parts(z)
         with torch.enable_grad():
             kept = z.detach().requires_grad_()
-            h = self._network(parts, kept, context)
+            h = self._parameters_of(parts, kept, context)
         with torch.no_grad(), state_from_data(False):
             x_b, _ = _called(self.transformer.inverse, parts.taken(z), h.detach())
         with torch.enable_grad():
@@ -109,9 +99,8 @@ class Coupling(Flow):
         return parts.merged(z, x_b.detach()), dx if dkept is None else dx + dkept, gradients
 
     def extra_repr(self) -> str:
-        split = "" if self.split is None else f", split={self.split}"
         function = "" if isinstance(self.transformer, nn.Module) else f"{type(self.transformer).__name__}, "
-        return f"{function}mask={self.mask!r}{split}, swap_halves={self.swap_halves}"
+        return function + super().extra_repr()
 
 
 def _called(function: Callable, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,30 +4,21 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflow import validation
-from fastflow.nn.flow import Flow
-from fastflow.nn.mask import Channels, Checkerboard, Halves, OwnChannels, Parts, own_mask
+from fastflow.nn.mask import Channels, Halves, OwnChannels, Parts
+from fastflow.nn.masked_coupling import MaskedCoupling
 from fastflow.reversible import Gradients, vjp
 from fastflow.state_from_data import state_from_data
 
 
-class ElementwiseCoupling(Flow):
+class ElementwiseCoupling(MaskedCoupling):
     """Coupling of which an op transforms each element by parameters of its own, ``[N, T P, ...]``.
 
     A subclass has the number P of parameters per element, :attr:`each`, and calls the op. Masks of channels are the
     op's. Masks of positions copy the transformed part first.
     """
-
-    def __init__(self, net: nn.Module, mask: str | Tensor, swap_halves: bool, split: float | None) -> None:
-        super().__init__()
-        if not callable(net):
-            raise validation.argument_error("net", repr(net), "a module")
-        own = own_mask(mask, swap_halves, split)
-        self.net = net
-        self.own_mask, self.mask = own, "own" if own is not None else mask
-        self.swap_halves, self.split = swap_halves, split
 
     @property
     @abstractmethod
@@ -50,19 +41,7 @@ class ElementwiseCoupling(Flow):
 
     def _parts(self, x: Tensor) -> Parts:
         validation.floating_point("x", x)
-        if self.own_mask is not None:
-            return self.own_mask
-        if self.mask == "checkerboard":
-            return Checkerboard(x, self.swap_halves)
-        return Halves(self.split, self.swap_halves)
-
-    def _network(
-        self, parts: Parts, x: Tensor, context: Tensor | None, shared_args: Sequence[Tensor]
-    ) -> Tensor:
-        x_a = parts.network_input(x)
-        # by keyword: hooks on the network see x and the context only
-        further = {"shared_args": shared_args} if shared_args else {}
-        return self.net(x_a, **further) if context is None else self.net(x_a, context, **further)
+        return super()._parts(x)
 
     def _operands(self, parts: Parts, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, dict]:
         """x, parameters and channels of the op: all of x for a mask of channels, else its transformed part."""
@@ -83,7 +62,9 @@ class ElementwiseCoupling(Flow):
     ) -> tuple[Tensor, Tensor]:
         """``(y, log_det)``; ``network_args`` are further arguments of the network if these are computed already."""
         parts = self._parts(x)
-        v, params, channels = self._operands(parts, x, self._network(parts, x, context, network_args))
+        v, params, channels = self._operands(
+            parts, x, self._network(parts.network_input(x), context, network_args)
+        )
         y, log_det = self._transform(v, params, channels)
         return y if isinstance(parts, Channels) else parts.merged(x, y), log_det
 
@@ -92,7 +73,7 @@ class ElementwiseCoupling(Flow):
     ) -> tuple[Tensor, Tensor]:
         parts = self._parts(z)
         with state_from_data(False):
-            operands = self._operands(parts, z, self._network(parts, z, context, network_args))
+            operands = self._operands(parts, z, self._network(parts.network_input(z), context, network_args))
         x, log_det = self._transform(*operands, inverse=True)
         return x if isinstance(parts, Channels) else parts.merged(z, x), log_det
 
@@ -109,7 +90,8 @@ class ElementwiseCoupling(Flow):
         fused = isinstance(parts, Channels)
         with torch.enable_grad():
             read = z.detach().requires_grad_()
-            y, params, channels = self._operands(parts, z, self._network(parts, read, context, network_args))
+            h = self._network(parts.network_input(read), context, network_args)
+            y, params, channels = self._operands(parts, z, h)
         dy = dz if fused else parts.taken(dz)
         x, dx, dparams = self._transform_inverse_backward(y, params.detach(), dy, dlog_det, channels)
         if not fused:
@@ -117,7 +99,3 @@ class ElementwiseCoupling(Flow):
         gradients = vjp((params,), (dparams,), [read, *wanted])
         dread = gradients.pop(read, None)
         return x, dx if dread is None else dx + dread, gradients
-
-    def extra_repr(self) -> str:
-        split = "" if self.split is None else f", split={self.split}"
-        return f"mask={self.mask!r}{split}, swap_halves={self.swap_halves}"
