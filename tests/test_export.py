@@ -113,6 +113,8 @@ class OtherLayers(nn.Module):
             fnn.Sequential(fnn.Exp(), fnn.Inverse(fnn.Softplus())),
             fnn.Sequential(fnn.Tanh(), fnn.Inverse(fnn.SoftClip(1.0))),
             fnn.Sequential(fnn.Sigmoid(), fnn.Logit()),
+            fnn.MaskedAutoregressive(fnn.MaskedNetwork(4, 2, (5, 4), residual=True, order="reverse")),
+            fnn.Inverse(fnn.MaskedAutoregressive(fnn.MaskedNetwork(4, 8, (5,)), "spline", bins=3)),
         ]
         self.flows = nn.ModuleList(flows)
 

@@ -130,6 +130,8 @@ class MaskedAutoregressive(Flow):
             return f"transformer is a {type(self.transformer).__name__}"
         if self.net.training and self.net.dropout:
             return "dropout is active"
+        if torch.onnx.is_in_onnx_export():  # its graph has no values, by which the op goes through the units
+            return "ONNX has no such operator"
         return "net has hooks" if any(map(has_hooks, self.net.modules())) else None
 
     def _drawn(self, z: Tensor) -> list[Tensor | None] | None:

