@@ -159,7 +159,7 @@ def test_the_formula(case):
 def test_the_plan_is_the_same_network(case):
     """Its matrices are sorted by degree, and masked by ``ends``."""
     torch.manual_seed(0)
-    net = network(case)
+    net = network(case, context_activation=case["residual"])
     x, context = torch.randn(6, net.features, dtype=F64), contexts(net, 6)
     with torch.no_grad():
         plan, (added, gates) = net.plan(), net.context_terms(context)
