@@ -1,15 +1,12 @@
 """Faster layers of normflows; those that it has from nflows are in ``spline_layers`` and ``masked_layers``."""
 
-import weakref
-
 import torch
 from torch import Tensor, nn
 
 from fastflow.integrations import masked_layers
 from fastflow.integrations.accelerate import Accelerated
-from fastflow.integrations.coupling_layers import is_plain
+from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops, value_of
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
-from fastflow.nn.networks.masked_network import _computed_once, _Kept
 from fastflow.ops import actnorm, affine_coupling, conv1x1, glow_network, lu_weight, positions
 from fastflow.ops.masked_inverse import Affine
 from fastflow.reversible import has_hooks
@@ -29,16 +26,6 @@ class RationalQuadraticAutoregressive(_Gated, masked_layers.RationalQuadraticAut
     """``MaskedPiecewiseRationalQuadraticAutoregressive``; with circular features the inverse takes D passes."""
 
 
-# not in the modules, whose attributes are those of the library
-_KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _value_of(module: nn.Module, buffer: Tensor, compute: object) -> object:
-    """A value that depends on a buffer only, computed anew when the buffer changes."""
-    kept = _KEPT.setdefault(module, _Kept()).kept([buffer])
-    return compute() if kept is None else _computed_once(kept, "value", compute)
-
-
 def _per_sample(z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
     """The library has one log-det for all samples."""
     return z, log_det.expand(z.shape[0])
@@ -48,12 +35,12 @@ class ActNorm(Accelerated):
     """``ActNorm``: one op, with a log-det for each sample; its flag is read once."""
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if not _is_ready(self, z):
+        if not pays_for_small_ops(z) or not _is_ready(self, z):
             return _per_sample(*super().forward(z))
         return actnorm(z, -self.s.flatten(), -self.t.flatten(), inverse=True)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if not _is_ready(self, z):
+        if not pays_for_small_ops(z) or not _is_ready(self, z):
             return _per_sample(*super().inverse(z))
         return actnorm(z, -self.s.flatten(), -self.t.flatten())
 
@@ -66,8 +53,15 @@ def _is_ready(layer: nn.Module, z: Tensor) -> bool:
         or not is_plain(z, layer.s)
     ):
         return False
-    done = layer.data_dep_init_done
-    return bool(_value_of(layer, done, lambda: bool(done > 0)))
+    return value_of(layer, "data_dep_init_done", _is_positive)
+
+
+def _is_positive(t: Tensor) -> bool:
+    return bool(t > 0)
+
+
+def _rows_of(permutation: Tensor) -> Tensor:
+    return permutation.argmax(1)
 
 
 class Invertible1x1Conv(Accelerated):
@@ -91,7 +85,7 @@ class Invertible1x1Conv(Accelerated):
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, its inverse, and log|det| of a position."""
-        rows = _value_of(self, self.P, lambda: self.P.argmax(1))
+        rows = value_of(self, "P", _rows_of)
         found = lu_weight(rows[None], self.L[None], self.U[None], self.log_S[None], self.sign_S[None])
         return tuple(f[0] for f in found)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastflow.integrations import normflows_layers
 from tests.support.cases import randomize
 from tests.support.libraries import assert_same, assert_trains_the_same, passes, randomized
 
@@ -180,7 +181,9 @@ def initialized(layer, std=0.2):
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 1, 1), (3, 1, 1)])
-def test_actnorm(shape):
+@pytest.mark.parametrize("by_op", [False, True])
+def test_actnorm(shape, by_op, monkeypatch):
+    monkeypatch.setattr(normflows_layers, "pays_for_small_ops", lambda z: by_op)
     x = 1 + 2 * torch.randn(6, shape[0], *([5, 4] if len(shape) == 3 else []))
     report = assert_same(ff, initialized(flows.ActNorm(shape)), IMAGES, x)
     assert report.replaced == {"": "ActNorm"}
