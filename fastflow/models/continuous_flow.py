@@ -11,7 +11,7 @@ from fastflow import validation
 from fastflow.models.image_flow import prior_of
 from fastflow.models.model import Model
 from fastflow.models.options import ModelConfig, takes_fields_of
-from fastflow.nn import ConcatSquash, Continuous, GaussianPrior, IdentityDequantize, Prior, Sequential
+from fastflow.nn import ConcatSquash, GaussianPrior, IdentityDequantize, NeuralODE, Prior, Sequential
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class ContinuousFlow(Model):
     Args:
         features: number of dimensions D.
         context_features: number of features of the context, an input of the field; None: no context.
-        blocks: number of :class:`~fastflow.nn.Continuous` layers, one after the other.
+        blocks: number of :class:`~fastflow.nn.NeuralODE` layers, one after the other.
         hidden: number of units of each hidden layer.
         layers: number of hidden layers.
-        time, trace, noise, adjoint, method, atol, rtol, step_size: see :class:`~fastflow.nn.Continuous`.
+        time, trace, noise, adjoint, method, atol, rtol, step_size: see :class:`~fastflow.nn.NeuralODE`.
         prior: ``"gaussian"``, or a :class:`~fastflow.nn.Prior` or a continuous distribution of torch.distributions of
             shape ``[D]``.
         standardize: standardize samples before the first block, see :meth:`Model.standardize_by`. ``fastflow.fit``
@@ -73,7 +73,7 @@ class ContinuousFlow(Model):
         }
         hidden = (config.hidden,) * config.layers
         blocks = [
-            Continuous(ConcatSquash(config.features, hidden, config.context_features), **options)
+            NeuralODE(ConcatSquash(config.features, hidden, config.context_features), **options)
             for _ in range(config.blocks)
         ]
         if isinstance(config.prior, (Prior, Distribution)):

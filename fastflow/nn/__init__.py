@@ -6,7 +6,6 @@ from fastflow.nn.adapters import FromEncoderDecoder, FromReverse, WithReverse
 from fastflow.nn.affine import Affine
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.batch_norm import BatchNorm
-from fastflow.nn.continuous import Continuous
 from fastflow.nn.conv1x1 import InvertibleConv1x1
 from fastflow.nn.coupling import Coupling
 from fastflow.nn.dequantize import Dequantize, IdentityDequantize, LogitDequantize
@@ -38,6 +37,7 @@ from fastflow.nn.networks.masked_network import MaskedNetwork
 from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.networks.residual_mlp import ResidualMLP
 from fastflow.nn.networks.residual_network import ResidualNetwork
+from fastflow.nn.neural_ode import NeuralODE
 from fastflow.nn.permute import Permute
 from fastflow.nn.piecewise import PiecewiseLinear, PiecewiseQuadratic
 from fastflow.nn.priors.distribution import DistributionPrior
@@ -63,7 +63,7 @@ __all__ = [
     "BatchNorm",
     "CircularShift",
     "ConcatSquash",
-    "Continuous",
+    "NeuralODE",
     "Coupling",
     "Dequantize",
     "DistributionPrior",

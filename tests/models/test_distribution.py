@@ -14,6 +14,12 @@ from tests.support.cases import randomize
 F64 = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def validated(monkeypatch):
+    """Distributions validate by default; importing zuko turns that off for all of torch.distributions."""
+    monkeypatch.setattr(td.Distribution, "_validate_args", True)
+
+
 def model_of(context_features=3):
     model = VectorGlow(4, steps=2, hidden=5, context_features=context_features)
     return randomize(model, std=0.3).double().eval()

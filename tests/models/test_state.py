@@ -371,7 +371,7 @@ CONSTRUCTORS = {
     fnn.BatchNorm: {"num_features": 4},
     fnn.CircularShift: {},
     fnn.ConcatSquash: {"features": 4},
-    fnn.Continuous: {"net": fnn.ConcatSquash(4, (4,))},
+    fnn.NeuralODE: {"net": fnn.ConcatSquash(4, (4,))},
     fnn.Coupling: {"net": conv(2, 4), "transformer": fnn.ActNorm(4)},
     fnn.Dequantize: {},
     fnn.DistributionPrior: {"distribution": torch.distributions.Laplace(torch.zeros(4), torch.ones(4))},

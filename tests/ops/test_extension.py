@@ -373,8 +373,8 @@ CPU_ERRORS = {
     "spline_inverse_backward": [
         ((EVEN, OF_EACH, None, 0, X, COUNT, *TWO_BINS), "dy: got shape [2, 3, 4, 4], expected [2, 4, 4, 4]"),
         (
-            (EVEN, OF_EACH[:1], None, 0, EVEN, COUNT, *TWO_BINS),
-            "params: got shape [1, 20, 4, 4], expected [2, 20, 4, 4]",
+            (EVEN, OF_EACH[:, :, 1:], None, 0, EVEN, COUNT, *TWO_BINS),
+            "params: got shape [2, 20, 3, 4], expected [2, 20, 4, 4]",
         ),
         ((EVEN, OF_EACH, None, 0, EVEN, COUNT, 65, *TWO_BINS[1:]), "bins: got 65, expected 1 to 64"),
     ],

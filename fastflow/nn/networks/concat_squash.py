@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow import validation
@@ -35,7 +36,7 @@ class ConcatSquash(nn.Module):
         features: int,
         hidden: Sequence[int] = (64, 64),
         context_features: int | None = None,
-        activation: Callable[[Tensor], Tensor] = torch.tanh,
+        activation: Callable[[Tensor], Tensor] = F.tanh,
     ) -> None:
         super().__init__()
         validation.positive_int("features", features)

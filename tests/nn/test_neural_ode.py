@@ -1,4 +1,4 @@
-"""Continuous flows: exact solutions of linear fields, gradients, unbiased estimates, penalties, errors."""
+"""NeuralODE flows: exact solutions of linear fields, gradients, unbiased estimates, penalties, errors."""
 
 import gc
 import math
@@ -35,14 +35,14 @@ class Linear(nn.Module):
 
 def smooth(features=3, context_features=None, **options):
     net = randomize(fnn.ConcatSquash(features, (8,), context_features, torch.tanh))
-    return fnn.Continuous(net, **EXACT | options).double()
+    return fnn.NeuralODE(net, **EXACT | options).double()
 
 
 @pytest.mark.parametrize("trace", ["auto", "exact"])
 @pytest.mark.parametrize("time", [0.5, 2.0])
 def test_a_linear_field_is_a_matrix_exponential(trace, time):
     net, x = Linear(3), torch.randn(6, 3, dtype=F64)
-    flow = fnn.Continuous(net, time=time, trace=trace, **EXACT)
+    flow = fnn.NeuralODE(net, time=time, trace=trace, **EXACT)
     z, log_det = flow(x)
     torch.testing.assert_close(z, x @ torch.linalg.matrix_exp(time * net.matrix).mT, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(log_det, (time * net.matrix.trace()).expand(6), rtol=1e-8, atol=1e-8)
@@ -68,7 +68,7 @@ def test_a_field_without_its_gradient_is_found():
         def forward(self, t, x, context=None):
             return super().forward(t, x.detach()) + 0 * x
 
-    flow, x = fnn.Continuous(Detached(2), adjoint=False, **EXACT), torch.randn(4, 2, dtype=F64)
+    flow, x = fnn.NeuralODE(Detached(2), adjoint=False, **EXACT), torch.randn(4, 2, dtype=F64)
     with pytest.raises(ValueError, match="inaccurate: log_det, gradient of x"):
         flow.check(x, tolerance=1e-7)
 
@@ -84,7 +84,7 @@ def test_images():
         def forward(self, t, x):
             return torch.tanh(self.net(x)) * t
 
-    flow, x = fnn.Continuous(Field(), trace="exact", **EXACT), torch.randn(3, 2, 3, 2, dtype=F64)
+    flow, x = fnn.NeuralODE(Field(), trace="exact", **EXACT), torch.randn(3, 2, 3, 2, dtype=F64)
     z, log_det = flow(x)
     assert z.shape == x.shape
     torch.testing.assert_close(log_det, jacobian_log_det(lambda v: flow(v)[0], x), rtol=1e-7, atol=1e-7)
@@ -94,7 +94,7 @@ def test_images():
 def test_fixed_steps(method):
     torch.manual_seed(0)
     flow, x = smooth(2, method=method, step_size=0.1, atol=1e-5, rtol=1e-5), torch.randn(5, 2, dtype=F64)
-    exact = fnn.Continuous(flow.net, **EXACT)(x)
+    exact = fnn.NeuralODE(flow.net, **EXACT)(x)
     errors = [(a - b).abs().max() for a, b in zip(flow(x), exact, strict=True)]
     assert max(errors) < {"rk4": 1e-5, "midpoint": 1e-2, "euler": 0.3}[method]
     assert flow.evaluations == 10 * {"rk4": 4, "midpoint": 2, "euler": 1}[method]
@@ -115,7 +115,7 @@ def test_hutchinson_is_unbiased(noise, adjoint):
     torch.manual_seed(0)
     net, n = Linear(3), 20_000
     options = {"method": "rk4", "step_size": 1.0, "adjoint": adjoint}
-    flow = fnn.Continuous(net, trace="hutchinson", noise=noise, **options)
+    flow = fnn.NeuralODE(net, trace="hutchinson", noise=noise, **options)
     _, log_det = flow(torch.randn(n, 3, dtype=F64))
     assert log_det.std() > 0.01
     assert abs(log_det.mean() - net.matrix.trace()) < 4 * log_det.std() / math.sqrt(n)
@@ -126,7 +126,7 @@ def test_hutchinson_is_unbiased(noise, adjoint):
 
 
 def test_noise_is_of_torchs_generator():
-    flow, x = fnn.Continuous(Linear(10), atol=1e-4, rtol=1e-4).eval(), torch.randn(4, 10, dtype=F64)
+    flow, x = fnn.NeuralODE(Linear(10), atol=1e-4, rtol=1e-4).eval(), torch.randn(4, 10, dtype=F64)
     found = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -136,7 +136,7 @@ def test_noise_is_of_torchs_generator():
 
 def test_penalties_of_a_linear_field():
     net, x = Linear(3), torch.randn(5, 3, dtype=F64)
-    flow = fnn.Continuous(net, **EXACT)
+    flow = fnn.NeuralODE(net, **EXACT)
     z, log_det, kinetic, jacobian = flow.with_penalties(x)
     torch.testing.assert_close((z, log_det), flow(x), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(jacobian, net.matrix.square().sum().expand(5), rtol=1e-7, atol=1e-7)
@@ -149,7 +149,7 @@ def test_penalties_of_a_linear_field():
 
 def test_the_path_of_a_linear_field():
     net, x = Linear(2), torch.randn(4, 2, dtype=F64)
-    flow, times = fnn.Continuous(net, time=2.0, **EXACT), [0.0, 0.5, 2.0]
+    flow, times = fnn.NeuralODE(net, time=2.0, **EXACT), [0.0, 0.5, 2.0]
     expected = torch.stack([x @ torch.linalg.matrix_exp(t * net.matrix).mT for t in times])
     torch.testing.assert_close(flow.path(x, times), expected, rtol=1e-8, atol=1e-8)
     back = flow.path(expected[-1], times[::-1])
@@ -189,7 +189,7 @@ def test_memory_of_the_adjoint_does_not_grow_with_the_steps(adjoint):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     torch.manual_seed(0)
-    flow, x = fnn.Continuous(fnn.ConcatSquash(2, (8,))), torch.randn(5, 2)
+    flow, x = fnn.NeuralODE(fnn.ConcatSquash(2, (8,))), torch.randn(5, 2)
     wanted = flow(x)
     z, log_det = flow.to(dtype)(x.to(dtype))
     assert z.dtype == dtype and log_det.dtype == torch.float32
@@ -197,7 +197,7 @@ def test_half_precision(dtype):
 
 
 def test_no_samples():
-    flow = fnn.Continuous(fnn.ConcatSquash(2, (4,)))
+    flow = fnn.NeuralODE(fnn.ConcatSquash(2, (4,)))
     z, log_det = flow(torch.zeros(0, 2))
     assert z.shape == (0, 2) and log_det.shape == (0,)
     (z.sum() + log_det.sum()).backward()
@@ -245,22 +245,22 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: fnn.Continuous(torch.tanh), "net: got <built-in method tanh"),
-        (lambda: fnn.Continuous(Linear(2), trace="some"), "trace: got 'some', expected one of 'auto'"),
-        (lambda: fnn.Continuous(Linear(2), method="rk5"), "method: got 'rk5', expected one of 'dopri5'"),
+        (lambda: fnn.NeuralODE(torch.tanh), "net: got <built-in method tanh"),
+        (lambda: fnn.NeuralODE(Linear(2), trace="some"), "trace: got 'some', expected one of 'auto'"),
+        (lambda: fnn.NeuralODE(Linear(2), method="rk5"), "method: got 'rk5', expected one of 'dopri5'"),
         (
-            lambda: fnn.Continuous(Linear(2), step_size=0.1),
+            lambda: fnn.NeuralODE(Linear(2), step_size=0.1),
             "step_size: got 0.1, expected None for the method 'dopri5'",
         ),
         (
-            lambda: fnn.Continuous(Linear(2), method="rk4", step_size=2),
+            lambda: fnn.NeuralODE(Linear(2), method="rk4", step_size=2),
             "step_size: got 2, expected a positive number up to the time 1",
         ),
         (
             lambda: _wrong_shape(),
             "output of net: got shape [2, 1], expected [2, 3]",
         ),
-        (lambda: fnn.Continuous(Linear(2))(torch.zeros(2, 2, dtype=torch.int64)), "x: got dtype torch.int64"),
+        (lambda: fnn.NeuralODE(Linear(2))(torch.zeros(2, 2, dtype=torch.int64)), "x: got dtype torch.int64"),
     ],
 )
 def test_wrong_arguments_are_named(make, message):
@@ -273,10 +273,10 @@ def _wrong_shape():
         def forward(self, t, x):
             return x[:, :1]
 
-    return fnn.Continuous(Field())(torch.zeros(2, 3))
+    return fnn.NeuralODE(Field())(torch.zeros(2, 3))
 
 
 def test_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match=re.escape("pip install fastflow[ode]")):
-        fnn.Continuous(Linear(2))
+        fnn.NeuralODE(Linear(2))

@@ -1,4 +1,4 @@
-"""Continuous flows: the solution of an ordinary differential equation."""
+"""NeuralODE flows: the solution of an ordinary differential equation."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 FIXED_STEP = ("euler", "midpoint", "rk4")
 
 
-class Continuous(Flow):
-    r"""Continuous flow: z is the solution at time T of :math:`dx/dt = f(t, x)` that starts at x.
+class NeuralODE(Flow):
+    r"""NeuralODE flow: z is the solution at time T of :math:`dx/dt = f(t, x)` that starts at x.
 
     Source: Neural ODEs, arXiv:1806.07366, section 4, and FFJORD, arXiv:1810.01367. The log-det is
     :math:`\int_0^T \operatorname{tr} \partial f / \partial x \, dt`, solved together with x. The inverse solves
@@ -52,7 +52,7 @@ class Continuous(Flow):
     Example:
         >>> import torch
         >>> from fastflow import nn as fnn
-        >>> flow = fnn.Continuous(fnn.ConcatSquash(2, hidden=(16,)))
+        >>> flow = fnn.NeuralODE(fnn.ConcatSquash(2, hidden=(16,)))
         >>> z, log_det = flow(torch.randn(8, 2))
     """
 
@@ -167,7 +167,7 @@ class Continuous(Flow):
 class _Field(nn.Module):
     """The right-hand side of x, its log-det and its penalties, for one solve."""
 
-    def __init__(self, flow: Continuous, x: Tensor, context: Tensor | None, penalties: bool) -> None:
+    def __init__(self, flow: NeuralODE, x: Tensor, context: Tensor | None, penalties: bool) -> None:
         super().__init__()
         self.net, self.context, self.penalties, self.evaluations = flow.net, context, penalties, 0
         self.dtype, dimensions = x.dtype, x[0].numel()
