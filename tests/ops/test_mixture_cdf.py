@@ -153,7 +153,7 @@ def test_bounds(dtype):
     torch.testing.assert_close((y[:, 0], log_det), (slope.exp(), slope))
 
 
-def test_gradients_at_the_bounds():
+def test_bounds_in_gradients():
     """Those of a decrease as tanh's derivative; those of a log-scale outside its bounds are 0."""
     x, params = inputs(2, (6, 1))
     params[:, 0] = torch.tensor([0.0, 2.0, -4.0, 10.0, -20.0, 1e4])
