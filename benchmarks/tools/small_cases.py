@@ -55,6 +55,7 @@ def layers(c: int) -> list[nn.Flow]:
         nn.Affine(c),
         nn.Standardize(c),
         *(nn.TriangularLinear(c), nn.QRLinear(c, 2)),
+        *(nn.PeriodicConv(c), nn.EmergingConv(c)),
         *(nn.OrthogonalLinear(c), nn.OrthogonalLinear(c, "cayley"), nn.OrthogonalLinear(c, "exponential")),
         nn.Inverse(nn.AffineCoupling(net)),
         nn.LeakyReLU(0.5),
@@ -72,6 +73,7 @@ def vector_layers(c: int) -> list[nn.Flow]:
     residual = nn.MaskedNetwork(c, each, (9, 7), residual=True, order="reverse")
     return [
         nn.LULinear(c, identity_init=False),
+        *(nn.Planar(c), nn.Planar(c, "leaky_relu"), nn.Radial(c), nn.Sylvester(c)),
         nn.MaskedAutoregressive(nn.MaskedNetwork(c, 2, (11, 6))),
         nn.MaskedAutoregressive(residual, "spline"),
     ]

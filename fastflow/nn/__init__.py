@@ -21,6 +21,7 @@ from fastflow.nn.elementwise import (
     Tanh,
 )
 from fastflow.nn.elementwise_spline import ElementwiseSpline
+from fastflow.nn.emerging_conv import EmergingConv
 from fastflow.nn.flatten import Flatten
 from fastflow.nn.flow import Flow, FlowReport
 from fastflow.nn.glow_level import GlowLevel, GlowStep
@@ -38,20 +39,24 @@ from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.networks.residual_mlp import ResidualMLP
 from fastflow.nn.networks.residual_network import ResidualNetwork
 from fastflow.nn.neural_ode import NeuralODE
+from fastflow.nn.periodic_conv import PeriodicConv
 from fastflow.nn.permute import Permute
 from fastflow.nn.piecewise import PiecewiseLinear, PiecewiseQuadratic
+from fastflow.nn.planar import Planar
 from fastflow.nn.priors.distribution import DistributionPrior
 from fastflow.nn.priors.gaussian import GaussianPrior
 from fastflow.nn.priors.logistic import LogisticPrior
 from fastflow.nn.priors.mixture import GaussianMixturePrior
 from fastflow.nn.priors.prior import Prior
 from fastflow.nn.priors.uniform import UniformPrior
+from fastflow.nn.radial import Radial
 from fastflow.nn.scale import Scale
 from fastflow.nn.sequential import Sequential
 from fastflow.nn.spline_coupling import SplineCoupling
 from fastflow.nn.split import Split
 from fastflow.nn.squeeze import Squeeze
 from fastflow.nn.standardize import Standardize
+from fastflow.nn.sylvester import Sylvester
 from fastflow.nn.transform import FlowTransform
 from fastflow.nn.variational_dequantize import VariationalDequantize
 
@@ -68,6 +73,7 @@ __all__ = [
     "Dequantize",
     "DistributionPrior",
     "ElementwiseSpline",
+    "EmergingConv",
     "EncoderDecoder",
     "Exp",
     "Flatten",
@@ -96,11 +102,14 @@ __all__ = [
     "MaskedNetwork",
     "MixtureCDFCoupling",
     "OrthogonalLinear",
+    "PeriodicConv",
     "Permute",
     "PiecewiseLinear",
     "PiecewiseQuadratic",
+    "Planar",
     "Prior",
     "QRLinear",
+    "Radial",
     "ResidualMLP",
     "ResidualNetwork",
     "Scale",
@@ -112,6 +121,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "Standardize",
+    "Sylvester",
     "Tanh",
     "TriangularLinear",
     "UniformPrior",

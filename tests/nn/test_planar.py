@@ -1,0 +1,231 @@
+"""Planar, radial and Sylvester flows: formulas, normflows' layers, inverses of extreme parameters, and errors; FLOWS has the rest."""
+
+import re
+
+import pytest
+import torch
+
+from fastflow import nn as fnn
+from fastflow.nn.root import root
+from tests.support.cases import randomize
+
+F64 = torch.float64
+LAYERS = {
+    "planar": lambda d: fnn.Planar(d),
+    "planar, leaky ReLU": lambda d: fnn.Planar(d, "leaky_relu"),
+    "radial": lambda d: fnn.Radial(d),
+    "Sylvester": lambda d: fnn.Sylvester(d),
+    "Sylvester, one hidden unit": lambda d: fnn.Sylvester(d, 1, reflections=2),
+    "Sylvester, cayley": lambda d: fnn.Sylvester(d, kind="cayley"),
+}
+every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+
+
+def vectors(n, d, std=1.0, seed=0):
+    return std * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "leaky_relu"])
+def test_planar_of_normflows(activation):
+    flows = pytest.importorskip("normflows.flows")
+    torch.manual_seed(0)
+    for features in (1, 2, 7):
+        other = flows.Planar((features,), act=activation).double()
+        randomize(other, std=1.0)
+        layer = fnn.Planar(features, activation).double()
+        layer.load_state_dict({"u": other.u[0], "w": other.w[0], "b": other.b[0]})
+        z = vectors(50, features)
+        if activation == "tanh":
+            torch.testing.assert_close(layer(z), other(z), rtol=0, atol=1e-10)
+            continue
+        # normflows computes the slopes of a leaky ReLU in float32: log-dets and the inverse have its rounding
+        found, expected = (layer(z), layer.inverse(z)), (other(z), other.inverse(z))
+        torch.testing.assert_close(found[0][0], expected[0][0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+def test_radial_of_normflows():
+    flows = pytest.importorskip("normflows.flows")
+    torch.manual_seed(0)
+    for features in (1, 2, 7):
+        other = randomize(flows.Radial((features,)).double(), std=1.0)
+        layer = fnn.Radial(features).double()
+        log_alpha, beta = other.alpha[0].abs().log(), other.beta[0]
+        layer.load_state_dict({"log_alpha": log_alpha, "beta": beta, "center": other.z_0[0]})
+        z = vectors(50, features)
+        torch.testing.assert_close(layer(z), other(z), rtol=0, atol=1e-10)
+
+
+def test_log_densities_of_normflows_with_equal_weights():
+    """Of data, by the inverses of planar and radial layers, which normflows lacks: its samples with their log-density."""
+    normflows = pytest.importorskip("normflows")
+    torch.manual_seed(0)
+    others = [normflows.flows.Planar((3,)), normflows.flows.Radial((3,)), normflows.flows.Planar((3,))]
+    other = randomize(normflows.NormalizingFlow(normflows.distributions.DiagGaussian(3), others), std=0.7)
+    other = other.double()
+    layers = []
+    for flow in others:
+        if isinstance(flow, normflows.flows.Planar):
+            layers.append(fnn.Planar(3).double())
+            layers[-1].load_state_dict({"u": flow.u[0], "w": flow.w[0], "b": flow.b[0]})
+        else:
+            layers.append(fnn.Radial(3).double())
+            named = {"log_alpha": flow.alpha[0].abs().log(), "beta": flow.beta[0], "center": flow.z_0[0]}
+            layers[-1].load_state_dict(named)
+    flow = fnn.Sequential(*(fnn.Inverse(layer) for layer in reversed(layers)))
+    x, log_density = other.sample(200)
+    z, log_det = flow(x.detach())
+    torch.testing.assert_close(other.q0.log_prob(z) + log_det, log_density, rtol=0, atol=1e-8)
+
+
+def test_sylvester_of_one_unit_is_planar():
+    layer = randomize(fnn.Sylvester(5, 1), std=0.3).double()
+    planar = fnn.Planar(5).double()
+    q = fnn.OrthogonalLinear(5).double()
+    q.load_state_dict({"vectors": layer.vectors, "bias": torch.zeros(5)})
+    column = q.weight()[:, 0]
+    outer, inner = layer.factors[0, 0].tanh(), layer.hidden_factors[0, 0].tanh()
+    x = vectors(20, 5)
+    expected = x + torch.outer(torch.tanh(inner * (x @ column) + layer.bias), outer * column)
+    torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=1e-13)
+    # the planar layer whose constrained u is outer * column
+    w, total = inner * column, (outer * inner).detach()
+    raw = torch.log(torch.expm1(1 + total))
+    u = outer * column - (total - raw) * w / (w @ w)
+    planar.load_state_dict({"u": u, "w": w, "b": layer.bias[0]})
+    torch.testing.assert_close(planar(x), layer(x), rtol=0, atol=1e-11)
+
+
+def test_the_formula_of_sylvester():
+    layer = randomize(fnn.Sylvester(5, 3), std=0.4).double()
+    orthogonal = fnn.OrthogonalLinear(5).double()
+    orthogonal.load_state_dict({"vectors": layer.vectors, "bias": torch.zeros(5)})
+    q = orthogonal.weight()[:, :3]
+    outer, inner = (
+        f.triu(1) + torch.diag(f.diagonal().tanh()) for f in (layer.factors, layer.hidden_factors)
+    )
+    x = vectors(20, 5)
+    t = (inner @ q.mT @ x.mT).mT + layer.bias
+    y, log_det = layer(x)
+    torch.testing.assert_close(y, x + (q @ outer @ t.tanh().mT).mT, rtol=0, atol=1e-13)
+    slopes = (1 - t.tanh() ** 2) * (outer.diagonal() * inner.diagonal())
+    torch.testing.assert_close(log_det, (1 + slopes).log().sum(1), rtol=0, atol=1e-12)
+
+
+@every_layer
+@pytest.mark.parametrize("std", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("features", [1, 2, 6])
+def test_inverses_of_strong_layers(make, std, features):
+    """From points near and far; also where the constraint is nearly active."""
+    torch.manual_seed(1)
+    for _ in range(5):
+        layer = make(features)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.normal_(std=std)
+        layer = layer.double()
+        for scale in (0.1, 3.0, 100.0):
+            x = vectors(40, features, scale)
+            y, log_det = layer(x)
+            back, log_det_back = layer.inverse(y)
+            # y is rounded, and the inverse multiplies its error by up to 1 over the least singular value
+            jacobian = torch.autograd.functional.jacobian(lambda v, f=layer: f(v)[0].sum(0), x).transpose(
+                0, 1
+            )
+            least = torch.linalg.svdvals(jacobian).amin(1)
+            mild = least > 1e-8  # otherwise y does not determine x in float64
+            bound = 1e-15 * (1 + x.norm(dim=1) + y.norm(dim=1)) * features / least + 1e-10
+            assert ((back - x).norm(dim=1) <= bound)[mild].all()
+            torch.testing.assert_close(layer(back)[0][mild], y[mild], rtol=1e-12, atol=1e-12)
+            assert log_det.isfinite().all() and log_det_back.isfinite().all()
+
+
+def test_log_dets_of_saturated_parameters_are_finite():
+    """1 + w u, 1 + R R-tilde and (r + s) / (alpha + r) are computed without a difference."""
+    planar, sylvester, radial = fnn.Planar(2), fnn.Sylvester(2), fnn.Radial(2)
+    with torch.no_grad():
+        planar.u.copy_(torch.tensor([-30.0, 0])), planar.w.copy_(torch.tensor([1.0, 0]))
+        sylvester.factors.copy_(20 * torch.eye(2)), sylvester.hidden_factors.copy_(-20 * torch.eye(2))
+        radial.beta.fill_(-40.0)
+        radial.center.zero_()
+    x = torch.tensor([[1e-4, 1.0]])
+    found = planar(x)[1]  # 1 + h' w u is tanh^2 plus e^-30
+    torch.testing.assert_close(
+        found, torch.tensor([2 * 1e-4]).tanh().div(2).square().log(), rtol=1e-4, atol=0
+    )
+    assert sylvester(torch.zeros(1, 2))[1].isfinite().all()
+    y, log_det = radial(x)
+    assert log_det.isfinite().all()
+    torch.testing.assert_close(radial.inverse(y)[0], x, rtol=1e-4, atol=1e-5)
+
+
+@every_layer
+def test_gradcheck(make):
+    layer, x = randomize(make(3), std=0.1).double(), vectors(2, 3).requires_grad_()
+    for direction in (layer, layer.inverse):
+        assert torch.autograd.gradcheck(lambda x, *_, f=direction: f(x), (x, *layer.parameters()))
+        assert torch.autograd.gradgradcheck(lambda x, *_, f=direction: f(x), (x, *layer.parameters()))
+
+
+def test_the_root_of_a_steep_and_flat_function():
+    """Of t^3 + t / 1000, for which Newton's steps alone overshoot; with its derivative."""
+
+    def function(t, slope):
+        return t**3 + slope * t, 3 * t**2 + slope
+
+    target = torch.linspace(-8, 8, 31, dtype=F64)[:, None].expand(31, 2).clone().requires_grad_()
+    slope = torch.full_like(target, 1e-3).requires_grad_()
+    found = root(function, target, torch.full_like(target, -40), torch.full_like(target, 70), slope)
+    torch.testing.assert_close(function(found, slope)[0], target, rtol=0, atol=1e-13)
+    gradients = torch.autograd.grad(found.sum(), (target, slope))
+    steep = function(found, slope)[1]
+    torch.testing.assert_close(gradients, (1 / steep, -found / steep), rtol=1e-10, atol=1e-10)
+
+
+@every_layer
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision(make, half):
+    layer, x = randomize(make(4), std=0.1), torch.randn(16, 4)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(layer.inverse(expected[0])[0], x, rtol=1e-4, atol=1e-5)
+    layer = layer.to(half)
+    y, log_det = layer(x.to(half))
+    assert y.dtype == layer.inverse(y)[0].dtype == half and log_det.dtype == torch.float32
+    exact = layer.float()(x.to(half).float())
+    torch.testing.assert_close(y, exact[0].to(half), rtol=0, atol=0)
+    torch.testing.assert_close(log_det, exact[1], rtol=1e-5, atol=1e-5)
+
+
+@every_layer
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(5, 4), "got shape [5, 4], expected [N, 3]"),
+        (torch.zeros(5, 3, 2, 2), "got shape [5, 3, 2, 2], expected [N, 3]"),
+        (torch.zeros(5, 3, dtype=F64), "got dtype torch.float64, expected torch.float32"),
+        (torch.zeros(5, 3, dtype=torch.int64), "got dtype torch.int64"),
+    ],
+)
+def test_errors_of_x(make, x, message):
+    layer = make(3)
+    for direction in (layer, layer.inverse):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            direction(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fnn.Planar(0), "features: got 0, expected a positive integer"),
+        (lambda: fnn.Planar(2, "relu"), "activation: got 'relu', expected one of 'tanh', 'leaky_relu'"),
+        (lambda: fnn.Radial(2.5), "features: got 2.5, expected a positive integer"),
+        (lambda: fnn.Sylvester(2, 3), "hidden: got 3, expected 1 to 2, the number of features"),
+        (lambda: fnn.Sylvester(2, kind="qr"), "kind: got 'qr', expected one of 'householder', "),
+        (lambda: fnn.Sylvester(2, kind="cayley", reflections=1), "reflections: got 1, expected None with"),
+    ],
+)
+def test_errors_of_constructors(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
