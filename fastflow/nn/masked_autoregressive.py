@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastflow import ops, validation
 from fastflow.nn.flow import Flow
+from fastflow.nn.lu_linear import without_autocast
 from fastflow.nn.networks.context import checked_context
 from fastflow.nn.networks.masked_network import MaskedNetwork
 from fastflow.ops.masked_inverse import Affine, Spline
@@ -30,6 +31,9 @@ class MaskedAutoregressive(Flow):
     The inverse takes D passes instead, one per feature, with a network that is no :class:`MaskedNetwork`, with a
     transformer of one's own, with hooks on the network, and in training mode with dropout. ``repr`` names the
     number of passes.
+
+    A :class:`MaskedNetwork` computes in the dtype of its weights, also under autocast, so that the inverse undoes the
+    forward pass.
 
     Args:
         net: a :class:`MaskedNetwork`, or any module whose output ``[N, D P]`` has the P parameters of the first feature,
@@ -87,8 +91,13 @@ class MaskedAutoregressive(Flow):
         validation.same_shape(argument, x, (x.shape[0], features), "vectors of the layer's features")
 
     def _params(self, x: Tensor, context: Tensor | None, factors: Sequence[Tensor | None] | None) -> Tensor:
-        if factors is not None:
-            return self.net(x, context, factors)
+        if isinstance(self.net, MaskedNetwork):
+            weight = self.net.layers[0].weight
+            validation.same_device_and_precision("x", x, "the network's weights", weight)
+            with without_autocast(x.device):  # its rounding would not be that of the inverse
+                x, context = (None if v is None else v.to(weight.dtype) for v in (x, context))
+                further = () if factors is None else (factors,)
+                return self.net(x) if context is None and not further else self.net(x, context, *further)
         return self.net(x) if context is None else self.net(x, context)
 
     def _transformed(self, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -144,7 +153,9 @@ class MaskedAutoregressive(Flow):
         net, dtype = self.net, ops.acc_dtype(z.dtype)
         validation.same_device_and_precision("z", z, "the network's weights", net.layers[0].weight)
         context = checked_context(z, context, net.context_features)
-        plan, (added, gates) = net.plan(), net.context_terms(context)
+        with without_autocast(z.device):
+            context = None if context is None else context.to(net.layers[0].weight.dtype)
+            plan, (added, gates) = net.plan(), net.context_terms(context)
         x, log_det = ops.masked_inverse(
             z.to(dtype),
             plan.weights.to(dtype),

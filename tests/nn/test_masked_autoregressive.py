@@ -254,6 +254,23 @@ def test_half_precision(form, dtype):
     torch.testing.assert_close(back.float(), x, rtol=0.1, atol=0.15)
 
 
+@pytest.mark.parametrize("form", ["affine", "spline"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_round_products(form, dtype):
+    """Of values in bfloat16 too, as other layers return them."""
+    torch.manual_seed(0)
+    chain = fnn.Sequential(*(layer(4, form, context_features=2, activation="tanh").float() for _ in range(3)))
+    x, context = torch.randn(20, 4), torch.randn(20, 2).to(dtype)
+    expected = chain(x, context.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = chain(x, context)
+        back, _ = chain.inverse(found[0], context)
+        half, _ = chain[0](x.to(dtype), context)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+    assert half.dtype == dtype
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_dropout_is_the_same_in_both_directions(residual):
     """A reversible chain draws the zeros of forward again, and inverts the layer with them."""
