@@ -72,6 +72,13 @@ struct Cuda {
     return count;
   }
 
+  // Bytes of shared memory that a block may have.
+  static int64_t shared_limit() {
+    int most = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device()));
+    return most;
+  }
+
   // On the current stream of the current device.
   template <class Kernel>
   static void launch(const Kernel& kernel, int64_t blocks, int64_t shared_bytes) {

@@ -64,6 +64,10 @@ struct Emulated {
   static inline int64_t processors = 1;
   static int64_t multiprocessors() { return processors; }
 
+  // Bytes of shared memory that a block may have, those of an H200 by default; tests can change it.
+  static inline int64_t shared = 227 * 1024;
+  static int64_t shared_limit() { return shared; }
+
   // The order of threads and blocks: 0 ascending, 1 descending, any other number is the seed of a shuffle.
   static inline int64_t order = 0;
 

@@ -2,11 +2,33 @@
 // The network of masked_inverse and masked_solve, and checks of their arguments.
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "checks.h"
+#include "masked_inverse/elements.h"
 
 namespace fastflow {
+
+namespace cpu {
+
+inline Activation activation_of(const std::string& name) {
+  return name == "relu"   ? Activation::relu
+         : name == "tanh" ? Activation::tanh
+         : name == "silu" ? Activation::silu
+                          : Activation::elu;
+}
+
+inline AffineScale scale_of(const std::string& name) {
+  return name == "exp"          ? AffineScale::exp
+         : name == "sigmoid"    ? AffineScale::sigmoid
+         : name == "softplus"   ? AffineScale::softplus
+         : name == "soft_clamp" ? AffineScale::soft_clamp
+         : name == "tanh"       ? AffineScale::tanh
+                                : AffineScale::soft_clip;
+}
+
+}  // namespace cpu
 
 // Bits of a layer (fastflow/ops/masked_inverse/reference.py).
 constexpr int64_t BEFORE = 1, GATE = 2, AFTER = 4, SKIP = 8;

@@ -26,7 +26,6 @@
 #include "cpu/tensors.h"
 #include "cpu/transpose.h"
 #include "masked_inverse/arguments.h"
-#include "masked_inverse/elements.h"
 #include "spline/form.h"
 
 namespace fastflow::cpu {
@@ -290,22 +289,6 @@ class Inverse {
   std::vector<T*> units_, read_, factors_;  // of layers 0 to last: units, what the next layer reads, gates
   int64_t sample_ = 0, count_ = 0, columns_ = 0;
 };
-
-Activation activation_of(const std::string& name) {
-  return name == "relu"   ? Activation::relu
-         : name == "tanh" ? Activation::tanh
-         : name == "silu" ? Activation::silu
-                          : Activation::elu;
-}
-
-AffineScale scale_of(const std::string& name) {
-  return name == "exp"          ? AffineScale::exp
-         : name == "sigmoid"    ? AffineScale::sigmoid
-         : name == "softplus"   ? AffineScale::softplus
-         : name == "soft_clamp" ? AffineScale::soft_clamp
-         : name == "tanh"       ? AffineScale::tanh
-                                : AffineScale::soft_clip;
-}
 
 std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights, const Tensor& added,
                                           const std::optional<Tensor>& gates, const Tensor& ends,

@@ -10,6 +10,8 @@ import torch
 import fastflow
 from fastflow import ops
 from fastflow.ops import extension
+from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP, Affine, Spline
+from fastflow.ops.masked_inverse.reference import gated, masks_of, sizes_of
 from tests.support.cases import lay_out, name, pairwise
 from tests.support.matrices import lu_inputs, triangular_inputs
 
@@ -171,6 +173,133 @@ def test_lu_weight_has_no_race(k, c):
 def test_triangular_solve_has_no_race(k, n, m, upper, transpose):
     A, B = triangular_inputs(k, n, m, torch.float32)
     same_in_every_order(lambda: [ops.triangular_solve(A, B, upper=upper, transpose=transpose)])
+
+
+SHARED = 227 * 1024  # bytes of a block on an H200
+RESIDUAL = (0, BEFORE, BEFORE | GATE | SKIP, BEFORE)
+# features, widths, layers, activation, transformer: what fits in blocks of degrees, and what does not
+MASKED = {
+    "one block": (5, (16, 16), (AFTER, AFTER, 0), "relu", Affine()),
+    "several blocks": (40, (70, 90), (AFTER, AFTER, 0), "tanh", Affine("softplus", offset=1e-3)),
+    "residual": (33, (80, 80, 80), RESIDUAL, "silu", Affine("sigmoid", "shift_first", "shift_scale")),
+    "many parameters": (9, (60, 60, 60), RESIDUAL, "elu", Spline(20, tails="none")),
+    "degrees that exceed a block": (3, (150, 300), (AFTER, AFTER, 0), "relu", Spline(4, convention="zuko")),
+    "one degree that exceeds a block": (
+        1,
+        (400, 500, 400),
+        RESIDUAL,
+        "silu",
+        Affine("soft_clip", factor=3.0),
+    ),
+    "narrower than the features": (70, (11, 6), (AFTER, AFTER, 0), "relu", Spline(3, tails="circular")),
+    "sums in every layer": (7, (30,) * 5, (AFTER, AFTER, *[AFTER | SKIP] * 3, 0), "tanh", Affine()),
+    "no hidden layer": (37, (), (0,), "relu", Affine("tanh")),
+    "one feature": (1, (3,), (AFTER, 0), "relu", Spline(1, convention="nflows")),
+}
+
+
+def masked_inputs(name, samples, dtype=torch.float32, context=True):
+    """Calls of the inverse and of the solve of a masked network with random degrees."""
+    features, widths, layers, activation, transformer = MASKED[name]
+    each = transformer.parameters
+    sizes = sizes_of(features, list(widths), each)
+    degrees = {width: torch.randint(features, (width,)).sort().values for width in widths}
+    ends = torch.stack(
+        [(degrees[width][:, None] <= torch.arange(features)).sum(0) for width in widths]
+        or [torch.empty(features, dtype=torch.int64)]
+    )[: len(widths)]
+    masks = masks_of(ends, sizes, each)
+    weights = torch.cat(
+        [
+            torch.where(mask, torch.randn(mask.shape) / mask.shape[1] ** 0.5, torch.nan).flatten()
+            for mask in masks
+        ]
+    ).to(dtype)  # masked weights must not be read
+    network = {"weights": weights, "ends": ends, "widths": list(widths), "layers": list(layers)}
+    added = torch.randn((samples, sum(sizes[1:])) if context else (sum(sizes[1:]),), dtype=dtype) / 2
+    count = gated(list(layers), list(widths))
+    gates = torch.rand(samples, count, dtype=dtype) if count else None
+    options = {"order": torch.randperm(features), "activation": activation, "transformer": transformer}
+    z, units = torch.rand(samples, features, dtype=dtype), torch.rand(2, samples, sum(widths), dtype=dtype)
+    jac, dparams = torch.randn(2, samples, features, each, dtype=dtype)
+    rest = (dparams, *units) if context else ()
+
+    def run():
+        return (
+            *ops.masked_inverse(z, added=added, gates=gates, **network, **options),
+            ops.masked_solve(z, z + 1, jac, *rest, **network),
+        )
+
+    return run
+
+
+@pytest.fixture
+def shared_memory():
+    """Sets the bytes of shared memory of a block."""
+    yield torch.ops.fastflow_emulated.limit_shared_memory
+    torch.ops.fastflow_emulated.limit_shared_memory(SHARED)
+
+
+@needs_emulator
+@pytest.mark.parametrize("samples", [1, 9, 70])  # tiles of 8 samples, and of 32 from 64 on
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_inverse_has_no_race(name, samples):
+    run = masked_inputs(name, samples)
+    found = same_in_every_order(run)
+    with fastflow.backend("reference"):
+        torch.testing.assert_close(found, run(), rtol=1e-3, atol=1e-4)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["several blocks", "residual", "degrees that exceed a block"])
+def test_masked_inverse_with_less_shared_memory(name, dtype, shared_memory):
+    """Units in global memory, and smaller tiles, give the same bits, also if a block has several tiles."""
+    run = masked_inputs(name, 70, dtype)
+    expected = same_in_every_order(run)
+    found = {}
+    for kilobytes in (112, 96, 80, 64):
+        shared_memory(kilobytes * 1024)
+        try:
+            found[kilobytes] = same_in_every_order(run)
+        except RuntimeError as error:  # too little for any tile
+            assert "of shared memory" in str(error) and dtype == torch.float64 and kilobytes < 96
+    assert len(found) > 1
+    assert all(torch.equal(a, b) for each in found.values() for a, b in zip(each, expected, strict=True))
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", ["several blocks", "residual"])
+def test_masked_inverse_of_any_number_of_multiprocessors(name):
+    """Tiles of 8 and of 32 samples give the same bits."""
+    run = masked_inputs(name, 140, context=False) if name == "several blocks" else masked_inputs(name, 140)
+    few, many = (same_in_every_order(run, multiprocessors) for multiprocessors in (1, 132))
+    assert all(torch.equal(a, b) for a, b in zip(few, many, strict=True))
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", ["several blocks", "degrees that exceed a block"])
+def test_masked_inverse_stays_in_its_memory(name):
+    """Whatever the values of ends and order are: the emulation checks each access."""
+    features, widths, layers, activation, transformer = MASKED[name]
+    sizes = sizes_of(features, list(widths), transformer.parameters)
+    weights = torch.zeros(sum(a * b for a, b in zip(sizes[1:], sizes[:-1], strict=True)))
+    z, jac = torch.rand(9, features), torch.rand(9, features, transformer.parameters)
+    network = {"weights": weights, "widths": list(widths), "layers": list(layers)}
+    with fastflow.backend("emulated"):
+        for _ in range(20):
+            ends = torch.randint(-3, max(widths) + 3, (len(widths), features))
+            order = torch.randint(-3, features + 3, (features,))
+            found, _ = ops.masked_inverse(
+                z,
+                added=torch.zeros(sum(sizes[1:])),
+                ends=ends,
+                order=order,
+                transformer=transformer,
+                **network,
+            )
+            u = ops.masked_solve(z, z + 1, jac, ends=ends, **network)
+            assert found.shape == u.shape == z.shape
 
 
 @needs_emulator

@@ -124,8 +124,6 @@ CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
             "dlog_det: got shape [2, 3], expected [2]",
         ),
     ],
-}
-CPU_ERRORS = {
     "masked_inverse": [
         (masked(z=COUNT), "z: got shape [2], expected [*, *]"),
         (masked(z=VECTORS.half()), "z: got dtype Half, expected Float or Double"),
@@ -138,12 +136,6 @@ CPU_ERRORS = {
         (masked(layers=[6, 0]), "gates: got None, expected 2 for each sample"),
         (masked(layers=[6, 0], gates=VECTORS), "gates: got shape [2, 3], expected [2, 2]"),
         (masked(ends=torch.tensor([[0, 1]])), "ends: got shape [1, 2], expected [1, 3]"),
-        (masked(ends=torch.tensor([[0, 1, 3]])), "ends: got 3 at [0, 2], expected ascending numbers to 2"),
-        (masked(ends=torch.tensor([[1, 0, 2]])), "ends: got 0 at [0, 1], expected ascending numbers to 2"),
-        (masked(ends=torch.tensor([[-1, 0, 2]])), "ends: got -1 at [0, 0], expected ascending numbers to 2"),
-        (masked(ends=torch.tensor([[0, 1, 1]])), "ends: got 1 at [0, 2], expected ascending numbers to 2"),
-        (masked(order=torch.tensor([0, 1, 3])), "order: got 3 at 2, expected each of 0 to 2 once"),
-        (masked(order=torch.tensor([0, 1, 0])), "order: got 0 at 2, expected each of 0 to 2 once"),
         (masked(order=torch.tensor([0, 1])), "order: got shape [2], expected [3]"),
         (masked(widths=[0]), "widths: got 0, expected positive integers"),
         (masked(layers=[4]), "layers: got 1 numbers, expected 2"),
@@ -163,6 +155,16 @@ CPU_ERRORS = {
         ((VECTORS, *SOLVED[:3], VECTORS, *SOLVED[4:]), "inner: got shape [2, 3], expected [2, 2]"),
         ((VECTORS, *SOLVED[:4], VECTORS, *SOLVED[5:]), "outer: got shape [2, 3], expected [2, 2]"),
         ((VECTORS, *SOLVED[:5], COUNT, *SOLVED[6:]), "weights: got shape [2], expected [18]"),
+    ],
+}
+CPU_ERRORS = {
+    "masked_inverse": [
+        (masked(ends=torch.tensor([[0, 1, 3]])), "ends: got 3 at [0, 2], expected ascending numbers to 2"),
+        (masked(ends=torch.tensor([[1, 0, 2]])), "ends: got 0 at [0, 1], expected ascending numbers to 2"),
+        (masked(ends=torch.tensor([[-1, 0, 2]])), "ends: got -1 at [0, 0], expected ascending numbers to 2"),
+        (masked(ends=torch.tensor([[0, 1, 1]])), "ends: got 1 at [0, 2], expected ascending numbers to 2"),
+        (masked(order=torch.tensor([0, 1, 3])), "order: got 3 at 2, expected each of 0 to 2 once"),
+        (masked(order=torch.tensor([0, 1, 0])), "order: got 0 at 2, expected each of 0 to 2 once"),
     ],
     "affine_coupling": [
         ((COUNT, EVEN, None, *ADDITIVE, False), "x: got shape [2], expected at least 2 dimensions"),

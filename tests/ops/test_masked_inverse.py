@@ -11,9 +11,9 @@ from torch.autograd import gradcheck
 
 from fastflow import ops
 from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP, Affine, Spline
-from tests.support.cases import STATIC, TRACED, leaf
+from tests.support.cases import EXTENSION, STATIC, TRACED, leaf
 
-pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.bodies("reference", "compiled")]
+pytestmark = [pytest.mark.usefixtures("each_backend"), pytest.mark.bodies(*EXTENSION)]
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu}
 PLAIN = (AFTER, AFTER, 0)
@@ -58,6 +58,7 @@ class Network:
     def __post_init__(self):
         d, each, dtype = self.features, self.transformer.parameters, self.dtype
         self.order = torch.randperm(d)
+        self.degrees = tuple(v.to(self.order.device) for v in self.degrees)
         self.z = torch.randn(self.samples, d, dtype=dtype)
         if isinstance(self.transformer, Spline) and self.transformer.tails == "none":
             self.z = torch.rand(self.samples, d, dtype=dtype)
@@ -258,7 +259,7 @@ def of_part(network: Network, part: slice) -> list[Tensor]:
     return z[part], weights, added[part] if network.context else added, None if gates is None else gates[part]
 
 
-@pytest.mark.bodies("compiled")
+@pytest.mark.bodies(*EXTENSION[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_sample_does_not_depend_on_the_others(dtype):
     """Its bits do not: neither on how many there are nor on its place."""
@@ -336,7 +337,7 @@ def test_values_of_ends_and_order():
         ops.masked_inverse(*network.tensors(), **options | {"ends": ends})
 
 
-@pytest.mark.bodies("compiled")
+@pytest.mark.bodies(*EXTENSION[1:])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_float32(activation):
     """To a few units in the last place, for any magnitude: z is minus a unit."""

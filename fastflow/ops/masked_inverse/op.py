@@ -21,6 +21,7 @@ from fastflow.ops.registry import register
 from fastflow.ops.spline import check_form
 from fastflow.ops.spline.op import MAX_BINS
 
+MAX_HIDDEN_LAYERS, MAX_PARAMETERS = 32, 255  # of the CUDA kernels; of a feature
 ACTIVATIONS = ("relu", "tanh", "silu", "elu")
 AFFINE_ORDERS = ("scale_first", "shift_first")
 PARAMS_LAYOUTS = ("scale_shift", "shift_scale")
@@ -139,20 +140,30 @@ def _check_solve(
             _check_tensor(name, t, shape, why, argument, v)
 
 
-def _eligible(*args: object) -> bool:
-    bins, convention = args[13], args[16]
-    return bins <= MAX_BINS and (bins == 0 or convention != "freia")
+def _eligible_solve(v: Tensor, slope: Tensor, jac: Tensor, *args: object) -> bool:
+    widths = args[5]
+    return v.is_cpu or (len(widths) <= MAX_HIDDEN_LAYERS and jac.shape[2] <= MAX_PARAMETERS)
+
+
+def _eligible(z: Tensor, *args: object) -> bool:
+    widths, bins, convention = args[5], args[12], args[15]
+    return (
+        bins <= MAX_BINS
+        and (bins == 0 or convention != "freia")
+        and (z.is_cpu or len(widths) <= MAX_HIDDEN_LAYERS)
+    )
 
 
 register(
     reference.masked_solve,
-    compiled=("cpu",),
+    compiled=("cpu", "cuda"),
+    eligible=_eligible_solve,
     check=_check_solve,
     batched="v slope jac dparams inner outer",
 )
 register(
     reference.masked_inverse,
-    compiled=("cpu",),
+    compiled=("cpu", "cuda"),
     eligible=_eligible,
     check=_check,
     outputs="x log_det",

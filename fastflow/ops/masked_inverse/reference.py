@@ -257,6 +257,7 @@ def masked_solve(
     sizes = sizes_of(features, widths, each)
     matrices = matrices_of(weights, sizes)
     known = _known(ends, features)
+    sizes[1:-1] = [values[-2] for values in known[1:]]  # units that have a degree
     ones = v.new_ones(()).expand(n, sum(widths))
     inner_parts, outer_parts = ((ones if t is None else t).split(widths, -1) for t in (inner, outer))
     # gradients that are known: of the products of layers 1 to L + 1, and of the units of the layers
@@ -269,8 +270,8 @@ def masked_solve(
 
     def pulled(layer: int, first: int, end: int) -> Tensor:
         """Gradient of what layer + 1 reads of units ``first`` to ``end``."""
-        d = found[layer + 1]
-        return d @ matrices[layer][sizes[layer + 1] - d.shape[1] :, first:end]
+        d, rows = found[layer + 1], sizes[layer + 1]
+        return d @ matrices[layer][rows - d.shape[1] : rows, first:end]
 
     for k in reversed(range(features)):
         u[k] = (v[:, k : k + 1] - pulled(0, k, k + 1)) / slope[:, k : k + 1]

@@ -18,7 +18,12 @@ from fastflow.ops.masked_inverse.reference import (
 )
 from fastflow.ops.spec import Case, Make
 
-LIMITS = {("masked_inverse", "cpu"): "for at most 64 bins, not for FrEIA's convention; else PyTorch"}
+ELIGIBLE = "64 bins, not for FrEIA's convention; else PyTorch"
+LIMITS = {
+    ("masked_inverse", "cpu"): f"for at most {ELIGIBLE}",
+    ("masked_inverse", "cuda"): f"for at most 32 hidden layers and {ELIGIBLE}",
+    ("masked_solve", "cuda"): "for at most 32 hidden layers and 255 parameters of a feature; else PyTorch",
+}
 # name; widths, bits of the layers, activation; whether a context adds to the products; transformer of the op
 AFFINE, SPLINE = ("linear", "fastflow"), ("scale_first", "scale_shift", 1e-3)
 VARIANTS = (
