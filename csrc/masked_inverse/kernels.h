@@ -12,12 +12,12 @@
 // WEIGHTS, it has its layers one after the other, each as a dense product. No masked weight is read by a
 // product, so the arithmetic is that of the weights that are not masked.
 //
-// The order of the sums depends on the network only, so neither the number of samples nor the device changes
-// the bits of a sample.
+// The order of the sums depends on the network and the dtype only, so neither the number of samples nor the
+// size of shared memory changes the bits of a sample.
 //
-// Bound, *predicted*: docs/backends.md has the numbers. The critical path is about D (L + 2) phases (L + 3
-// for splines), each a barrier and a few reads of shared memory. A tile of 8 samples reads 4 bytes of weights
-// from L2 for 8 products, a tile of 32 for 32 products.
+// Bound, predicted, nothing was measured on a GPU: a tile takes about D (L + 2) phases (splines: L + 3), each
+// a barrier and a few reads of shared memory. A tile of 8 samples reads 4 bytes of weights from L2 for 8
+// products, a tile of 32 for 32. docs/backends.md counts both.
 #include <algorithm>
 #include <optional>
 #include <string>

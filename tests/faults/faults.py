@@ -556,6 +556,27 @@ CUDA = [
         op("emulated", "lu_weight", also="emulated"),
     ),
     Fault(
+        "a hidden unit completed one degree early",
+        "csrc/masked_inverse/kernels.h",
+        "if (l <= network.last && unit < now) {",
+        "if (l <= network.last && unit <= now) {",
+        op("emulated", "masked_inverse", also="emulated"),
+    ),
+    Fault(
+        "parameters of one large degree over its latents",
+        "csrc/masked_inverse/kernels.h",
+        "row += l == 0 ? 1 : 0;",
+        "",
+        "tests/ops/test_emulated.py -k masked",
+    ),
+    Fault(
+        "residual sums of odd and even layers in the same rows",
+        "csrc/masked_inverse/network.h",
+        "(l % 2 ? kept[0] : 0)",
+        "0",
+        "tests/ops/test_emulated.py -k masked",
+    ),
+    Fault(
         "sums not cleared for the next rows",
         "csrc/triangular_solve/kernels.h",
         "c.sum[j] = T(0);",
