@@ -494,8 +494,68 @@ def test_distillation_errors(call, message):
         call(gaussian([0.0, 0.0], [1.0, 1.0]))
 
 
+def log_density(x):
+    """3 times a Gaussian density of mean (1, -2) and deviations (0.5, 2)."""
+    mean, deviation = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 2.0])
+    log_p = torch.distributions.Normal(mean, deviation).log_prob(x.float()).sum(1)
+    return log_p + math.log(3)
+
+
+def test_fit_density_finds_a_density_and_its_normalizer():
+    torch.manual_seed(0)
+    model = VectorGlow(2, steps=2, hidden=8, layers=1)
+    model.initialize(torch.randn(100, 2))
+    found = explore.fit_density(model, log_density, 600, lr=1e-2, n=4000, temperature=2.0, progress=False)
+    assert len(found.divergences) == 600 and found.divergences[-1] == pytest.approx(-math.log(3), abs=0.05)
+    assert found.log_normalizer == pytest.approx(math.log(3), abs=0.02)
+    assert 0.9 < found.effective_share <= 1
+    assert found.samples.shape == (4000, 2) and found.log_weights.shape == (4000,)
+    assert found.log_weights.exp().sum().item() == pytest.approx(1)
+    mean = (found.log_weights.exp()[:, None] * found.samples).sum(0)
+    assert (mean - torch.tensor([1.0, -2.0])).abs().max() < 0.15
+    assert "effective sample size" in str(found) and not model.training
+
+
+def test_the_effective_sample_size_is_that_of_the_weights():
+    """A model that stays the standard Gaussian: weights of another one, whose moments are known."""
+    model = VectorGlow(2, steps=1, hidden=4, layers=1)
+    model.initialize(torch.randn(1000, 2))
+    found = explore.fit_density(model, log_density, 1, lr=1e-12, n=3000, progress=False)
+    with torch.no_grad():
+        weights = (log_density(found.samples) - model.log_prob(found.samples)).double().exp()
+    share = weights.sum().square() / weights.square().sum() / 3000
+    assert found.effective_share == pytest.approx(share.item(), rel=1e-3)
+    assert found.log_normalizer == pytest.approx(weights.mean().log().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": 0.5}, "temperature: got 0.5, expected a number of at least 1"),
+        ({"n": 1}, "n: got 1, expected an integer of 2 or more"),
+        ({"steps": 0}, "steps: got 0, expected a positive integer"),
+        ({"lr": -1}, "lr: got -1, expected a positive number"),
+        ({"log_density": lambda x: x}, r"log_density: got shape [512, 2], expected [512]"),
+        (
+            {"log_density": lambda x: x[:, 0] * torch.nan},
+            "divergence of step 1: got nan, expected a finite number",
+        ),
+    ],
+)
+def test_fit_density_names_wrong_arguments(options, message):
+    given = {"log_density": log_density, "steps": 2, "progress": False} | options
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        explore.fit_density(VectorGlow(2, steps=1, hidden=4), **given)
+
+
+def test_fit_density_needs_continuous_samples():
+    with pytest.raises(ValueError, match="^model: got a model of uint8 samples"):
+        explore.fit_density(NICE(4, hidden=3, layers=1), log_density)
+
+
 ARGUMENTS = {
     "affine": ["--steps", "2", "--samples", "50"],
+    "reverse_kl": ["--samples", "200", "--epochs", "1", "--steps", "2", "--size", "5"],
     "continuous": ["--samples", "200", "--steps", "1", "--batch", "20", "--size", "5"],
     "autoregressive": ["--samples", "200", "--epochs", "1", "--size", "20"],
     "masks": [],

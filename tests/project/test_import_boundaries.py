@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "checkpoint": {"torch", "validation", "models", "archive", "facade"},
     "fitting": {"torch", "numpy", "tqdm", "validation", "models", "trainer"},
     "export": {"torch", "validation", "models", "nn"},
-    "explore": {"torch", "validation", "models", "seeds", "sklearn"},
+    "explore": {"torch", "validation", "models", "seeds", "sklearn", "tqdm"},
     # a module of the name of a library imports that library
     "integrations": {
         "torch",
