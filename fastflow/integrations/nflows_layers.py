@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops, value_of
 from fastflow.integrations.masked_layers import AffineAutoregressive, RationalQuadraticAutoregressive
 from fastflow.integrations.spline_layers import RationalQuadraticCDF, RationalQuadraticCoupling
 from fastflow.nn.lu_linear import matrices_of
-from fastflow.ops import triangular_solve
+from fastflow.ops import actnorm, conv1x1, positions, triangular_solve
 from fastflow.reversible import has_hooks
 
 
@@ -129,6 +130,107 @@ class ResidualBlock(Accelerated):
         return torch.addcmul(inputs, temps, torch.sigmoid(self.context_layer(context)))
 
 
+class Coupling(Accelerated):
+    """A coupling without an op of its own: features are selected by their indices, which autograd also adds by."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features:
+            return super().forward(inputs, context)  # raises
+        identity = inputs.index_select(1, self.identity_features)
+        params = self.transform_net(identity, context)
+        transformed = inputs.index_select(1, self.transform_features)
+        transformed, log_det = self._coupling_transform_forward(transformed, params)
+        outputs = inputs.index_copy(1, self.transform_features, transformed)
+        if self.unconditional_transform is None:
+            return outputs, log_det
+        identity, log_det_identity = self.unconditional_transform(identity, context)
+        return outputs.index_copy(1, self.identity_features, identity), log_det + log_det_identity
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != self.features:
+            return super().inverse(inputs, context)
+        identity, log_det_identity = inputs.index_select(1, self.identity_features), None
+        transformed = inputs.index_select(1, self.transform_features)
+        if self.unconditional_transform is not None:
+            identity, log_det_identity = self.unconditional_transform.inverse(identity, context)
+            inputs = inputs.index_copy(1, self.identity_features, identity)
+        params = self.transform_net(identity, context)
+        transformed, log_det = self._coupling_transform_inverse(transformed, params)
+        outputs = inputs.index_copy(1, self.transform_features, transformed)
+        return outputs, log_det if log_det_identity is None else log_det + log_det_identity
+
+
+class AffineCoupling(Coupling):
+    """``AffineCouplingTransform``."""
+
+    def _coupling_transform_forward(self, inputs: Tensor, transform_params: Tensor) -> tuple[Tensor, Tensor]:
+        scale, shift = self._scale_and_shift(transform_params)
+        return torch.addcmul(shift, inputs, scale), scale.log().flatten(1).sum(1)
+
+
+class AdditiveCoupling(Coupling):
+    """``AdditiveCouplingTransform``: no scale is computed."""
+
+    def _coupling_transform_forward(self, inputs: Tensor, transform_params: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs + transform_params, transform_params.new_zeros(inputs.shape[0])
+
+    def _coupling_transform_inverse(self, inputs: Tensor, transform_params: Tensor) -> tuple[Tensor, Tensor]:
+        return inputs - transform_params, transform_params.new_zeros(inputs.shape[0])
+
+
+class OneByOneConvolution(Accelerated):
+    """``OneByOneConvolution``: one convolution, whose weight has the permutation."""
+
+    BYPASSED = ("permutation",)
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        return "using_cache=True" if module.using_cache else None
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self._takes(inputs):
+            return super().forward(inputs, context)
+        weight, _, _, log_det = (m[0] for m in _matrices([self]))
+        weight = weight.index_select(1, self._places())
+        return conv1x1(inputs, weight, self.bias), (positions(inputs) * log_det).expand(inputs.shape[0])
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self._takes(inputs):
+            return super().inverse(inputs, context)
+        _, lower, upper, log_det = _matrices([self])
+        columns = torch.eye(self.features, dtype=lower.dtype, device=lower.device)[None]
+        columns = triangular_solve(lower, columns, upper=False, unit_diagonal=True)
+        weight = triangular_solve(upper, columns, upper=True)[0].index_select(0, self._places())
+        log_det = (-positions(inputs) * log_det[0]).expand(inputs.shape[0])
+        return conv1x1(inputs, weight, -(weight @ self.bias)), log_det
+
+    def _places(self) -> Tensor:
+        return torch.argsort(self.permutation._permutation)
+
+    def _takes(self, inputs: Tensor) -> bool:
+        return inputs.ndim == 4 and inputs.shape[1] == self.features and is_plain(inputs, self.bias)
+
+
+class ActNorm(Accelerated):
+    """``ActNorm``: one op on a GPU, where its flag is read once, not in each training step."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pending = self.training and not value_of(self, "initialized", bool)
+        if pending or not self._takes(inputs):
+            return super().forward(inputs, context)
+        return actnorm(inputs, -self.log_scale, -self.shift, inverse=True)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self._takes(inputs):
+            return super().inverse(inputs, context)
+        return actnorm(inputs, -self.log_scale, -self.shift)
+
+    def _takes(self, inputs: Tensor) -> bool:
+        if inputs.ndim not in (2, 4) or inputs.shape[1] != self.log_scale.numel():
+            return False
+        return pays_for_small_ops(inputs) and is_plain(inputs, self.log_scale)
+
+
 def classes(transforms: ModuleType, resnet: ModuleType) -> dict[type, type[Accelerated]]:
     """Faster layers by the classes of a package, of its modules ``transforms`` and ``nn.nets.resnet``."""
     return {
@@ -136,6 +238,12 @@ def classes(transforms: ModuleType, resnet: ModuleType) -> dict[type, type[Accel
         transforms.PiecewiseRationalQuadraticCDF: RationalQuadraticCDF,
         transforms.MaskedAffineAutoregressiveTransform: AffineAutoregressive,
         transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: RationalQuadraticAutoregressive,
+        transforms.AffineCouplingTransform: AffineCoupling,
+        transforms.AdditiveCouplingTransform: AdditiveCoupling,
+        transforms.PiecewiseLinearCouplingTransform: Coupling,
+        transforms.PiecewiseQuadraticCouplingTransform: Coupling,
+        transforms.OneByOneConvolution: OneByOneConvolution,
+        transforms.ActNorm: ActNorm,
         transforms.LULinear: LU,
         transforms.CompositeTransform: Composite,
         resnet.ResidualBlock: ResidualBlock,

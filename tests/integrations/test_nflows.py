@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastflow.integrations import nflows_layers
 from tests.support.libraries import assert_same, assert_trains_the_same, passes, randomized
 
 PACKAGES = {"nflows": "nflows", "glasflow": "glasflow.nflows"}
@@ -216,6 +217,68 @@ def test_own_scales_and_networks_are_left_alone(library):
 
     layer.autoregressive_net.__class__ = Own
     assert library.ff.accelerate(layer).left_alone[""][1] == "its network is of the class Own"
+
+
+COUPLINGS = {
+    "AffineCouplingTransform": {},
+    "AdditiveCouplingTransform": {},
+    "PiecewiseLinearCouplingTransform": {"tails": "linear", "tail_bound": 2.0, "num_bins": 4},
+    "PiecewiseQuadraticCouplingTransform": {"tails": "linear", "tail_bound": 2.0, "num_bins": 4},
+}
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("unconditional", [False, True])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_couplings(library, name, unconditional, images):
+    def net(inputs, outputs):
+        if images:
+            return library.nn_nets.ConvResidualNet(inputs, outputs, hidden_channels=6, num_blocks=1)
+        return library.residual()(inputs, outputs)
+
+    options = COUPLINGS[name]
+    if unconditional and "Affine" not in name and "Additive" not in name:
+        options = options | {"apply_unconditional_transform": True, "img_shape": [3, 2] if images else None}
+    elif unconditional:
+        options = {"unconditional_transform": lambda features: library.transforms.ActNorm(features)}
+    model = randomized(getattr(library.transforms, name)([1, 0, 0, 1], net, **options)).eval()
+    x = torch.randn(5, 4, 3, 2) if images else torch.randn(20, 4)
+    c = None if images else torch.randn(20, CONTEXT)
+    pickles = not hasattr(model, "scale_activation")  # of glasflow, a lambda
+    report = assert_same(library.ff, model, BOTH, x, c, pickles=pickles)
+    assert report.replaced[""] == name
+    library.ff.accelerate(model)
+    with pytest.raises(ValueError, match="Expected features = 4, got 3"):
+        model(x[:, 1:], c)
+
+
+@pytest.mark.parametrize("features", [1, 2, 5])
+def test_convolutions(library, features):
+    model = randomized(library.transforms.OneByOneConvolution(features, identity_init=False))
+    report = assert_same(library.ff, model, BOTH, torch.randn(3, features, 4, 2))
+    assert report.replaced == {"": "OneByOneConvolution"}
+    library.ff.accelerate(model)
+    with pytest.raises(ValueError, match="4D"):
+        model(torch.randn(3, features))
+
+
+@pytest.mark.parametrize("by_op", [False, True])
+@pytest.mark.parametrize("shape", [(3,), (2, 4, 5), (1, 2, 2)])
+def test_actnorm(library, shape, by_op, monkeypatch):
+    monkeypatch.setattr(nflows_layers, "pays_for_small_ops", lambda z: by_op)
+    x = 1 + 2 * torch.randn(6, *shape)
+    model = randomized(library.transforms.ActNorm(shape[0]))
+    report = assert_same(library.ff, model.eval(), BOTH, x)
+    assert report.replaced == {"": "ActNorm"}
+    layers = [library.transforms.ActNorm(shape[0]) for _ in range(2)]
+    library.ff.accelerate(layers[1])
+    empty = library.transforms.ActNorm(shape[0]).state_dict()
+    for batch in (x, 3 * x):  # the first one initializes, also after a state dict of the start
+        for _ in range(2):
+            torch.testing.assert_close(layers[1](batch), layers[0](batch))
+            torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
+        for layer in layers:
+            layer.load_state_dict(empty)
 
 
 def test_training_coincides(library):
