@@ -562,6 +562,7 @@ ARGUMENTS = {
     "nice": ["--data", "digits.npz", "--hidden", "8", "--epochs", "1"],
     "one_dimension": ["--samples", "100", "--epochs", "1"],
     "permutations": "--samples 60 --side 4 --steps 1 --epochs 1 --seeds 1".split(),
+    "piecewise": ["--samples", "2000"],
     "quantization": ["--samples", "2000"],
     "scaling_factors": ["glow.pt"],
     "splines": ["--samples", "200", "--epochs", "1", "--size", "20"],

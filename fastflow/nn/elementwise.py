@@ -43,6 +43,19 @@ class LeakyReLU(_Elementwise):
 
     Shape: x, y ``[N, C, ...]``; log_det ``[N]``, nats, :math:`\log a` times the number of elements with :math:`x \le 0`.
     Raises ValueError for a slope that is not positive and finite, and for x that is not floating point.
+
+    Example:
+        Problem 16.7 of Prince, *Understanding Deep Learning*, has a slope of 0.1. The inverse has the slope 10 for negative
+        numbers. :math:`|\partial y / \partial x|^{-1} = 10^n` with n the number of negative elements.
+
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> layer = fnn.LeakyReLU(0.1)
+        >>> y, log_det = layer(torch.tensor([[-2.0, 3.0, -0.5]]))
+        >>> y, (-log_det).exp()
+        (tensor([[-0.2000,  3.0000, -0.0500]]), tensor([100.0000]))
+        >>> layer.inverse(y)[0]
+        tensor([[-2.0000,  3.0000, -0.5000]])
     """
 
     def __init__(self, slope: float = 0.01, learned: bool = False) -> None:

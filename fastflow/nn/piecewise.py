@@ -86,6 +86,18 @@ class PiecewiseLinear(_Piecewise):
         >>> from fastflow import nn as fnn
         >>> layer = fnn.Coupling(fnn.MLP(2, 2 * 8), fnn.PiecewiseLinear(8))
         >>> y, log_det = layer(torch.randn(16, 4))
+
+        Problem 16.8 of Prince: the Jacobian is diagonal, with the slope of each element's bin. Its determinant is their
+        product.
+
+        >>> slopes = torch.tensor([0.5, 1.5, 1.0, 0.25, 1.75])
+        >>> f, x = fnn.PiecewiseLinear(5, bound=0.5, min_slope=1e-9), torch.tensor([[-0.25, 0.25]])  # bins 1 and 3
+        >>> h = slopes.log().repeat_interleave(2)[None]
+        >>> torch.autograd.functional.jacobian(lambda x: f(x, h)[0], x)[0, :, 0]
+        tensor([[1.5000, 0.0000],
+                [0.0000, 0.2500]])
+        >>> f(x, h)[1].exp()
+        tensor([0.3750])
     """
 
     def __init__(self, bins: int = 8, bound: float = 3.0, min_slope: float = 1e-3) -> None:
