@@ -110,7 +110,7 @@ def print_counts(features, hidden):
             scale_and_shift = net(passes).unflatten(1, (features, 2))
             passes, _ = flow.form.inverse(z, scale_and_shift)
         difference = (x - passes).abs().max().item()
-        used = sum(int((w != 0).sum()) for w in net._weights())
+        used = int((net.plan().weights != 0).sum())
     dense = sum(layer.weight.numel() for layer in net.layers)
     print(
         f"{features} features, {hidden} units: {used:,} products of a sample in one pass, "

@@ -1127,8 +1127,8 @@ LAYERS = [
     Fault(
         "sorted columns of a matrix forgotten",
         "fastflow/nn/networks/masked_network.py",
-        "pairs = zip(self._weights(), [*orders, None], [None, *orders], strict=True)",
-        "pairs = zip(self._weights(), [*orders, None], [None] * (len(orders) + 1), strict=True)",
+        "pairs = zip(self._weights(structure), [*orders, None], [None, *orders], strict=True)",
+        "pairs = zip(self._weights(structure), [*orders, None], [None] * (len(orders) + 1), strict=True)",
         "tests/nn/test_masked_network.py",
     ),
     Fault(

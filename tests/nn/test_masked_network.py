@@ -212,7 +212,8 @@ def test_kept_weights_follow_the_parameters():
     x = torch.randn(5, 3, dtype=F64)
     with torch.no_grad():
         net(x)
-        assert net._weights() is net._weights() and net.plan().weights is net.plan().weights
+        structure = net._structure()
+        assert net._weights(structure) is net._weights(structure) and net.plan().weights is net.plan().weights
         assert net.context_terms()[0] is net.context_terms()[0]
 
         def changes(change):

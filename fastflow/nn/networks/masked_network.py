@@ -172,8 +172,8 @@ class MaskedNetwork(nn.Module):
         context = checked_context(x, context, self.context_features)
         act = ACTIVATIONS[self.activation]
         factors = self.drawn(x) if factors is None else factors
-        u, outputs = x, [x]
-        each = zip(self.layers, self.flags, self._weights(), self._structure().blocks, factors, strict=True)
+        u, outputs, structure = x, [x], self._structure()
+        each = zip(self.layers, self.flags, self._weights(structure), structure.blocks, factors, strict=True)
         for i, (layer, flags, weight, blocks, factor) in enumerate(each):
             u = act(u) if flags & BEFORE else u
             u = _product(u if factor is None else u * factor, weight, layer.bias, blocks)
@@ -218,20 +218,20 @@ class MaskedNetwork(nn.Module):
     def plan(self) -> Plan:
         """The network with sorted units; kept until a parameter changes, unless autograd needs the weights."""
         structure = self._structure()
-        weights = self._unless_fresh("plan", self._sorted_weights)
+        weights = self._unless_fresh("plan", lambda: self._sorted_weights(structure))
         order = structure.features if self.order is None else self.order
         return Plan(weights, structure.ends, order, self.widths, self.flags)
 
-    def _sorted_weights(self) -> Tensor:
-        orders = self._structure().orders
-        pairs = zip(self._weights(), [*orders, None], [None, *orders], strict=True)
+    def _sorted_weights(self, structure: "_Structure") -> Tensor:
+        orders = structure.orders
+        pairs = zip(self._weights(structure), [*orders, None], [None, *orders], strict=True)
         return torch.cat([_taken(_taken(w, rows, 0), columns, 1).flatten() for w, rows, columns in pairs])
 
-    def _weights(self) -> list[Tensor]:
+    def _weights(self, structure: "_Structure") -> list[Tensor]:
         """Masked weights of the layers."""
-        masks = self._structure().masks
         return self._unless_fresh(
-            "weights", lambda: [layer.weight * m for layer, m in zip(self.layers, masks, strict=True)]
+            "weights",
+            lambda: [layer.weight * m for layer, m in zip(self.layers, structure.masks, strict=True)],
         )
 
     def _unless_fresh(self, name: str, compute: Callable) -> Any:
