@@ -180,6 +180,7 @@ has been timed.
 | column | meaning |
 | --- | --- |
 | kernel | the number is the largest number of channels; `true`: inverse and backward in one pass |
+| kernel `Masked...` | the number is the samples of a tile; `true`: units in shared memory |
 | registers | registers per thread; a multiprocessor has 65,536 |
 | spills | bytes of stack per thread, for values that did not fit in registers |
 | load, store | bytes of the widest load and store of a thread; some strides and sizes take narrower ones |
