@@ -113,29 +113,21 @@ class MaskedAutoregressive(Accelerated):
         )
 
     def _weights(self, parts: _Conditioner) -> "tuple[_Structure, Tensor]":
-        """What follows from the degrees, and the masked matrices with units sorted; kept while nothing changes."""
-        buffers = [t for layer in parts.linears for t in (layer.degrees, layer.mask)]
-        of_degrees, of_weights = _kept_of(self.autoregressive_net)
-        kept = of_degrees.kept(buffers)
+        """What follows from the degrees, kept while these stay, and the masked matrices with units sorted.
+
+        The matrices are not kept: a write to ``parameter.data`` would not be noticed.
+        """
+        kept = _KEPT.setdefault(self.autoregressive_net, _Kept()).kept([m.degrees for m in parts.linears])
         if kept is None:
             structure = _Structure.of(parts.linears)
         else:
             structure = _computed_once(kept, "structure", lambda: _Structure.of(parts.linears))
-        matrices = [layer.weight for layer in parts.linears]
-
-        def compute() -> Tensor:
-            pairs = zip(parts.linears, structure.rows, [structure.order, *structure.rows], strict=False)
-            return torch.cat(
-                [
-                    (layer.weight * layer.mask).index_select(0, rows).index_select(1, columns).flatten()
-                    for layer, rows, columns in pairs
-                ]
-            )
-
-        if torch.is_grad_enabled() and any(w.requires_grad for w in matrices):
-            return structure, compute()
-        kept = of_weights.kept([*matrices, *buffers])
-        return structure, compute() if kept is None else _computed_once(kept, "weights", compute)
+        pairs = zip(parts.linears, structure.rows, [structure.order, *structure.rows], strict=False)
+        matrices = [
+            (layer.weight * layer.mask).index_select(0, rows).index_select(1, columns).flatten()
+            for layer, rows, columns in pairs
+        ]
+        return structure, torch.cat(matrices)
 
     def _terms(
         self, parts: _Conditioner, structure: "_Structure", context: Tensor | None
@@ -183,12 +175,6 @@ class _Structure(NamedTuple):
 
 # not in the modules, whose attributes are those of the library
 _KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _kept_of(net: nn.Module) -> tuple[_Kept, _Kept]:
-    if net not in _KEPT:
-        _KEPT[net] = _Kept(), _Kept()
-    return _KEPT[net]
 
 
 def _is_residual(net: nn.Module) -> bool:

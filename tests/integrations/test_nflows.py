@@ -167,6 +167,17 @@ def test_autoregressive_layers(library, name, form, options, features):
     assert passes(model, lambda: model(x, c)) == 1
 
 
+def test_autoregressive_layers_read_weights_anew(library):
+    layers = [library.transforms.MaskedAffineAutoregressiveTransform(3, 8) for _ in range(2)]
+    library.ff.accelerate(layers[1])
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        layers[1].inverse(x)
+        for p, other in zip(layers[1].parameters(), layers[0].parameters(), strict=True):
+            p.data.copy_(other)  # changes no version
+        torch.testing.assert_close(layers[1].inverse(x), layers[0].inverse(x))
+
+
 @pytest.mark.parametrize("name, form", [(AFFINE, {}), (SPLINE, {"tails": "linear"})])
 def test_autoregressive_layers_whose_inverse_takes_each_pass(library, name, form):
     def counted(change=lambda m: m, **options):
