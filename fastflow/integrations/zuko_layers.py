@@ -388,7 +388,7 @@ def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> _Network | Non
         or type(layer.hyper) is not _networks.MaskedMLP
     ):
         return None
-    if torch.is_autocast_enabled(y.device.type) or any(map(has_hooks, layer.hyper.modules())):
+    if torch.is_autocast_enabled(y.device.type) or any(map(_is_changed, layer.hyper.modules())):
         return None
     found = _layers_of(layer.hyper)
     if found is None:
@@ -409,6 +409,11 @@ def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> _Network | Non
     return None if structure is None else _Network(linears, flags, activation, structure)
 
 
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module of a network does more than its class, such as those of zuko's ``BayesianModel``."""
+    return has_hooks(module) or "forward" in vars(module)
+
+
 def _layers_of(hyper: nn.Sequential) -> tuple[list[nn.Linear], list[int], str] | None:
     """Linear layers, their flags, and the name of the activation."""
     linears, flags, functions = [], [], []
@@ -421,9 +426,11 @@ def _layers_of(hyper: nn.Sequential) -> tuple[list[nn.Linear], list[int], str] |
             linears += [first, second]
             flags += [AFTER, SKIP]
             functions.append(function)
-        else:
-            flags[-1] |= AFTER
+        elif linears and flags[-1] == 0:
+            flags[-1] = AFTER
             functions.append(module)
+        else:
+            return None
     names = {_activation(f) for f in functions}
     if any(layer.bias is None or type(layer) is not _networks.MaskedLinear for layer in linears):
         return None

@@ -13,6 +13,7 @@ from torch import nn
 from tests.support.libraries import assert_same, assert_trains_the_same, randomized
 
 zuko = pytest.importorskip("zuko")
+pytest.importorskip("zuko.bayesian")
 ff = importlib.import_module("fastflow.integrations.zuko")
 
 CONTEXT = 3
@@ -159,6 +160,28 @@ def test_hooks_run_in_each_pass():
     seen.clear()
     model().transform.inv(torch.randn(3, 4))
     assert seen.count("MaskedLinear") == 3 * 3 * 4
+
+
+@pytest.mark.parametrize("local_trick", [False, True])
+def test_bayesian_models(local_trick):
+    """zuko's context replaces parameters, or the forward function of each layer."""
+    model = zuko.bayesian.BayesianModel(layer("MAF", 3))
+    report = ff.accelerate(model)
+    assert len(report.replaced) == 3
+    x = torch.randn(10, 3)
+    with model.reparameterize(local_trick=local_trick) as flow:
+        transform = flow().transform
+        torch.testing.assert_close(transform.inv(transform(x)), x, rtol=2e-4, atol=2e-4)
+
+
+def test_parametrized_networks():
+    model = layer("NSF", 3)
+    for part in model.transform.transforms:
+        torch.nn.utils.parametrizations.weight_norm(part.hyper[0])
+    ff.accelerate(model)
+    x = torch.randn(10, 3)
+    transform = model().transform
+    torch.testing.assert_close(transform.inv(transform(x)), x, rtol=2e-4, atol=2e-4)
 
 
 def test_what_is_left_alone_is_named():
