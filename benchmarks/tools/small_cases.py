@@ -74,6 +74,7 @@ def vector_layers(c: int) -> list[nn.Flow]:
     return [
         nn.LULinear(c, identity_init=False),
         *(nn.Planar(c), nn.Planar(c, "leaky_relu"), nn.Radial(c), nn.Sylvester(c)),
+        nn.Residual(nn.LipschitzMLP(c, (8,))),
         nn.MaskedAutoregressive(nn.MaskedNetwork(c, 2, (11, 6))),
         nn.MaskedAutoregressive(residual, "spline"),
     ]

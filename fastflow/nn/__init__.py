@@ -34,6 +34,13 @@ from fastflow.nn.networks.concat_squash import ConcatSquash
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import GatedNetwork
 from fastflow.nn.networks.glow_network import GlowNetwork
+from fastflow.nn.networks.lipschitz import (
+    LipschitzConv2d,
+    LipschitzConvNet,
+    LipschitzLinear,
+    LipschitzMLP,
+    LipSwish,
+)
 from fastflow.nn.networks.masked_network import MaskedNetwork
 from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.networks.residual_mlp import ResidualMLP
@@ -50,6 +57,7 @@ from fastflow.nn.priors.mixture import GaussianMixturePrior
 from fastflow.nn.priors.prior import Prior
 from fastflow.nn.priors.uniform import UniformPrior
 from fastflow.nn.radial import Radial
+from fastflow.nn.residual import Residual
 from fastflow.nn.scale import Scale
 from fastflow.nn.sequential import Sequential
 from fastflow.nn.spline_coupling import SplineCoupling
@@ -93,6 +101,11 @@ __all__ = [
     "InvertibleConv1x1",
     "LULinear",
     "LeakyReLU",
+    "LipSwish",
+    "LipschitzConv2d",
+    "LipschitzConvNet",
+    "LipschitzLinear",
+    "LipschitzMLP",
     "Log",
     "LogisticPrior",
     "Logit",
@@ -110,6 +123,7 @@ __all__ = [
     "Prior",
     "QRLinear",
     "Radial",
+    "Residual",
     "ResidualMLP",
     "ResidualNetwork",
     "Scale",

@@ -27,6 +27,8 @@ from fastflow.nn import (
     Inverse,
     InvertibleConv1x1,
     LeakyReLU,
+    LipschitzConvNet,
+    LipschitzMLP,
     Log,
     Logit,
     LULinear,
@@ -41,6 +43,7 @@ from fastflow.nn import (
     Planar,
     QRLinear,
     Radial,
+    Residual,
     Scale,
     Sequential,
     Sigmoid,
@@ -217,6 +220,8 @@ OF_VECTORS = {
         nn.Sequential(MaskedNetwork(4, 3, (6,), activation="elu")), PiecewiseLinear(3, bound=2.0)
     ),
     "Inverse of MaskedAutoregressive": lambda: Inverse(autoregressive(activation="tanh", order="reverse")),
+    "Residual": lambda: Residual(LipschitzMLP(4, (6, 5))),
+    "Residual, ELU": lambda: Residual(LipschitzMLP(4, (6,), activation="elu"), log_det="exact"),
     # with the numbers as domain and as range
     "LeakyReLU": LeakyReLU,
     "Sigmoid": lambda: Sequential(Sigmoid(), to_signs(), Inverse(SoftClip(1.0))),
@@ -252,6 +257,7 @@ OF_IMAGES = {
     "Glow's network": partial(affine, partial(GlowNetwork, hidden=6), scale="sigmoid"),
     "Flatten": lambda: Flatten(IMAGE),
     **{f"squeeze {order}": partial(Squeeze, order) for order in ("channel", "space", "realnvp")},
+    "Residual": lambda: Residual(LipschitzConvNet(4, IMAGE[1:], 5), log_det="exact"),
     "LeakyReLU, learned": lambda: LeakyReLU(0.5, learned=True),
     "CircularShift": lambda: CircularShift(10.0),
     "Inverse of a squeeze": lambda: Inverse(Squeeze()),
@@ -283,4 +289,6 @@ def trained(make) -> nn.Module:
         if isinstance(layer, ActNorm):
             layer.initialized.fill_(True)
             assert layer._initialized
+        if hasattr(layer, "update_norm"):
+            layer.update_norm(1e-8)
     return module.eval()

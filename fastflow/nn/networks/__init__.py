@@ -4,6 +4,13 @@ from fastflow.nn.networks.concat_squash import ConcatSquash
 from fastflow.nn.networks.encoder_decoder import EncoderDecoder
 from fastflow.nn.networks.gated_network import ChannelLayerNorm, GatedBlock, GatedNetwork
 from fastflow.nn.networks.glow_network import ActNormConv2d, GlowNetwork, ZeroConv2d
+from fastflow.nn.networks.lipschitz import (
+    LipschitzConv2d,
+    LipschitzConvNet,
+    LipschitzLinear,
+    LipschitzMLP,
+    LipSwish,
+)
 from fastflow.nn.networks.masked_network import MaskedNetwork
 from fastflow.nn.networks.mlp import MLP
 from fastflow.nn.networks.residual_mlp import ResidualMLP, ResidualMLPBlock
@@ -17,6 +24,11 @@ __all__ = [
     "GatedBlock",
     "GatedNetwork",
     "GlowNetwork",
+    "LipSwish",
+    "LipschitzConv2d",
+    "LipschitzConvNet",
+    "LipschitzLinear",
+    "LipschitzMLP",
     "MLP",
     "MaskedNetwork",
     "ResidualBlock",

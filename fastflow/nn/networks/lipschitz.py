@@ -1,0 +1,349 @@
+"""Networks with a bounded Lipschitz constant: spectral normalization of linear layers and convolutions."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastflow import validation
+from fastflow.nn.networks.context import checked_context
+
+# largest slope of x sigmoid(x) is 1.0998
+SWISH_SLOPE = 1.1
+# the estimate of the norm is a lower bound; it stops at a relative gain of TOLERANCE, which leaves about
+# sqrt(TOLERANCE) / 2, see docs/maths.md
+MARGIN = 1.01
+TOLERANCE = 1e-5
+VECTORS = 8
+
+
+class LipSwish(nn.Module):
+    r"""LipSwish, :math:`x \sigma(\beta x) / 1.1` with a learned :math:`\beta > 0`; its slope is at most 1.
+
+    Source: residual flows, arXiv:1906.02735, section 3.2. :math:`\beta = \operatorname{softplus}(b)`, and b starts at
+    0.5.
+
+    Shape: x and output have the same shape, any.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> y = fnn.LipSwish()(torch.randn(8, 4))
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw_beta = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta = F.softplus(self.raw_beta)
+        return F.silu(beta * x) * (1 / (SWISH_SLOPE * beta))
+
+
+class _Bounded(nn.Module):
+    """A linear map whose norm is bounded by ``bound``; subclasses have the map of a weight and its adjoint.
+
+    Buffers: ``v`` has orthonormal vectors of the domain, near the first singular vectors, and ``u`` is the image of the
+    first one, with norm 1. Several vectors are kept because two singular values that pass each other during training
+    would leave a single vector at the smaller one.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def _start(self, bound: float, domain: tuple[int, ...], codomain: tuple[int, ...]) -> None:
+        self.bound = bound
+        n, m = math.prod(domain), math.prod(codomain)
+        vectors = torch.linalg.qr(torch.randn(n, min(VECTORS, n, m))).Q
+        self.register_buffer("v", vectors.T.reshape(-1, *domain).contiguous())
+        self.register_buffer("u", torch.full(codomain, m**-0.5))
+
+    def _map(self, weight: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update_norm(
+        self, tolerance: float = TOLERANCE, max_iterations: int = 1000, keep: float | None = None
+    ) -> None:
+        """Improve the estimate of the norm by power iterations, until one of them gains less than ``tolerance``.
+
+        The gain is relative. The vectors are kept if all iterations together gained more than ``keep``, by default
+        ``tolerance``. :class:`~fastflow.nn.Residual` calls it before every pass.
+        """
+        if self.weight.is_meta:
+            return
+        weight, u, v = self.weight.detach(), self.u, self.v
+        if torch.compiler.is_compiling():  # one iteration, as a loop until convergence reads values
+            u, v, _ = self._iterated(weight, v)
+            self.u.copy_(u)
+            self.v.copy_(v)
+            return
+        first = norm = (u * self._map(weight, v[:1])[0]).sum()
+        for _ in range(max_iterations):
+            u, v, new_norm = self._iterated(weight, v)
+            gains = bool(new_norm > norm * (1 + tolerance))
+            norm = new_norm
+            if not gains:
+                break
+        if norm > first * (1 + (tolerance if keep is None else keep)):
+            self.u.copy_(u)
+            self.v.copy_(v)
+
+    def _iterated(self, weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One subspace iteration: u, v, and the estimate of the norm."""
+        images = torch.linalg.qr(self._map(weight, v).flatten(1).T).Q.T
+        back = self._adjoint(weight, images.reshape(-1, *self.u.shape)).flatten(1)
+        left, values, right = torch.linalg.svd(back, full_matrices=False)
+        return (left[:, 0] @ images).view_as(self.u), right.view_as(v), values[0]
+
+    def bounded_weight(self) -> Tensor:
+        """The weight, divided by its norm over ``bound`` where that exceeds 1."""
+        norm = (self.u * self._map(self.weight, self.v[:1])[0]).sum()
+        return self.weight / (norm * (MARGIN / self.bound)).clamp(min=1)
+
+
+class LipschitzLinear(_Bounded):
+    r"""Linear layer whose Lipschitz constant is at most ``bound``: :math:`W x / \max(1, \|W\|_2 / c) + b`.
+
+    Source: spectral normalization, arXiv:1802.05957, as in arXiv:1811.00995, section 2.1. :math:`\|W\|_2` is found by
+    power iteration with eight vectors. They are buffers, and ``update_norm`` iterates from them until the estimate gains less than
+    1e-5 of itself. The estimate is a lower bound, and the layer adds 1% to it. :class:`~fastflow.nn.Residual` calls
+    ``update_norm`` before every pass. Elsewhere, call it after the weights have changed.
+
+    Args:
+        in_features, out_features: as for ``torch.nn.Linear``.
+        bound: the largest Lipschitz constant c.
+
+    Shape: x ``[N, in_features]``; output ``[N, out_features]``.
+    Raises ValueError for sizes that are not positive integers, and for a bound that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> layer = fnn.LipschitzLinear(4, 8, bound=0.9)
+        >>> y = layer(torch.randn(8, 4))
+        >>> bool(torch.linalg.matrix_norm(layer.bounded_weight(), 2) <= 0.9)
+        True
+    """
+
+    def __init__(self, in_features: int, out_features: int, bound: float = 0.97) -> None:
+        super().__init__()
+        validation.positive_ints(in_features=in_features, out_features=out_features)
+        _check_bound(bound)
+        start = nn.Linear(in_features, out_features)
+        self.weight, self.bias = start.weight, start.bias
+        self._start(bound, (in_features,), (out_features,))
+        self.update_norm()
+
+    def _map(self, weight: Tensor, v: Tensor) -> Tensor:
+        return v @ weight.T
+
+    def _adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
+        return u @ weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.bounded_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bound={self.bound}"
+
+
+class LipschitzConv2d(_Bounded):
+    r"""Convolution with zero padding whose Lipschitz constant is at most ``bound``, as a map of images.
+
+    The norm is that of the map of whole images, with the padding, and not that of the kernel as a matrix. Power
+    iteration applies the convolution and its adjoint to images of ``size``, as in arXiv:1811.00995, appendix E;
+    buffers and ``update_norm`` are those of :class:`LipschitzLinear`. For smaller images the norm is no larger, because zero
+    padding makes their map a part of the larger one.
+
+    Args:
+        in_channels, out_channels, kernel_size: as for ``torch.nn.Conv2d``; the stride is 1, and the output has the size
+            of the input.
+        size: height and width of the images, or of the largest ones.
+        bound: the largest Lipschitz constant.
+
+    Shape: x ``[N, in_channels, H, W]``, not larger than ``size``; output ``[N, out_channels, H, W]``.
+    Raises ValueError for sizes that are not positive integers, for an even kernel_size, for a bound that is not
+    positive, and for larger images.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> layer = fnn.LipschitzConv2d(3, 8, 3, size=(16, 16))
+        >>> y = layer(torch.randn(8, 3, 16, 16))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        size: tuple[int, int],
+        bound: float = 0.97,
+    ) -> None:
+        super().__init__()
+        validation.positive_ints(in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
+        if kernel_size % 2 == 0:
+            raise validation.argument_error("kernel_size", kernel_size, "an odd number")
+        _check_size(size)
+        _check_bound(bound)
+        self.size, self.padding = tuple(size), kernel_size // 2
+        start = nn.Conv2d(in_channels, out_channels, kernel_size)
+        self.weight, self.bias = start.weight, start.bias
+        # a 1x1 convolution has the norm of its matrix for any size
+        positions = tuple(size) if kernel_size > 1 else (1, 1)
+        self._start(bound, (in_channels, *positions), (out_channels, *positions))
+        self.update_norm()
+
+    def _map(self, weight: Tensor, v: Tensor) -> Tensor:
+        return F.conv2d(v, weight, padding=self.padding)
+
+    def _adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
+        return F.conv_transpose2d(u, weight, padding=self.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] > self.size[0] or x.shape[-1] > self.size[1]:
+            expected = f"images of {self.size[0]}x{self.size[1]} or smaller, the size of the bound"
+            raise validation.argument_error("x", validation.shape_of(x), expected)
+        return F.conv2d(x, self.bounded_weight(), self.bias, padding=self.padding)
+
+    def extra_repr(self) -> str:
+        c_out, c_in, k, _ = self.weight.shape
+        return f"{c_in}, {c_out}, kernel_size={k}, size={self.size}, bound={self.bound}"
+
+
+def _check_bound(bound: float) -> None:
+    validation.number("bound", bound, "a positive number", lambda v: v > 0)
+
+
+def _check_lipschitz(bound: float) -> None:
+    validation.number("lipschitz", bound, "a number between 0 and 1", lambda v: 0 < v < 1)
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    validation.sample_shape("size", size, "(H, W)")
+    if len(size) != 2:
+        raise validation.argument_error("size", size, "(H, W)")
+
+
+def _activation(name: str) -> nn.Module:
+    return LipSwish() if name == "lipswish" else nn.ELU()
+
+
+def _zero(layer: _Bounded) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+class LipschitzMLP(nn.Module):
+    """Network for :class:`~fastflow.nn.Residual` of vectors: linear layers whose Lipschitz constants multiply to a bound.
+
+    Source: arXiv:1811.00995 and arXiv:1906.02735. Of n layers, each is a :class:`LipschitzLinear` with the n-th root of
+    the bound. The last layer is zero-initialized, so the flow starts as the identity. The network is a contraction in
+    x for every context, of which no Lipschitz constant is bounded.
+
+    Args:
+        features: number of features of x and of the output.
+        hidden: numbers of units of the hidden layers.
+        lipschitz: bound of the network's Lipschitz constant, below 1.
+        activation: ``"lipswish"`` or ``"elu"``. The second derivative of both is continuous or bounded, which gradients
+            of the log-det need.
+        context_features: number of features of the context, which a linear map adds to the first layer; None: no
+            context.
+
+    Shape: x ``[N, features]``; context ``[N, context_features]`` or None; output ``[N, features]``.
+    Raises ValueError for other arguments, and for another context.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> net = fnn.LipschitzMLP(2, hidden=(16, 16), lipschitz=0.9)
+        >>> y = net(torch.randn(8, 2))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: Sequence[int] = (128, 128),
+        lipschitz: float = 0.97,
+        activation: str = "lipswish",
+        context_features: int | None = None,
+    ) -> None:
+        super().__init__()
+        validation.positive_ints(features=features)
+        validation.sample_shape("hidden", hidden, "a sequence of positive integers")
+        _check_lipschitz(lipschitz)
+        validation.one_of("activation", activation, ("lipswish", "elu"))
+        validation.positive_int("context_features", context_features, optional=True)
+        self.context_features = context_features
+        widths = [features, *hidden, features]
+        bound = lipschitz ** (1 / (len(widths) - 1))
+        self.layers = nn.ModuleList(
+            LipschitzLinear(a, b, bound) for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.activations = nn.ModuleList(_activation(activation) for _ in hidden)
+        self.context_layer = None if context_features is None else nn.Linear(context_features, hidden[0])
+        _zero(self.layers[-1])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = checked_context(x, context, self.context_features)
+        h = self.layers[0](x)
+        if context is not None:
+            h = h + self.context_layer(context)
+        for activation, layer in zip(self.activations, self.layers[1:], strict=True):
+            h = layer(activation(h))
+        return h
+
+
+class LipschitzConvNet(nn.Module):
+    """Network for :class:`~fastflow.nn.Residual` of images: convolutions 3x3, 1x1 and 3x3.
+
+    Source: the networks of residual flows, arXiv:1906.02735, appendix E. Each convolution is a
+    :class:`LipschitzConv2d` with the cube root of the bound. The last one is zero-initialized.
+
+    Args:
+        channels: number of channels of x and of the output.
+        size: height and width of the images.
+        hidden: number of hidden channels.
+        lipschitz, activation: as for :class:`LipschitzMLP`.
+
+    Shape: x ``[N, channels, H, W]``; output the same.
+    Raises ValueError for other arguments.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import nn as fnn
+        >>> net = fnn.LipschitzConvNet(3, size=(8, 8), hidden=16)
+        >>> y = net(torch.randn(2, 3, 8, 8))
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int],
+        hidden: int = 128,
+        lipschitz: float = 0.97,
+        activation: str = "lipswish",
+    ) -> None:
+        super().__init__()
+        validation.positive_ints(channels=channels, hidden=hidden)
+        _check_size(size)
+        _check_lipschitz(lipschitz)
+        validation.one_of("activation", activation, ("lipswish", "elu"))
+        bound = lipschitz ** (1 / 3)
+        self.net = nn.Sequential(
+            LipschitzConv2d(channels, hidden, 3, size, bound),
+            _activation(activation),
+            LipschitzConv2d(hidden, hidden, 1, size, bound),
+            _activation(activation),
+            LipschitzConv2d(hidden, channels, 3, size, bound),
+        )
+        _zero(self.net[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
