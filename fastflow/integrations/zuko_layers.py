@@ -377,16 +377,11 @@ class _Network(NamedTuple):
     structure: _Structure
 
 
-MIN_PASSES = 3  # fewer passes of a network take no longer than the features one after the other
-
-
 def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> _Network | None:
     """The network of a layer; None if its inverse takes several passes."""
-    if (
-        Univariate.of(layer).circular
-        or layer.passes < MIN_PASSES
-        or type(layer.hyper) is not _networks.MaskedMLP
-    ):
+    if Univariate.of(layer).circular or type(layer.hyper) is not _networks.MaskedMLP:
+        return None
+    if y.device.type != "cpu" and layer.passes < y.shape[-1]:  # there the features take their turns in Python
         return None
     if torch.is_autocast_enabled(y.device.type) or any(map(_is_changed, layer.hyper.modules())):
         return None
