@@ -130,9 +130,86 @@ def _of_nflows(name: str, integration: str, build: Callable, size: tuple[int, in
     )
 
 
+def _of_zuko(name: str, family: str, size: tuple[int, int, int]) -> Case:
+    def build_flow(features: int, context: int, tiny: bool) -> nn.Module:
+        from zuko import flows
+
+        return getattr(flows, family)(
+            features, context, transforms=3, hidden_features=(8,) if tiny else (64, 64)
+        )
+
+    return Case(
+        name,
+        "zuko",
+        build_flow,
+        lambda flow, x, context: flow(context).log_prob(x),
+        lambda flow, n, context: flow(context).sample(),
+        size,
+    )
+
+
+def circular_splines(features: int, context: int, tiny: bool) -> nn.Module:
+    """Four couplings of normflows with half of the features on circles."""
+    import normflows as nf
+
+    blocks, hidden = (1, 8) if tiny else (2, 64)
+    flows = [
+        nf.flows.CircularCoupledRationalQuadraticSpline(
+            features, blocks, hidden, list(range(0, features, 2)), reverse_mask=bool(i % 2)
+        )
+        for i in range(4)
+    ]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(features, trainable=False), flows)
+
+
+def all_in_one(features: int, context: int, tiny: bool) -> nn.Module:
+    """Eight AllInOneBlocks of FrEIA on images of 4 channels of 4 x 4."""
+    from FrEIA.framework import SequenceINN
+    from FrEIA.modules import AllInOneBlock
+
+    def network(inputs: int, outputs: int) -> nn.Module:
+        hidden = 4 if tiny else 32
+        return nn.Sequential(
+            nn.Conv2d(inputs, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, outputs, 3, padding=1)
+        )
+
+    flow = SequenceINN(4, 4, 4)
+    for _ in range(2 if tiny else 8):
+        flow.append(AllInOneBlock, subnet_constructor=network)
+    return flow
+
+
+def _images(x: Tensor) -> Tensor:
+    """64 features as images, zeros where a tiny case has fewer."""
+    return nn.functional.pad(x, (0, 64 - x.shape[1])).view(-1, 4, 4, 4)
+
+
+def _freia_log_prob(flow: nn.Module, x: Tensor, _: None) -> Tensor:
+    z, log_det = flow(_images(x))
+    return log_det - z.square().flatten(1).sum(1) / 2
+
+
 CASES = (
     _of_nflows("sbi's default NSF", "nflows", sbi_default, (200, 5, 10)),
     _of_nflows("dingo-size NSF", "glasflow", dingo_size, (256, 14, 128)),
+    _of_zuko("NSF", "NSF", (256, 5, 10)),
+    _of_zuko("MAF", "MAF", (256, 16, 10)),
+    Case(
+        "circular spline flow",
+        "normflows",
+        circular_splines,
+        lambda flow, x, _: flow.log_prob(x),
+        lambda flow, n, _: flow.sample(n)[0],
+        (256, 8, 0),
+    ),
+    Case(
+        "8 AllInOneBlocks, images",
+        "freia",
+        all_in_one,
+        _freia_log_prob,
+        lambda flow, n, _: flow(_images(torch.randn(n, 64)), rev=True)[0],
+        (64, 64, 0),
+    ),
 )
 
 
@@ -211,7 +288,9 @@ def check(case: Case, flow: nn.Module, faster: nn.Module, x: Tensor, context: Te
     for m in (flow, faster):
         m = copy.deepcopy(m).double()
         log_prob = case.log_prob(m, x.double(), context)
-        gradients = torch.autograd.grad(log_prob.mean(), list(m.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(
+            log_prob.mean(), [p for p in m.parameters() if p.requires_grad], allow_unused=True
+        )
         found.append([log_prob.detach(), *(g for g in gradients if g is not None)])
     errors = [((a - b).abs().max() / (1 + a.abs().max())).item() for a, b in zip(*found, strict=True)]
     if not max(errors) <= TOLERANCE:

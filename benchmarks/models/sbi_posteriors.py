@@ -13,9 +13,11 @@ Rows go to results/sbi_posteriors.csv. The table of docs/drop_in.md is rewritten
 
 import argparse
 import bz2
+import contextlib
 import importlib.util
 import math
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -111,11 +113,12 @@ def measure(task: str, provider: str, seed: int, options: argparse.Namespace) ->
     np.random.seed(seed)
     theta = prior.sample((500 if options.quick else SIMULATIONS,))
     x = simulate(theta)
-    inference = NPE(prior, density_estimator=builder(provider), show_progress_bars=False)
-    inference.append_simulations(theta, x)
-    start = time.perf_counter()
-    inference.train(training_batch_size=200, max_num_epochs=2 if options.quick else 2**31 - 1)
-    trained = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # sbi writes its logs there
+        inference = NPE(prior, density_estimator=builder(provider), show_progress_bars=False)
+        inference.append_simulations(theta, x)
+        start = time.perf_counter()
+        inference.train(training_batch_size=200, max_num_epochs=2 if options.quick else 2**31 - 1)
+        trained = time.perf_counter()
     posterior = inference.build_posterior()
     count = 200 if options.quick else len(reference)
     with warnings.catch_warnings():
