@@ -1,6 +1,7 @@
 """Faster masked autoregressive layers of nflows, its forks and normflows, whose networks (MADE) are alike."""
 
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,9 +78,10 @@ class MaskedAutoregressive(Accelerated):
         )
         return outputs if scale is None else outputs * scale, log_det
 
+    @abstractmethod
     def _form(self) -> Affine | Spline | None:
         """The transformation of one feature; None if masked_inverse does not have it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no _form")
 
     def _scale(self) -> Tensor | None:
         """Factors of the features, if the transformation is that of features divided by them."""

@@ -1,6 +1,7 @@
 """Networks with a bounded Lipschitz constant: spectral normalization of linear layers and convolutions."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -60,11 +61,15 @@ class _Bounded(nn.Module):
         self.register_buffer("v", vectors.T.reshape(-1, *domain).contiguous())
         self.register_buffer("u", torch.full(codomain, m**-0.5))
 
+    @abstractmethod
     def _map(self, weight: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The linear map of vectors v."""
+        raise NotImplementedError(f"{type(self).__name__} has no _map")
 
+    @abstractmethod
     def _adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The adjoint of the map, of vectors u of its outputs."""
+        raise NotImplementedError(f"{type(self).__name__} has no _adjoint")
 
     @torch.no_grad()
     def update_norm(
