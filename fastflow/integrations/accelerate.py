@@ -5,13 +5,15 @@ the same with FastFlow's ops. The module, its parameters, buffers and hooks stay
 its state dict.
 """
 
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastflow import validation
+from fastflow.integrations.check import Check, assert_close, checked
 from fastflow.reversible import has_hooks
 
 
@@ -33,6 +35,16 @@ class Accelerated:
         return next(c for c in bases[1:] if not issubclass(c, Accelerated) and issubclass(c, nn.Module))
 
 
+class Chain(Accelerated):
+    """Base of chains of layers whose backward recomputes activations by inverses, and stores the output only."""
+
+    @classmethod
+    @abstractmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        """Why ``module``, an instance of the replaced class, stores its activations; None if it need not."""
+        raise NotImplementedError(f"{cls.__name__} has no obstacle")
+
+
 @dataclass(frozen=True)
 class Report:
     """What :func:`accelerate` did; printing it lists the layers by class."""
@@ -42,46 +54,106 @@ class Report:
     left_alone: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Class and reason, by the name of each layer of the library that stays as it was."""
 
+    recomputing: dict[str, str] = field(default_factory=dict)
+    """Class, by the name of each chain that recomputes its activations: with ``reversible=True``."""
+    storing: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Class and reason, by the name of each chain that stores its activations with ``reversible=True``."""
+
     def __str__(self) -> str:
-        lines = [f"{n:4} {name}: replaced" for name, n in Counter(self.replaced.values()).items()]
-        lines += [
-            f"{n:4} {name}: left alone, {reason}"
-            for (name, reason), n in Counter(self.left_alone.values()).items()
-        ]
+        named = {
+            "replaced": self.replaced,
+            "recomputes activations": self.recomputing,
+            "left alone": self.left_alone,
+            "stores activations": self.storing,
+        }
+        lines = []
+        for state, found in named.items():
+            for about, n in Counter(found.values()).items():
+                name, *reason = (about,) if isinstance(about, str) else about
+                lines.append(f"{n:4} {name}: {', '.join([state, *reason])}")
         return "\n".join(lines) or "nothing to replace was found"
 
 
-def accelerate(model: nn.Module, classes: Mapping[type, type[Accelerated]], known: Callable) -> Report:
+def accelerate(
+    model: nn.Module,
+    classes: Mapping[type, type[Accelerated]],
+    known: Callable,
+    chains: Mapping[type, type[Chain]] | None = None,
+    check: Check | None = None,
+) -> Report:
     """Give every module of ``model`` whose class is a key of ``classes`` the faster class.
 
-    ``known`` tells whether a class is one of the library's layers, to be named if it is left alone.
+    ``known`` tells whether a class is one of the library's layers, to be named if it is left alone. Modules of the
+    classes ``chains`` recompute their activations if they can; chains within them are part of them. ``check`` is
+    called with copies of the model before and after, and must return the same.
     """
     if not isinstance(model, nn.Module):
         raise validation.argument_error("model", type(model).__name__, "a module")
-    report = Report()
+    if check is not None and not callable(check):
+        raise validation.argument_error("check", type(check).__name__, "a function of the model, or None")
+    wanted = None if check is None else checked(model, check)
+    before = {m: type(m) for m in model.modules()}
+    report, within = Report(), set()
     for name, module in model.named_modules():
-        found = classes.get(type(module))
-        if found is not None:
+        theirs = own_class(module)
+        found, chain = classes.get(theirs), (chains or {}).get(theirs)
+        if chain is not None and module not in within:
+            reason = chain.obstacle(module)
+            if reason is None:
+                found = chain
+                report.recomputing[name] = theirs.__name__
+                within.update(module.modules())
+            else:
+                report.storing[name] = theirs.__name__, reason
+        if found is not None and found is not type(module):
             reason = found.refusal(module) or _hooked(module, found)
             if reason is None:
                 module.__class__ = found
-                report.replaced[name] = found.replaced().__name__
             else:
-                report.left_alone[name] = type(module).__name__, reason
-        elif isinstance(module, Accelerated):
-            report.replaced[name] = type(module).replaced().__name__
-        elif any(isinstance(module, c) for c in classes):
-            report.left_alone[name] = type(module).__name__, "a subclass of a layer that is covered"
-        elif known(type(module)):
-            report.left_alone[name] = type(module).__name__, "not covered"
+                report.left_alone[name] = theirs.__name__, reason
+        elif found is None and isinstance(module, Accelerated):
+            module.__class__ = theirs
+        if isinstance(module, Accelerated):
+            report.replaced[name] = theirs.__name__
+        elif found is None and any(issubclass(theirs, c) for c in classes):
+            report.left_alone[name] = theirs.__name__, "a subclass of a layer that is covered"
+        elif found is None and known(theirs):
+            report.left_alone[name] = theirs.__name__, "not covered"
+    if wanted is not None:
+        try:
+            assert_close(checked(model, check), wanted)
+        except BaseException:
+            for module, c in before.items():
+                module.__class__ = c
+            raise
     return report
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of the library that a module has, or had before it was accelerated."""
+    return type(module).replaced() if isinstance(module, Accelerated) else type(module)
+
+
+def not_invertible(layers: Iterable[nn.Module], package: str, names: frozenset[str]) -> str | None:
+    """The obstacle for a chain that has a layer whose class is not one of ``names`` in ``package``."""
+    for c in map(own_class, layers):
+        if c.__name__ not in names or not c.__module__.startswith(f"{package}."):
+            return f"{c.__name__} in it has no exact inverse in training"
+    return None
+
+
+def per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
+    """Log-dets of the samples of x, of which the library may have one for all samples, or a number."""
+    if not isinstance(log_det, Tensor):
+        log_det = x.new_tensor(log_det)
+    return log_det.expand(x.shape[0])
 
 
 def revert(model: nn.Module) -> int:
     """Give every accelerated module its own class again, and return their number."""
     found = [m for m in model.modules() if isinstance(m, Accelerated)]
     for module in found:
-        module.__class__ = type(module).replaced()
+        module.__class__ = own_class(module)
     return len(found)
 
 
@@ -92,15 +164,16 @@ def _hooked(module: nn.Module, faster: type[Accelerated]) -> str | None:
 
 
 def faster_classes(
-    namespace: dict[str, object], layers: Mapping[type, type[Accelerated]]
+    namespace: dict[str, object], layers: Mapping[type, type[Accelerated]], prefix: str = ""
 ) -> dict[type, type[Accelerated]]:
     """Faster classes of a library, by the class that each replaces.
 
-    They are put into ``namespace``, the globals of a module, under the names of the library's classes, so that pickle
-    finds them there.
+    They are put into ``namespace``, the globals of a module, under the names of the library's classes after a
+    ``prefix``, so that pickle finds them there.
     """
     made = {}
     for theirs, ours in layers.items():
+        name = prefix + theirs.__name__
         about = {"__module__": namespace["__name__"], "__doc__": f"{theirs.__name__} with FastFlow's ops."}
-        made[theirs] = namespace[theirs.__name__] = type(theirs.__name__, (ours, theirs), about)
+        made[theirs] = namespace[name] = type(name, (ours, theirs), about)
     return made

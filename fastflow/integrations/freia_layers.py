@@ -1,14 +1,16 @@
 """Faster layers of FrEIA."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible, per_sample
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops, value_of
 from fastflow.ops import actnorm, affine_coupling, conv1x1, positions
+from fastflow.reversible import run_reversible
 
 Result = tuple[Sequence[Tensor], Tensor]
 
@@ -82,6 +84,55 @@ def _factors_of(matrix: Tensor, clamp: float) -> Tensor:
     return matrix.new_full((matrix.shape[0] // 2,), clamp)
 
 
+class _Coupling(Accelerated):
+    """Block of two couplings, of one half and then of the other: each is one op after its network."""
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        return None if module.split_len1 == module.split_len2 else "halves of different sizes"
+
+    def forward(
+        self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
+    ) -> Result:
+        z, log_dets = x[0], []
+        if z.shape[1] != self.channels or not self._gains(z):
+            return super().forward(x, c, rev, jac)
+        for first in (False, True) if rev else (True, False):
+            given = z.narrow(1, self.split_len1 if first else 0, self.split_len1)
+            params = self._params(torch.cat([given, *c], 1) if self.conditional else given, first)
+            form = {"swap_halves": first, "params_layout": "scale_shift", "inverse": rev}
+            z, log_det = affine_coupling(z, params, **form)
+            log_dets.append(log_det)
+        return (z,), log_dets[0] + log_dets[1]
+
+    def _gains(self, z: Tensor) -> bool:
+        return z.ndim == 1 + self.ndims and pays_for_small_ops(z) and is_plain(z)
+
+    def _clamped(self, raw: Tensor) -> Tensor:
+        return self.clamp * self.f_clamp(raw)
+
+    @abstractmethod
+    def _params(self, given: Tensor, first: bool) -> Tensor:
+        """Log-scale and shift of the first half of the channels, or of the second."""
+        raise NotImplementedError(f"{type(self).__name__} has no _params")
+
+
+class GLOWCouplingBlock(_Coupling):
+    """``GLOWCouplingBlock``: a network for each half."""
+
+    def _params(self, given: Tensor, first: bool) -> Tensor:
+        raw, shift = (self.subnet2 if first else self.subnet1)(given).chunk(2, 1)
+        return torch.cat([self._clamped(raw), shift], 1)
+
+
+class RNVPCouplingBlock(_Coupling):
+    """``RNVPCouplingBlock``: two networks for each half."""
+
+    def _params(self, given: Tensor, first: bool) -> Tensor:
+        scale, shift = (self.subnet_s2, self.subnet_t2) if first else (self.subnet_s1, self.subnet_t1)
+        return torch.cat([self._clamped(scale(given)), shift(given)], 1)
+
+
 def _index_of(matrix: Tensor) -> Tensor | None:
     """The channels that a permutation matrix selects; None for another matrix, or while it may not be read."""
     if torch.compiler.is_compiling() or matrix.is_meta:
@@ -129,11 +180,84 @@ class IRevNetDownsampling(Accelerated):
         return ((F.pixel_shuffle if rev else F.pixel_unshuffle)(x[0], 2),), 0.0
 
 
+class ReversibleSequence(Chain):
+    """``SequenceINN`` that recomputes its activations."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        if len({c for c in module.conditions if c is not None}) > 1:
+            return "several conditions"
+        return not_invertible(module.module_list, "FrEIA", INVERTIBLE)
+
+    def forward(
+        self, x_or_z: Tensor, c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True
+    ) -> tuple[Tensor | tuple[Tensor], Tensor]:
+        used = {i for i in self.conditions if i is not None}
+        x = x_or_z if isinstance(x_or_z, Tensor) else x_or_z[0]
+        if not jac or len(used) > 1:
+            return super().forward(x_or_z, c, rev, jac)
+        pairs = list(zip(self.module_list, self.conditions, strict=True))
+        steps = [_Step(layer, i is not None, rev) for layer, i in pairs]
+        context = c[used.pop()] if used else None
+        z, log_det = run_reversible(steps[::-1] if rev else steps, x, context)
+        return (z,) if self.force_tuple_output else z, log_det
+
+
+class _Step(nn.Module):
+    """A layer of a sequence, in one of its directions."""
+
+    def __init__(self, layer: nn.Module, conditional: bool, rev: bool) -> None:
+        super().__init__()
+        self.layer, self.conditional, self.rev = layer, conditional, rev
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(x, context, self.rev)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(z, context, not self.rev)
+
+    def _run(self, x: Tensor, context: Tensor | None, rev: bool) -> tuple[Tensor, Tensor]:
+        given = {"c": [context]} if self.conditional else {}
+        (y,), log_det = self.layer((x,), jac=True, rev=rev, **given)
+        return y, per_sample(log_det, x)
+
+
+class Graph(Chain):
+    """``GraphINN``, which is no chain."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        return "a graph, of which SequenceINN is the chain"
+
+
+# layers whose inverse is a formula, also in training
+INVERTIBLE = frozenset(
+    {
+        "ActNorm",
+        "AffineCouplingOneSided",
+        "AllInOneBlock",
+        "ConditionalAffineTransform",
+        "Fixed1x1Conv",
+        "Flatten",
+        "GINCouplingBlock",
+        "GLOWCouplingBlock",
+        "HaarDownsampling",
+        "HaarUpsampling",
+        "IRevNetDownsampling",
+        "IRevNetUpsampling",
+        "NICECouplingBlock",
+        "PermuteRandom",
+        "RNVPCouplingBlock",
+        "Reshape",
+    }
+)
+
 # the time of these is that of the modules inside, or of one operator
 NOTHING_TO_GAIN = {
     "Concat",
     "Flatten",
     "InvertibleModule",
+    "NICECouplingBlock",
     "PermuteRandom",
     "Reshape",
     "Split",

@@ -1,20 +1,20 @@
 """Faster layers of nflows, for its package and its forks, whose classes have the same names and attributes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops, value_of
 from fastflow.integrations.masked_layers import AffineAutoregressive, RationalQuadraticAutoregressive
 from fastflow.integrations.spline_layers import RationalQuadraticCDF, RationalQuadraticCoupling
 from fastflow.nn.lu_linear import matrices_of
 from fastflow.ops import actnorm, conv1x1, positions, triangular_solve
-from fastflow.reversible import has_hooks
+from fastflow.reversible import has_hooks, run_reversible
 
 
 @functools.lru_cache(maxsize=64)
@@ -55,27 +55,36 @@ class LU(Accelerated):
     def forward(
         self, inputs: Tensor, context: Tensor | None = None, *matrices: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if _is_half(self):
+            return super().forward(inputs, context)
         weight, _, _, log_det = matrices or (m[0] for m in _matrices([self]))
         return F.linear(inputs, weight, self.bias), log_det.expand(inputs.shape[0])
 
     def inverse(
         self, inputs: Tensor, context: Tensor | None = None, *matrices: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if _is_half(self):
+            return super().inverse(inputs, context)
         if len(matrices) == len(("inverse", "shift", "log_det")):
             inverse, shift, log_det = matrices
             return torch.addmm(shift, inputs, inverse.mT), log_det.expand(inputs.shape[0])
-        _, lower, upper, log_det = _matrices([self])
+        _, lower, upper, log_det = [m[None] for m in matrices] or _matrices([self])
         columns = (inputs - self.bias).mT[None]
         columns = triangular_solve(lower, columns, upper=False, unit_diagonal=True)
         columns = triangular_solve(upper, columns, upper=True)
         return columns[0].mT, -log_det.expand(inputs.shape[0])
 
 
+def _is_half(layer: nn.Module) -> bool:
+    """Whether the matrices would have another dtype than the layer."""
+    return layer.bias.dtype not in (torch.float32, torch.float64)
+
+
 def _shared(layers: list[nn.Module], inverse: bool) -> dict[int, tuple[Tensor, ...]]:
     """Matrices of the LU layers among ``layers``, by position, computed for those of one size at once."""
     kinds: dict[tuple, list[int]] = {}
     for i, layer in enumerate(layers):
-        if isinstance(layer, LU) and not has_hooks(layer):
+        if isinstance(layer, LU) and not _is_half(layer) and not has_hooks(layer):
             key = layer.features, layer.eps, layer.bias.dtype, layer.bias.device
             kinds.setdefault(key, []).append(i)
     found = {}
@@ -112,6 +121,35 @@ class Composite(Accelerated):
             inputs, step = layer.inverse(inputs, context, *shared.get(i, ()))
             log_det = step if log_det is None else log_det + step
         return inputs, inputs.new_zeros(inputs.shape[0]) if log_det is None else log_det
+
+
+class ReversibleComposite(Chain, Composite):
+    """``CompositeTransform`` that recomputes its activations; the layers of chains within it are its layers."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        base = next(c for c in type(module).__mro__ if c.__name__ == "Transform")
+        layers = [m for m in module.modules() if isinstance(m, base)]
+        return not_invertible(layers, base.__module__.rpartition(".transforms")[0], INVERTIBLE)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        layers = list(_flattened(self))
+        if not layers or (context is not None and not isinstance(context, Tensor)):
+            return super().forward(inputs, context)
+
+        def matrices(layers: list[nn.Module]) -> list[tuple[Tensor, ...]]:
+            shared = _shared(layers, inverse=False)
+            return [shared.get(i, ()) for i in range(len(layers))]
+
+        return run_reversible(layers, inputs, context, shared_args=matrices)
+
+
+def _flattened(chain: nn.Module) -> Iterator[nn.Module]:
+    for layer in chain._transforms:
+        if isinstance(layer, Composite) and not has_hooks(layer):
+            yield from _flattened(layer)
+        else:
+            yield layer
 
 
 class ResidualBlock(Accelerated):
@@ -261,6 +299,39 @@ NOTHING_TO_GAIN = {
     "ReversePermutation",
     "SqueezeTransform",
 }
+
+
+# layers whose inverse is a formula, also in training: no search, no statistics of a batch, no saturation
+INVERTIBLE = frozenset(
+    {
+        "ActNorm",
+        "AdditiveCouplingTransform",
+        "AffineCouplingTransform",
+        "AffineTransform",
+        "CompositeTransform",
+        "HouseholderSequence",
+        "IdentityTransform",
+        "InverseTransform",
+        "LULinear",
+        "MaskedAffineAutoregressiveTransform",
+        "MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
+        "NaiveLinear",
+        "OneByOneConvolution",
+        "Permutation",
+        "PiecewiseLinearCouplingTransform",
+        "PiecewiseQuadraticCDF",
+        "PiecewiseQuadraticCouplingTransform",
+        "PiecewiseRationalQuadraticCDF",
+        "PiecewiseRationalQuadraticCouplingTransform",
+        "PiecewiseLinearCDF",
+        "PointwiseAffineTransform",
+        "QRLinear",
+        "RandomPermutation",
+        "ReversePermutation",
+        "SVDLinear",
+        "SqueezeTransform",
+    }
+)
 
 
 def is_layer(package: str) -> Callable[[type], bool]:

@@ -7,6 +7,7 @@ print(report)
 ff.revert(model)
 """
 
+from normflows import core as _core
 from normflows.flows import mixing as _mixing
 from normflows.flows import normalization as _normalization
 from normflows.flows.affine import autoregressive as _affine_autoregressive
@@ -22,6 +23,7 @@ from fastflow.integrations import normflows_layers as _layers
 from fastflow.integrations import spline_layers as _splines
 from fastflow.integrations.accelerate import Report, faster_classes, revert
 from fastflow.integrations.accelerate import accelerate as _accelerate
+from fastflow.integrations.check import Check
 from fastflow.integrations.nflows_layers import LU as _LU
 from fastflow.integrations.nflows_layers import ResidualBlock as _ResidualBlock
 
@@ -46,7 +48,17 @@ _CLASSES = faster_classes(
     },
 )
 
+_CHAINS = faster_classes(
+    globals(),
+    {
+        _core.NormalizingFlow: _layers.ReversibleFlow,
+        _core.ConditionalNormalizingFlow: _layers.ReversibleConditionalFlow,
+        _core.MultiscaleFlow: _layers.Multiscale,
+    },
+    prefix="Reversible",
+)
 
-def accelerate(model: nn.Module) -> Report:
+
+def accelerate(model: nn.Module, *, reversible: bool = False, check: Check | None = None) -> Report:
     """Make the layers of normflows within ``model`` faster, in place; see :mod:`fastflow.integrations.nflows`."""
-    return _accelerate(model, _CLASSES, _layers.is_layer)
+    return _accelerate(model, _CLASSES, _layers.is_layer, _CHAINS if reversible else {}, check)

@@ -1,15 +1,17 @@
 """Faster layers of normflows; those that it has from nflows are in ``spline_layers`` and ``masked_layers``."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from fastflow.integrations import masked_layers
-from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible, per_sample
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops, value_of
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.ops import actnorm, affine_coupling, conv1x1, glow_network, lu_weight, positions
 from fastflow.ops.masked_inverse import Affine
-from fastflow.reversible import has_hooks
+from fastflow.reversible import has_hooks, run_reversible
 
 
 class _Gated:
@@ -28,7 +30,7 @@ class RationalQuadraticAutoregressive(_Gated, masked_layers.RationalQuadraticAut
 
 def _per_sample(z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:
     """The library has one log-det for all samples."""
-    return z, log_det.expand(z.shape[0])
+    return z, per_sample(log_det, z)
 
 
 class ActNorm(Accelerated):
@@ -206,6 +208,81 @@ def _is_fused(layers: list[nn.Module], x: Tensor, training: bool) -> bool:
     setting = Setting(gpu, str(x.dtype).removeprefix("torch."), *channels, mode)
     return fastest_way(setting, x.shape[0] * positions(x)) == "fused"
 
+
+class ReversibleFlow(Chain):
+    """``NormalizingFlow`` whose log-densities recompute its activations."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        return not_invertible(module.flows, "normflows", INVERTIBLE)
+
+    def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return run_reversible([_Step(flow, self.TAKES_CONTEXT) for flow in reversed(self.flows)], x, context)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        z, log_det = self.inverse_and_log_det(x, context)
+        return log_det + self.q0.log_prob(z, *self._given(context))
+
+    def forward_kld(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return -self.log_prob(x, *self._given(context)).mean()
+
+    TAKES_CONTEXT = False
+
+    def _given(self, context: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (context,) if self.TAKES_CONTEXT else ()
+
+
+class ReversibleConditionalFlow(ReversibleFlow):
+    """``ConditionalNormalizingFlow`` whose log-densities recompute its activations."""
+
+    TAKES_CONTEXT = True
+
+
+class _Step(nn.Module):
+    """A flow of the library in the direction of log-densities."""
+
+    def __init__(self, flow: nn.Module, takes_context: bool) -> None:
+        super().__init__()
+        self.flow, self.takes_context = flow, takes_context
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(self.flow.inverse, x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(self.flow, z, context)
+
+    def _run(self, call: Callable, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, log_det = call(x, context=context) if self.takes_context else call(x)
+        return y, per_sample(log_det, x)
+
+
+class Multiscale(Chain):
+    """``MultiscaleFlow``, which is no chain."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        return "several scales"
+
+
+# flows of tensors whose inverse is a formula, also in training
+INVERTIBLE = frozenset(
+    {
+        "ActNorm",
+        "AffineConstFlow",
+        "AffineCouplingBlock",
+        "AutoregressiveRationalQuadraticSpline",
+        "CCAffineConst",
+        "CoupledRationalQuadraticSpline",
+        "GlowBlock",
+        "Invertible1x1Conv",
+        "InvertibleAffine",
+        "LULinearPermute",
+        "MaskedAffineAutoregressive",
+        "MaskedAffineFlow",
+        "Permute",
+        "Squeeze",
+    }
+)
 
 # the time of these is that of the modules inside, or of one operator
 NOTHING_TO_GAIN = {

@@ -17,6 +17,7 @@ from zuko.utils import Partial as _Partial
 from fastflow.integrations import zuko_layers as _layers
 from fastflow.integrations.accelerate import Report, faster_classes, revert
 from fastflow.integrations.accelerate import accelerate as _accelerate
+from fastflow.integrations.check import Check
 from fastflow.integrations.zuko_layers import MonotonicRQSTransform
 
 __all__ = ["MonotonicRQSTransform", "accelerate", "renamed_state", "revert"]
@@ -27,7 +28,7 @@ _CLASSES = faster_classes(globals(), _layers.FASTER)
 _NOTHING_TO_GAIN = {"LazyComposedTransform", "LazyInverse", "UnconditionalTransform"}
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, check: Check | None = None) -> Report:
     """Make the lazy transformations of zuko within ``model`` faster, in place.
 
     Parameters, buffers and hooks stay the same objects, so optimizers go on, and state dicts load before and after.
@@ -35,9 +36,15 @@ def accelerate(model: nn.Module) -> Report:
     stay as they are, and the report names them. A pickled model refers to FastFlow; :func:`revert` gives each module its
     own class again.
 
-    Raises ValueError if ``model`` is not a module.
+    Args:
+        model: a flow of zuko, or a module that holds flows.
+        check: a function of the model that returns a tensor, such as ``lambda m: m(context).log_prob(x)``. It is called
+            with a copy of the model before and after.
+
+    Raises ValueError if ``model`` is not a module, RuntimeError if ``check`` returns other values after, beyond
+    rounding. Then nothing is replaced.
     """
-    return _accelerate(model, _CLASSES, _is_layer)
+    return _accelerate(model, _CLASSES, _is_layer, check=check)
 
 
 def _is_layer(c: type) -> bool:

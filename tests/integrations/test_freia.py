@@ -125,6 +125,56 @@ def test_fixed_convolutions_and_downsampling():
     assert_same(ff, model, {"inverse": BOTH["inverse"]}, z, pickles=False)
 
 
+def softsign(u):
+    return u / (1 + u.abs())
+
+
+@pytest.mark.parametrize(
+    "name, shape, context, options",
+    [
+        ("GLOWCouplingBlock", (4,), None, {}),
+        ("GLOWCouplingBlock", (6, 2, 3), CONTEXT, {"clamp_activation": "TANH", "clamp": 1.3}),
+        ("GLOWCouplingBlock", (2,), CONTEXT, {"clamp_activation": "SIGMOID"}),
+        ("GLOWCouplingBlock", (5,), None, {"clamp_activation": softsign, "split_len": 0.6}),
+        ("RNVPCouplingBlock", (6,), CONTEXT, {"clamp": 0.7}),
+        ("RNVPCouplingBlock", (4, 2, 3), None, {"clamp_activation": softsign}),
+        ("RNVPCouplingBlock", (4,), None, {"split_len": 1}),
+    ],
+)
+def test_couplings(name, shape, context, options, monkeypatch):
+    monkeypatch.setattr(freia_layers, "pays_for_small_ops", lambda z: True)
+    model = framework.SequenceINN(*shape)
+    given = {} if context is None else {"cond": 0, "cond_shape": (context, *shape[1:])}
+    for _ in range(2):
+        make = net if len(shape) == 1 else images_net
+        model.append(getattr(modules, name), subnet_constructor=make, **given, **options)
+    randomized(model)
+    x = torch.randn(5, *shape)
+    c = None if context is None else torch.randn(5, context, *shape[1:])
+    if "split_len" in options:
+        reason = ff.accelerate(model).left_alone["module_list.0"]
+        assert reason == (name, "halves of different sizes")
+        return
+    report = assert_same(ff, model, BOTH, x, c, pickles=False)
+    assert list(report.replaced.values()) == [name] * 2
+
+
+def test_graphs_with_conditions(monkeypatch):
+    monkeypatch.setattr(freia_layers, "pays_for_small_ops", lambda z: True)
+    conditions = [framework.ConditionNode(2), framework.ConditionNode(1)]
+    nodes = [framework.InputNode(4)]
+    kinds = (modules.GLOWCouplingBlock, modules.RNVPCouplingBlock, modules.AllInOneBlock)
+    for kind, given in zip(kinds, (conditions, conditions[0], conditions[1]), strict=True):
+        nodes.append(framework.Node(nodes[-1], kind, {"subnet_constructor": net}, conditions=given))
+    model = framework.GraphINN([*nodes, *conditions, framework.OutputNode(nodes[-1])])
+    calls = {
+        name: lambda m, x, c, rev=rev: m(x, c=[c[:, :2], c[:, 2:]], rev=rev)
+        for name, rev in (("forward", False), ("inverse", True))
+    }
+    report = assert_same(ff, randomized(model), calls, torch.randn(5, 4), torch.randn(5, 3), pickles=False)
+    assert sorted(report.replaced.values()) == ["AllInOneBlock", "GLOWCouplingBlock", "RNVPCouplingBlock"]
+
+
 def test_graphs():
     nodes = [framework.InputNode(4, 2, 2, name="in")]
     for _ in range(2):
@@ -153,11 +203,27 @@ def test_training_coincides():
     assert_trains_the_same(ff, model, loss)
 
 
+def test_training_of_couplings_coincides(monkeypatch):
+    monkeypatch.setattr(freia_layers, "pays_for_small_ops", lambda z: True)
+    torch.manual_seed(0)
+    model = framework.SequenceINN(4)
+    kinds = (modules.GLOWCouplingBlock, modules.RNVPCouplingBlock)
+    for kind in kinds:
+        model.append(kind, cond=0, cond_shape=(CONTEXT,), subnet_constructor=net)
+    x, c = torch.randn(16, 4).double(), torch.randn(16, CONTEXT).double()
+
+    def loss(m):
+        z, log_det = m(x, c=[c])
+        return (z.square().sum(1) / 2 - log_det).mean()
+
+    assert_trains_the_same(ff, model, loss)
+
+
 def test_what_is_left_alone_is_named():
     model = framework.SequenceINN(4, 2, 2)
     model.append(modules.AllInOneBlock, subnet_constructor=images_net, gin_block=True)
     model.append(modules.AllInOneBlock, subnet_constructor=images_net, learned_householder_permutation=2)
-    model.append(modules.GLOWCouplingBlock, subnet_constructor=images_net)
+    model.append(modules.GINCouplingBlock, subnet_constructor=images_net)
     model.append(modules.PermuteRandom)
     model.append(modules.IRevNetDownsampling, legacy_backend=True)
     model.append(modules.IRevNetUpsampling)

@@ -7,7 +7,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
+from benchmarks.models.drop_in import kept_bytes
+from fastflow.integrations.accelerate import Chain
 from tests.support.cases import randomize
 
 Call = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, ...]]
@@ -50,6 +53,30 @@ def assert_same(
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in before.modules()]
     torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    return report
+
+
+def assert_recomputes(ff: ModuleType, model: nn.Module, call: Call, x: Tensor, context: Tensor | None = None):
+    """Results and gradients of ``call`` in float64 are those of the model before, with fewer bytes kept for backward.
+
+    Returns the report of ``accelerate(model, reversible=True)``.
+    """
+    before = copy.deepcopy(model).double()
+    report = ff.accelerate(model.double(), reversible=True)
+    wanted, found = (_computed(m, call, x.double(), context) for m in (before, model))
+    assert len(found) == len(wanted)
+    for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        error = ((a - b).abs().max() / (1 + b.abs().max())).item()
+        assert error <= 1e-8, f"result {i}: {error:.1e}"
+    assert_close(model.state_dict(), before.state_dict())  # running statistics
+    again = copy.deepcopy(model)
+    ff.accelerate(again)
+    assert not any(isinstance(m, Chain) for m in again.modules())
+    given = x.double(), None if context is None else context.double()
+    kept = [kept_bytes(lambda m=m: call(m, *given), m, given) for m in (again, model)]
+    assert kept[1] < kept[0] / 2, kept
+    assert ff.revert(model) == len(report.replaced)
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     return report
 
 
