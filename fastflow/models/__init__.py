@@ -10,6 +10,7 @@ from fastflow.models.neural_spline_flow import NeuralSplineFlow
 from fastflow.models.nice import NICE
 from fastflow.models.published import load_published
 from fastflow.models.realnvp import RealNVP
+from fastflow.models.residual_flow import ResidualFlow
 from fastflow.models.vector_glow import VectorGlow
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MNISTFlow",
     "NeuralSplineFlow",
     "RealNVP",
+    "ResidualFlow",
     "VectorGlow",
     "load_published",
     "mnist_flow",

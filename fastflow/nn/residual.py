@@ -126,15 +126,12 @@ class Residual(Flow):
         return x, -log_det
 
     def _update_norms(self, trains: bool) -> None:
-        """Before every pass, as the weights may have changed; norms that are known well do not move.
-
-        In training, small gains are kept too: a direction whose singular value overtakes the first one grows slowly.
-        """
+        """Before every pass, as the weights may have changed; outside of training, norms that are known well stay."""
         if in_transform() or torch.compiler.is_exporting():
             return
         for module in self.net.modules():
             if hasattr(module, "update_norm"):
-                module.update_norm(keep=1e-7 if trains else None)
+                module.update_norm(keep_vectors=trains)
 
     # log-det -----------------------------------------------------------------------------------------------------
 
@@ -168,14 +165,14 @@ class Residual(Flow):
         if not x.numel():
             return x.new_zeros(x.shape[0], dtype=dtype)
         if self.log_det == "exact" or (self.log_det == "auto" and elements <= FEW):
-            return self._exact(g, last_pull).to(dtype)
+            return self._exact(g, last_pull, dtype)
         return self._estimate(self._noise_like(x.detach()), self._coefficients(), pull, last_pull).to(dtype)
 
-    def _exact(self, g: Tensor, pull: Pull) -> Tensor:
+    def _exact(self, g: Tensor, pull: Pull, dtype: torch.dtype) -> Tensor:
         n, d = g.shape[0], g[0].numel()
         basis = torch.eye(d, dtype=g.dtype, device=g.device)
         rows = [pull(b.view(1, *g.shape[1:]).expand_as(g)).reshape(n, d) for b in basis]
-        jacobian = torch.stack(rows, dim=1)
+        jacobian = torch.stack(rows, dim=1).to(dtype)
         if d == 1:
             return torch.log1p(jacobian[:, 0, 0])
         return torch.linalg.slogdet(jacobian + basis).logabsdet

@@ -34,7 +34,8 @@ def build_model(config: Config, source: Source) -> Model:
         if option == "reversible":
             given = {"yes": True, "no": False}.get(given)
         arguments[field.name] = known.default(option) if given is None else given
-    of_data = {"image_shape": shape, "features": shape[0] if known.dimensions == 1 else shape}
+    rows = len(shape) == 1
+    of_data = {"image_shape": shape, "features": shape[0] if rows else shape, "standardize": rows}
     of_data["context_features"] = source.context_features
     of_data["classes"] = source.classes if config.class_conditional else None
     arguments |= {f.name: of_data[f.name] for f in fields(known.config) if f.name in of_data}
@@ -54,11 +55,11 @@ def check_options(config: Config, source: Source) -> None:
     """Raise ConfigError for options that the model does not have, and for a model of other data."""
     name, shape = model_name(config, source), source.shape
     known = MODELS[name]
-    if known.dimensions != len(shape):
-        fitting = [each for each, other in MODELS.items() if other.dimensions == len(shape)]
+    if len(shape) not in known.dimensions:
+        fitting = [each for each, other in MODELS.items() if len(shape) in other.dimensions]
         expected = f"{' or '.join(fitting)} for {kind_of(shape).noun} such as those of {source.name}"
         raise config_error("model", name, expected)
-    if known.dimensions == 1 and config.horizontal_flip:
+    if len(shape) == 1 and config.horizontal_flip:
         raise config_error("horizontal_flip", True, "no value for rows")
     if shape == (1,) and source.context_features is None:
         raise config_error("columns", "1 column", "2 or more, or columns of --context that it depends on")

@@ -9,7 +9,17 @@ import re
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from typing import Union, get_args
 
-from fastflow.models import IAF, MAF, NICE, Glow, MNISTFlow, NeuralSplineFlow, RealNVP, VectorGlow
+from fastflow.models import (
+    IAF,
+    MAF,
+    NICE,
+    Glow,
+    MNISTFlow,
+    NeuralSplineFlow,
+    RealNVP,
+    ResidualFlow,
+    VectorGlow,
+)
 from fastflow.models.glow import GlowConfig
 from fastflow.models.maf import IAFConfig, MAFConfig
 from fastflow.models.mnist_flow import VARIANTS, MNISTFlowConfig
@@ -18,6 +28,7 @@ from fastflow.models.neural_spline_flow import NeuralSplineFlowConfig
 from fastflow.models.nice import NICEConfig
 from fastflow.models.options import ModelConfig, NetworkBuilder, literal_of
 from fastflow.models.realnvp import RealNVPConfig
+from fastflow.models.residual_flow import ResidualFlowConfig
 from fastflow.models.vector_glow import VectorGlowConfig
 
 # fields that follow from the data or from the model's name
@@ -39,8 +50,8 @@ class TrainerModel:
     """A model that ``--model`` names.
 
     ``defaults``: the trainer's own defaults, for runs of minutes. ``names``: fields that the trainer names
-    differently. ``fixed``: fields that follow from the model's name. ``dimensions``: of the shape of a sample, 3
-    of an image and 1 of a row.
+    differently. ``fixed``: fields that follow from the model's name. ``dimensions``: of the shapes of samples that it
+    takes, 3 of an image and 1 of a row.
     """
 
     model: type[Model]
@@ -48,7 +59,7 @@ class TrainerModel:
     defaults: dict[str, object] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, object] = field(default_factory=dict)
-    dimensions: int = 3
+    dimensions: tuple[int, ...] = (3,)
 
     def options(self) -> dict[str, Field]:
         """The model's fields by their names as options of the trainer."""
@@ -85,21 +96,24 @@ MODELS = {
         VectorGlow,
         VectorGlowConfig,
         names={"steps": "steps_per_level"},
-        fixed={"standardize": True},
-        dimensions=1,
+        dimensions=(1,),
     ),
     **{
-        name: TrainerModel(
-            model, config, names={"steps": "steps_per_level"}, fixed={"standardize": True}, dimensions=1
-        )
+        name: TrainerModel(model, config, names={"steps": "steps_per_level"}, dimensions=(1,))
         for name, model, config in (("maf", MAF, MAFConfig), ("iaf", IAF, IAFConfig))
     },
     "neural_spline_flow": TrainerModel(
         NeuralSplineFlow,
         NeuralSplineFlowConfig,
         names={"steps": "steps_per_level"},
-        fixed={"standardize": True},
-        dimensions=1,
+        dimensions=(1,),
+    ),
+    "residual_flow": TrainerModel(
+        ResidualFlow,
+        ResidualFlowConfig,
+        defaults={"blocks": 4},
+        names={"scales": "levels"},
+        dimensions=(1, 3),
     ),
 }
 

@@ -6,7 +6,17 @@ from typing import Literal
 
 import pytest
 
-from fastflow.models import IAF, MAF, NICE, Glow, MNISTFlow, NeuralSplineFlow, RealNVP, VectorGlow
+from fastflow.models import (
+    IAF,
+    MAF,
+    NICE,
+    Glow,
+    MNISTFlow,
+    NeuralSplineFlow,
+    RealNVP,
+    ResidualFlow,
+    VectorGlow,
+)
 from fastflow.models.glow import GlowConfig
 from fastflow.models.maf import IAFConfig, MAFConfig
 from fastflow.models.mnist_flow import MNISTFlowConfig
@@ -14,6 +24,7 @@ from fastflow.models.neural_spline_flow import NeuralSplineFlowConfig
 from fastflow.models.nice import NICEConfig
 from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.models.realnvp import RealNVPConfig
+from fastflow.models.residual_flow import ResidualFlowConfig
 from fastflow.models.vector_glow import VectorGlowConfig
 
 MODELS = {
@@ -25,6 +36,7 @@ MODELS = {
     MAF: MAFConfig,
     IAF: IAFConfig,
     MNISTFlow: MNISTFlowConfig,
+    ResidualFlow: ResidualFlowConfig,
 }
 
 

@@ -19,6 +19,7 @@ from fastflow.models import (
     MNISTFlow,
     NeuralSplineFlow,
     RealNVP,
+    ResidualFlow,
     VectorGlow,
     mnist_flow,
 )
@@ -442,6 +443,7 @@ CONSTRUCTORS = {
     IAF: {"features": 4, "steps": 1, "hidden": 4},
     NeuralSplineFlow: {"features": 4, "steps": 1, "hidden": 4, "blocks": 1},
     ContinuousFlow: {"features": 4, "hidden": 4, "layers": 1},
+    ResidualFlow: {"features": 4, "blocks": 1, "hidden": 4, "layers": 1},
     VectorGlow: {"features": 4, "steps": 1, "hidden": 4},
     MNISTFlow: {"variant": "simple"},
     mnist_flow: {"variant": "simple"},

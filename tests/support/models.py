@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from fastflow.models import IAF, MAF, NICE, Glow, NeuralSplineFlow, RealNVP, VectorGlow, mnist_flow
+from fastflow.models import (
+    IAF,
+    MAF,
+    NICE,
+    Glow,
+    NeuralSplineFlow,
+    RealNVP,
+    ResidualFlow,
+    VectorGlow,
+    mnist_flow,
+)
 from fastflow.models.mnist_flow import VARIANTS
 from tests.support.cases import randomize
 
@@ -32,6 +42,10 @@ def maf(model=MAF, **kwargs):
     )
 
 
+def residual_flow(**kwargs):
+    return ResidualFlow(**{"features": 3, "blocks": 2, "hidden": 5, "log_det": "exact"} | kwargs)
+
+
 def glow(**kwargs):
     return Glow(**{"image_shape": (3, 4, 4), "levels": 2, "steps": 2, "hidden": 5} | kwargs)
 
@@ -57,6 +71,10 @@ MODELS = {
         batch_norm=True, residual=True, order="random", layers=1, **kw
     ),
     "IAF": lambda **kw: maf(IAF, **kw),
+    "ResidualFlow": residual_flow,
+    "ResidualFlow of images": lambda **kw: residual_flow(
+        features=(1, 4, 2), blocks=1, scales=2, split=True, dense_blocks=1, dense_hidden=3, n_bits=5, **kw
+    ),
     "Glow, additive, reverse, learned prior": lambda **kw: glow(
         coupling="additive", conv1x1="reverse", learned_prior=True, **kw
     ),

@@ -337,7 +337,7 @@ def test_without_context_in_float64(tmp_path, capsys):
     [
         (
             "--model glow",
-            "model: got glow, expected vector_glow or maf or iaf or neural_spline_flow for rows such as those of moons",
+            "model: got glow, expected vector_glow or maf or iaf or neural_spline_flow or residual_flow for rows such as those of moons",
         ),
         ("--n-bits 5", "n_bits: got 5, expected no value: vector_glow has no such option"),
         ("--image-size 8", "image_size: got 8, expected none for a table"),

@@ -24,6 +24,7 @@ TINY = {
     "realnvp": "--hidden 4 --blocks 1 --ema 0.5 --scale-l2 1e-3 --reversible yes",
     "nice": "--hidden 16 --blocks 2 --prior gaussian",
     "mnist-multiscale": "--reversible no",
+    "residual_flow": "--levels 2 --blocks 1 --hidden 4 --dense-blocks 1 --dense-hidden 4 --reversible no",
 }
 THINGS = Images("things", np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 3, 8, 8), np.uint8))
 

@@ -13,10 +13,10 @@ from fastflow.nn.networks.context import checked_context
 
 # largest slope of x sigmoid(x) is 1.0998
 SWISH_SLOPE = 1.1
-# the estimate of the norm is a lower bound; it stops at a relative gain of TOLERANCE, which leaves about
-# sqrt(TOLERANCE) / 2, see docs/maths.md
+# the estimate of the norm is a lower bound; it stops at a relative gain of TOLERANCE, which leaves at most
+# sqrt(TOLERANCE / 2), see docs/maths.md
 MARGIN = 1.01
-TOLERANCE = 1e-5
+TOLERANCE = 5e-6
 VECTORS = 8
 
 
@@ -46,9 +46,9 @@ class LipSwish(nn.Module):
 class _Bounded(nn.Module):
     """A linear map whose norm is bounded by ``bound``; subclasses have the map of a weight and its adjoint.
 
-    Buffers: ``v`` has orthonormal vectors of the domain, near the first singular vectors, and ``u`` is the image of the
-    first one, with norm 1. Several vectors are kept because two singular values that pass each other during training
-    would leave a single vector at the smaller one.
+    Buffers: ``u`` and ``first``, near the first singular vectors, are those of the bound. ``vectors`` are orthonormal ones
+    of the domain, from which the next iterations start. Several are kept because two singular values that pass each
+    other during training would leave a single vector at the smaller one.
     """
 
     weight: nn.Parameter
@@ -58,7 +58,8 @@ class _Bounded(nn.Module):
         self.bound = bound
         n, m = math.prod(domain), math.prod(codomain)
         vectors = torch.linalg.qr(torch.randn(n, min(VECTORS, n, m))).Q
-        self.register_buffer("v", vectors.T.reshape(-1, *domain).contiguous())
+        self.register_buffer("vectors", vectors.T.reshape(-1, *domain).contiguous())
+        self.register_buffer("first", self.vectors[0].clone())
         self.register_buffer("u", torch.full(codomain, m**-0.5))
 
     @abstractmethod
@@ -73,52 +74,64 @@ class _Bounded(nn.Module):
 
     @torch.no_grad()
     def update_norm(
-        self, tolerance: float = TOLERANCE, max_iterations: int = 1000, keep: float | None = None
+        self,
+        tolerance: float = TOLERANCE,
+        max_iterations: int = 1000,
+        keep_vectors: bool = True,
     ) -> None:
-        """Improve the estimate of the norm by power iterations, until one of them gains less than ``tolerance``.
+        """Improve the estimate of the norm by power iterations, until half of one gains less than ``tolerance`` of it.
 
-        The gain is relative. The vectors are kept if all iterations together gained more than ``keep``, by default
-        ``tolerance``. :class:`~fastflow.nn.Residual` calls it before every pass.
+        :class:`~fastflow.nn.Residual` calls it before every pass, in eval mode without ``keep_vectors``. The next call then
+        starts from the same vectors, so that an evaluation does not change a training, and an estimate that improves by
+        less than ``tolerance`` stays as it is.
         """
         if self.weight.is_meta:
             return
-        weight, u, v = self.weight.detach(), self.u, self.v
-        if torch.compiler.is_compiling():  # one iteration, as a loop until convergence reads values
-            u, v, _ = self._iterated(weight, v)
-            self.u.copy_(u)
-            self.v.copy_(v)
-            return
-        first = norm = (u * self._map(weight, v[:1])[0]).sum()
-        for _ in range(max_iterations):
-            u, v, new_norm = self._iterated(weight, v)
-            gains = bool(new_norm > norm * (1 + tolerance))
-            norm = new_norm
-            if not gains:
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        weight, vectors = self.weight.detach().to(dtype), self.vectors.to(dtype)
+        compiling = torch.compiler.is_compiling()  # one iteration, as a loop until convergence reads values
+        for _ in range(1 if compiling else max_iterations):
+            u, first, norm, before, following = self._iterated(weight, vectors)
+            if compiling or not norm > before * (1 + tolerance):
                 break
-        if norm > first * (1 + (tolerance if keep is None else keep)):
+            vectors = torch.linalg.qr(following.T).Q.T.reshape(vectors.shape)
+        if compiling or norm > (0 if keep_vectors else self._norm(weight) * (1 + tolerance)):
             self.u.copy_(u)
-            self.v.copy_(v)
+            self.first.copy_(first)
+            if keep_vectors:
+                self.vectors.copy_(torch.linalg.qr(following.T).Q.T.reshape(vectors.shape))
 
-    def _iterated(self, weight: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One subspace iteration: u, v, and the estimate of the norm."""
-        images = torch.linalg.qr(self._map(weight, v).flatten(1).T).Q.T
-        back = self._adjoint(weight, images.reshape(-1, *self.u.shape)).flatten(1)
-        left, values, right = torch.linalg.svd(back, full_matrices=False)
-        return (left[:, 0] @ images).view_as(self.u), right.view_as(v), values[0]
+    def _iterated(self, weight: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """The best direction in the span of v and half a power iteration of it: its image u, that of u, and their norms.
+
+        Last, the images of v by the map and its adjoint.
+        """
+        images = self._map(weight, v)
+        flat = images.flatten(1)
+        squares, rotation = torch.linalg.eigh(flat @ flat.T)
+        before, best = squares[-1].clamp(min=0).sqrt(), rotation[:, -1]
+        following = self._adjoint(weight, images).flatten(1)
+        tiny = torch.finfo(v.dtype).tiny
+        u, first = best @ flat / before.clamp(min=tiny), best @ following / before.clamp(min=tiny)
+        norm = torch.linalg.vector_norm(first)
+        return u.view_as(self.u), (first / norm.clamp(min=tiny)).view_as(self.first), norm, before, following
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        """The estimate of the norm, which is a lower bound."""
+        return (self.u * self._map(weight, self.first[None].to(weight.dtype))[0]).sum()
 
     def bounded_weight(self) -> Tensor:
         """The weight, divided by its norm over ``bound`` where that exceeds 1."""
-        norm = (self.u * self._map(self.weight, self.v[:1])[0]).sum()
-        return self.weight / (norm * (MARGIN / self.bound)).clamp(min=1)
+        return self.weight / (self._norm(self.weight) * (MARGIN / self.bound)).clamp(min=1)
 
 
 class LipschitzLinear(_Bounded):
     r"""Linear layer whose Lipschitz constant is at most ``bound``: :math:`W x / \max(1, \|W\|_2 / c) + b`.
 
     Source: spectral normalization, arXiv:1802.05957, as in arXiv:1811.00995, section 2.1. :math:`\|W\|_2` is found by
-    power iteration with eight vectors. They are buffers, and ``update_norm`` iterates from them until the estimate gains less than
-    1e-5 of itself. The estimate is a lower bound, and the layer adds 1% to it. :class:`~fastflow.nn.Residual` calls
-    ``update_norm`` before every pass. Elsewhere, call it after the weights have changed.
+    power iteration with eight vectors. They are buffers, and ``update_norm`` iterates from them until half an iteration
+    gains less than 5e-6 of the estimate. The estimate is a lower bound, and the layer adds 1% to it.
+    :class:`~fastflow.nn.Residual` calls ``update_norm`` before every pass. Elsewhere, call it after the weights have changed.
 
     Args:
         in_features, out_features: as for ``torch.nn.Linear``.
@@ -260,6 +273,7 @@ class LipschitzMLP(nn.Module):
             of the log-det need.
         context_features: number of features of the context, which a linear map adds to the first layer; None: no
             context.
+        activation_first: the activation also precedes the first layer, as in the paper's networks except the first one.
 
     Shape: x ``[N, features]``; context ``[N, context_features]`` or None; output ``[N, features]``.
     Raises ValueError for other arguments, and for another context.
@@ -278,6 +292,7 @@ class LipschitzMLP(nn.Module):
         lipschitz: float = 0.97,
         activation: str = "lipswish",
         context_features: int | None = None,
+        activation_first: bool = False,
     ) -> None:
         super().__init__()
         validation.positive_ints(features=features)
@@ -285,19 +300,21 @@ class LipschitzMLP(nn.Module):
         _check_lipschitz(lipschitz)
         validation.one_of("activation", activation, ("lipswish", "elu"))
         validation.positive_int("context_features", context_features, optional=True)
+        validation.boolean("activation_first", activation_first)
         self.context_features = context_features
         widths = [features, *hidden, features]
         bound = lipschitz ** (1 / (len(widths) - 1))
         self.layers = nn.ModuleList(
             LipschitzLinear(a, b, bound) for a, b in zip(widths, widths[1:], strict=False)
         )
+        self.first = _activation(activation) if activation_first else None
         self.activations = nn.ModuleList(_activation(activation) for _ in hidden)
         self.context_layer = None if context_features is None else nn.Linear(context_features, hidden[0])
         _zero(self.layers[-1])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = checked_context(x, context, self.context_features)
-        h = self.layers[0](x)
+        h = self.layers[0](x if self.first is None else self.first(x))
         if context is not None:
             h = h + self.context_layer(context)
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
@@ -315,7 +332,7 @@ class LipschitzConvNet(nn.Module):
         channels: number of channels of x and of the output.
         size: height and width of the images.
         hidden: number of hidden channels.
-        lipschitz, activation: as for :class:`LipschitzMLP`.
+        lipschitz, activation, activation_first: as for :class:`LipschitzMLP`.
 
     Shape: x ``[N, channels, H, W]``; output the same.
     Raises ValueError for other arguments.
@@ -334,12 +351,15 @@ class LipschitzConvNet(nn.Module):
         hidden: int = 128,
         lipschitz: float = 0.97,
         activation: str = "lipswish",
+        activation_first: bool = False,
     ) -> None:
         super().__init__()
         validation.positive_ints(channels=channels, hidden=hidden)
         _check_size(size)
         _check_lipschitz(lipschitz)
         validation.one_of("activation", activation, ("lipswish", "elu"))
+        validation.boolean("activation_first", activation_first)
+        self.first = _activation(activation) if activation_first else None
         bound = lipschitz ** (1 / 3)
         self.net = nn.Sequential(
             LipschitzConv2d(channels, hidden, 3, size, bound),
@@ -351,4 +371,4 @@ class LipschitzConvNet(nn.Module):
         _zero(self.net[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net(x if self.first is None else self.first(x))
