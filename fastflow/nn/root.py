@@ -43,7 +43,7 @@ def _bracketed(
         epsilon = torch.finfo(x.dtype).eps
         # values of the CPU can be read at once; a graph or a transform takes all steps
         reads = x.device.type == "cpu" and not (in_transform() or torch.compiler.is_compiling())
-        for _ in range(STEPS[x.dtype]):
+        for _ in range(1 if x.is_meta else STEPS[x.dtype]):
             value, slope = function(x)
             residual = target - value
             low, high = torch.where(residual < 0, low, x), torch.where(residual < 0, x, high)

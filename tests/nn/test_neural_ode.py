@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastflow
 from fastflow import nn as fnn
-from fastflow.models import ContinuousFlow
+from fastflow.models import ContinuousFlow, FlowModel
 from tests.support.cases import jacobian_log_det, randomize
 
 pytest.importorskip("torchdiffeq")
@@ -71,6 +71,67 @@ def test_a_field_without_its_gradient_is_found():
     flow, x = fnn.NeuralODE(Detached(2), adjoint=False, **EXACT), torch.randn(4, 2, dtype=F64)
     with pytest.raises(ValueError, match="inaccurate: log_det, gradient of x"):
         flow.check(x, tolerance=1e-7)
+
+
+class HyperPlanar(nn.Module):
+    r"""The field of torchdiffeq's example of a continuous flow, a mean of planar maps whose parameters depend on time.
+
+    :math:`f(t, x) = \frac{1}{K} \sum_k u_k(t) \sigma(g_k(t)) \tanh(w_k(t)^\top x + b_k(t))` with the output u, g, w, b of a
+    network with two hidden layers (arXiv:1806.07366, section 4.1).
+    """
+
+    def __init__(self, features=2, hidden=8, width=6):
+        super().__init__()
+        sizes = [width * features] * 3 + [width]
+        self.sizes, self.shape = sizes, (width, features)
+        self.net = nn.Sequential(
+            nn.Linear(1, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, hidden),
+            nn.Tanh(),
+            nn.Linear(hidden, sum(sizes)),
+        )
+
+    def forward(self, t, x):
+        *vectors, b = self.net(t.reshape(1)).split(self.sizes)
+        w, u, g = (v.view(self.shape) for v in vectors)
+        return torch.tanh(x @ w.mT + b) @ (u * torch.sigmoid(g)) / len(b)
+
+
+def test_the_continuous_flow_of_torchdiffeqs_example():
+    """Log-densities and gradients of two circles, beside a solve of the augmented state by odeint_adjoint alone."""
+    ode = pytest.importorskip("torchdiffeq")
+    torch.manual_seed(0)
+    net, time, n = randomize(HyperPlanar(), std=0.4).double(), 10.0, 12
+    close = {"atol": 1e-7, "rtol": 1e-7}
+    radius, angle = torch.where(torch.arange(n) % 2 == 0, 1.0, 0.5), 2 * math.pi * torch.rand(n)
+    x = torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + 0.06 * torch.randn(n, 2)
+    x = x.double().requires_grad_()
+    base = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=F64), 0.1 * torch.eye(2, dtype=F64))
+
+    class Augmented(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, t, state):
+            with torch.enable_grad():
+                x = state[0].requires_grad_()
+                f = self.net(t, x)
+                parts = [torch.autograd.grad(f[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)]
+            return f, -sum(parts)
+
+    times = torch.tensor([time, 0.0], dtype=F64)
+    z, change = ode.odeint_adjoint(Augmented(), (x, x.new_zeros(n)), times, method="dopri5", **close)
+    expected = base.log_prob(z[-1]) - change[-1]
+    # the example solves from the data at its last time to the latents at time 0
+    model = FlowModel(fnn.Inverse(fnn.NeuralODE(net, time=time, **close)), base).double()
+    found = model.log_prob(x)
+    assert change[-1].std() > 0.1  # the flow is not close to the identity
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+    variables = [x, *net.parameters()]
+    gradients = (torch.autograd.grad(v.mean(), variables) for v in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-8)
 
 
 def test_images():

@@ -182,6 +182,19 @@ def test_the_root_of_a_steep_and_flat_function():
     torch.testing.assert_close(gradients, (1 / steep, -found / steep), rtol=1e-10, atol=1e-10)
 
 
+def test_shapes_without_values_take_no_iterations():
+    """Models are built on tensors without values, with both directions of every layer."""
+    calls = []
+
+    def function(t):
+        calls.append(t.device.type)
+        return t, torch.ones_like(t)
+
+    target = torch.empty(3, 2, device="meta")
+    assert root(function, target, target, target).shape == (3, 2)
+    assert calls == ["meta"] * 3  # one step, and two for the derivatives
+
+
 @every_layer
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision(make, half):

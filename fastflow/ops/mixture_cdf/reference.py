@@ -83,7 +83,7 @@ def _root(z: Tensor, m: _Mixture) -> Tensor:
     x, last = low + (high - low) / 2, high - low
     done = torch.zeros_like(x, dtype=torch.bool)
     epsilon = torch.finfo(z.dtype).eps
-    for _ in range(STEPS[z.dtype]):
+    for _ in range(1 if z.is_meta else STEPS[z.dtype]):
         t = _terms(x, m)
         above = t.z > z
         low, high = torch.where(above, low, x), torch.where(above, x, high)
