@@ -17,7 +17,7 @@ export MAX_JOBS ?= 2
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test lint docs clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -37,8 +37,12 @@ lint: $(STAMP) ## ruff and clang-format, lint and format
 	@$(PY) -m ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
 
+docs: $(STAMP) ## the site, in build/site/index.html; needs no network
+	@$(PY) -m sphinx -q -W --keep-going -b html -c docs . build/site
+	@echo "the site is build/site/index.html"
+
 clean: ## remove .venv and what was built, but no run folder
-	rm -rf $(VENV) build dist *.egg-info fastflow/*.so .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/api *.egg-info fastflow/*.so .pytest_cache .ruff_cache
 
 $(TESTS_STAMP): $(STAMP)
 	@# bytecode of what tests import: once, instead of by both workers and by the processes that tests start
@@ -55,7 +59,7 @@ $(STAMP): $(SOURCES)
 	@$(PIP) $(TORCH) 'setuptools>=77' wheel pybind11 ninja
 	@echo "[3/3] building the extensions and installing FastFlow, editable"
 	@# TORCH is named again, or a torchvision that wants another torch would replace it
-	@FASTFLOW_EMULATOR=1 $(PIP) --no-build-isolation $(TORCH) -e '.[train,test]'
+	@FASTFLOW_EMULATOR=1 $(PIP) --no-build-isolation $(TORCH) -e '.[train,test,docs]'
 	@# libraries that tests compare with, without the packages that they ask for: some would replace torch
 	@$(PIP) --no-deps -r tests/libraries.txt
 	@# what training imports is imported once, so that its bytecode is there when training starts

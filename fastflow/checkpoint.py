@@ -72,7 +72,7 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
     object) it has the weights only: build the model again, and :func:`load` fills it. A distribution of
     torch.distributions is no weight, and not in the file.
 
-    ``training``: a plain dict of tensors, numbers, strings, lists and dicts, which :func:`read` returns.
+    ``training``: a plain dict of tensors, numbers, strings, lists and dicts, which ``read`` returns.
 
     Raises CheckpointError for anything but a model, OSError if the file cannot be written.
     """
@@ -133,7 +133,7 @@ def _checked(contents: object, path: Path) -> dict:
 
 
 def build(contents: dict, path: str | os.PathLike) -> Model:
-    """Build the model of a dict that :func:`read` returned, in eval mode; ``path`` is for error messages."""
+    """Build the model of a dict that ``read`` returned, in eval mode; ``path`` is for error messages."""
     import fastflow.models
 
     name, config, state = contents["model"], contents["config"], contents["state_dict"]
@@ -160,7 +160,7 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
 
 
 def fill(model: Model, contents: dict, path: str | os.PathLike) -> Model:
-    """Copy the weights of a dict that :func:`read` returned into ``model``, which then is in eval mode.
+    """Copy the weights of a dict that ``read`` returned into ``model``, which then is in eval mode.
 
     Raises CheckpointError, before anything changes, for a model of another class or with other weights. Warns
     if the description of a layer differs, which shapes of weights do not show, such as a scale function.
@@ -228,7 +228,7 @@ def load(
     ``into``: a model, built as the one that was saved. It receives the weights and is returned. Files without
     the model's options need it, see :func:`save`.
 
-    Raises CheckpointError, a ValueError of one line, if the file cannot be read (see :func:`read`), for an
+    Raises CheckpointError, a ValueError of one line, if the file cannot be read (see ``read``), for an
     unknown model and for weights that do not fit it. Warns if a layer of ``into`` has other options.
     """
     if into is None:

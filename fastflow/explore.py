@@ -37,7 +37,7 @@ def interpolate(
     The linear midpoint of two draws from a Gaussian has about :math:`1 / \sqrt 2` of their norm; the
     spherical midpoint has about their norm.
 
-    The latents are normalized by default, see :meth:`~fastflow.models.model.Model.encode`. The mean and the
+    The latents are normalized by default, see :meth:`~fastflow.models.Model.encode`. The mean and the
     scale of a learned split then belong to the coarser latents at t; raw latents mix those of both ends.
 
     Args:
@@ -54,7 +54,7 @@ def interpolate(
 
     Shape: x0, x1 ``[N, *shape]``; returns ``[N, steps, *shape]``.
     Raises ValueError for another method, for fewer than 2 steps, and for samples that
-    :meth:`~fastflow.models.model.Model.encode` rejects.
+    :meth:`~fastflow.models.Model.encode` rejects.
     """
     validation.one_of("method", method, METHODS)
     if steps < 2:
@@ -186,7 +186,7 @@ def resample(
 
     Shape: returns ``[N, n, *shape]``.
     Raises ValueError for a model with one latent, for ``levels`` that keep no latent, and for latents that
-    :meth:`~fastflow.models.model.Model.sample` rejects.
+    :meth:`~fastflow.models.Model.sample` rejects.
     """
     coarse = len(model.latent_shapes()) - 1
     if not coarse:
@@ -329,7 +329,7 @@ class DensityFit:
     log_normalizer: float
     r"""Estimate of :math:`\log Z = \log \int \tilde p(x) dx` by importance sampling."""
     effective_share: float
-    """Effective sample size of the importance weights over the number of samples: 1 if the densities are equal."""
+    """Effective sample size of the importance weights, divided by the number of samples; 1 if the densities are equal."""
     samples: Tensor
     """Samples of the model, ``[n, *shape]``."""
     log_weights: Tensor
@@ -518,7 +518,7 @@ def typicality(scores: Tensor, train_scores: Tensor) -> Tensor:
     density (arXiv:1810.09136).
 
     Args:
-        scores: bits/dim of the samples, see :func:`fastflow.trainer.evaluate.evaluate`.
+        scores: bits/dim of the samples, see ``fastflow evaluate``.
         train_scores: bits/dim of training samples.
 
     Shape: scores ``[N]``; train_scores ``[M]``; returns ``[N]``, bits/dim.

@@ -82,7 +82,7 @@ def fit(
         progress: show a progress bar, if tqdm is installed.
         standardize: standardize x, and a context of vectors if the model's flows take it, by the mean and the
             deviation of each feature over the training samples. It becomes a part of the model
-            (:meth:`~fastflow.models.model.Model.standardize_by`), of which samples and log-densities stay those
+            (:meth:`~fastflow.models.Model.standardize_by`), of which samples and log-densities stay those
             of x as given.
         schedule: learning rate after each epoch: ``"constant"``, ``"exponential"`` (multiplied by ``gamma``) or
             ``"cosine"`` (decays to 0 at ``max_epochs``, which must be given).

@@ -1,7 +1,7 @@
 """Plain PyTorch references of all ops: the fallback on devices without a kernel, and the oracle of the tests.
 
 The references are in ``fastflow/ops/NAME/reference.py``. This module exports them and the helpers of
-:mod:`fastflow.ops.layout`. A reference has the name of its op and the arguments of its schema, in that
+``fastflow.ops.layout``. A reference has the name of its op and the arguments of its schema, in that
 order. It computes in the accumulation dtype and returns the dtype and dense layout of its input. The ops
 check arguments; the references do not. docs/maths.md derives the formulas and vector-Jacobian products.
 """

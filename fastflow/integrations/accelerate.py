@@ -21,7 +21,7 @@ class Accelerated:
     """Base of the faster classes; a faster class derives from it and from the class that it replaces."""
 
     BYPASSED: tuple[str, ...] = ()
-    """Names of the children that the faster class does not call: a hook in one of them would not run."""
+    """Names of the children that the faster class does not call. A hook in one of them would not run."""
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:

@@ -6,6 +6,7 @@ from fastflow.models.glow import Glow
 from fastflow.models.image_flow import ImageFlow
 from fastflow.models.maf import IAF, MAF
 from fastflow.models.mnist_flow import MNISTFlow, mnist_flow
+from fastflow.models.model import Model
 from fastflow.models.neural_spline_flow import NeuralSplineFlow
 from fastflow.models.nice import NICE
 from fastflow.models.published import load_published
@@ -22,6 +23,7 @@ __all__ = [
     "Glow",
     "ImageFlow",
     "MNISTFlow",
+    "Model",
     "NeuralSplineFlow",
     "RealNVP",
     "ResidualFlow",

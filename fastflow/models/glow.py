@@ -138,7 +138,7 @@ class Glow(Model):
             channel with mean 0 and standard deviation 1, so that the default covers most values.
         components: number of components of each mixture, with ``coupling="mixture"``.
 
-    Of floating point images, :meth:`log_prob` is the exact log-density in nats, and :meth:`bits_per_dim` the same in
+    Of floating point images, :meth:`Model.log_prob` is the exact log-density in nats, and :meth:`Model.bits_per_dim` the same in
     bits per dimension. It depends on the unit of the values and may be negative: it is not comparable with bits/dim
     of uint8 images.
 

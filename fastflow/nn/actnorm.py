@@ -1,9 +1,9 @@
 """Activation normalization."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastflow import ops, validation
@@ -12,14 +12,11 @@ from fastflow.nn.flow import Flow, check_channels
 from fastflow.reversible import Gradients, vjp
 from fastflow.state_from_data import takes_state_from_data
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 class _Group:
     """A process group in the state of a copied module: ``deepcopy`` keeps it, a pickle cannot."""
 
-    def __init__(self, group: "ProcessGroup | None" = None) -> None:
+    def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
         self.group = group
 
     def __deepcopy__(self, memo: dict) -> "_Group":
@@ -53,7 +50,7 @@ class ActNorm(Flow):
 
     initialized: Tensor
 
-    def __init__(self, num_features: int, process_group: "ProcessGroup | None" = None) -> None:
+    def __init__(self, num_features: int, process_group: "dist.ProcessGroup | None" = None) -> None:
         super().__init__()
         validation.positive_int("num_features", num_features)
         self.num_features, self.process_group = num_features, process_group

@@ -85,7 +85,7 @@ class LogitDequantize(Dequantize):
     Source: RealNVP, arXiv:1605.08803, section 4.1.
 
     Noise and dtypes are as in :class:`Dequantize`. In float32 the inverse is exact at bin centers
-    (:meth:`bin_center`). With random noise, 3 to 4 pixels per million come back off by one: their noise is
+    (:meth:`Dequantize.bin_center`). With random noise, 3 to 4 pixels per million come back off by one: their noise is
     within the logit's rounding error of a bin edge.
 
     Args:

@@ -33,7 +33,7 @@ class FlowReport:
     inverse_error: float
     """Largest difference between inverse(forward(x)) and x, relative to 1 + max|x|."""
     log_det_sum: float
-    """Largest |log_det + log_det of the inverse|, relative to 1 + |log_det|."""
+    """Largest absolute sum of log_det and log_det of the inverse, relative to 1 + the magnitude of log_det."""
     log_det_error: float | None
     """Largest difference between log_det and the log-det of autograd's Jacobian, relative to 1 + the latter's
     magnitude."""
@@ -83,7 +83,7 @@ class FlowReport:
 class Flow(nn.Module):
     r"""Base class of flow layers, :math:`z = f(x)` with its inverse and its log-determinant.
 
-    Subclasses implement :meth:`forward` and :meth:`inverse`; :meth:`check` tests them. See docs/own_layer.md.
+    Subclasses implement ``forward`` and ``inverse``; :meth:`check` tests them. See docs/own_layer.md.
 
     Both directions return ``(output, log_det)``, where ``log_det`` belongs to that direction. ``context`` is
     a tensor that the layer conditions on; layers without conditioning ignore it.

@@ -108,7 +108,7 @@ class GlowStep(Flow):
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """``(z, log_det)``; ``shared_args`` is the step's entry of :func:`shared_args_of` if it is computed."""
+        """``(z, log_det)``; ``shared_args`` is the step's entry of ``shared_args_of`` if it is computed."""
         self.actnorm.initialize_once(x)
         weight, bias, _, _, log_det, *of_coupling = shared_args or self._own_args(x)
         x = ops.conv1x1(x, weight, bias)

@@ -13,7 +13,7 @@ class Inverse(Flow):
     Some flows have one fast direction. ``Inverse`` chooses whether densities or samples run in it.
 
     No pass of it sets state of the flow from data: neither direction initializes an :class:`ActNorm` or moves
-    statistics of a :class:`BatchNorm`, in training mode and by :meth:`initialize` alike. An ActNorm in it starts as
+    statistics of a :class:`BatchNorm`, in training mode and by :meth:`Flow.initialize` alike. An ActNorm in it starts as
     the identity and is learned from there. To set such state, call ``layer.flow.initialize(z)`` with latents z.
 
     In a reversible chain, backward inverts the layer by f and runs its inverse again. The activations of the whole

@@ -94,7 +94,7 @@ class LULinear(Flow):
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``(y, log_det)``; ``shared_args`` is the layer's entry of :func:`shared_matrices` if it is computed."""
+        """``(y, log_det)``; ``shared_args`` is the layer's entry of ``shared_matrices`` if it is computed."""
         self._check(x)
         with without_autocast(x.device):
             weight, _, _, log_det = shared_args or self._matrices()
@@ -104,7 +104,7 @@ class LULinear(Flow):
     def inverse(
         self, z: Tensor, context: Tensor | None = None, *shared_args: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """``(x, log_det)``; ``shared_args`` is the layer's entry of :func:`shared_matrices` or :func:`shared_inverses`."""
+        """``(x, log_det)``; ``shared_args`` is the layer's entry of ``shared_matrices`` or ``shared_inverses``."""
         self._check(z)
         with without_autocast(z.device):
             if len(shared_args) == len(("weight_inverse", "log_det")):

@@ -137,7 +137,7 @@ class GlowNetwork(nn.Sequential):
         last.logs.fill_(math.log(factor) / 3)
 
     def forward(self, x: Tensor, context: Tensor | None = None, shared_args: Sequence[Tensor] = ()) -> Tensor:
-        """The output; ``shared_args`` is the network's entry of :func:`network_args_of`, if it is computed."""
+        """The output; ``shared_args`` is the network's entry of ``network_args_of``, if it is computed."""
         x = with_context(x, context, self.context_features)
         layers = list(self._modules.values())
         if not _is_glow_network(layers):  # a layer was exchanged, or watches its input

@@ -50,7 +50,7 @@ class GaussianMixturePrior(Prior):
 
     @property
     def has_rsample(self) -> bool:
-        """Whether all parameters are fixed: the choice of a component has no gradient in learned weights."""
+        """True if all parameters are fixed. The choice of a component has no gradient in learned weights."""
         return not self.learned
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:

@@ -210,7 +210,7 @@ def masked_inverse(
         widths: sizes of the hidden layers.
         layers: bits of the hidden layers, and of the output, ``BEFORE`` or 0.
         activation: ``"relu"``, ``"tanh"``, ``"silu"`` or ``"elu"``.
-        transformer: an :class:`Affine` or a :class:`Spline`.
+        transformer: an ``Affine`` or a ``Spline``.
 
     Shape: z, x ``[N, D]``; ends ``[L, D]``; order ``[D]``; added ``[S]`` or ``[N, S]``, S hidden units and parameters;
     gates ``[N, G]``, G units of gated layers; log_det ``[N]``, nats, of this direction. float32 or float64.
