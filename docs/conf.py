@@ -138,7 +138,7 @@ def readable_signature(app, what, name, value, options, signature, result) -> tu
 def paragraphs(app, what, name, value, options, lines: list[str]) -> None:
     """Raises is a paragraph of its own; an attribute's text before a colon is no type, as napoleon would read it."""
     if what in ("attribute", "property"):
-        lines.insert(0, "")
+        lines[:0] = ["..", ""]  # an empty comment, which it reads instead
     for i in reversed(range(1, len(lines))):
         if lines[i].startswith("Raises "):
             lines.insert(i, "")
