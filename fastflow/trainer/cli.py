@@ -45,9 +45,10 @@ def _run(argv: Sequence[str]) -> int:
             from fastflow.trainer.commands import run_command
             from fastflow.trainer.config import ConfigError
             from fastflow.trainer.data import DataError, WorkerError
+            from fastflow.trainer.data.decode import printable
             from fastflow.trainer.nonfinite import NonFiniteError
             from fastflow.trainer.ranks import DeviceError, LostRankError
-            from fastflow.trainer.train import Interrupted
+            from fastflow.trainer.signals import Interrupted
             from fastflow.validation import SingularError
     except ModuleNotFoundError as error:
         return _missing(error)
@@ -62,13 +63,13 @@ def _run(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         return _missing(error)
     except (*errors_of_a_user, *errors_of_a_run) as error:
-        return _fail(str(error).strip().splitlines()[-1])
+        return _fail(printable(str(error).strip()))
     except OSError as error:
         if error.strerror is None:
             raise
         if error.filename is None:  # of print: all other writers name their file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's exit
-        return _fail(f"{error.filename or 'standard output'}: {error.strerror}")
+        return _fail(f"{printable(error.filename or 'standard output')}: {error.strerror}")
     except Interrupted as error:
         if not int(os.environ.get("RANK", 0)):
             with contextlib.suppress(OSError):  # a closed terminal

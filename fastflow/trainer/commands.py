@@ -19,6 +19,7 @@ from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.ranks import Ranks, available_device, init_process_group
 from fastflow.trainer.rows import sample_rows, test_rows
 from fastflow.trainer.run import resumed_config
+from fastflow.trainer.run_folder import has_checkpoint
 from fastflow.trainer.train import train
 
 
@@ -180,7 +181,7 @@ def _resume_folder(argv: list[str]) -> str | None:
     parser.add_argument("--out")
     parser.add_argument("--resume-if-present", action="store_true")
     given = parser.parse_known_args(argv)[0]
-    present = given.resume_if_present and given.out and (Path(given.out) / "last.pt").is_file()
+    present = given.resume_if_present and given.out and has_checkpoint(given.out)
     return given.out if present else given.resume
 
 

@@ -9,7 +9,7 @@ from fastflow.trainer.model_options import MODELS, OPTIONS, ModelOptions
 
 # Options that may differ when a run is resumed.
 _MAY_CHANGE = set(
-    "resume resume_if_present out data data_changed steps epochs minutes patience lr clip save_every device workers "
+    "resume resume_if_present out data data_changed check_contents steps epochs minutes patience lr clip save_every device workers "
     "data_dir accumulate bf16 compile cuda_graph deterministic timeout on_divergence divergence_factor rollbacks "
     "rollback_lr".split()
 )
@@ -150,6 +150,9 @@ class Config(ModelOptions, DataOptions):
     """Continue the run in --out if it has a checkpoint, otherwise start it: for schedulers that restart jobs."""
     data_changed: bool = False
     """Continue a run although its data changed since it started: with the data as they are now."""
+    check_contents: bool = False
+    """Read all files of the data at the start, so that a resumed run notices any change. Default: names, sizes, times
+    and the first and last 4 KiB of 64 files."""
 
     def __post_init__(self) -> None:
         if isinstance(self.reversible, bool):

@@ -95,8 +95,12 @@ def read_metrics(path: Path | str) -> list[dict[str, int | float | None]]:
 
 
 def open_tensorboard(folder: Path, step: int) -> "SummaryWriter | None":
-    """A writer of TensorBoard events into ``folder``, or None if tensorboard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
+    """A writer of TensorBoard events into ``folder``, or None if tensorboard is not installed.
+
+    Also None for a folder whose name is no UTF-8, which TensorBoard cannot write to.
+    """
+    undecodable = any("\udc80" <= c <= "\udcff" for c in str(folder))
+    if undecodable or importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 

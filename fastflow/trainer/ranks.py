@@ -3,8 +3,11 @@
 All ranks share a batch of B samples: rank r of W processes samples ``r B // W`` to ``(r + 1) B // W - 1``.
 """
 
+import math
 import os
 import re
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +101,9 @@ def _translate_collective_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_collective_error(error):
             raise
+        if "shared memory segment" in str(error):  # NCCL's words
+            got = "shared memory: got too little for NCCL, expected more"
+            raise DeviceError(f"{got}: of a container, such as docker run --shm-size 1g") from None
         first_line = str(error).strip().split("\n")[0]
         reason = re.sub(r"^\[[^]]*\]\s*", "", first_line).split(". ")[0][:160]  # without gloo's file and line
         raise LostRankError(f"another rank died or does not respond; see its own error ({reason})") from None
@@ -117,23 +123,21 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
     ``device``: cpu, or cuda, which becomes the GPU with the number of the local rank. ``timeout``: seconds
     after which a waiting collective fails. An existing process group is used and not destroyed.
 
-    Raises DeviceError for an unknown device, if a machine has fewer GPUs than ranks, and without MASTER_PORT.
+    Raises DeviceError for an unknown device, if a machine has fewer GPUs than ranks, and for environment variables
+    that torchrun would not set; LostRankError if the first rank is not there.
     """
     chosen = available_device(device)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     owns_group = not dist.is_initialized()
-    if owns_group and not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    rank, local_rank = _rank_of_environment()
+    if owns_group and rank is None:
         yield Ranks(), chosen
         return
-    if owns_group and "MASTER_PORT" not in os.environ:
-        raise DeviceError(
-            "MASTER_PORT: got none with RANK and MASTER_ADDR, expected a port, as torchrun sets it"
-        )
     if chosen.type == "cuda":
         chosen = _gpu_of_rank(chosen, local_rank)
         torch.cuda.set_device(chosen)
     with _translate_collective_errors():
         if owns_group:
+            _find_first_rank(rank, timeout)
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
@@ -146,6 +150,47 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
         owns_group
     ):  # not after an error: the other ranks may still wait in a collective, and the process ends anyway
         dist.destroy_process_group()
+
+
+def _rank_of_environment() -> tuple[int | None, int]:
+    """Rank, and rank on this machine, as torchrun gives them; None without torchrun."""
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return None, 0
+    world_size = _integer("WORLD_SIZE", 1)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        return None, 0
+    rank = _integer("RANK", 0, world_size - 1)
+    for name, expected in (("MASTER_ADDR", "the first rank's machine"), ("MASTER_PORT", "a port")):
+        if name not in os.environ:
+            raise DeviceError(f"{name}: got none with RANK, expected {expected}, as torchrun sets it")
+    _integer("MASTER_PORT", 1, 65535)
+    return rank, _integer("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 0
+
+
+def _integer(name: str, least: int, most: float = math.inf) -> int:
+    given = os.environ[name]
+    if not given.isdecimal() or not least <= int(given) <= most:
+        bounds = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise DeviceError(f"{name}: got {given!r}, expected an integer, {bounds}, as torchrun sets it")
+    return int(given)
+
+
+def _find_first_rank(rank: int | None, timeout: float) -> None:
+    """Wait until the first rank listens: torch would write lines of C++ for each attempt to connect."""
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            if rank:
+                socket.create_connection((address, int(port)), max(0.1, until - time.monotonic())).close()
+            else:
+                socket.getaddrinfo(address, int(port))
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                reason = f"{error.strerror or error} at {address}:{port} for {timeout:g} s"
+                raise LostRankError(f"the first rank died or does not respond ({reason})") from None
+        time.sleep(0.1)
 
 
 def available_device(device: str) -> torch.device:

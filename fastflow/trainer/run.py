@@ -35,7 +35,7 @@ from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.nonfinite import NonFiniteError, diagnose
 from fastflow.trainer.progress import Metrics, Progress, open_tensorboard
 from fastflow.trainer.ranks import Ranks, shard_bounds
-from fastflow.trainer.run_folder import locked, new_folder
+from fastflow.trainer.run_folder import has_checkpoint, locked, new_folder
 from fastflow.trainer.step import Step, autocast
 from fastflow.validation import SingularError
 
@@ -107,7 +107,7 @@ class Run:
         self._uncaptured = False
         self.captures = device.type == "cuda" if config.cuda_graph is None else config.cuda_graph
         self._locks = locks
-        if config.resume and ranks.is_main and Path(config.resume).is_dir():
+        if config.resume and ranks.is_main and has_checkpoint(config.resume):
             locks.enter_context(locked(Path(config.resume)))
         saved = read_run(config.resume) if config.resume else None
         if saved:
@@ -168,7 +168,10 @@ class Run:
         self.eval_set = self.test, self.test_labels
         if source.validation is not None:
             self.eval_set = self._as_evaluated(source.validation, source.validation_labels)
-        self.data_identity = data.identity(config.data, source)
+        whole = config.check_contents and ranks.is_main
+        self.data_identity = data.identity(config.data, source, whole)
+        if config.check_contents:
+            ranks.barrier()
         self.data_fingerprint = [source.length, len(source.test), *source.shape, source.classes]
         self.data_fingerprint += [] if source.validation is None else [len(source.validation)]
 
@@ -571,6 +574,9 @@ def read_run(folder: Path | str) -> dict:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such run folder")
+    if not has_checkpoint(folder):
+        expected = "expected last.pt; the command with --out starts a run without one again"
+        raise CheckpointError(f"{folder}: got no checkpoint, {expected}")
     contents = checkpoint.read(folder / "last.pt")
     if "step" not in (contents["training"] or {}):
         raise CheckpointError(f"{folder / 'last.pt'}: holds no training state to continue from")

@@ -21,18 +21,10 @@ import torch
 from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
 from fastflow.trainer.config import GAMMA, Config, validate_config
-from fastflow.trainer.data.workers import STOP_SIGNALS
 from fastflow.trainer.ranks import init_process_group
 from fastflow.trainer.run import Run
 from fastflow.trainer.run_folder import with_present_run
-
-
-class Interrupted(Exception):
-    """A signal stopped the run, which was saved; the message gives the command that continues it."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
+from fastflow.trainer.signals import Interrupted, received_signals
 
 
 def train(config: Config) -> tuple[Path, Model]:
@@ -51,20 +43,21 @@ def train(config: Config) -> tuple[Path, Model]:
         ExitStack() as locks,
     ):
         run = Run(config, ranks, device, locks)
-        train_steps(run)
+        with received_signals() as signals:
+            train_steps(run, signals)
         run.finish()
         return run.folder, run.eval_model.eval()
 
 
-def train_steps(run: Run) -> None:
-    """The training loop. A step counts when its optimizer step is done and its row is written."""
+def train_steps(run: Run, signals: list[int]) -> None:
+    """The training loop. A step counts when its optimizer step is done and its row is written.
+
+    Raises Interrupted after the step in which one of ``signals`` arrived.
+    """
     config, state, ranks = run.config, run.state, run.ranks
     stop = False
     run.model.train()
-    with (
-        received_signals() as signals,
-        run.batches.stream(state.step, config.steps, config.workers) as batches,
-    ):
+    with run.batches.stream(state.step, config.steps, config.workers) as batches:
         while state.step < state.target_steps and not stop:
             run.budget.start_step()
             x, labels = run.to_device(next(batches))
@@ -138,28 +131,3 @@ def cudnn_deterministic(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.deterministic = before
-
-
-@contextmanager
-def received_signals() -> Iterator[list[int]]:
-    """A list to which signals that stop a run are appended; a second signal acts as outside the block.
-
-    A signal that is ignored outside the block stays ignored, such as SIGHUP under nohup.
-    """
-    received, former = [], {}
-
-    def handler(signum: int, frame: object) -> None:
-        received.append(signum)
-        signal.signal(signum, former[signum])
-
-    try:
-        for signum in STOP_SIGNALS:
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                former[signum] = signal.signal(signum, handler)
-    except ValueError:  # not the main thread: the caller handles signals
-        pass
-    try:
-        yield received
-    finally:
-        for signum, kept in former.items():
-            signal.signal(signum, kept)

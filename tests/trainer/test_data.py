@@ -281,16 +281,35 @@ def test_torchvision_data_that_is_neither_there_nor_to_be_had(tmp_path, monkeypa
         assert "\n" not in str(caught.value)
 
 
-def test_damaged_mnist_files_are_one_line(tmp_path):
+def test_damaged_mnist_files_are_named(tmp_path):
     pytest.importorskip("torchvision")
     raw = tmp_path / "MNIST/raw"
     raw.mkdir(parents=True)
+    images = np.array([0x803, 3, 28, 28], ">i4").tobytes() + bytes(3 * 784)
+    labels = np.array([0x801, 3], ">i4").tobytes() + bytes(3)
     for part in ("train", "t10k"):
-        for kind in ("images-idx3", "labels-idx1"):
-            (raw / f"{part}-{kind}-ubyte").write_bytes(b"")
-    with pytest.raises(DataError, match="mnist: not found, or damaged, and not downloaded") as caught:
-        data.load("mnist", data_dir=str(tmp_path))
-    assert "\n" not in str(caught.value)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+    assert data.load("mnist", data_dir=str(tmp_path)).length == 3
+    unreadable = "cannot be read as a file of MNIST; without it, it is downloaded again"
+    none, small = np.array([0x803, 0, 28, 28], ">i4").tobytes(), np.array([0x803, 3, 14, 14], ">i4").tobytes()
+    for name, contents, said in (
+        ("t10k-images-idx3-ubyte", images[:500], unreadable),
+        ("train-labels-idx1-ubyte", b"", unreadable),
+        ("train-images-idx3-ubyte", none, unreadable),
+        ("train-images-idx3-ubyte", small + bytes(3 * 196), r"got images \(14, 14\), expected \(28, 28\)"),
+        (
+            "t10k-labels-idx1-ubyte",
+            np.array([0x801, 2], ">i4").tobytes() + bytes(2),
+            "got 2 labels, expected 3",
+        ),
+    ):
+        whole = (raw / name).read_bytes()
+        (raw / name).write_bytes(contents)
+        with pytest.raises(DataError, match=f"{raw / name}: {said}") as caught:
+            data.load("mnist", data_dir=str(tmp_path))
+        assert "\n" not in str(caught.value)
+        (raw / name).write_bytes(whole)
 
 
 def test_mnist_is_padded(tmp_path):

@@ -176,7 +176,11 @@ def test_outputs_and_environments_that_cannot_be(commands, folder, tmp_path):
     start("full", "error: standard output: No space left on device", out="/dev/full")
     start("pipe end", "error: standard output: Broken pipe", out=reader)
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    start("rank", "error: rank 0: MASTER_PORT: got none with RANK and MASTER_ADDR, expected a port", **alone)
+    start(
+        "rank",
+        "error: rank 0: MASTER_PORT: got none with RANK, expected a port, as torchrun sets it",
+        **alone,
+    )
     started[1][0].wait_for((tmp_path / "pipe end.log").exists)  # it has opened the pipe, which needs a reader
     os.close(read)
     for command, words in started:

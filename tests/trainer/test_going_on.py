@@ -112,6 +112,28 @@ def test_a_file_of_the_same_name_size_and_time_is_noticed(place, capsys):
     assert main(["train", *argv]) == 0
 
 
+def test_all_contents_are_compared_on_request(place, capsys):
+    (place / "data/9.png").write_bytes(
+        (place / "data/9.png").read_bytes() + bytes(20_000)
+    )  # PNG ends before them
+    command = ["train", "--out", "new", "--data", "data", *SMALL, "--steps", "1", "--check-contents"]
+    assert main(command) == 0
+    argv = ["--resume", "new", "--steps", "2"]
+    for file in os.listdir("data"):
+        os.utime(f"data/{file}", (1, 1))
+    assert main(["train", *argv]) == 0  # the contents are the same
+    with open("data/9.png", "r+b") as file:
+        file.seek(10_000)  # neither in the first nor in the last 4 KiB
+        file.write(b"1")
+    os.utime("data/9.png", (1, 1))
+    argv[-1] = "3"
+    expected = (
+        "got data, of which contents of files changed, expected those of the run new, or --data-changed"
+    )
+    assert failed(capsys, *argv) == f"error: data: {expected}"
+    assert main(["train", *argv, "--no-check-contents"]) == 0  # what is compared by default did not change
+
+
 def test_the_contents_of_many_and_of_unreadable_files(tmp_path):
     for i in range(130):
         (tmp_path / f"{i:03}").write_bytes(bytes(9000))
@@ -131,13 +153,13 @@ def test_one_process_at_a_time(place, capsys):
         ("run", ["--resume", "run", "--steps", "3"]),
         ("new", ["--out", "new", "--data", "data", *SMALL]),
     ):
-        other = os.open(folder, os.O_RDONLY)
+        other = os.open(f"{folder}/.lock", os.O_RDWR | os.O_CREAT)
         fcntl.flock(other, fcntl.LOCK_EX)
         assert (
             failed(capsys, *argv) == f"error: {folder}: got a run that another process trains, expected none"
         )
         os.close(other)
-    assert os.listdir("new") == []
+    assert os.listdir("new") == [".lock"]
     assert main(["train", "--resume", "run", "--steps", "3"]) == 0
     assert main(["train", "--resume", "run", "--steps", "4"]) == 0  # the lock ends with the run
 
@@ -148,7 +170,12 @@ def test_a_run_without_a_checkpoint_starts_over(place, capsys):
         (place / "new" / name).write_text("of a run that was killed")
     start = ["--out", "new", "--data", "data", *SMALL, "--steps", "1"]
     (place / "new/notes.txt").write_text("mine")
-    assert "new exists; --resume new continues that run" in failed(capsys, *start)
+    line = failed(capsys, *start)
+    assert line == "error: out: got new, which exists and is no run, expected a new or an empty folder"
+    line = failed(capsys, "--resume", "new")
+    assert line == (
+        "error: new: got no checkpoint, expected last.pt; the command with --out starts a run without one again"
+    )
     assert len(os.listdir("new")) == 4
     os.remove("new/notes.txt")
     assert main(["train", *start]) == 0

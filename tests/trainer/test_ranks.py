@@ -21,7 +21,7 @@ from fastflow.models import Glow, RealNVP
 from fastflow.nn import ActNorm
 from fastflow.trainer.captured import CaptureError
 from fastflow.trainer.progress import read_metrics
-from fastflow.trainer.ranks import LostRankError, Ranks, init_process_group, shard_bounds
+from fastflow.trainer.ranks import DeviceError, LostRankError, Ranks, init_process_group, shard_bounds
 from fastflow.trainer.step import DDP_WARM_UP, Step
 from tests.support.processes import processes, waves
 
@@ -134,7 +134,7 @@ def test_ranks_train_what_one_process_trains(count, accumulate, alone, arrays, t
     trained(tmp_path, count, ["--data", str(arrays), "--out", str(tmp_path / "run"), *SETTINGS, *more])
     assert_same_run(tmp_path / "run", alone)
     names = {f.name for f in (tmp_path / "run").iterdir() if not f.name.startswith("events")}
-    assert names == {"last.pt", "best.pt", "metrics.csv", "samples.png", "curve.png", "result.json"}
+    assert names == {".lock", "last.pt", "best.pt", "metrics.csv", "samples.png", "curve.png", "result.json"}
     assert len(list((tmp_path / "run").glob("events*"))) == 1  # the first rank's alone
     assert (tmp_path / "run/samples.png").read_bytes() == (alone / "samples.png").read_bytes()
 
@@ -565,6 +565,49 @@ def test_a_group_that_is_there_is_used_and_left():
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+def test_environments_that_torchrun_would_not_set(monkeypatch):
+    whole = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, given, expected in (
+        ("RANK", "2", "RANK: got '2', expected an integer, 0 to 1, as torchrun sets it"),
+        ("RANK", "a", "RANK: got 'a', expected an integer, 0 to 1"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE: got '0', expected an integer, at least 1"),
+        ("MASTER_ADDR", None, "MASTER_ADDR: got none with RANK, expected the first rank's machine"),
+        ("MASTER_PORT", None, "MASTER_PORT: got none with RANK, expected a port"),
+        ("MASTER_PORT", "-1", "MASTER_PORT: got '-1', expected an integer, 1 to 65535"),
+        ("LOCAL_RANK", "", "LOCAL_RANK: got '', expected an integer, at least 0"),
+        (
+            "MASTER_PORT",
+            whole["MASTER_PORT"],
+            r"the first rank .*Connection refused at 127.0.0.1:\d+ for 0.2 s",
+        ),
+    ):
+        for each in ("LOCAL_RANK", *whole):
+            monkeypatch.delenv(each, raising=False)
+        for each, value in (whole | {name: given}).items():
+            if value is not None:
+                monkeypatch.setenv(each, value)
+        with (
+            pytest.raises((DeviceError, LostRankError), match=f"^{expected}"),
+            init_process_group(timeout=0.2),
+        ):
+            pass
+
+
+def test_little_shared_memory_is_named():
+    """The message of NCCL in a container of docker's 64 MB, which tests cannot have."""
+    words = (
+        "NCCL error in: NCCLUtils.hpp:268, unhandled system error\nncclSystemError: System call failed.\nLast error:\n"
+        "Error while creating shared memory segment /dev/shm/nccl-1YsMbG (size 7340384)"
+    )
+    with (
+        pytest.raises(
+            DeviceError, match="^shared memory: got too little for NCCL, .*docker run --shm-size 1g$"
+        ),
+        Ranks(0, 2).translate_collective_errors(),
+    ):
+        raise RuntimeError(words)
 
 
 def test_only_errors_of_collectives_are_another_ranks():

@@ -19,7 +19,7 @@ import fastflow
 from fastflow import checkpoint
 from fastflow.models import Glow
 from fastflow.seeds import derive
-from fastflow.trainer import budget, train
+from fastflow.trainer import budget, signals, train
 from fastflow.trainer import progress as progress_module
 from fastflow.trainer import run as run_module
 from fastflow.trainer.cli import main
@@ -70,7 +70,7 @@ def failed(capsys, argv, code=1):
 def test_what_a_run_leaves(finished):
     run, printed = finished
     names = {f.name for f in run.iterdir() if not f.name.startswith("events")}
-    assert names == {"last.pt", "best.pt", "metrics.csv", "samples.png", "curve.png", "result.json"}
+    assert names == {".lock", "last.pt", "best.pt", "metrics.csv", "samples.png", "curve.png", "result.json"}
     rows = read_metrics(run / "metrics.csv")
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert [row["step"] for row in rows if row["test_bits_per_dim"] is not None] == [5, 10, 12]
@@ -401,7 +401,7 @@ def test_what_a_resumed_run_may_change(finished, capsys, tmp_path, arrays):
         capsys, ["train", "--resume", str(run), "--steps", "11"]
     )
     assert "no such run folder" in failed(capsys, ["train", "--resume", str(tmp_path / "none")])
-    assert "last.pt: no such file" in failed(capsys, ["train", "--resume", str(tmp_path)])
+    assert "got no checkpoint, expected last.pt" in failed(capsys, ["train", "--resume", str(tmp_path)])
     (tmp_path / "last.pt").write_bytes((run / "best.pt").read_bytes())
     assert "no training state" in failed(capsys, ["train", "--resume", str(tmp_path)])
     (tmp_path / "last.pt").write_bytes((run / "last.pt").read_bytes()[:-100])
@@ -609,15 +609,30 @@ def test_progress_on_a_terminal_and_off(monkeypatch, capsys):
     ]
 
 
-def test_signals_are_given_back():
+def test_signals_that_repeat_and_are_given_back(monkeypatch):
     import signal
 
-    before = signal.getsignal(signal.SIGTERM)
-    with train.received_signals() as received:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) is before  # a second one acts as it would have
-    assert signal.getsignal(signal.SIGTERM) is before
+    def send(*times):
+        for now in times:
+            monkeypatch.setattr(signals.time, "monotonic", lambda now=now: now)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before, outside = {signum: signal.getsignal(signum) for signum in signals.STOP_SIGNALS}, []
+    signal.signal(signal.SIGTERM, lambda *_: outside.append(signals.time.monotonic()))
+    try:
+        with signals.received_signals() as received:
+            send(5.0, 7.0, 7.1)  # the first, its repetition, one that does not wait
+        assert received == [signal.SIGTERM] * 2 and outside == [7.1]
+        send(8.0)
+        with pytest.raises(signals.Interrupted), signals.received_signals() as received:
+            send(20.0)
+            raise signals.Interrupted("saved", signal.SIGTERM)
+        assert outside == [7.1, 8.0]
+        send(21.0, 23.0)  # while the process ends
+        assert received == [signal.SIGTERM] * 2 and outside == [7.1, 8.0, 23.0]
+    finally:
+        for signum, kept in before.items():
+            signal.signal(signum, kept)
 
 
 def test_config_errors_are_value_errors():

@@ -17,13 +17,39 @@ def load_cifar10(data_dir: str) -> Images:
 
 
 def load_mnist(data_dir: str, size: int) -> Images:
-    """MNIST, zero-padded from 28x28 to ``size``, downloaded as by :func:`load_cifar10`."""
+    """MNIST, zero-padded from 28x28 to ``size``, downloaded as by :func:`load_cifar10`.
+
+    Raises DataError with the name of a damaged file.
+    """
+    _check_mnist(Path(data_dir) / "MNIST/raw")
     train, test = _load("MNIST", data_dir, "MNIST/raw/train-images-idx3-ubyte.gz and the other three files")
     edge = (size - 28) // 2
     images = [
         np.pad(d.data.numpy()[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge))) for d in (train, test)
     ]
     return Images("mnist", *images, train.targets.numpy(), test.targets.numpy())
+
+
+def _check_mnist(folder: Path) -> None:
+    """Raise DataError for a file that is there but cannot be used; torchvision looks at names only."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    for part in ("train", "t10k"):
+        images, labels = (folder / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
+        shapes = []
+        for file, read in ((images, read_image_file), (labels, read_label_file)):
+            if file.exists():
+                try:
+                    shapes.append((file, tuple(read(str(file)).shape)))
+                except Exception as error:  # of many kinds, from the reading of bytes
+                    hint = "without it, it is downloaded again"
+                    raise DataError(f"{file}: cannot be read as a file of MNIST; {hint}") from error
+        if len(shapes) == 2:
+            (file, shape), (other, labelled) = shapes
+            if shape[1:] != (28, 28):
+                raise DataError(f"{file}: got images {shape[1:]}, expected (28, 28)")
+            if shape[:1] != labelled:
+                raise DataError(f"{other}: got {labelled[0]} labels, expected {shape[0]}, one for each image")
 
 
 def _load(name: str, data_dir: str, expected: str) -> tuple:

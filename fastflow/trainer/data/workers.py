@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from fastflow.trainer.data.source import DataError
+from fastflow.trainer.signals import STOP_SIGNALS
 
 Batch = tuple[Tensor, Tensor | None]
-STOP_SIGNALS = [
-    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
-]
 
 
 class WorkerError(RuntimeError):
