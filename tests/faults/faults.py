@@ -1645,8 +1645,8 @@ TRAINER = [
     Fault(
         "a resumed run may change its batches",
         "fastflow/trainer/config.py",
-        "data data_changed steps epochs",
-        "data data_changed batch_size steps epochs",
+        "data data_changed check_contents steps epochs",
+        "data data_changed check_contents batch_size steps epochs",
         "tests/trainer/test_train.py -k resumed",
     ),
     Fault(
