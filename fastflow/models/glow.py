@@ -203,17 +203,18 @@ def _check_levels(image_shape: tuple[int, ...], levels: int) -> None:
     while h % 2 ** (fitting + 1) == 0 and w % 2 ** (fitting + 1) == 0:
         fitting += 1
     if levels > fitting:
-        multiple = 2**levels
-        padded = (-(-h // multiple) * multiple, -(-w // multiple) * multiple)
         fits = (
             f"at most {fitting} level{'s' * (fitting != 1)} for this image"
             if fitting
             else "an even height and width"
         )
+        if levels < 30:  # a power of a larger number is no help
+            padded = (-(-side // 2**levels) * 2**levels for side in (h, w))
+            fits += f", or images padded to {'x'.join(map(str, padded))}"
         raise validation.argument_error(
             "levels",
             f"{levels} for image_shape {image_shape}",
-            f"{fits}, or images padded to {padded[0]}x{padded[1]}",
+            fits,
         )
 
 

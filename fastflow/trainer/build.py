@@ -4,9 +4,9 @@ from dataclasses import fields, replace
 
 from fastflow.models.model import Model
 from fastflow.trainer.config import Config, ConfigError, config_error
-from fastflow.trainer.data import Source
+from fastflow.trainer.data import Folder, Source
 from fastflow.trainer.kinds import kind_of
-from fastflow.trainer.model_options import MODELS, OPTIONS
+from fastflow.trainer.model_options import MODELS, OPTIONS, TrainerModel
 
 
 def with_defaults(config: Config, source: Source) -> Config:
@@ -42,13 +42,20 @@ def build_model(config: Config, source: Source) -> Model:
     try:
         model = known.model(**arguments)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_with_names_of_options(str(error), known)) from error
     if model.shape != shape:
         raise config_error("data", f"{source.name} with images {shape}", f"{model.shape} for {name}")
     if config.scale_l2 and not model.weight_scales():
         expected = f"0: {name} has no weight normalization to penalize"
         raise config_error("scale_l2", config.scale_l2, expected)
     return model
+
+
+def _with_names_of_options(message: str, known: TrainerModel) -> str:
+    """A model's message about an argument that has another name as an option."""
+    argument, colon, rest = message.partition(":")
+    names = {field.name: option for option, field in known.options().items()}
+    return names.get(argument, argument) + colon + rest
 
 
 def check_options(config: Config, source: Source) -> None:
@@ -63,6 +70,10 @@ def check_options(config: Config, source: Source) -> None:
         raise config_error("horizontal_flip", True, "no value for rows")
     if shape == (1,) and source.context_features is None:
         raise config_error("columns", "1 column", "2 or more, or columns of --context that it depends on")
+    if not isinstance(source, Folder):
+        for option in ("skip_damaged", "background"):
+            if given := getattr(config, option):
+                raise config_error(option, given, f"no value: {source.name} is no folder of images")
     options = known.options()
     for field in fields(config):
         given = getattr(config, field.name)

@@ -13,9 +13,10 @@ import tyro
 from fastflow import checkpoint, explore
 from fastflow.models.model import Model
 from fastflow.trainer import data, picture
-from fastflow.trainer.config import RENAMED, REVERSIBLE, Config, ConfigError, config_error
+from fastflow.trainer.config import RENAMED, REVERSIBLE, Config, ConfigError, check_values, config_error
 from fastflow.trainer.evaluate import evaluate, sample
 from fastflow.trainer.kinds import kind_of
+from fastflow.trainer.output import output
 from fastflow.trainer.ranks import Ranks, available_device, init_process_group
 from fastflow.trainer.rows import sample_rows, test_rows
 from fastflow.trainer.run import resumed_config
@@ -59,7 +60,7 @@ class Sample:
     checkpoint: tyro.conf.Positional[str]
     """A checkpoint, or a run folder: best.pt if a validation set chose it, otherwise last.pt."""
     out: str | None = None
-    """File to write. Default: samples.png for images, samples.csv for rows."""
+    """File to write, in the format of its suffix, or folder for it. Default: samples.png or samples.csv."""
     n: int | None = None
     """Number of samples. Default: 64 images, or 8 per temperature if there are several; 1,000 rows, or one for
     each row of --context."""
@@ -82,8 +83,8 @@ class Interpolate:
 
     checkpoint: tyro.conf.Positional[str]
     """A checkpoint, or a run folder: best.pt if a validation set chose it, otherwise last.pt."""
-    out: str = "interpolation.png"
-    """File to write."""
+    out: str | None = None
+    """File to write, in the format of its suffix, or folder for it. Default: interpolation.png."""
     pairs: int = 4
     """Number of rows; the test images are used in order."""
     steps: int = 8
@@ -135,10 +136,9 @@ def _is_another_rank() -> bool:
 
 def _check_options(options: Evaluate | Sample | Interpolate) -> None:
     """Raise ConfigError or DeviceError for a value that no model and no data can take."""
-    for name, least in {"images": 1, "samples": 1, "batch_size": 1, "n": 1, "seed": 0}.items():
-        value = getattr(options, name, None)
-        if value is not None and value < least:
-            raise config_error(name, value, f"at least {least}")
+    check_values(
+        options, {"images": 1, "samples": 1, "batch_size": 1, "n": 1, "pairs": 1, "steps": 2, "seed": 0}
+    )
     available_device(options.device)
 
 
@@ -196,12 +196,17 @@ def _evaluated(options: Evaluate, ranks: Ranks) -> str:
     path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
     kind = kind_of(model.shape)
+    notes = ()
     if len(model.shape) == 1:
         images, labels = test_rows(options, model, training, path)
     else:
+        for option in ("columns", "context"):
+            if (given := getattr(options, option)) is not None:
+                raise config_error(option, given, f"none: {path} holds a model of images")
         source = ranks.local_main_first(lambda: _source(options, model, training, path))
         images = data.drop_bits(source.test, model.n_bits)
         labels = None if model.classes is None else source.test_labels
+        notes = source.notes
     images, labels = images[: options.images], None if labels is None else labels[: options.images]
     bounds = evaluate(
         model,
@@ -216,7 +221,7 @@ def _evaluated(options: Evaluate, ranks: Ranks) -> str:
     )
     losses = [kind.unit(model.shape).of_bits_per_dim * bits for bits in bounds.mean(1).tolist()]
     result = {"model": type(model).__name__, **kind.result(images, losses, model.n_bits)}
-    return kind.report(result)
+    return "\n".join([*notes, kind.report(result)])
 
 
 def _sample(options: Sample) -> None:
@@ -224,8 +229,6 @@ def _sample(options: Sample) -> None:
     model, training = checkpoint.opened(path, options.device)
     default = kind_of(model.shape).defaults["temperature"]
     options = replace(options, temperature=options.temperature or (default,))
-    if not (lowest := min(options.temperature)) >= 0:
-        raise config_error("temperature", lowest, "at least 0")
     if len(model.shape) == 1:
         sample_rows(options, model, training, path)
     else:
@@ -236,7 +239,7 @@ def _sample_images(options: Sample, model: Model, path: Path) -> None:
     _check_images(model, path)
     if options.context is not None:
         raise config_error("context", options.context, f"none: {path} holds a model of images")
-    out = _picture(options.out or "samples.png", "samples.png")
+    out = output(options.out, "samples.png", picture.FORMATS)
     several = len(options.temperature) > 1
     n = (8 if several else 64) if options.n is None else options.n
     labels = None
@@ -254,19 +257,8 @@ def _sample_images(options: Sample, model: Model, path: Path) -> None:
     print(f"{out}: {n} samples at temperature {', '.join(f'{t:g}' for t in options.temperature)}")
 
 
-def _picture(out: str, name: str) -> Path:
-    """The file of a picture: ``out``, or ``name`` in the folder ``out``. Raises ConfigError for other formats."""
-    path = Path(out) / name if Path(out).is_dir() else Path(out)
-    if path.suffix.lower() not in picture.FORMATS:
-        raise config_error("out", out, f"a folder, or a file {', '.join(picture.FORMATS)}")
-    return path
-
-
 def _interpolate(options: Interpolate) -> None:
-    out = _picture(options.out, "interpolation.png")
-    for name, least in {"pairs": 1, "steps": 2}.items():
-        if (got := getattr(options, name)) < least:
-            raise config_error(name, got, f"at least {least}")
+    out = output(options.out, "interpolation.png", picture.FORMATS)
     path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
     source = _source(options, model, training, path)
@@ -281,19 +273,22 @@ def _interpolate(options: Interpolate) -> None:
     ).cpu()
     picture.save_grid(out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
     latents = len(model.latent_shapes())
+    for note in source.notes:
+        print(note)
     print(f"{out}: {options.pairs} pairs of {source.name}, {options.method} in {latents} latents")
 
 
 def _source(options: Evaluate | Interpolate, model: Model, training: dict | None, path: Path) -> data.Source:
     """The data of ``--data``, or of the training run. Raises ConfigError if the model cannot take them."""
     trained = (training or {}).get("config", {})
-    name = options.data or trained.get("data")
+    name = trained.get("data") if options.data is None else options.data
     _check_images(model, path)
     if name is None:
         raise ConfigError(f"{path}: does not contain the name of its training data; give --data")
-    folder, skip = options.data_dir or trained.get("data_dir", "data"), trained.get("skip_damaged", False)
+    data_dir = trained.get("data_dir", "data") if options.data_dir is None else options.data_dir
+    of_folder = trained.get("skip_damaged", False), trained.get("background")
     side = model.shape[1] if model.shape[1] == model.shape[2] else None  # a .npz file of other images
-    source = data.load(name, folder, side, model.shape[0], skip)
+    source = data.load(name, data_dir, side, model.shape[0], *of_folder)
     if source.shape != tuple(model.shape):
         got = f"{name} with images {source.shape}"
         raise config_error("data", got, f"images {tuple(model.shape)}, the model's")
@@ -301,7 +296,10 @@ def _source(options: Evaluate | Interpolate, model: Model, training: dict | None
         raise config_error(
             "data", f"{name} without labels", f"labels of {model.classes} classes for the model"
         )
-    if model.classes is not None and source.classes > model.classes:
+    names = (training or {}).get("classes")
+    if model.classes is not None and names is not None and isinstance(source, data.Folder):
+        source.number_test_labels_as(names)
+    elif model.classes is not None and source.classes > model.classes:
         got = f"{name} with {source.classes} classes"
         raise config_error("data", got, f"at most {model.classes}, the model's classes")
     return source

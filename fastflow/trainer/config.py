@@ -44,6 +44,8 @@ class DataOptions:
     """Channels of a folder's images: 3, or 1 to convert them to gray. Default: 1 if all are gray, otherwise 3."""
     skip_damaged: bool = False
     """Decode every image of a folder once, and leave out damaged ones. Default: a damaged image is an error."""
+    background: str | None = None
+    """Color below transparent images of a folder: a name such as black, or #rrggbb. Default: white."""
     n_bits: int = 8
     """Bits per pixel and channel; values below 8 drop the lowest bits."""
     horizontal_flip: bool | None = None
@@ -174,6 +176,25 @@ def config_error(option: str, got: object, expected: str) -> ConfigError:
     return ConfigError(f"{option}: got {got}, expected {expected}")
 
 
+def check_values(options: object, least: dict[str, int]) -> None:
+    """Raise ConfigError for an empty text, and for whole numbers below ``least`` or too large for a tensor's size.
+
+    ``options``: the options of a command; those that are None are open.
+    """
+    for field in fields(options):
+        given = getattr(options, field.name)
+        for value in given if isinstance(given, tuple) else (given,):
+            if value == "":
+                raise config_error(field.name, "an empty text", "a value, or no such option")
+            if field.name in least and value is not None and not value >= least[field.name]:
+                raise config_error(field.name, value, f"at least {least[field.name]}")
+            most = 2**63 - 1 if field.name == "seed" else 2**31 - 1
+            if type(value) is int and value > most:
+                raise config_error(field.name, value, f"at most {most}")
+            if field.name == "temperature" and value is not None and not 0 <= value < math.inf:
+                raise config_error(field.name, value, "0 or a positive number")
+
+
 def validate_config(config: Config) -> None:
     """Raise ConfigError, naming the option, for a value that no run can have."""
     for field in fields(config):
@@ -182,19 +203,14 @@ def validate_config(config: Config) -> None:
         if choices and value not in choices:
             raise config_error(field.name, repr(value), f"one of {', '.join(choices)}")
     ones = "batch_size accumulate eval_every eval_images eval_samples final_samples sample_every samples"
-    least = dict.fromkeys(f"{ones} save_every n_bits".split(), 1) | {"seed": 0, "warmup": 0, "temperature": 0}
-    least |= {"patience": 0, "steps": 1, "epochs": 1}
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= bound:
-            raise config_error(name, value, f"at least {bound}")
+    ones += " save_every n_bits steps epochs image_size rollbacks"
+    check_values(
+        config, dict.fromkeys(ones.split(), 1) | dict.fromkeys("seed warmup patience workers".split(), 0)
+    )
     if config.steps is not None and config.epochs is not None:
         raise config_error("epochs", config.epochs, f"none with steps {config.steps}: give one of the two")
     if config.validation is not None and not 0 <= config.validation < 1:
         raise config_error("validation", config.validation, "a share from 0 to below 1")
-    for name, bound in {"image_size": 1, "workers": 0}.items():
-        if (value := getattr(config, name)) is not None and value < bound:
-            raise config_error(name, value, f"at least {bound}")
     if config.channels not in (None, 1, 3):
         raise config_error("channels", config.channels, "1 or 3")
     if not all(0 <= beta < 1 for beta in config.betas):
@@ -230,8 +246,6 @@ def _validate_schedule(config: Config) -> None:
 def _validate_rollback(config: Config) -> None:
     if not 1 < config.divergence_factor < math.inf:
         raise config_error("divergence_factor", config.divergence_factor, "a number above 1")
-    if config.rollbacks < 1:
-        raise config_error("rollbacks", config.rollbacks, "at least 1")
     if not 0 < config.rollback_lr < 1:
         raise config_error("rollback_lr", config.rollback_lr, "a factor between 0 and 1")
 

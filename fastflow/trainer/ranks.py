@@ -201,6 +201,13 @@ def available_device(device: str) -> torch.device:
         raise DeviceError(f"device: got {device!r}, expected cpu, cuda or another torch device") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device: got {device}, expected an available device; torch finds no GPU")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    counts = {"cpu": 1}
+    if accelerator is not None:
+        counts[accelerator.type] = torch.accelerator.device_count()
+    if (chosen.index or 0) >= counts.get(chosen.type, 0):
+        there = ", ".join(f"{name}:{i}" for name, count in counts.items() for i in range(count))
+        raise DeviceError(f"device: got {device}, expected an available device: {there}")
     return chosen
 
 

@@ -11,6 +11,7 @@ from fastflow.trainer import data
 from fastflow.trainer.config import ConfigError, config_error
 from fastflow.trainer.evaluate import sample
 from fastflow.trainer.kinds import sample_dtype
+from fastflow.trainer.output import output
 
 if TYPE_CHECKING:
     from fastflow.trainer.commands import Evaluate, Sample
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 
 def sample_rows(options: "Sample", model: Model, training: dict | None, path: Path) -> None:
     """Write samples: the columns of x, then those of the context. Raises ConfigError for options of images."""
-    out = Path(options.out or "samples.csv")
-    if out.suffix not in (".csv", ".npy"):
-        raise config_error("out", out, "a .csv or .npy file for rows")
+    out = output(options.out, "samples.csv", (".csv", ".npy"))
     if len(options.temperature) > 1:
         raise config_error("temperature", options.temperature, "one value for rows")
     if options.classes is not None:
@@ -52,7 +51,7 @@ def test_rows(
         source = data.load(name, columns=columns, context=context, dtype=dtype)
         names, x, of_x = source.columns, source.test, source.test_labels
     else:
-        names, rows = data.read_rows(Path(name), columns, context)
+        names, rows = data.read_rows(name, columns, context)
         x, of_x = data.rows_as_tensors(names, rows, dtype)
     takes = (model.shape[0], _context_features(model))
     if (len(names.x), len(names.context)) != takes:
@@ -83,5 +82,5 @@ def _context(name: str | None, columns: data.Columns, model: Model, path: Path) 
         return None
     if name is None:
         raise config_error("context", "none", f"a table with the columns {', '.join(columns.context)}")
-    _, rows = data.read_rows(Path(name), columns.context, ())
+    _, rows = data.read_rows(name, columns.context, (), option="context")
     return torch.from_numpy(rows).to(sample_dtype(model))

@@ -141,8 +141,9 @@ class Run:
         if side is None and config.data == "mnist" and config.model.startswith("mnist-"):
             side = 28
         dtype = torch.float64 if config.float64 else torch.float32
-        options = (config.channels, config.skip_damaged, config.columns, config.context, dtype)
-        source = ranks.local_main_first(lambda: data.load(config.data, config.data_dir, side, *options))
+        of_folder = (config.channels, config.skip_damaged, config.background)
+        options = (config.data_dir, side, *of_folder, config.columns, config.context, dtype)
+        source = ranks.local_main_first(lambda: data.load(config.data, *options))
         if config.channels not in (None, source.shape[0]):
             raise config_error("channels", config.channels, f"{source.shape[0]} for {config.data}")
         self.config = config = with_defaults(config, source)
@@ -294,10 +295,6 @@ class Run:
             samples += f", {len(self.source.validation):,} for validation"
         where = f"{count} x {self.device.type}" if count > 1 else self.device.type
         self.progress.say(f"{self.folder}: {size:,} parameters, {samples}, {where}")
-        if isinstance(self.source, data.Folder):
-            self.progress.say(self.source.found)
-        elif Path(config.data).is_dir():
-            self.progress.say(f"data: {config.data} is built in; the folder of this name is ./{config.data}")
         for note in self.notes:
             self.progress.say(note)
 
@@ -484,10 +481,12 @@ class Run:
             checkpoint.save(self.folder / "best.pt", self.eval_model, training)
 
     def _about(self) -> dict:
-        """What every checkpoint of the run holds: its settings, and the columns of a table."""
+        """What every checkpoint of the run holds: its settings, columns of a table, classes of a folder."""
         about = {"config": asdict(self.config)}
         if isinstance(self.source, data.Table):
             about["columns"] = {name: list(of) for name, of in self.source.columns._asdict().items()}
+        if isinstance(self.source, data.Folder) and self.source.class_names is not None:
+            about["classes"] = self.source.class_names
         return about
 
     def save(self) -> None:

@@ -317,7 +317,7 @@ def test_without_context_in_float64(tmp_path, capsys):
             str(run),
             "--out",
             str(tmp_path / "s.png"),
-        ): "s.png, expected a .csv or .npy file for rows",
+        ): "s.png, expected a folder, or a file .csv, .npy",
         ("sample", str(run), "--context", str(tmp_path / "rows.npy")): "holds a model without context",
         ("sample", str(run), "--classes", "1"): "holds a model without classes",
         ("sample", str(run), "--temperature", "0.5", "1"): "expected one value for rows",

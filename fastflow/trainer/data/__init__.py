@@ -62,6 +62,7 @@ def load(
     image_size: int | None = None,
     channels: int | None = None,
     skip_damaged: bool = False,
+    background: str | None = None,
     columns: Names = None,
     context: Names = None,
     dtype: torch.dtype = torch.float32,
@@ -69,13 +70,13 @@ def load(
     """Load ``photos``, ``cifar10``, ``mnist``, a folder of images, a .npz file or a table.
 
     ``data_dir``: folder of torchvision's data sets. ``image_size``: image side in pixels; None: the usual
-    one. ``channels``, ``skip_damaged``: of a folder, see :class:`Folder`. ``columns``, ``context``, ``dtype``: of
-    a table. Raises DataError, a ValueError of one line.
+    one. ``channels``, ``skip_damaged``, ``background``: of a folder, see :class:`Folder`. ``columns``,
+    ``context``, ``dtype``: of a table. Raises DataError, a ValueError of one line.
     """
     path = Path(name)
-    arrays = read_npz(path) if path.suffix == ".npz" else None
-    if path.suffix in SUFFIXES or (arrays and is_table(arrays)):
-        images_only = {"image_size": image_size, "channels": channels, "skip_damaged": skip_damaged or None}
+    arrays = read_npz(path) if path.suffix.lower() == ".npz" else None
+    if path.suffix.lower() in SUFFIXES or (arrays and is_table(arrays)):
+        images_only = {"image_size": image_size, "channels": channels}
         for option, given in images_only.items():
             if given is not None:
                 raise DataError(f"{option}: got {given}, expected none for a table")
@@ -83,25 +84,36 @@ def load(
     for option, given in (("columns", columns), ("context", context)):
         if given is not None:
             raise DataError(f"{option}: got {given}, expected none for {name}, which is no table")
+    if name in ("photos", "cifar10", "mnist"):
+        source = _built_in(name, data_dir, image_size)
+        if path.is_dir():
+            source.notes = (f"data: {name} is built in; the folder of this name is ./{name}",)
+        return source
+    if arrays is not None:
+        return images_of(path, arrays, image_size)
+    if name and path.is_dir():
+        return Folder(path, image_size or 32, channels, skip_damaged, background)
+    raise DataError(f"data: got {name!r}, expected {_EXPECTED}")
+
+
+def _built_in(name: str, data_dir: str, image_size: int | None) -> Source:
     if name == "photos":
         return Photos(_size(name, image_size, 32))
     if name == "cifar10":
         _size(name, image_size, 32)
         return load_cifar10(data_dir)
-    if name == "mnist":
-        return load_mnist(data_dir, _size(name, image_size, 32, 28))
-    if arrays is not None:
-        return images_of(path, arrays, image_size)
-    if path.is_dir():
-        return Folder(path, image_size or 32, channels, skip_damaged)
-    raise DataError(f"data: got {name!r}, expected {_EXPECTED}")
+    return load_mnist(data_dir, _size(name, image_size, 32, 28))
 
 
-def read_rows(path: Path, columns: Names, context: Names) -> tuple[Columns, np.ndarray]:
-    """The chosen columns of a table and its rows with them, float64; of a .npz file x_test if there is one."""
-    arrays = read_npz(path) if path.suffix == ".npz" else None
-    if path.suffix not in SUFFIXES and not (arrays and is_table(arrays)):
-        raise DataError(f"data: got {str(path)!r}, expected a table (.csv, .npy, .npz, .parquet)")
+def read_rows(name: str, columns: Names, context: Names, option: str = "data") -> tuple[Columns, np.ndarray]:
+    """The chosen columns of a table and its rows with them, float64; of a .npz file x_test if there is one.
+
+    ``option``: that gave ``name``, for messages.
+    """
+    path = Path(name)
+    arrays = read_npz(path) if path.suffix.lower() == ".npz" else None
+    if path.suffix.lower() not in SUFFIXES and not (arrays and is_table(arrays)):
+        raise DataError(f"{option}: got {name!r}, expected a table (.csv, .npy, .npz, .parquet)")
     names, parts = read_table(path, columns, context, arrays)
     return names, parts.get("x_test", parts["x"])
 

@@ -13,9 +13,12 @@ from fastflow.trainer.data.source import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-_GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B"}
-_BITS_PER_SAMPLE = 258  # TIFF's tag
+BACKGROUND = "white"
+_GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F"}
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
+_WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two
 _ORIENTATION = 274  # EXIF's tag
+_LONGEST = 64  # times the shorter side; more is cropped before the image is resized
 # by EXIF's orientation, which says how the camera was held
 _UPRIGHT = dict(
     enumerate(
@@ -28,30 +31,35 @@ class DamagedError(DataError):
     """A file that holds no image that can be read."""
 
 
-def decode(file: Path, size: int, channels: int, gray_only: bool = False) -> np.ndarray:
+def decode(
+    file: Path, size: int, channels: int, gray_only: bool = False, background: str = BACKGROUND
+) -> np.ndarray:
     """Read an image, the shorter side resized to ``size`` and the center cropped.
 
-    It is turned as its EXIF orientation says, composited on white if it has transparency, and converted to
-    RGB or to gray (ITU-R 601-2 luma). Samples of 12 and 16 bits are scaled to 8 by the range of the format.
+    It is turned as its EXIF orientation says, composited on ``background`` if it has transparency, and converted
+    to RGB or to gray (ITU-R 601-2 luma). Samples of 12 and 16 bits are scaled to 8 by the range of the format.
     Of several frames the first one is read. With ``gray_only``, a color image is an error.
 
     Shape: uint8 ``[channels, size, size]``.
 
     Raises DamagedError for a file that is no image, is damaged, or has more pixels than Pillow's limit,
-    DataError for floating point and 32-bit samples, which have no range, OSError if the file cannot be
+    DataError for floating point, signed and 32-bit samples, which have no range, OSError if the file cannot be
     opened.
     """
     from PIL import Image
 
     with opened(file) as image:
-        if gray_only and image.mode not in _GRAY:
+        if gray_only and not _is_gray(image):
             raise DataError(
                 f"{printable(file)}: got a color image, expected gray ones as before; give --channels"
             )
-        orientation = image.getexif().get(_ORIENTATION)
-        image = _on_white(_in_8_bits(image, file)).convert("L" if channels == 1 else "RGB")
+        _scale_key(image)
+        image.load()
+        orientation = image.getexif().get(_ORIENTATION)  # after load, which turns a TIFF itself
+        image = _composited(_in_8_bits(image, file), background).convert("L" if channels == 1 else "RGB")
         if orientation in _UPRIGHT:
             image = image.transpose(Image.Transpose[_UPRIGHT[orientation]])
+    image = _without_ends(image)
     factor = size / min(image.size)
     width, height = (max(size, round(side * factor)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -68,7 +76,8 @@ def opened(file: Path) -> Iterator["Image.Image"]:
     # only Pillow's error limits the size: a warning for half of its limit would be several lines
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     try:
-        with Image.open(file) as image:
+        # not by its name, as Pillow then maps a TIFF into memory, for orientations 5 to 8 with the sides exchanged
+        with open(file, "rb") as read, Image.open(read) as image:
             yield image
     except DataError:
         raise
@@ -82,9 +91,21 @@ def opened(file: Path) -> Iterator["Image.Image"]:
 
 
 def is_gray(file: Path) -> bool:
-    """Whether a file has one channel, and perhaps transparency; only its header is read."""
+    """Whether a file has one channel or a gray palette, and perhaps transparency; only its header is read."""
     with opened(file) as image:
-        return image.mode in _GRAY
+        return _is_gray(image)
+
+
+def check_background(color: str) -> None:
+    """Raise DataError for a color that Pillow does not know."""
+    from PIL import ImageColor
+
+    try:
+        if len(ImageColor.getrgb(color)) == 3:
+            return
+    except ValueError:
+        pass
+    raise DataError(f"background: got {color!r}, expected an opaque color such as white, black or #808080")
 
 
 def printable(name: Path | str) -> str:
@@ -92,27 +113,60 @@ def printable(name: Path | str) -> str:
     return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in str(name))
 
 
+def _is_gray(image: "Image.Image") -> bool:
+    if image.mode == "P":
+        order, values = image.palette.getdata()
+        planes = np.frombuffer(bytes(values), np.uint8)
+        planes = planes.reshape(3, -1) if order == "RGB;L" else planes.reshape(-1, len(order)).T[:3]
+        return bool((planes == planes[0]).all())
+    return image.mode in _GRAY or _raw_mode(image) == "LA;16B"  # which Pillow opens as RGBA
+
+
+def _raw_mode(image: "Image.Image") -> object:
+    """The samples of a PNG, before they are read."""
+    return image.tile[0][3] if image.tile else None
+
+
+def _scale_key(image: "Image.Image") -> None:
+    """Scale the transparent value of a PNG with 2 or 4 bits as Pillow scales its samples."""
+    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image)) if image.format == "PNG" else None
+    if factor is not None and "transparency" in image.info:
+        image.info["transparency"] *= factor
+
+
 def _in_8_bits(image: "Image.Image", file: Path) -> "Image.Image":
     """The image with samples of 8 bits."""
     from PIL import Image
 
-    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    signed = _SIGNED in tags.get(_SAMPLE_FORMAT, ())
+    if image.mode == "F" or signed or (image.mode == "I" and tags):
         got = "floating point" if image.mode == "F" else "signed or 32-bit"
         raise DataError(f"{printable(file)}: got {got} samples, which have no range, expected 8 or 16 bits")
+    if image.mode == "LAB":
+        raise DataError(f"{printable(file)}: got LAB colors, expected gray, RGB or CMYK")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
-    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0] if image.format == "TIFF" else 16
-    samples, most = np.asarray(image).astype(np.int64), 2**bits - 1
-    hidden = samples == image.info.get("transparency", -1)
+    samples, most = np.asarray(image).astype(np.int64), 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+    opaque = samples != image.info.get("transparency", -1)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts samples of 8 bits only
+        samples = most - samples
     scaled = (samples * 255 + most // 2) // most
-    return Image.fromarray(np.where(hidden, 255, scaled).astype(np.uint8))
+    return Image.fromarray(np.stack([scaled, 255 * opaque], -1).astype(np.uint8))
 
 
-def _on_white(image: "Image.Image") -> "Image.Image":
+def _composited(image: "Image.Image", background: str) -> "Image.Image":
     """The image without transparency."""
     from PIL import Image
 
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+
+
+def _without_ends(image: "Image.Image") -> "Image.Image":
+    """The center of a very long image, which would need much memory when it is resized."""
+    most = _LONGEST * min(image.size)
+    left, top = (max(0, (side - most) // 2) for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image

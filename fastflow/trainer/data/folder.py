@@ -8,7 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastflow.trainer.data.decode import DamagedError, decode, is_gray, opened, printable
+from fastflow.trainer.data.decode import (
+    BACKGROUND,
+    DamagedError,
+    check_background,
+    decode,
+    is_gray,
+    opened,
+    printable,
+)
 from fastflow.trainer.data.listing import Files, Listing, hashes
 from fastflow.trainer.data.source import DataError
 
@@ -22,15 +30,23 @@ class Folder:
         channels: 3, or 1 to convert all images to gray. None: 1 if all are gray, otherwise 3. At most 100
             training files are looked at; if they are gray, a color image among the others is an error.
         skip_damaged: decode every file once, and leave out those that :func:`decode` cannot read.
+        background: color below transparent images, a name or #rrggbb. None: white.
     """
 
-    horizontal_flip, context_features, notes = True, None, ()
+    horizontal_flip, context_features = True, None
 
     def __init__(
-        self, path: Path | str, size: int, channels: int | None = None, skip_damaged: bool = False
+        self,
+        path: Path | str,
+        size: int,
+        channels: int | None = None,
+        skip_damaged: bool = False,
+        background: str | None = None,
     ) -> None:
         if channels not in (None, 1, 3):
             raise DataError(f"channels: got {channels}, expected 1 or 3 for a folder")
+        self._background = BACKGROUND if background is None else background
+        check_background(self._background)
         path = Path(path)
         listing = Listing(path)
         parts = listing.train, listing.test, listing.validation
@@ -41,17 +57,18 @@ class Folder:
         files = [file for file, _ in train]
         self._gray_only = channels is None and _all_gray(files)
         self._remarks += ["all gray: one channel"] if self._gray_only else []
-        self._remarks += [f"skipped {count} {reason}" for reason, count in listing.skipped.items()]
+        self._remarks += listing.remarks()
         self.name, self.shape = path.resolve().name, (1 if self._gray_only else channels or 3, size, size)
         self._path, self._files, self.length = path, files, len(train)
         self._all_files = [file for part in parts for file, _ in part]
         self.classes, self._labels, self.test_labels, self.validation_labels = None, None, None, None
+        self.class_names: list[str] | None = None
         self._classes_found = "no classes"
         if all(label is not None for _, label in train):
             names = sorted({label for _, label in train})
             number = {name: i for i, name in enumerate(names)}
             test, validation = (_of_classes(part, number, path) for part in (test, validation))
-            self.classes = len(names)
+            self.classes, self.class_names = len(names), names
             listed = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
             self._classes_found = f"{len(names)} class{'es' if len(names) > 1 else ''} ({listed})"
             self._labels = torch.tensor([number[label] for _, label in train])
@@ -62,12 +79,20 @@ class Folder:
         self.validation = self._decoded([file for file, _ in validation]) if validation else None
 
     @property
-    def found(self) -> str:
+    def notes(self) -> tuple[str]:
         """One line of what was found: classes, images of each split, what was skipped and why."""
         sizes = {"to train on": self.length, "to test on": len(self.test)}
         sizes["for validation"] = 0 if self.validation is None else len(self.validation)
         images = ", ".join(f"{size:,} {use}" for use, size in sizes.items() if size)
-        return "; ".join([f"images: {images}", self._classes_found, *self._remarks])
+        return ("; ".join([f"images: {images}", self._classes_found, *self._remarks]),)
+
+    def number_test_labels_as(self, names: list[str]) -> None:
+        """Number the classes of the test images by ``names``. Raises DataError for a class that is none of them."""
+        unknown = [name for name in self.class_names if name not in names]
+        if unknown:
+            got = f"got class {printable(unknown[0])}"
+            raise DataError(f"{printable(self._path)}: {got}, expected {', '.join(map(printable, names))}")
+        self.test_labels = torch.tensor([names.index(name) for name in self.class_names])[self.test_labels]
 
     def files(self) -> list[Path]:
         """The files of all images."""
@@ -93,7 +118,8 @@ class Folder:
 
     def _decoded(self, files: list[Path]) -> Tensor:
         channels, size = self.shape[:2]
-        return torch.from_numpy(np.stack([decode(f, size, channels, self._gray_only) for f in files]))
+        options = size, channels, self._gray_only, self._background
+        return torch.from_numpy(np.stack([decode(file, *options) for file in files]))
 
     def _without_damaged(self, parts: tuple[Files, ...], path: Path) -> tuple[Files, ...]:
         files = [file for part in parts for file, _ in part]

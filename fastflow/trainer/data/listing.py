@@ -2,110 +2,168 @@
 
 import hashlib
 import os
-from collections import Counter
+import re
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from fastflow.trainer.data.decode import printable
+from fastflow.trainer.data.finder import SUFFIXES, Finder, is_hidden
 from fastflow.trainer.data.source import DataError
 
 Files = list[tuple[Path, str | None]]
 
-_SUFFIXES = set(".png .jpg .jpeg .jfif .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
 _SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
-    "validation": ("val", "valid", "validation"),
+    "validation": ("val", "valid", "validation", "dev", "eval"),
 }
+_PART = {word: part for part, words in _SPLITS.items() for word in words}
 
 
 class Listing:
     """Training, test and validation files of a folder, each with the name of its class, or None.
 
-    Subfolders that contain images are classes. Subfolders ``train``, ``test`` and ``val`` (or ``training``,
-    ``testing``, ``valid``, ``validation``; in any case of letters) are the split; without ``test``, ``val`` is
-    the test set. Without both, a tenth of the training files is the test set, chosen by a hash of each file's
-    name. Linked folders are followed. Hidden files and folders (``.name``), ``__MACOSX``, broken links and links
-    to a folder around them are skipped; ``skipped`` counts them by reason.
+    Subfolders that contain images are classes, unless :func:`split` finds parts among them; without ``test``,
+    ``validation`` is the test set. Without both, a tenth of the training files is the test set, chosen by a hash
+    of each file's name. A file that links lead to twice is kept once, if possible in the test set.
 
-    Raises DataError for a folder without images and for a split without ``train``, OSError for a folder that
-    cannot be read.
+    Raises DataError for a folder without images, for held-out images without ``train`` or among those of
+    training, and for ``train`` next to other folders with images if no images are held out; OSError for a folder
+    that cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.skipped = path, Counter()
-        parts = self._parts()
-        if set(parts) & {"test", "validation"}:
-            if "train" not in parts:
-                raise DataError(
-                    f"{printable(path)}: got {printable(next(iter(parts.values())))} without train, expected both"
-                )
-            held_out = "test" if "test" in parts else "validation"
-            self.train, self.test = self._files_in(parts["train"]), self._files_in(parts[held_out])
-            own = "validation" in parts and held_out == "test"
-            self.validation = self._files_in(parts["validation"]) if own else []
+        self.path, self._finder = path, Finder()
+        folders = sorted(entry.name for entry in self._visible() if entry.is_dir())
+        parts = {part: path / name for part, name in split(path, folders).items()}
+        held_out = next((part for part in ("test", "validation") if part in parts), None)
+        if held_out is None:
+            if parts:
+                self._refuse_a_class_as_train(parts["train"], folders)
+            self._set_a_tenth(parts.get("train", path))
             return
-        files, self.validation = self._files_in(parts.get("train", path)), []
-        keys = hashes(path, [f for f, _ in files])
+        if "train" not in parts:
+            raise DataError(
+                f"{printable(path)}: got {printable(parts[held_out])} without train, expected both"
+            )
+        own = "validation" in parts and held_out == "test"
+        found = (
+            self._files_in(parts[held_out]),
+            self._files_in(parts["validation"]) if own else [],
+            self._trained_in(parts["train"]),
+        )
+        self.test, self.validation, self.train = self._once(*found)
+        if not self.train:
+            got = "got no image that is not held out"
+            raise DataError(f"{printable(parts['train'])}: {got}, expected others to train on")
+        names = {part.name for part in parts.values()}
+        others = [entry for entry in self._visible() if entry.name not in names]
+        images = sum(entry.is_dir() or Path(entry.name).suffix.lower() in SUFFIXES for entry in others)
+        self._finder.skip("not of the split", images)
+
+    def remarks(self) -> list[str]:
+        """How many files and folders were skipped, by reason."""
+        return self._finder.remarks()
+
+    def _visible(self) -> list[os.DirEntry]:
+        with os.scandir(self.path) as entries:
+            return [entry for entry in entries if not is_hidden(entry.name)]
+
+    def _refuse_a_class_as_train(self, train: Path, folders: list[str]) -> None:
+        others = (self.path / name for name in folders if name != train.name)
+        other = next((each for each in others if any(Finder().files(each))), None)
+        if other is not None:
+            got = f"got images in {train.name} and {printable(other.name)}"
+            expected = "expected held-out ones in test or val"
+            hint = f"--data {printable(train)} takes the images of {train.name} only"
+            raise DataError(f"{printable(self.path)}: {got}, {expected}; {hint}")
+
+    def _set_a_tenth(self, folder: Path) -> None:
+        (files,) = self._once(self._trained_in(folder))
+        keys = hashes(self.path, [file for file, _ in files])
         chosen = {i for i, key in enumerate(keys) if key % 10 == 0} or {int(np.argmin(keys))}
-        self.train = [f for i, f in enumerate(files) if i not in chosen]
-        self.test = [f for i, f in enumerate(files) if i in chosen]
+        self.train = [file for i, file in enumerate(files) if i not in chosen]
+        self.test, self.validation = [file for i, file in enumerate(files) if i in chosen], []
         if not self.train:
             raise DataError(
-                f"{printable(path)}: got {len(files)} image, expected at least 2, one of them to test on"
+                f"{printable(self.path)}: got {len(files)} image, expected at least 2, one of them to test on"
             )
-
-    def _parts(self) -> dict[str, Path]:
-        """The subfolders of the split."""
-        found: dict[str, Path] = {}
-        for folder in sorted(self.path.iterdir()):
-            for part, names in _SPLITS.items():
-                if folder.name.lower() in names and folder.is_dir():
-                    if part in found:
-                        got = f"{found[part].name} and {folder.name}"
-                        raise DataError(f"{printable(self.path)}: got {got}, expected one folder of them")
-                    found[part] = folder
-        return found
 
     def _files_in(self, folder: Path) -> Files:
-        files: list[Path] = []
-        self._walk(folder, files, [])
+        files = list(self._finder.files(folder))
         if not files:
-            raise DataError(
-                f"{printable(folder)}: got no image, expected files {', '.join(sorted(_SUFFIXES))}"
-            )
+            skipped = "".join(f"; {remark}" for remark in self.remarks())
+            expected = f"expected files {', '.join(sorted(SUFFIXES))}"
+            raise DataError(f"{printable(folder)}: got no image, {expected}{skipped}")
         parts = [f.relative_to(folder).parts for f in files]
         found = zip(files, parts, strict=True)
         return sorted((f, p[0] if len(p) > 1 else None) for f, p in found)
 
-    def _walk(self, folder: Path, files: list[Path], around: list[tuple[int, int]]) -> None:
-        status = folder.stat()
-        identity = status.st_dev, status.st_ino
-        if identity in around:
-            self.skipped["links in a circle"] += 1
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path, hidden = folder / entry.name, entry.name.startswith(".") or entry.name == "__MACOSX"
-                if hidden:
-                    self.skipped["hidden"] += 1
-                elif entry.is_symlink() and not _exists(path):
-                    self.skipped["broken links"] += 1
-                elif entry.is_dir():
-                    self._walk(path, files, [*around, identity])
-                elif path.suffix.lower() in _SUFFIXES and entry.is_file():
-                    files.append(path)
-                else:
-                    self.skipped["not named as images"] += 1
+    def _trained_in(self, folder: Path) -> Files:
+        """The files of a folder. Raises DataError if there is a split below it, as around one more folder."""
+        files = self._files_in(folder)
+        below = defaultdict(set)
+        for each in {file.parent for file, _ in files}:
+            while each != folder:
+                below[each.parent].add(each.name)
+                each = each.parent
+        for parent, names in sorted(below.items()):
+            parts = split(parent, names)
+            hint = f"; --data {printable(parent)} takes this split" if "train" in parts else ""
+            held_out = next((name for part, name in parts.items() if part != "train"), None)
+            if held_out is not None:
+                got = f"got held-out images in {printable(parent / held_out)}"
+                raise DataError(f"{printable(self.path)}: {got}, expected none among those to train on{hint}")
+        return files
+
+    def _once(self, *parts: Files) -> tuple[Files, ...]:
+        """The parts without files that were found before, in an earlier part or the same one."""
+        if not self._finder.linked:
+            return parts
+        root, seen, kept = self.path.resolve(), set(), []
+        for part in parts:
+            targets = {file: file.resolve() for file, _ in part}
+            links = {file for file, target in targets.items() if target != root / file.relative_to(self.path)}
+            of_part = [each for each in part if each[0] not in links] + [
+                each for each in part if each[0] in links
+            ]
+            kept.append([])
+            for file, label in of_part:
+                if targets[file] not in seen:
+                    seen.add(targets[file])
+                    kept[-1].append((file, label))
+            kept[-1].sort()
+        self._finder.skip("found twice by links", sum(map(len, parts)) - len(seen))
+        return tuple(kept)
 
 
-def _exists(path: Path) -> bool:
-    try:
-        path.stat()
-    except OSError:
-        return False
-    return True
+def split(parent: Path, names: Iterable[str]) -> dict[str, str]:
+    """Names of subfolders by the parts ``train``, ``test`` and ``validation`` of a split.
+
+    A part is a word such as ``Train`` or ``val`` (in any case of letters), or such a word with others around it,
+    as in ``seg_train`` and ``val2017``, if there are folders to train on and to hold out with the same others.
+
+    Raises DataError for two folders of one part.
+    """
+    groups = defaultdict(lambda: defaultdict(list))  # by the words around, and by part
+    for name in sorted(names):
+        words = re.findall("[a-z]+|[0-9]+", name.lower())
+        known = [_PART[word] for word in words if word in _PART]
+        if len(known) == 1:
+            groups[tuple(word for word in words if word not in _PART)][known[0]].append(name)
+    found = defaultdict(list)
+    for around, group in groups.items():
+        if not around or ("train" in group and len(group) > 1):
+            for part, of_part in group.items():
+                found[part] += of_part
+    for of_part in found.values():
+        if len(of_part) > 1:
+            got = " and ".join(map(printable, of_part[:2]))
+            raise DataError(f"{printable(parent)}: got {got}, expected one folder of them")
+    return {part: of_part[0] for part, of_part in found.items()}
 
 
 def hashes(path: Path, files: list[Path], prefix: str = "") -> list[int]:

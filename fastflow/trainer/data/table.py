@@ -93,10 +93,10 @@ def read_table(
     path: Path, columns: Names, context: Names, arrays: dict[str, np.ndarray] | None = None
 ) -> tuple[Columns, dict[str, np.ndarray]]:
     """The chosen columns, and float64 rows with these columns: ``x``, if there are any ``x_test``, ``x_val``."""
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         names, read = _open_csv(path)
         parts, default = {"x": read}, ()
-    elif path.suffix == ".parquet":
+    elif path.suffix.lower() == ".parquet":
         names, read = _open_parquet(path)
         parts, default = {"x": read}, ()
     else:
@@ -345,7 +345,7 @@ def _notes(columns: Columns, parts: Sequence[np.ndarray]) -> Iterable[str]:
 def write_table(path: Path, names: Sequence[str], rows: np.ndarray) -> None:
     """Write rows as a .npy file, or as CSV with a header and as many digits as their dtype has."""
     with replacing(path) as file:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             np.save(file, rows)
             return
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
