@@ -1,25 +1,7 @@
 """What the faster layers of several libraries share."""
 
-import weakref
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-
-from fastflow.nn.networks.masked_network import _computed_once, _Kept
-
-# not in the modules, whose attributes are those of the library
-_KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def value_of(module: nn.Module, name: str, compute: Callable, *args: object) -> Any:
-    """``compute(tensor, *args)`` of a buffer or parameter of a module, computed again when the tensor changes."""
-    tensor = getattr(module, name)
-    kept = _KEPT.setdefault(module, {}).setdefault((name, compute), _Kept()).kept([tensor])
-    if kept is None:
-        return compute(tensor, *args)
-    return _computed_once(kept, "value", lambda: compute(tensor, *args))
+from torch import Tensor
 
 
 def is_plain(*tensors: Tensor) -> bool:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible, per_sample
-from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops, value_of
+from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
+from fastflow.integrations.kept import value_of
 from fastflow.ops import actnorm, affine_coupling, conv1x1, positions
 from fastflow.reversible import run_reversible
 

@@ -1,8 +1,9 @@
 """Faster masked autoregressive layers of nflows, its forks and normflows, whose networks (MADE) are alike."""
 
-import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,10 @@ from torch import Tensor, nn
 
 from fastflow.integrations.accelerate import Accelerated
 from fastflow.integrations.coupling_layers import is_plain
+from fastflow.integrations.kept import found_in, is_changed, kept_of
 from fastflow.integrations.spline_layers import outside, per_feature, spline_form, spline_refusal, splines
-from fastflow.nn.networks.masked_network import _computed_once, _Kept
 from fastflow.ops import masked_inverse
 from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP, Affine, Spline
-from fastflow.reversible import has_hooks
 
 FUNCTIONS = {
     F.relu: "relu",
@@ -28,7 +28,8 @@ FUNCTIONS = {
 MODULES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.SiLU: "silu", nn.ELU: "elu"}
 
 
-def _activation(function: object) -> str | None:
+def activation_of(function: object) -> str | None:
+    """Name of an activation, a function or a module; None if masked_inverse does not have it."""
     if isinstance(function, nn.Module):
         name = MODULES.get(type(function))
         return None if name == "elu" and function.alpha != 1 else name
@@ -39,11 +40,25 @@ class _Conditioner(NamedTuple):
     """The parts of a MADE in the order of its passes."""
 
     linears: list[nn.Linear]
+    widths: list[int]
+    """Number of units of each hidden layer."""
     flags: list[int]
     """Flags of the layers as masked_inverse takes them; the last is the output's."""
     contexts: dict[int, nn.Linear]
     """Maps of the context, by the layer of which they are a term or, in a gated layer, the gate."""
     activation: str
+
+    def sorted(self) -> "SortedNetwork":
+        """With sorted units; kept while the degrees and the masks stay."""
+        degrees, dtype = [layer.degrees for layer in self.linears], self.linears[0].weight.dtype
+        kept = kept_of(self.linears[0], "sorted")
+        return kept.get([*degrees, *(layer.mask for layer in self.linears)], dtype, self._sorted)
+
+    def _sorted(self) -> "SortedNetwork":
+        *degrees, last = (layer.degrees for layer in self.linears)
+        each = self.linears[-1].out_features // self.linears[0].in_features
+        dtype = self.linears[0].weight.dtype
+        return SortedNetwork.of(self.linears, degrees, torch.argsort(last[::each]), dtype)
 
 
 class MaskedAutoregressive(Accelerated):
@@ -53,12 +68,14 @@ class MaskedAutoregressive(Accelerated):
     """Whether a context multiplies the outputs of blocks, as in normflows."""
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        parts = self._parts(inputs, context)
-        if parts is None or outside_or_not_vectors(self, inputs):
+        form, net = self._form(), self.autoregressive_net
+        parts = found_in(net, _conditioner_of, _package_of(type(self)), self.GATED, context is not None)
+        if form is None or parts is None or not is_plain(inputs, parts.linears[0].weight):
             return super().inverse(inputs, context)
-        structure, weights = self._weights(parts)
-        added, gates = self._terms(parts, structure, context)
-        form, scale = self._form(), self._scale()
+        if outside_or_not_vectors(self, inputs):
+            return super().inverse(inputs, context)
+        structure, scale = parts.sorted(), self._scale()
+        weights, (added, gates) = structure.matrices(parts.linears), self._terms(parts, structure, context)
         if scale is not None:
             inputs = inputs / scale
             first = weights[: parts.linears[0].weight.numel()].unflatten(0, parts.linears[0].weight.shape)
@@ -71,7 +88,7 @@ class MaskedAutoregressive(Accelerated):
             gates,
             ends=structure.ends,
             order=structure.order,
-            widths=[layer.out_features for layer in parts.linears[:-1]],
+            widths=parts.widths,
             layers=parts.flags,
             activation=parts.activation,
             transformer=form,
@@ -87,96 +104,108 @@ class MaskedAutoregressive(Accelerated):
         """Factors of the features, if the transformation is that of features divided by them."""
         return None
 
-    def _parts(self, inputs: Tensor, context: Tensor | None) -> _Conditioner | None:
-        """The network as masked_inverse takes it; None if it does not, or if a hook would not run."""
-        net = self.autoregressive_net
-        if conditioner_obstacle(self) is not None or self._form() is None:
-            return None
-        if context is not None and not hasattr(net, "context_layer"):
-            return None
-        if self.training and any(isinstance(m, nn.Dropout) and m.training and m.p for m in net.modules()):
-            return None
-        if not is_plain(inputs, net.initial_layer.weight) or any(map(has_hooks, net.modules())):
-            return None
-        blocks, residual = list(net.blocks), _is_residual(net)
-        first = BEFORE if residual else AFTER
-        # without residual blocks nflows activates the first layer, normflows does not
-        linears, flags = [net.initial_layer], [0 if residual or self.GATED else AFTER]
-        contexts = {} if context is None else {0: net.context_layer}
-        for block in blocks:
-            inner = list(block.linear_layers) if residual else [block.linear]
-            if context is not None and hasattr(block, "context_layer") and residual:
-                contexts[len(linears) + self.GATED] = block.context_layer
-            linears += inner
-            flags += [first, BEFORE | SKIP | (GATE if self.GATED and context is not None else 0)]
-            flags = flags[: len(linears)]
-        return _Conditioner(
-            [*linears, net.final_layer], [*flags, 0], contexts, conditioner_activation(net) or "relu"
-        )
-
-    def _weights(self, parts: _Conditioner) -> "tuple[_Structure, Tensor]":
-        """What follows from the degrees, kept while these stay, and the masked matrices with units sorted.
-
-        The matrices are not kept: a write to ``parameter.data`` would not be noticed.
-        """
-        kept = _KEPT.setdefault(self.autoregressive_net, _Kept()).kept([m.degrees for m in parts.linears])
-        if kept is None:
-            structure = _Structure.of(parts.linears)
-        else:
-            structure = _computed_once(kept, "structure", lambda: _Structure.of(parts.linears))
-        pairs = zip(parts.linears, structure.rows, [structure.order, *structure.rows], strict=False)
-        matrices = [
-            (layer.weight * layer.mask).index_select(0, rows).index_select(1, columns).flatten()
-            for layer, rows, columns in pairs
-        ]
-        return structure, torch.cat(matrices)
-
     def _terms(
-        self, parts: _Conditioner, structure: "_Structure", context: Tensor | None
+        self, parts: _Conditioner, structure: "SortedNetwork", context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """What is added to the layers, and what multiplies the gated ones."""
-        added, gates = [], []
-        for i, (layer, flags, rows) in enumerate(
-            zip(parts.linears, parts.flags, structure.rows, strict=True)
-        ):
-            term = layer.bias
+        biases = structure.biases(parts.linears)
+        if context is None:
+            return biases, None
+        added, gates, terms = [], [], biases.split([*parts.widths, parts.linears[-1].out_features])
+        for i, (term, flags, rows) in enumerate(zip(terms, parts.flags, structure.rows, strict=True)):
             if i in parts.contexts:
                 of_context = parts.contexts[i](context)
                 if flags & GATE:
                     gates.append(torch.sigmoid(of_context).index_select(1, rows))
-                elif i == 0 and not self.GATED:
-                    term = term + self.autoregressive_net.activation(of_context)
                 else:
-                    term = term + of_context
-            added.append(term.index_select(-1, rows))
-        if context is not None:
-            added = [t if t.ndim == 2 else t.expand(context.shape[0], -1) for t in added]
+                    if i == 0 and not self.GATED:
+                        of_context = self.autoregressive_net.activation(of_context)
+                    term = term + of_context.index_select(1, rows)
+            added.append(term.expand(context.shape[0], -1))
         return torch.cat(added, -1), torch.cat(gates, 1) if gates else None
 
 
-class _Structure(NamedTuple):
-    """What follows from the degrees of a network's units."""
+def _conditioner_of(net: nn.Module, package: str, gated: bool, with_context: bool) -> _Conditioner | None:
+    """A network as masked_inverse takes it; None if it does not, or if a hook would not run."""
+    if conditioner_obstacle(net, package) is not None:
+        return None
+    if with_context and not hasattr(net, "context_layer"):
+        return None
+    if any(is_changed(m) or (isinstance(m, nn.Dropout) and m.training and m.p) for m in net.modules()):
+        return None
+    blocks, residual = list(net.blocks), _is_residual(net)
+    first = BEFORE if residual else AFTER
+    # without residual blocks nflows activates the first layer, normflows does not
+    linears, flags = [net.initial_layer], [0 if residual or gated else AFTER]
+    contexts = {0: net.context_layer} if with_context else {}
+    for block in blocks:
+        inner = list(block.linear_layers) if residual else [block.linear]
+        if with_context and hasattr(block, "context_layer") and residual:
+            contexts[len(linears) + gated] = block.context_layer
+        linears += inner
+        flags += [first, BEFORE | SKIP | (GATE if gated and with_context else 0)]
+        flags = flags[: len(linears)]
+    return _Conditioner(
+        [*linears, net.final_layer],
+        [layer.out_features for layer in linears],
+        [*flags, 0],
+        contexts,
+        conditioner_activation(net) or "relu",
+    )
+
+
+class SortedNetwork(NamedTuple):
+    """A masked network as masked_inverse takes it: units are sorted by the number of features that they depend on."""
 
     order: Tensor
     """Features in their order."""
-    rows: list[Tensor]
-    """Order of the rows of each layer, in which their degrees ascend."""
     ends: Tensor
+    rows: list[Tensor]
+    """Order of the units of each layer."""
+    weights: Tensor
+    """For each weight of the sorted layers, its index among all weights; the columns of a context are the last."""
+    units: Tensor
+    """For each unit of the sorted layers, its index among all units."""
+    masks: Tensor
+    """Masks of the sorted weights."""
 
     @staticmethod
-    def of(linears: list[nn.Linear]) -> "_Structure":
-        hidden, last = [layer.degrees for layer in linears[:-1]], linears[-1]
-        features = linears[0].in_features
-        each = last.out_features // features
-        order = torch.argsort(last.degrees[::each])
-        k = torch.arange(features, device=order.device)
-        rows = [torch.argsort(d, stable=True) for d in hidden]
-        rows.append((order[:, None] * each + torch.arange(each, device=order.device)).flatten())
-        return _Structure(order, rows, torch.stack([(d[:, None] <= k).sum(0) for d in hidden]))
+    def of(
+        linears: Sequence[nn.Linear], degrees: Sequence[Tensor], order: Tensor, dtype: torch.dtype
+    ) -> "SortedNetwork":
+        """``degrees``: of the units of each hidden layer the number of features; ``dtype``: of the masks."""
+        features, device = len(order), order.device
+        k = torch.arange(features, device=device)
+        each = linears[-1].out_features // features
+        rows = [torch.argsort(d, stable=True) for d in degrees]
+        rows.append((order[:, None] * each + torch.arange(each, device=device)).flatten())
+        # the columns of a context are those behind the features
+        context = torch.arange(features, linears[0].in_features, device=device)
+        first_weights = [0, *accumulate(layer.weight.numel() for layer in linears)]
+        first_units = [0, *accumulate(layer.out_features for layer in linears)]
+        parts = [
+            *zip(linears, first_weights, rows, [order, *rows], strict=False),
+            (linears[0], 0, rows[0], context),
+        ]
+        weights = [
+            (first + r[:, None] * layer.in_features + columns).flatten() for layer, first, r, columns in parts
+        ]
+        return SortedNetwork(
+            order,
+            torch.stack([(d[:, None] <= k).sum(0) for d in degrees]),
+            rows,
+            torch.cat(weights),
+            torch.cat([first + r for first, r in zip(first_units, rows, strict=False)]),
+            torch.cat([layer.mask[r][:, columns].flatten() for layer, _, r, columns in parts]).to(dtype),
+        )
 
+    def matrices(self, linears: Sequence[nn.Linear]) -> Tensor:
+        """Masked weights. They are not kept: a write to ``parameter.data`` would not be noticed."""
+        weights = torch.cat([layer.weight.flatten() for layer in linears])
+        return weights.index_select(0, self.weights) * self.masks
 
-# not in the modules, whose attributes are those of the library
-_KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+    def biases(self, linears: Sequence[nn.Linear]) -> Tensor:
+        return torch.cat([layer.bias for layer in linears]).index_select(0, self.units)
 
 
 def _is_residual(net: nn.Module) -> bool:
@@ -188,13 +217,12 @@ def _is_residual(net: nn.Module) -> bool:
 def conditioner_activation(net: nn.Module) -> str | None:
     """Name of the one activation of a MADE; None if masked_inverse does not have it."""
     functions = [m.activation for m in (net, *net.blocks) if hasattr(m, "activation")]
-    names = {_activation(f) for f in functions}
+    names = {activation_of(f) for f in functions}
     return names.pop() if len(names) == 1 else None
 
 
-def conditioner_obstacle(layer: nn.Module) -> str | None:
-    """Why the inverse of a layer takes a pass for each feature, if it is because of its network's options."""
-    net, package = layer.autoregressive_net, _library(layer).partition(".")[0]
+def conditioner_obstacle(net: nn.Module, package: str) -> str | None:
+    """Why an inverse takes a pass for each feature, if it is because of the options of its network."""
     parts = (net, net.__class__), *((b, b.__class__) for b in getattr(net, "blocks", ()))
     names = ("MADE", "MaskedResidualBlock", "MaskedFeedforwardBlock")
     if any(c.__name__ not in names or c.__module__.partition(".")[0] != package for _, c in parts):
@@ -208,9 +236,10 @@ def conditioner_obstacle(layer: nn.Module) -> str | None:
     return None
 
 
-def _library(layer: nn.Module) -> str:
-    c = type(layer)
-    return (c.replaced() if issubclass(c, Accelerated) else c).__module__
+@cache
+def _package_of(layer: type) -> str:
+    """Package of the library of a layer's class."""
+    return (layer.replaced() if issubclass(layer, Accelerated) else layer).__module__.partition(".")[0]
 
 
 def outside_or_not_vectors(layer: nn.Module, inputs: Tensor) -> bool:
@@ -232,7 +261,7 @@ class AffineAutoregressive(MaskedAutoregressive):
         scale: Callable | None = getattr(module, "scale_activation", None)  # of glasflow
         if scale is not None and getattr(scale, "__qualname__", "") != cls.OWN_SCALE:
             return "scale_activation"
-        return conditioner_obstacle(module)
+        return conditioner_obstacle(module.autoregressive_net, _package_of(type(module)))
 
     def _form(self) -> Affine:
         return self.AFFINE

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible
-from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops, value_of
+from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
+from fastflow.integrations.kept import value_of
 from fastflow.integrations.masked_layers import AffineAutoregressive, RationalQuadraticAutoregressive
 from fastflow.integrations.spline_layers import RationalQuadraticCDF, RationalQuadraticCoupling
 from fastflow.nn.lu_linear import matrices_of

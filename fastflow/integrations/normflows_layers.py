@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from fastflow.integrations import masked_layers
 from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible, per_sample
-from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops, value_of
+from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
+from fastflow.integrations.kept import value_of
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.ops import actnorm, affine_coupling, conv1x1, glow_network, lu_weight, positions
 from fastflow.ops.masked_inverse import Affine

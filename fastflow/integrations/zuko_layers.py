@@ -1,8 +1,8 @@
 """Faster lazy transformations of zuko, and the transformations that they build."""
 
 import math
-import weakref
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ from zuko.utils import broadcast, unpack
 
 from fastflow import ops
 from fastflow.integrations.accelerate import Accelerated
-from fastflow.integrations.masked_layers import _activation
-from fastflow.nn.networks.masked_network import _computed_once, _Kept
+from fastflow.integrations.kept import found_in, is_changed, kept_of, value_of
+from fastflow.integrations.masked_layers import SortedNetwork, activation_of
+from fastflow.kept import Kept
 from fastflow.ops.masked_inverse import AFTER, SKIP, Affine, Spline
-from fastflow.reversible import has_hooks
 
 VECTOR = constraints.independent(constraints.real, 1)
 
@@ -40,29 +40,40 @@ class Univariate(NamedTuple):
             if constructor.args:
                 return None
             constructor, options = constructor.func, constructor.keywords
-        sizes = [math.prod(shape) for shape in layer.shapes]
         if not all(isinstance(v, int | float) for v in options.values()):
             return None
-        slope = options.get("slope", 1e-3)
-        if not 0 < slope < 1:
+        if not any(constructor is known for known in _CONSTRUCTORS):
             return None
-        if constructor is _transforms.MonotonicAffineTransform:
-            if [len(shape) for shape in layer.shapes] != [0, 0] or options.keys() - {"slope"}:
-                return None
-            form = Affine("soft_clip", params_layout="shift_scale", factor=-math.log(slope))
-            return Univariate(form, False)
-        circular = constructor is CircularRQSTransform
-        if not circular and constructor is not _transforms.MonotonicRQSTransform:
-            return None
-        known = {"slope"} if circular else {"slope", "bound"}
-        bins = sizes[0] if sizes else 0
-        if bins == 0 or sizes != [bins, bins, bins - 1] or options.keys() - known:
-            return None
-        bound = math.pi if circular else options.get("bound", 5.0)
-        return Univariate(spline_form(bins, bound, slope), circular) if bound > 0 else None
+        return _univariate(constructor, tuple(options.items()), tuple(map(tuple, layer.shapes)))
 
     def shifted(self, x: Tensor) -> Tensor:
         return torch.remainder(x, 2 * math.pi) - math.pi if self.circular else x
+
+
+_CONSTRUCTORS = (
+    _transforms.MonotonicAffineTransform,
+    _transforms.MonotonicRQSTransform,
+    CircularRQSTransform,
+)
+
+
+@lru_cache(maxsize=256)  # each call of a transformation asks
+def _univariate(constructor: Callable, pairs: tuple, shapes: tuple) -> Univariate | None:
+    options, sizes = dict(pairs), [math.prod(shape) for shape in shapes]
+    slope = options.get("slope", 1e-3)
+    if not 0 < slope < 1:
+        return None
+    if constructor is _transforms.MonotonicAffineTransform:
+        if [len(shape) for shape in shapes] != [0, 0] or options.keys() - {"slope"}:
+            return None
+        return Univariate(Affine("soft_clip", params_layout="shift_scale", factor=-math.log(slope)), False)
+    circular = constructor is CircularRQSTransform
+    known = {"slope"} if circular else {"slope", "bound"}
+    bins = sizes[0] if sizes else 0
+    if bins == 0 or sizes != [bins, bins, bins - 1] or options.keys() - known:
+        return None
+    bound = math.pi if circular else options.get("bound", 5.0)
+    return Univariate(spline_form(bins, bound, slope), circular) if bound > 0 else None
 
 
 def spline_form(bins: int, bound: float, slope: float) -> Spline:
@@ -209,13 +220,7 @@ class CouplingTransform(_WithInverse, _transforms.CouplingTransform):
         Transform.__init__(self)
         self.meta = partial(layer.meta, c)
         self._layer, self._context = layer, c
-        kept = _kept_of(layer).kept([layer.mask])
-        found = (
-            _parts_of(layer.mask)
-            if kept is None
-            else _computed_once(kept, "parts", partial(_parts_of, layer.mask))
-        )
-        self.idx_a, self.idx_b, self._order = found
+        self.idx_a, self.idx_b, self._order = value_of(layer, "mask", _parts_of)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._both(x, inverse=False)
@@ -262,34 +267,35 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         return self.meta(x).call_and_ladj(x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        network = _network_of(self._layer, y, self._context)
-        if network is None:
+        c = self._context
+        found = _network_of(self._layer, y, c)
+        if found is None:
             return self._in_passes(y)
-        univariate, c, structure = Univariate.of(self._layer), self._context, network.structure
-        features, batch = y.shape[-1], y.shape[:-1]
-        weights = torch.cat([layer.weight.flatten() for layer in network.linears])
-        weights = weights.index_select(0, structure.weights) * structure.masks
-        biases = torch.cat([layer.bias for layer in network.linears]).index_select(0, structure.units)
+        network, structure = found
+        linears = network.linears
+        features, batch, first = y.shape[-1], y.shape[:-1], network.widths[0]
+        weights, added = structure.matrices(linears), structure.biases(linears)
         if c is not None:
-            first = network.linears[0]
-            of_context = nn.functional.linear(c, first.weight[:, features:] * first.mask[:, features:])
-            of_context = of_context.index_select(-1, structure.units[: first.out_features])
-            batch = torch.broadcast_shapes(batch, c.shape[:-1])
+            count = first * c.shape[-1]
+            weights, of_context = weights.split([weights.numel() - count, count])
+            # rows of zeros for the other layers: a product takes less time than a copy of their biases for each sample
+            of_context = nn.functional.pad(of_context.view(first, -1), (0, 0, 0, added.numel() - first))
+            added = nn.functional.linear(c, of_context, added)
             if c.ndim > 1:
-                of_context = of_context.expand(*batch, -1).reshape(-1, first.out_features)
-                biases = biases.expand(of_context.shape[0], -1)
-            hidden, others = biases.split([first.out_features, biases.shape[-1] - first.out_features], -1)
-            biases = torch.cat([hidden + of_context, others], -1)
+                if c.shape[:-1] != batch:
+                    batch = torch.broadcast_shapes(batch, c.shape[:-1])
+                    added = added.expand(*batch, -1)
+                added = added.reshape(-1, added.shape[-1])
         x, log_det = ops.masked_inverse(
             y.expand(*batch, features).reshape(-1, features),
             weights,
-            biases,
+            added,
             ends=structure.ends,
             order=structure.order,
-            widths=[layer.out_features for layer in network.linears[:-1]],
+            widths=network.widths,
             layers=network.flags,
             activation=network.activation,
-            transformer=univariate.form,
+            transformer=Univariate.of(self._layer).form,
         )
         return x.view(*batch, features), log_det.view(batch)
 
@@ -301,55 +307,26 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         return self.meta(x).solved(y)
 
 
-class _Structure(NamedTuple):
-    """What follows from the masks of a network: units are sorted by the last feature that they depend on."""
-
-    order: Tensor
-    """Features in their order."""
-    ends: Tensor
-    """As masked_inverse takes them."""
-    weights: Tensor
-    """For each weight of the sorted layers, its index among all weights."""
-    units: Tensor
-    """For each unit of the sorted layers, its index among all units."""
-    masks: Tensor
-    """Masks of the sorted weights."""
-
-    @staticmethod
-    def of(
-        linears: list[nn.Linear], flags: list[int], features: int, dtype: torch.dtype
-    ) -> "_Structure | None":
-        """None if a masked inverse does not have this network."""
-        masks = [layer.mask.clone() for layer in linears]
-        masks[0] = masks[0][:, :features]
-        order = _order_of(masks, flags, features)
-        if order is None:
+def _sorted(
+    linears: list[nn.Linear], flags: list[int], features: int, dtype: torch.dtype
+) -> SortedNetwork | None:
+    """None if a masked inverse does not have this network."""
+    masks = [linears[0].mask[:, :features], *(layer.mask for layer in linears[1:])]
+    order = _order_of(masks, flags, features)
+    if order is None:
+        return None
+    degrees = torch.empty_like(order)
+    degrees[order] = torch.arange(1, features + 1, device=order.device)
+    found = [degrees]
+    for i, (mask, bits) in enumerate(zip(masks[:-1], flags, strict=False)):
+        degrees = torch.where(mask, found[-1], 0).amax(1)
+        if bits & SKIP and bool((degrees != found[i - 1]).any()):
             return None
-        degrees = torch.empty_like(order)
-        degrees[order] = torch.arange(1, features + 1, device=order.device)
-        rows, found = [], [degrees]
-        for i, (mask, bits) in enumerate(zip(masks[:-1], flags, strict=False)):
-            degrees = torch.where(mask, found[-1], 0).amax(1)
-            if bits & SKIP and bool((degrees != found[i - 1]).any()):
-                return None
-            found.append(degrees)
-            rows.append(torch.argsort(degrees, stable=True))
-        k = torch.arange(features, device=order.device)
-        hidden = found[1:]
-        if not hidden or any(bool((d >= features).any()) for d in hidden):
-            return None
-        each = linears[-1].out_features // features
-        rows.append((order[:, None] * each + torch.arange(each, device=order.device)).flatten())
-        weights, units, of_weights, of_units = [], [], 0, 0
-        for layer, r, columns in zip(linears, rows, [order, *rows], strict=False):
-            weights.append((of_weights + r[:, None] * layer.in_features + columns).flatten())
-            units.append(of_units + r)
-            of_weights, of_units = of_weights + layer.weight.numel(), of_units + layer.out_features
-        sorted_masks = [m[r][:, c].flatten() for m, r, c in zip(masks, rows, [order, *rows], strict=False)]
-        ends = torch.stack([(d[:, None] <= k).sum(0) for d in hidden])
-        return _Structure(
-            order, ends, torch.cat(weights), torch.cat(units), torch.cat(sorted_masks).to(dtype)
-        )
+        found.append(degrees)
+    hidden = found[1:]
+    if any(bool((d >= features).any()) for d in hidden):
+        return None
+    return SortedNetwork.of(linears, hidden, order, dtype)
 
 
 def _order_of(masks: list[Tensor], flags: list[int], features: int) -> Tensor | None:
@@ -368,49 +345,47 @@ def _order_of(masks: list[Tensor], flags: list[int], features: int) -> Tensor | 
     return None
 
 
-class _Network(NamedTuple):
-    """A network as masked_inverse takes it."""
+class _Layers(NamedTuple):
+    """Layers of a network as masked_inverse takes them."""
 
     linears: list[nn.Linear]
+    widths: list[int]
     flags: list[int]
     activation: str
-    structure: _Structure
+    dtype: torch.dtype
+    device: torch.device
+    """Of all parameters."""
 
 
-def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> _Network | None:
-    """The network of a layer; None if its inverse takes several passes."""
-    if Univariate.of(layer).circular or type(layer.hyper) is not _networks.MaskedMLP:
+def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> tuple[_Layers, SortedNetwork] | None:
+    """The network of a layer, and how it is sorted; None if its inverse takes several passes."""
+    device, dtype, features = y.device, y.dtype, y.shape[-1]
+    if Univariate.of(layer).circular or torch.is_autocast_enabled(device.type):
         return None
-    if y.device.type != "cpu" and layer.passes < y.shape[-1]:  # there the features take their turns in Python
+    if device.type != "cpu" and layer.passes < features:  # there the features take their turns in Python
         return None
-    if torch.is_autocast_enabled(y.device.type) or any(map(_is_changed, layer.hyper.modules())):
+    found = found_in(layer.hyper, _layers_of)
+    if found is None or found.dtype != dtype or found.device != device:
         return None
-    found = _layers_of(layer.hyper)
-    if found is None:
+    if c is not None and (c.dtype != dtype or c.device != device):
         return None
-    linears, flags, activation = found
-    dtype, features = y.dtype, y.shape[-1]
-    if dtype not in (torch.float32, torch.float64) or linears[-1].out_features != features * layer.total:
+    linears, flags = found.linears, found.flags
+    if linears[-1].out_features != features * layer.total:
         return None
     if linears[0].in_features != features + (0 if c is None else c.shape[-1]):
         return None
-    given = [y, *([] if c is None else [c]), *(p for each in linears for p in (each.weight, each.bias))]
-    if any(t.dtype != dtype or t.device != y.device for t in given):
+    masks = [each.mask for each in linears]
+    if not Kept.may_keep(masks):
         return None
-    kept = _kept_of(layer).kept([each.mask for each in linears])
-    if kept is None:
+    kept = kept_of(layer.hyper, "sorted")
+    structure = kept.get(masks, (dtype, features), lambda: _sorted(linears, flags, features, dtype))
+    return None if structure is None else (found, structure)
+
+
+def _layers_of(hyper: nn.Module) -> _Layers | None:
+    """The layers of a network; None if a masked inverse does not have them."""
+    if type(hyper) is not _networks.MaskedMLP or any(map(is_changed, hyper.modules())):
         return None
-    structure = _computed_once(kept, dtype, lambda: _Structure.of(linears, flags, features, dtype))
-    return None if structure is None else _Network(linears, flags, activation, structure)
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Whether a module of a network does more than its class, such as those of zuko's ``BayesianModel``."""
-    return has_hooks(module) or "forward" in vars(module)
-
-
-def _layers_of(hyper: nn.Sequential) -> tuple[list[nn.Linear], list[int], str] | None:
-    """Linear layers, their flags, and the name of the activation."""
     linears, flags, functions = [], [], []
     for module in hyper:
         if type(module) is _networks.MaskedLinear:
@@ -426,22 +401,17 @@ def _layers_of(hyper: nn.Sequential) -> tuple[list[nn.Linear], list[int], str] |
             functions.append(module)
         else:
             return None
-    names = {_activation(f) for f in functions}
+    names = {activation_of(f) for f in functions}
     if any(layer.bias is None or type(layer) is not _networks.MaskedLinear for layer in linears):
         return None
     if len(names) != 1 or None in names or len(linears) < 2:
         return None
-    return linears, flags, names.pop()
-
-
-# not in the modules, whose attributes are those of the library
-_KEPT: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def _kept_of(layer: nn.Module) -> _Kept:
-    if layer not in _KEPT:
-        _KEPT[layer] = _Kept()
-    return _KEPT[layer]
+    kinds = {(p.dtype, p.device) for layer in linears for p in (layer.weight, layer.bias)}
+    dtype, device = kinds.pop()
+    if kinds or dtype not in (torch.float32, torch.float64):
+        return None
+    widths = [layer.out_features for layer in linears[:-1]]
+    return _Layers(linears, widths, flags, names.pop(), dtype, device)
 
 
 class MonotonicRQSTransform(_WithInverse, _transforms.MonotonicRQSTransform):

@@ -1106,13 +1106,13 @@ LAYERS = [
     Fault(
         "kept weights do not follow the biases",
         "fastflow/nn/networks/masked_network.py",
-        "kept = self._of_weights.kept([*parameters, *self._degrees()])",
-        "kept = self._of_weights.kept([*parameters[::2], *self._degrees()])",
+        "return self._of_weights.get([*parameters, *self._degrees()], name, compute)",
+        "return self._of_weights.get([*parameters[::2], *self._degrees()], name, compute)",
         "tests/nn/test_masked_network.py",
     ),
     Fault(
         "kept weights do not follow writes in place",
-        "fastflow/nn/networks/masked_network.py",
+        "fastflow/kept.py",
         "state = [(t._version, t.data_ptr(), t.dtype, t.device) for t in tensors]",
         "state = [(t.data_ptr(), t.dtype, t.device) for t in tensors]",
         "tests/nn/test_masked_network.py",

@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fastflow import validation
+from fastflow.kept import Kept
 from fastflow.nn.networks.context import checked_context
 from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP
-from fastflow.transforms import in_transform
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu}
 CONTEXT_MODES = ("add", "glu")
@@ -120,7 +118,7 @@ class MaskedNetwork(nn.Module):
         lowest = 0 if context_features is not None or features == 1 else 1
         for i, of_layer in enumerate(_degrees(degrees, self.widths, self.flags, features, lowest)):
             self.register_buffer(f"degrees_{i}", of_layer)
-        self._of_degrees, self._of_weights = _Kept(), _Kept()
+        self._of_degrees, self._of_weights = Kept(), Kept()
         for layer, flags in zip(self.layers, self.flags, strict=True):
             if flags & SKIP:
                 nn.init.uniform_(layer.weight, -1e-3, 1e-3)
@@ -239,20 +237,17 @@ class MaskedNetwork(nn.Module):
         parameters = [p for layer in self.layers for p in (layer.weight, layer.bias)]
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             return compute()
-        kept = self._of_weights.kept([*parameters, *self._degrees()])
-        return compute() if kept is None else _computed_once(kept, name, compute)
+        return self._of_weights.get([*parameters, *self._degrees()], name, compute)
 
     def _structure(self) -> "_Structure":
         """What follows from the degrees."""
         degrees = self._degrees()
         dtype = self.layers[0].weight.dtype
-        kept = self._of_degrees.kept(degrees)
-        if kept is None:
-            return _Structure.of(degrees, self.features, self.outputs_per_feature, dtype, False)
-        return _computed_once(
-            kept,
+        readable = Kept.may_keep(degrees)
+        return self._of_degrees.get(
+            degrees,
             dtype,
-            lambda: _Structure.of(degrees, self.features, self.outputs_per_feature, dtype, True),
+            lambda: _Structure.of(degrees, self.features, self.outputs_per_feature, dtype, readable),
         )
 
     def _degrees(self) -> list[Tensor]:
@@ -306,43 +301,6 @@ class _Structure(NamedTuple):
         sorted_layers = [a and b for a, b in zip([True, *ascend], [*ascend, True], strict=True)]
         blocks = [_blocks(mask) if each else None for mask, each in zip(masks, sorted_layers, strict=True)]
         return _Structure([m.to(dtype) for m in masks], orders, ends, k, blocks)
-
-
-class _Kept:
-    """Values computed from tensors, kept until one of these changes. A copy is empty."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def __reduce__(self) -> tuple:
-        return _Kept, ()
-
-    def forget(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.state: list[tuple] = []
-        self.values: dict = {}
-
-    def kept(self, tensors: list[Tensor]) -> dict | None:
-        """The values of ``tensors``; None in transforms, in graphs, and for tensors without values."""
-        if in_transform() or torch.compiler.is_compiling() or active_fake_mode() is not None:
-            return None
-        if any(t.is_inference() or t.is_meta or isinstance(t, FakeTensor) for t in tensors):
-            return None
-        state = [(t._version, t.data_ptr(), t.dtype, t.device) for t in tensors]
-        if len(tensors) != len(self.tensors) or any(
-            a is not b for a, b in zip(tensors, self.tensors, strict=True)
-        ):
-            self.state = []
-        if state != self.state:
-            self.tensors, self.state, self.values = tensors, state, {}
-        return self.values
-
-
-def _computed_once(kept: dict, name: object, compute: Callable) -> Any:
-    if name not in kept:
-        with torch.inference_mode(False), torch.no_grad():  # also for passes that autograd records
-            kept[name] = compute()
-    return kept[name]
 
 
 # measured on a CPU: smaller products take no less time in blocks

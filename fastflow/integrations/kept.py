@@ -1,0 +1,77 @@
+"""What the faster layers found in modules of a library, kept until it changes."""
+
+import weakref
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastflow.kept import Kept
+from fastflow.reversible import has_hooks
+
+# not in the modules, whose attributes are those of the library
+_OF_TENSORS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_OF_MODULES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a module does more than its class: it has hooks, or a forward function of its own."""
+    return has_hooks(module) or "forward" in vars(module)
+
+
+def kept_of(module: nn.Module, name: object) -> Kept:
+    """Values of tensors of a module; another one for each name."""
+    return _OF_TENSORS.setdefault(module, {}).setdefault(name, Kept())
+
+
+def value_of(module: nn.Module, name: str, compute: Callable, *args: object) -> Any:
+    """``compute(tensor, *args)`` of a buffer or parameter of a module, computed again when the tensor changes."""
+    tensor = getattr(module, name)
+    return kept_of(module, (name, compute)).get([tensor], None, lambda: compute(tensor, *args))
+
+
+def found_in(module: nn.Module, find: Callable, *args: object) -> Any:
+    """``find(module, *args)``, found again when the module, or one inside it, is not as it was.
+
+    That is its class, attributes, children, parameters, buffers and hooks, and dtype, device and shape of its tensors.
+    Their values, and objects that are attributes and are changed in place, do not count.
+    """
+    if torch.compiler.is_compiling():
+        return find(module, *args)
+    found = _OF_MODULES.get(module)
+    if found is None or not found.is_valid():
+        found = _OF_MODULES[module] = _Found(module)
+    key = find, *args
+    if key not in found.values:
+        found.values[key] = find(module, *args)
+    return found.values[key]
+
+
+class _Found:
+    """What was found in a module, and how that was."""
+
+    CONTENTS = ("_modules", "_parameters", "_buffers")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.values: dict[tuple, Any] = {}
+        # not the module itself, by which the dictionary would keep it
+        self.root, self.inner = weakref.ref(module), list(module.modules())[1:]
+        self.objects, self.tensors = self._now()
+
+    def is_valid(self) -> bool:
+        objects, tensors = self._now()
+        same = len(objects) == len(self.objects) and all(map(is_, objects, self.objects))
+        return same and tensors == self.tensors
+
+    def _now(self) -> tuple[list[object], list[tuple]]:
+        objects, tensors = [], []
+        for module in (self.root(), *self.inner):
+            attributes = module.__dict__
+            objects += type(module), has_hooks(module), *attributes.values()
+            for name in self.CONTENTS:
+                objects += attributes[name].values()
+            for name in ("_parameters", "_buffers"):
+                tensors += [(t.dtype, t.device, t.shape) for t in attributes[name].values() if t is not None]
+        return objects, tensors
