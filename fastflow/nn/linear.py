@@ -253,18 +253,23 @@ class QRLinear(_Linear):
         return f"{self.num_features}, {reflections}eps={self.eps}"
 
 
-def orthogonal_matrix(given: Tensor, kind: str) -> Tensor:
-    """The orthogonal matrix of vectors ``[K, C]`` or of skew-symmetric entries ``[C, C]``; at least float32."""
+def orthogonal_matrix(given: Tensor, kind: str, columns: int | None = None) -> Tensor:
+    """The orthogonal matrix of vectors ``[..., K, C]`` or of skew-symmetric entries ``[..., C, C]``; at least float32.
+
+    With ``columns``, only so many of its first columns.
+    """
     given = given.to(acc_dtype(given.dtype))
-    identity = torch.eye(given.shape[1], dtype=given.dtype, device=given.device)
+    identity = torch.eye(given.shape[-1], dtype=given.dtype, device=given.device)
     if kind == "householder":
         products = given @ given.mT
-        factor = products.triu(1) + torch.diag(products.diagonal() / 2)
-        return identity - given.mT @ ops.triangular_solve(factor[None], given[None], upper=True)[0]
+        factor = products.triu(1) + torch.diag_embed(products.diagonal(dim1=-2, dim2=-1) / 2)
+        first = given[..., :columns]
+        stacks = (v.reshape(-1, *v.shape[-2:]) for v in (factor, first))
+        return identity[:, :columns] - given.mT @ ops.triangular_solve(*stacks, upper=True).view_as(first)
     skew = given.triu(1) - given.triu(1).mT
     if kind == "cayley":
-        return torch.linalg.solve(identity + skew, identity - skew)
-    return torch.linalg.matrix_exp(skew)
+        return torch.linalg.solve(identity + skew, (identity - skew)[..., :columns])
+    return torch.linalg.matrix_exp(skew)[..., :columns]
 
 
 def _diagonal(factors: Tensor, eps: float) -> Tensor:

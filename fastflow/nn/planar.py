@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fastflow import validation
 from fastflow.nn.flow import Flow
 from fastflow.nn.lu_linear import without_autocast
+from fastflow.nn.per_sample import context_weight, described, of_samples
 from fastflow.nn.root import root
-from fastflow.ops import acc_dtype
 
 ACTIVATIONS = ("tanh", "leaky_relu")
 
@@ -33,10 +33,13 @@ class Planar(Flow):
     Args:
         features: number of features D.
         activation: h, ``"tanh"`` or ``"leaky_relu"``.
+        context_features: number C of features of the context; None: no context. Otherwise every sample has its own
+            u, w and b: the learned ones plus a linear map of its context, which starts at zero.
 
-    Shape: x, y ``[N, D]``; log_det ``[N]``, nats, :math:`\log(1 + h'(t)\, w^\top \hat u)`.
-    Raises ValueError for x of another shape, another precision or another device, for another activation, and for
-    ``features`` that are no positive integer.
+    Shape: x, y ``[N, D]``; context ``[N, C]`` or None; log_det ``[N]``, nats,
+    :math:`\log(1 + h'(t)\, w^\top \hat u)`.
+    Raises ValueError for x or a context of another shape, another precision or another device, for another activation,
+    and for ``features`` and ``context_features`` that are no positive integers.
 
     Example:
         >>> import torch
@@ -46,7 +49,7 @@ class Planar(Flow):
         >>> x, _ = flow.inverse(z)
     """
 
-    def __init__(self, features: int, activation: str = "tanh") -> None:
+    def __init__(self, features: int, activation: str = "tanh", context_features: int | None = None) -> None:
         super().__init__()
         validation.positive_int("features", features)
         validation.one_of("activation", activation, ACTIVATIONS)
@@ -54,14 +57,15 @@ class Planar(Flow):
         self.u = nn.Parameter(torch.empty(features).uniform_(-1, 1) * math.sqrt(2))
         self.w = nn.Parameter(torch.empty(features).uniform_(-1, 1) * math.sqrt(2 / features))
         self.b = nn.Parameter(torch.zeros(()))
+        self.context_weight = context_weight(context_features, self.u, self.w, self.b)
 
-    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parameters_of(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u-hat, w, b, and 1 + w u-hat, which is positive; at least float32."""
-        u, w, b = (p.to(acc_dtype(x.dtype)) for p in (self.u, self.w, self.b))
-        inner = w @ u
+        u, w, b = of_samples(x, context, self.context_weight, self.u, self.w, self.b)
+        inner = (w * u).sum(-1, keepdim=True)
         one_plus = F.softplus(inner, threshold=40)
-        squared = (w @ w).clamp_min(torch.finfo(w.dtype).tiny)
-        return u + (one_plus - 1 - inner) * w / squared, w, b, one_plus
+        squared = (w * w).sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+        return u + (one_plus - 1 - inner) * w / squared, w, b, one_plus.squeeze(-1)
 
     def _check(self, argument: str, x: Tensor) -> None:
         check_vectors(argument, x, self.features, self.u)
@@ -69,8 +73,8 @@ class Planar(Flow):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("x", x)
         with without_autocast(x.device):
-            u, w, b, one_plus = self._parameters_of(x)
-            t = x.to(w.dtype) @ w + b
+            u, w, b, one_plus = self._parameters_of(x, context)
+            t = (x.to(w.dtype) * w).sum(1) + b
             value, slope, rest = activated(t, self.activation)
             y = x.to(w.dtype) + value[:, None] * u
             return y.to(x.dtype), (rest + slope * one_plus).log()
@@ -78,8 +82,8 @@ class Planar(Flow):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check("z", z)
         with without_autocast(z.device):
-            u, w, b, one_plus = self._parameters_of(z)
-            target = z.to(w.dtype) @ w + b
+            u, w, b, one_plus = self._parameters_of(z, context)
+            target = (z.to(w.dtype) * w).sum(1) + b
             if self.activation == "leaky_relu":
                 _, slope, rest = activated(target, "leaky_relu")
                 t = target / (rest + slope * one_plus)
@@ -91,7 +95,7 @@ class Planar(Flow):
             return x.to(z.dtype), -(rest + slope * one_plus).log()
 
     def extra_repr(self) -> str:
-        return f"{self.features}, activation={self.activation!r}"
+        return f"{self.features}, activation={self.activation!r}{described(self.context_weight)}"
 
 
 def check_vectors(argument: str, x: Tensor, features: int, parameter: Tensor) -> None:

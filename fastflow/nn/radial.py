@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fastflow import validation
 from fastflow.nn.flow import Flow
 from fastflow.nn.lu_linear import without_autocast
+from fastflow.nn.per_sample import context_weight, described, of_samples
 from fastflow.nn.planar import check_vectors
-from fastflow.ops import acc_dtype
 
 
 class Radial(Flow):
@@ -27,11 +27,13 @@ class Radial(Flow):
 
     Args:
         features: number of features D.
+        context_features: number C of features of the context; None: no context. Otherwise every sample has its own
+            a, :math:`\hat\beta` and c: the learned ones plus a linear map of its context, which starts at zero.
 
-    Shape: x, y ``[N, D]``; log_det ``[N]``, nats,
+    Shape: x, y ``[N, D]``; context ``[N, C]`` or None; log_det ``[N]``, nats,
     :math:`(D - 1) \log \frac{r + s}{\alpha + r} + \log \frac{r^2 + 2 \alpha r + \alpha s}{(\alpha + r)^2}`.
-    Raises ValueError for x of another shape, another precision or another device, and for ``features`` that are no
-    positive integer.
+    Raises ValueError for x or a context of another shape, another precision or another device, and for ``features`` and
+    ``context_features`` that are no positive integers.
 
     Example:
         >>> import torch
@@ -41,19 +43,20 @@ class Radial(Flow):
         >>> x, _ = layer.inverse(z)
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, context_features: int | None = None) -> None:
         super().__init__()
         validation.positive_int("features", features)
         self.features = features
         self.log_alpha = nn.Parameter(torch.zeros(()))
         self.beta = nn.Parameter(math.log(math.e - 1) + torch.empty(()).uniform_(-1, 1) / features)
         self.center = nn.Parameter(torch.randn(features))
+        self.context_weight = context_weight(context_features, self.log_alpha, self.beta, self.center)
 
-    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _parameters_of(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """alpha, s = alpha + beta, both positive, and the center; at least float32."""
-        dtype = acc_dtype(x.dtype)
-        s = F.softplus(self.beta.to(dtype), threshold=40)
-        return self.log_alpha.to(dtype).exp(), s, self.center.to(dtype)
+        given = self.log_alpha, self.beta, self.center
+        log_alpha, beta, center = of_samples(x, context, self.context_weight, *given)
+        return log_alpha.exp(), F.softplus(beta, threshold=40), center
 
     def _log_det(self, r: Tensor, alpha: Tensor, s: Tensor) -> Tensor:
         # sums of positive numbers
@@ -63,7 +66,7 @@ class Radial(Flow):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_vectors("x", x, self.features, self.center)
         with without_autocast(x.device):
-            alpha, s, center = self._parameters_of(x)
+            alpha, s, center = self._parameters_of(x, context)
             offset = x.to(center.dtype) - center
             r = torch.linalg.vector_norm(offset, dim=1)
             y = center + ((r + s) / (alpha + r))[:, None] * offset
@@ -72,7 +75,7 @@ class Radial(Flow):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_vectors("z", z, self.features, self.center)
         with without_autocast(z.device):
-            alpha, s, center = self._parameters_of(z)
+            alpha, s, center = self._parameters_of(z, context)
             offset = z.to(center.dtype) - center
             reached = torch.linalg.vector_norm(offset, dim=1)
             half = (reached - s) / 2
@@ -84,4 +87,4 @@ class Radial(Flow):
             return x.to(z.dtype), -self._log_det(r, alpha, s)
 
     def extra_repr(self) -> str:
-        return f"{self.features}"
+        return f"{self.features}{described(self.context_weight)}"

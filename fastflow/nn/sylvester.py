@@ -7,9 +7,9 @@ from fastflow import validation
 from fastflow.nn.flow import Flow
 from fastflow.nn.linear import KINDS, orthogonal_matrix
 from fastflow.nn.lu_linear import without_autocast
+from fastflow.nn.per_sample import context_weight, described, of_samples
 from fastflow.nn.planar import activated, check_vectors
 from fastflow.nn.root import root
-from fastflow.ops import acc_dtype
 
 
 class Sylvester(Flow):
@@ -32,10 +32,13 @@ class Sylvester(Flow):
         hidden: number M of hidden units, from 1 to D. None: D.
         kind: the form of Q, ``"householder"``, ``"cayley"`` or ``"exponential"``, see :class:`OrthogonalLinear`.
         reflections: number of reflections, of ``"householder"`` only. None: D.
+        context_features: number C of features of the context; None: no context. Otherwise every sample has its own
+            Q, R, :math:`\tilde R` and b: a linear map of its context, which starts at zero, is added to the learned
+            parameters.
 
-    Shape: x, y ``[N, D]``; log_det ``[N]``, nats,
+    Shape: x, y ``[N, D]``; context ``[N, C]`` or None; log_det ``[N]``, nats,
     :math:`\sum_i \log(1 + \tanh'(t_i) R_{ii} \tilde R_{ii})` with :math:`t = \tilde R Q^\top x + b`.
-    Raises ValueError for x of another shape, another precision or another device, and for other arguments.
+    Raises ValueError for x or a context of another shape, another precision or another device, and for other arguments.
 
     Example:
         >>> import torch
@@ -51,6 +54,7 @@ class Sylvester(Flow):
         hidden: int | None = None,
         kind: str = "householder",
         reflections: int | None = None,
+        context_features: int | None = None,
     ) -> None:
         super().__init__()
         validation.positive_int("features", features)
@@ -70,46 +74,64 @@ class Sylvester(Flow):
         self.factors = nn.Parameter(torch.randn(m, m) * m**-0.5)
         self.hidden_factors = nn.Parameter(torch.randn(m, m) * m**-0.5)
         self.bias = nn.Parameter(torch.zeros(m))
+        self.context_weight = context_weight(context_features, *self._learned())
 
-    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Q, R, R-tilde, 1 plus the products of their diagonals, which is positive, and b; at least float32."""
-        dtype = acc_dtype(x.dtype)
+    def _learned(self) -> tuple[Tensor, ...]:
         given = self.vectors if self.kind == "householder" else self.entries
-        basis = orthogonal_matrix(given, self.kind)[:, : self.bias.shape[0]]
-        factors, hidden_factors = self.factors.to(dtype), self.hidden_factors.to(dtype)
-        outer, inner = (f.triu(1) + torch.diag(torch.tanh(f.diagonal())) for f in (factors, hidden_factors))
-        a, b = 2 * factors.diagonal(), 2 * hidden_factors.diagonal()
+        return given, self.factors, self.hidden_factors, self.bias
+
+    def _parameters_of(
+        self, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Q, R, R-tilde, 1 plus the products of their diagonals, which is positive, and b; at least float32."""
+        given, *factors, bias = of_samples(x, context, self.context_weight, *self._learned())
+        basis = orthogonal_matrix(given, self.kind, columns=bias.shape[-1])
+        diagonals = [f.diagonal(dim1=-2, dim2=-1) for f in factors]
+        outer, inner = (
+            f.triu(1) + torch.diag_embed(torch.tanh(d)) for f, d in zip(factors, diagonals, strict=True)
+        )
+        a, b = (2 * d for d in diagonals)
         one_plus = 2 * (torch.sigmoid(a) * torch.sigmoid(b) + torch.sigmoid(-a) * torch.sigmoid(-b))
-        return basis.to(dtype), outer, inner, one_plus, self.bias.to(dtype)
+        return basis, outer, inner, one_plus, bias
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_vectors("x", x, self.features, self.bias)
         with without_autocast(x.device):
-            basis, outer, inner, one_plus, bias = self._parameters_of(x)
-            value, slope, rest = activated(x.to(bias.dtype) @ basis @ inner.mT + bias, "tanh")
-            y = x.to(bias.dtype) + value @ outer.mT @ basis.mT
+            basis, outer, inner, one_plus, bias = self._parameters_of(x, context)
+            value, slope, rest = activated(_rows(x.to(bias.dtype), basis, inner.mT) + bias, "tanh")
+            y = x.to(bias.dtype) + _rows(value, outer.mT, basis.mT)
             return y.to(x.dtype), (rest + slope * one_plus).log().sum(1)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_vectors("z", z, self.features, self.bias)
         with without_autocast(z.device):
-            basis, outer, inner, one_plus, bias = self._parameters_of(z)
-            target = z.to(bias.dtype) @ basis
+            basis, outer, inner, one_plus, bias = self._parameters_of(z, context)
+            target = _rows(z.to(bias.dtype), basis)
             v, values = target[:, :0], target[:, :0]  # of the elements after i
-            for i in reversed(range(bias.shape[0])):
-                rest = target[:, i] - values @ outer[i, i + 1 :]
-                shift = bias[i] + v @ inner[i, i + 1 :]
-                a, c, positive = (p.expand_as(rest) for p in (outer[i, i], inner[i, i], one_plus[i]))
+            for i in reversed(range(bias.shape[-1])):
+                rest = target[:, i] - (values * outer[..., i, i + 1 :]).sum(1)
+                shift = bias[..., i] + (v * inner[..., i, i + 1 :]).sum(1)
+                a, c, positive = (
+                    p.expand_as(rest) for p in (outer[..., i, i], inner[..., i, i], one_plus[..., i])
+                )
                 found = root(_unit, rest, rest - a.abs(), rest + a.abs(), a, c, positive, shift)
                 v = torch.cat([found[:, None], v], dim=1)
                 values = torch.cat([torch.tanh(c * found + shift)[:, None], values], dim=1)
-            x = z.to(bias.dtype) + (v - target) @ basis.mT
-            _, slope, rest = activated(v @ inner.mT + bias, "tanh")
+            x = z.to(bias.dtype) + _rows(v - target, basis.mT)
+            _, slope, rest = activated(_rows(v, inner.mT) + bias, "tanh")
             return x.to(z.dtype), -(rest + slope * one_plus).log().sum(1)
 
     def extra_repr(self) -> str:
         reflections = "" if self.reflections is None else f", reflections={self.reflections}"
-        return f"{self.features}, hidden={self.hidden}, kind={self.kind!r}{reflections}"
+        given = described(self.context_weight)
+        return f"{self.features}, hidden={self.hidden}, kind={self.kind!r}{reflections}{given}"
+
+
+def _rows(x: Tensor, *matrices: Tensor) -> Tensor:
+    """Each row of x times the matrices, which are those of all samples or of each."""
+    for m in matrices:
+        x = x @ m if m.ndim == 2 else (x[:, None] @ m)[:, 0]
+    return x
 
 
 def _unit(v: Tensor, outer: Tensor, inner: Tensor, one_plus: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

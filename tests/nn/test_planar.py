@@ -1,4 +1,7 @@
-"""Planar, radial and Sylvester flows: formulas, normflows' layers, inverses of extreme parameters, and errors; FLOWS has the rest."""
+"""Planar, radial and Sylvester flows: formulas, normflows' layers, inverses of extreme parameters, contexts, and errors.
+
+FLOWS has the rest.
+"""
 
 import re
 
@@ -19,6 +22,14 @@ LAYERS = {
     "Sylvester, cayley": lambda d: fnn.Sylvester(d, kind="cayley"),
 }
 every_layer = pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+CONDITIONAL = {
+    "planar": lambda c: fnn.Planar(3, context_features=c),
+    "planar, leaky ReLU": lambda c: fnn.Planar(3, "leaky_relu", context_features=c),
+    "radial": lambda c: fnn.Radial(3, context_features=c),
+    "Sylvester": lambda c: fnn.Sylvester(3, 2, context_features=c),
+    "Sylvester, cayley": lambda c: fnn.Sylvester(3, kind="cayley", context_features=c),
+}
+every_conditional_layer = pytest.mark.parametrize("make", CONDITIONAL.values(), ids=CONDITIONAL.keys())
 
 
 def vectors(n, d, std=1.0, seed=0):
@@ -195,6 +206,85 @@ def test_shapes_without_values_take_no_iterations():
     assert calls == ["meta"] * 3  # one step, and two for the derivatives
 
 
+@every_conditional_layer
+def test_the_context_gives_each_sample_its_parameters(make):
+    layer = randomize(make(2), std=0.3).double()
+    x, context = vectors(6, 3), vectors(6, 2, seed=1)
+    z, log_det = layer(x, context)
+    back, log_det_back = layer.inverse(z, context)
+    learned = [(name, p) for name, p in layer.named_parameters() if name != "context_weight"]
+    single = make(None).double()
+    added = (context @ layer.context_weight.mT).split([p.numel() for _, p in learned], dim=1)
+    for i in range(6):
+        single.load_state_dict(
+            {name: p + a[i].view_as(p) for (name, p), a in zip(learned, added, strict=True)}
+        )
+        of_one = slice(i, i + 1)
+        torch.testing.assert_close(single(x[of_one]), (z[of_one], log_det[of_one]), rtol=0, atol=1e-13)
+        found = single.inverse(z[of_one])
+        torch.testing.assert_close(found, (back[of_one], log_det_back[of_one]), rtol=1e-12, atol=1e-12)
+    assert ((z - layer(x, context.roll(1, 0))[0]).abs().amax(1) > 1e-4).all()
+
+
+@every_conditional_layer
+def test_the_context_starts_without_effect(make):
+    torch.manual_seed(0)
+    layer = make(2)
+    torch.manual_seed(0)
+    plain = make(None)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(layer(x, torch.randn(5, 2)), plain(x), rtol=1e-6, atol=1e-6)
+    assert repr(layer).endswith("context_features=2)") and "context" not in repr(plain)
+
+
+@every_conditional_layer
+def test_checks_with_a_context(make):
+    """Inverse, log-det against autograd's Jacobian of each sample, and gradients, also of the context."""
+    report = randomize(make(2), std=0.3).check(vectors(4, 3), vectors(4, 2, seed=1), tolerance=1e-9)
+    assert report.gradient_errors.keys() >= {"x", "context", "context_weight"}
+
+
+@every_conditional_layer
+def test_gradcheck_with_a_context(make):
+    layer = randomize(make(2), std=0.1).double()
+    inputs = vectors(2, 3).requires_grad_(), vectors(2, 2, seed=1).requires_grad_(), *layer.parameters()
+    for direction in (layer, layer.inverse):
+        of_all = lambda x, context, *_, f=direction: f(x, context)  # noqa: E731
+        assert torch.autograd.gradcheck(of_all, inputs, fast_mode=True)
+
+
+@every_conditional_layer
+def test_reversible_chains_with_a_context(make):
+    """Gradients are those with stored activations."""
+    flow = randomize(fnn.Sequential(*(make(2) for _ in range(3))), std=0.2).double()
+    stored = fnn.Sequential(*flow, reversible=False)
+    x, context = vectors(5, 3).requires_grad_(), vectors(5, 2, seed=1).requires_grad_()
+    found = []
+    for chain in (flow, stored):
+        z, log_det = chain(x, context)
+        loss = z.square().sum() + log_det.sum()
+        found.append(torch.autograd.grad(loss, (x, context, *flow.parameters())))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+@every_conditional_layer
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (None, "context: got None, expected [5, 2]"),
+        (torch.zeros(5, 3), "context: got shape [5, 3], expected [5, 2]"),
+        (torch.zeros(1, 2), "context: got shape [1, 2], expected [5, 2]"),
+        (torch.zeros(5, 2, dtype=F64), "context: got dtype torch.float64, expected torch.float32"),
+        (torch.zeros(5, 2, dtype=torch.int64), "context: got dtype torch.int64, expected floating point"),
+    ],
+)
+def test_errors_of_contexts(make, context, message):
+    layer = make(2)
+    for direction in (layer, layer.inverse):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            direction(torch.zeros(5, 3), context)
+
+
 @every_layer
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision(make, half):
@@ -209,6 +299,18 @@ def test_half_precision(make, half):
     exact = layer.float()(x.to(half).float())
     torch.testing.assert_close(y, exact[0].to(half), rtol=0, atol=0)
     torch.testing.assert_close(log_det, exact[1], rtol=1e-5, atol=1e-5)
+
+
+@every_conditional_layer
+def test_half_precision_with_a_context(make):
+    layer, x, context = randomize(make(2), std=0.1), torch.randn(8, 3), torch.randn(8, 2)
+    expected = layer(x, context)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x, context), expected, rtol=0, atol=0)
+    layer = layer.to(torch.bfloat16)
+    y, log_det = layer(x.bfloat16(), context.bfloat16())
+    exact = layer.float()(x.bfloat16().float(), context.bfloat16().float())
+    torch.testing.assert_close((y, log_det), (exact[0].bfloat16(), exact[1]), rtol=0, atol=0)
 
 
 @every_layer
@@ -234,6 +336,9 @@ def test_errors_of_x(make, x, message):
         (lambda: fnn.Planar(0), "features: got 0, expected a positive integer"),
         (lambda: fnn.Planar(2, "relu"), "activation: got 'relu', expected one of 'tanh', 'leaky_relu'"),
         (lambda: fnn.Radial(2.5), "features: got 2.5, expected a positive integer"),
+        (lambda: fnn.Planar(2, context_features=0), "context_features: got 0, expected a positive integer"),
+        (lambda: fnn.Radial(2, 1.5), "context_features: got 1.5, expected a positive integer"),
+        (lambda: fnn.Sylvester(2, context_features=-1), "context_features: got -1, expected a positive"),
         (lambda: fnn.Sylvester(2, 3), "hidden: got 3, expected 1 to 2, the number of features"),
         (lambda: fnn.Sylvester(2, kind="qr"), "kind: got 'qr', expected one of 'householder', "),
         (lambda: fnn.Sylvester(2, kind="cayley", reflections=1), "reflections: got 1, expected None with"),
