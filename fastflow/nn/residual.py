@@ -19,6 +19,8 @@ from fastflow.transforms import in_transform
 LOG_DETS = ("auto", "exact", "series", "roulette")
 # "auto" is exact for samples of at most so many elements
 FEW = 4
+# rows of the Jacobian of samples of at most so many elements are computed at once, in so many times the memory
+MANY = 16
 Pull = Callable[[Tensor], Tensor]
 
 
@@ -138,6 +140,9 @@ class Residual(Flow):
     def _with_log_det(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """g(x) and the log-det; both have a graph if gradients are enabled."""
         wanted = torch.is_grad_enabled()
+        if (found := self._linearized(x, context)) is not None:
+            g, pull = found
+            return g, self._log_det(g, x, pull, pull, batched=x.ndim == 2)
         if in_transform():
             g, pull = torch.func.vjp(lambda x: self._g(x, context), x)
             return g, self._log_det(g, x, lambda v: pull(v)[0], lambda v: pull(v)[0])
@@ -158,23 +163,38 @@ class Residual(Flow):
             log_det = self._log_det(g, x, pull, lambda v: pull(v, wanted))
         return (g, log_det) if wanted else (g.detach(), log_det.detach())
 
-    def _log_det(self, g: Tensor, x: Tensor, pull: Pull, last_pull: Pull) -> Tensor:
-        """The log-det from products of vectors with J; ``last_pull`` is differentiated."""
+    def _linearized(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Pull] | None:
+        """g(x) and its products with vectors by the network's own method, which builds no graph of its gradient."""
+        if not hasattr(self.net, "linearized"):
+            return None
+        return self.net.linearized(x) if context is None else self.net.linearized(x, context)
+
+    def _log_det(self, g: Tensor, x: Tensor, pull: Pull, last_pull: Pull, batched: bool = False) -> Tensor:
+        """The log-det from products of vectors with J; ``last_pull`` is differentiated.
+
+        With ``batched``, it takes several vectors for each sample, ``[K, N, D]``.
+        """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         elements = x[0].numel() if x.shape[0] else 0
         if not x.numel():
             return x.new_zeros(x.shape[0], dtype=dtype)
         if self.log_det == "exact" or (self.log_det == "auto" and elements <= FEW):
-            return self._exact(g, last_pull, dtype)
+            return self._exact(g, last_pull, dtype, batched and elements <= MANY)
         return self._estimate(self._noise_like(x.detach()), self._coefficients(), pull, last_pull).to(dtype)
 
-    def _exact(self, g: Tensor, pull: Pull, dtype: torch.dtype) -> Tensor:
+    def _exact(self, g: Tensor, pull: Pull, dtype: torch.dtype, batched: bool) -> Tensor:
         n, d = g.shape[0], g[0].numel()
         basis = torch.eye(d, dtype=g.dtype, device=g.device)
-        rows = [pull(b.view(1, *g.shape[1:]).expand_as(g)).reshape(n, d) for b in basis]
-        jacobian = torch.stack(rows, dim=1).to(dtype)
+        if batched:
+            jacobian = pull(basis[:, None]).expand(d, n, d).movedim(0, 1).to(dtype)
+        else:
+            rows = [pull(b.view(1, *g.shape[1:]).expand_as(g)).reshape(n, d) for b in basis]
+            jacobian = torch.stack(rows, dim=1).to(dtype)
         if d == 1:
             return torch.log1p(jacobian[:, 0, 0])
+        if d == 2:
+            (a, b), (c, d) = jacobian.movedim(0, 2)
+            return torch.log((1 + a + d + (a * d - b * c)).abs())
         return torch.linalg.slogdet(jacobian + basis).logabsdet
 
     def _estimate(self, noise: Tensor, coefficients: Sequence[float], pull: Pull, last_pull: Pull) -> Tensor:

@@ -29,7 +29,7 @@ def mlp(features=3, **options) -> nn.Module:
 
 def dense(layer: LipschitzConv2d, weight: torch.Tensor) -> torch.Tensor:
     """The map of whole images as a matrix."""
-    shape = layer.first.shape
+    shape = layer.vectors.shape[1:]
     basis = torch.eye(shape.numel(), dtype=weight.dtype).view(-1, *shape)
     return nn.functional.conv2d(basis, weight, padding=layer.padding).flatten(1).T
 
@@ -332,14 +332,17 @@ def test_eval_mode_repeats_its_numbers():
 
 
 @pytest.mark.parametrize("graph", [False, True])
-def test_products_and_memory_do_not_grow_with_the_terms(graph):
+@pytest.mark.parametrize("by_autograd", [False, True])
+def test_products_and_memory_do_not_grow_with_the_terms(graph, by_autograd):
     """n terms: n products. The bytes stored for backward are those of one term."""
     net, x = mlp(8), torch.randn(16, 8, dtype=F64)
+    counted_in, name = (torch.autograd, "grad") if by_autograd else (net.layers[0], "_map")
+    net = nn.Sequential(net) if by_autograd else net  # a network of another kind
     stored = []
     for terms in (2, 4, 32):
         flow, products = Residual(net, log_det="series", terms=terms).train(), []
         net.eval()
-        pulled = torch.autograd.grad
+        pulled = getattr(counted_in, name)
 
         def counted(*args, pulled=pulled, products=products, **kwargs):
             products.append(1)
@@ -352,12 +355,54 @@ def test_products_and_memory_do_not_grow_with_the_terms(graph):
                 lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
             ),
         ):
-            patch.setattr(torch.autograd, "grad", counted)
+            if not by_autograd:
+                patch.setattr(counted_in, "update_norm", lambda **_: None)  # it maps vectors too
+            patch.setattr(counted_in, name, counted)
             with torch.set_grad_enabled(graph):
                 flow(x)
         assert len(products) == terms
         stored.append(sum(sizes))
-    assert stored[0] == stored[1] == stored[2] > 0
+    assert stored[0] == stored[1] == stored[2] and bool(stored[0]) == (graph or by_autograd)
+
+
+@pytest.mark.parametrize("make, shape", [
+    (lambda: mlp(3, activation_first=True), (3,)),
+    (lambda: mlp(2, activation="elu", context_features=2), (2,)),
+    (lambda: trained(LipschitzConvNet(2, (2, 3), 4, activation_first=True)), (2, 2, 3)),
+])  # fmt: skip
+@pytest.mark.parametrize("log_det", ["exact", "roulette"])
+def test_products_without_autograd(make, shape, log_det):
+    """Values, gradients and second derivatives are those of a network that is differentiated by autograd."""
+    net, other = make(), nn.ModuleList()
+    x = torch.randn(4, *shape, dtype=F64, requires_grad=True)
+    context = torch.randn(4, 2, dtype=F64) if getattr(net, "context_features", None) else None
+
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net
+
+        def forward(self, *args):
+            return self.inner(*args)
+
+    found = []
+    for other in (net, Hidden()):
+        flow = Residual(other, log_det=log_det).eval()
+        z, log_det_ = flow(x, context)
+        variables = [x, *net.parameters()]
+        first = torch.autograd.grad(
+            log_det_.sum() + z.square().sum(), variables, create_graph=log_det == "exact", allow_unused=True
+        )
+        found.append([z, log_det_, *first])
+        if log_det == "exact":
+            again = torch.autograd.grad(
+                sum(g.square().sum() for g in first if g is not None), variables, allow_unused=True
+            )
+            found[-1] += again
+    pairs = [(a, b) for a, b in zip(*found, strict=True) if a is not None or b is not None]
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    assert sum(bool(a.abs().sum() > 0) for a, _ in pairs) > 0.8 * len(pairs)
 
 
 # other libraries --------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from fastflow import validation
 from fastflow.nn.networks.context import checked_context
+from fastflow.transforms import in_transform
 
 # largest slope of x sigmoid(x) is 1.0998
 SWISH_SLOPE = 1.1
@@ -17,7 +19,11 @@ SWISH_SLOPE = 1.1
 # sqrt(TOLERANCE / 2), see docs/maths.md
 MARGIN = 1.01
 TOLERANCE = 5e-6
+KEPT = 1e-7
 VECTORS = 8
+# power iterations from one estimate to the next
+CHUNK = 4
+Pull = Callable[[Tensor], Tensor]
 
 
 class LipSwish(nn.Module):
@@ -42,13 +48,58 @@ class LipSwish(nn.Module):
         beta = F.softplus(self.raw_beta)
         return F.silu(beta * x) * (1 / (SWISH_SLOPE * beta))
 
+    def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output and its derivative by x, both differentiable."""
+        beta = F.softplus(self.raw_beta)
+        if in_transform() or torch.compiler.is_compiling():
+            return _swish(x, beta)
+        return _Swish.apply(x, beta)
+
+
+def _swish(x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    r""":math:`x s / 1.1` with :math:`s = \sigma(\beta x)`, and its derivative :math:`s (1 + \beta x (1 - s)) / 1.1`."""
+    t = beta * x
+    s = torch.sigmoid(t)
+    return x * s * (1 / SWISH_SLOPE), torch.addcmul(t, t, s, value=-1).add(1) * s * (1 / SWISH_SLOPE)
+
+
+class _Swish(torch.autograd.Function):
+    """:func:`_swish` with the gradient of both outputs in few operations, as each reads and writes all activations."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        t = beta * x
+        # silu_backward is the derivative of silu times its first argument
+        slope = torch.ops.aten.silu_backward(t.new_full((), 1 / SWISH_SLOPE).expand_as(t), t)
+        y = F.silu(t, inplace=True).mul_(1 / (SWISH_SLOPE * beta))
+        ctx.save_for_backward(x, beta, y, slope)
+        return y, slope
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor, dslope: Tensor) -> tuple[Tensor, Tensor]:
+        x, beta, y, slope = ctx.saved_tensors
+        h = (0.5 * beta) * x
+        s = torch.tanh(h)  # 2 sigmoid(beta x) - 1
+        one = torch.ones_like(beta)
+        # beta and x times it are the derivatives of the slope by x and by beta
+        bent = torch.addcmul(one, s, s, value=-1) * torch.addcmul(one, h, s, value=-1)
+        bent = bent * dslope
+        direct = dy * slope
+        by_beta = (_dot(x, direct) - _dot(dy, y)) / beta + _dot(x, bent) * (0.5 / SWISH_SLOPE)
+        return torch.addcmul(direct, bent, beta * (0.5 / SWISH_SLOPE)), by_beta
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten())
+
 
 class _Bounded(nn.Module):
     """A linear map whose norm is bounded by ``bound``; subclasses have the map of a weight and its adjoint.
 
-    Buffers: ``u`` and ``first``, near the first singular vectors, are those of the bound. ``vectors`` are orthonormal ones
-    of the domain, from which the next iterations start. Several are kept because two singular values that pass each
-    other during training would leave a single vector at the smaller one.
+    Buffers: ``direction`` is the derivative of the norm by the weight, and the norm is its inner product with the weight.
+    ``vectors`` are orthonormal ones of the domain, near the first singular vectors, from which the next iterations start.
+    Several are kept because two singular values that pass each other during training would leave a single vector
+    at the smaller one.
     """
 
     weight: nn.Parameter
@@ -57,10 +108,8 @@ class _Bounded(nn.Module):
     def _start(self, bound: float, domain: tuple[int, ...], codomain: tuple[int, ...]) -> None:
         self.bound = bound
         n, m = math.prod(domain), math.prod(codomain)
-        vectors = torch.linalg.qr(torch.randn(n, min(VECTORS, n, m))).Q
-        self.register_buffer("vectors", vectors.T.reshape(-1, *domain).contiguous())
-        self.register_buffer("first", self.vectors[0].clone())
-        self.register_buffer("u", torch.full(codomain, m**-0.5))
+        self.register_buffer("vectors", _orthonormal(torch.randn(min(VECTORS, n, m), *domain)).contiguous())
+        self.register_buffer("direction", torch.zeros_like(self.weight, requires_grad=False))
 
     @abstractmethod
     def _map(self, weight: Tensor, v: Tensor) -> Tensor:
@@ -68,9 +117,22 @@ class _Bounded(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no _map")
 
     @abstractmethod
-    def _adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
-        """The adjoint of the map, of vectors u of its outputs."""
-        raise NotImplementedError(f"{type(self).__name__} has no _adjoint")
+    def _transposed(self, weight: Tensor) -> Tensor:
+        """The weight whose map is the adjoint."""
+        raise NotImplementedError(f"{type(self).__name__} has no _transposed")
+
+    @abstractmethod
+    def _derivative(self, u: Tensor, v: Tensor) -> Tensor:
+        """The derivative of the inner product of u and the map of v, by the weight."""
+        raise NotImplementedError(f"{type(self).__name__} has no _derivative")
+
+    @abstractmethod
+    def with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
+        """The output with a bounded weight."""
+        raise NotImplementedError(f"{type(self).__name__} has no with_weight")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_weight(self.bounded_weight(), x)
 
     @torch.no_grad()
     def update_norm(
@@ -82,47 +144,64 @@ class _Bounded(nn.Module):
         """Improve the estimate of the norm by power iterations, until half of one gains less than ``tolerance`` of it.
 
         :class:`~fastflow.nn.Residual` calls it before every pass, in eval mode without ``keep_vectors``. The next call then
-        starts from the same vectors, so that an evaluation does not change a training, and an estimate that improves by
-        less than ``tolerance`` stays as it is.
+        starts from the same vectors, so that an evaluation does not change a training. An estimate that improves by
+        less than ``tolerance`` stays as it is. With ``keep_vectors``, smaller gains count, as a direction that
+        overtakes the first one grows slowly.
         """
         if self.weight.is_meta:
             return
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        weight, vectors = self.weight.detach().to(dtype), self.vectors.to(dtype)
+        weight, vectors, following = self.weight.detach().to(dtype), self.vectors.to(dtype), None
         compiling = torch.compiler.is_compiling()  # one iteration, as a loop until convergence reads values
-        for _ in range(1 if compiling else max_iterations):
-            u, first, norm, before, following = self._iterated(weight, vectors)
+        for done in range(0, 1 if compiling else max_iterations, CHUNK):
+            if following is not None:
+                vectors = _orthonormal(following)
+            try:
+                norm, before, u, first, following = self._iterated(weight, vectors)
+            except torch.linalg.LinAlgError:  # of weights that are not finite
+                return
             if compiling or not norm > before * (1 + tolerance):
                 break
-            vectors = torch.linalg.qr(following.T).Q.T.reshape(vectors.shape)
-        if compiling or norm > (0 if keep_vectors else self._norm(weight) * (1 + tolerance)):
-            self.u.copy_(u)
-            self.first.copy_(first)
-            if keep_vectors:
-                self.vectors.copy_(torch.linalg.qr(following.T).Q.T.reshape(vectors.shape))
+            scaled = weight / before  # so that images neither vanish nor overflow
+            for _ in range(min(CHUNK, max_iterations - done) - 1):
+                following = self._map(self._transposed(scaled), self._map(scaled, following))
+        if compiling or norm > self._norm(weight) * (
+            1 + (min(KEPT, tolerance) if keep_vectors else tolerance)
+        ):
+            self.direction.copy_(self._derivative(u, first))
+        if keep_vectors and (compiling or norm > 0):
+            self.vectors.copy_(_orthonormal(following))
 
-    def _iterated(self, weight: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """The best direction in the span of v and half a power iteration of it: its image u, that of u, and their norms.
+    def _iterated(self, weight: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
+        """Half a power iteration from the best direction in the span of the vectors, and a whole one of all of them.
 
-        Last, the images of v by the map and its adjoint.
+        Returns the norm after and before, the unit vectors u and v with the norm as the inner product of u and the
+        map of v, and the vectors, which are not orthonormal any more.
         """
-        images = self._map(weight, v)
+        images = self._map(weight, vectors)
         flat = images.flatten(1)
         squares, rotation = torch.linalg.eigh(flat @ flat.T)
-        before, best = squares[-1].clamp(min=0).sqrt(), rotation[:, -1]
-        following = self._adjoint(weight, images).flatten(1)
-        tiny = torch.finfo(v.dtype).tiny
-        u, first = best @ flat / before.clamp(min=tiny), best @ following / before.clamp(min=tiny)
-        norm = torch.linalg.vector_norm(first)
-        return u.view_as(self.u), (first / norm.clamp(min=tiny)).view_as(self.first), norm, before, following
+        tiny = torch.finfo(vectors.dtype).tiny
+        before = squares[-1].clamp(min=tiny).sqrt()
+        best = rotation[:, -1] / before
+        following = self._map(self._transposed(weight), images)
+        v = best @ following.flatten(1)
+        norm = torch.linalg.vector_norm(v)
+        v = (v / norm.clamp(min=tiny)).view(vectors.shape[1:])
+        return norm, before, (best @ flat).view(images.shape[1:]), v, following
 
     def _norm(self, weight: Tensor) -> Tensor:
         """The estimate of the norm, which is a lower bound."""
-        return (self.u * self._map(weight, self.first[None].to(weight.dtype))[0]).sum()
+        return (self.direction.to(weight.dtype) * weight).sum()
 
     def bounded_weight(self) -> Tensor:
         """The weight, divided by its norm over ``bound`` where that exceeds 1."""
         return self.weight / (self._norm(self.weight) * (MARGIN / self.bound)).clamp(min=1)
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Orthonormal vectors with the same span."""
+    return torch.linalg.qr(vectors.flatten(1).T).Q.T.reshape(vectors.shape)
 
 
 class LipschitzLinear(_Bounded):
@@ -159,13 +238,16 @@ class LipschitzLinear(_Bounded):
         self.update_norm()
 
     def _map(self, weight: Tensor, v: Tensor) -> Tensor:
-        return v @ weight.T
+        return F.linear(v, weight)
 
-    def _adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
-        return u @ weight
+    def _transposed(self, weight: Tensor) -> Tensor:
+        return weight.mT
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.bounded_weight(), self.bias)
+    def _derivative(self, u: Tensor, v: Tensor) -> Tensor:
+        return torch.outer(u, v)
+
+    def with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bound={self.bound}"
@@ -221,14 +303,17 @@ class LipschitzConv2d(_Bounded):
     def _map(self, weight: Tensor, v: Tensor) -> Tensor:
         return F.conv2d(v, weight, padding=self.padding)
 
-    def _adjoint(self, weight: Tensor, u: Tensor) -> Tensor:
-        return F.conv_transpose2d(u, weight, padding=self.padding)
+    def _transposed(self, weight: Tensor) -> Tensor:
+        return weight.flip(2, 3).transpose(0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _derivative(self, u: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.grad.conv2d_weight(v[None], self.weight.shape, u[None], padding=self.padding)
+
+    def with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
         if x.shape[-2] > self.size[0] or x.shape[-1] > self.size[1]:
             expected = f"images of {self.size[0]}x{self.size[1]} or smaller, the size of the bound"
             raise validation.argument_error("x", validation.shape_of(x), expected)
-        return F.conv2d(x, self.bounded_weight(), self.bias, padding=self.padding)
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
 
     def extra_repr(self) -> str:
         c_out, c_in, k, _ = self.weight.shape
@@ -256,6 +341,49 @@ def _activation(name: str) -> nn.Module:
 def _zero(layer: _Bounded) -> None:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
+
+
+def _with_slope(activation: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(activation, LipSwish):
+        return activation.with_slope(x)
+    return F.elu(x), torch.exp(x.clamp(max=0))
+
+
+def _linearized(layers: Iterable[nn.Module], x: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Pull]:
+    """The output of layers and activations, and the products of vectors with its Jacobian.
+
+    Weights and slopes are computed once, so that a product is a matrix product per layer and a multiplication per
+    activation. ``shift`` is added to the output of the first layer.
+    """
+    factors = []
+    for layer in layers:
+        if isinstance(layer, _Bounded):
+            weight = layer.bounded_weight()
+            x = layer.with_weight(weight, x)
+            x, shift, factor = x if shift is None else x + shift, None, layer._transposed(weight)
+        else:
+            x, factor = _with_slope(layer, x)
+        factors.append((layer, factor))
+
+    def pull(v: Tensor) -> Tensor:
+        in_place = not torch.is_grad_enabled() and not in_transform()
+        for layer, factor in reversed(factors):
+            if isinstance(layer, _Bounded):
+                v = layer._map(factor, v)
+            else:  # after a layer, whose output nothing else reads
+                v = v.mul_(factor) if in_place and v.shape == factor.shape else v * factor
+        return v
+
+    return x, pull
+
+
+def _is_plain(net: nn.Module) -> bool:
+    """Whether all modules of a network are those of this file, and none has hooks."""
+    known = (*_OURS, LipSwish, nn.ELU, nn.Linear, nn.Sequential, nn.ModuleList)
+    return all(
+        type(m) in known and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
+        for m in net.modules()
+    )
 
 
 class LipschitzMLP(nn.Module):
@@ -321,6 +449,17 @@ class LipschitzMLP(nn.Module):
             h = layer(activation(h))
         return h
 
+    def linearized(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Pull] | None:
+        """The output, and a function that multiplies vectors ``[..., N, features]`` by its Jacobian; None for other layers."""
+        if not _is_plain(self):
+            return None
+        context = checked_context(x, context, self.context_features)
+        shift = None if context is None else self.context_layer(context)
+        layers = [self.layers[0]] if self.first is None else [self.first, self.layers[0]]
+        for activation, layer in zip(self.activations, self.layers[1:], strict=True):
+            layers += [activation, layer]
+        return _linearized(layers, x, shift)
+
 
 class LipschitzConvNet(nn.Module):
     """Network for :class:`~fastflow.nn.Residual` of images: convolutions 3x3, 1x1 and 3x3.
@@ -372,3 +511,12 @@ class LipschitzConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x if self.first is None else self.first(x))
+
+    def linearized(self, x: Tensor) -> tuple[Tensor, Pull] | None:
+        """The output, and a function that multiplies vectors by its Jacobian; None for other layers."""
+        if not _is_plain(self):
+            return None
+        return _linearized(self.net if self.first is None else (self.first, *self.net), x)
+
+
+_OURS = (LipschitzMLP, LipschitzConvNet, LipschitzLinear, LipschitzConv2d)
