@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -70,6 +71,12 @@ def _run(argv: Sequence[str]) -> int:
         if error.filename is None:  # of print: all other writers name their file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's exit
         return _fail(f"{printable(error.filename or 'standard output')}: {error.strerror}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        found = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        at = f" for {found[1]} more" if found else ""
+        return _fail(f"out of memory{at}: smaller batches, models or numbers of samples need less")
     except Interrupted as error:
         if not int(os.environ.get("RANK", 0)):
             with contextlib.suppress(OSError):  # a closed terminal
@@ -77,6 +84,17 @@ def _run(argv: Sequence[str]) -> int:
         return 128 + error.signum
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # of numpy, of a GPU, of torch and of FastFlow's C++ on a CPU
+    texts = (
+        "out of memory",
+        "can't allocate memory",
+        "aoti_torch_empty_strided",
+        "Storage size calculation overflowed",
+    )
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def keep_memory() -> None:

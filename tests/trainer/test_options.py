@@ -2,9 +2,13 @@
 
 import dataclasses
 import math
+import re
+import resource
 import typing
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,6 +108,30 @@ def test_what_commands_refuse(argv, words, tmp_path, monkeypatch, capsys):
     assert main(argv.split()) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"error: {words}"), lines
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("train --device cpu --batch-size 2000000000", r" for [\d.]+ GiB more"),
+        ("train --device cpu --hidden 2000000000", ""),
+        ("evaluate own.pt --data x.npz --samples 2000000000", r" for 32000000000 bytes more"),
+        ("sample own.pt --n 2000000000", ""),
+    ],
+)
+def test_too_little_memory_is_one_line(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fastflow.save("own.pt", Glow(image_shape=(3, 4, 4), levels=1, steps=1, hidden=2))
+    np.savez("x.npz", x=np.zeros((20, 4, 4, 3), np.uint8))
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**34, limit[1]))  # also on machines with more memory
+    try:
+        assert main(argv.split()) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    expected = f"error: out of memory{words}: smaller batches, models or numbers of samples need less\n"
+    assert re.fullmatch(expected, capsys.readouterr().err)
 
 
 def test_samples_of_rows_go_into_a_folder_too(tmp_path, capsys):

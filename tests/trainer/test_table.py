@@ -247,7 +247,7 @@ def test_a_run_on_rows(table, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "162 rows of moons, 18 for validation, cpu" in printed and "step 4: train " in printed
     assert {f.name for f in whole.iterdir() if not f.name.startswith("events")} == {
-        *("last.pt", "best.pt", "metrics.csv", "samples.png", "curve.png", "result.json")
+        *(".lock", "last.pt", "best.pt", "metrics.csv", "samples.png", "curve.png", "result.json")
     }
     rows = read_metrics(whole / "metrics.csv")
     assert list(rows[0]) == ["step", "epoch", "lr", "train_nats", "grad_norm", "validation_nats"]
