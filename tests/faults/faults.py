@@ -1435,15 +1435,15 @@ LAYERS = [
     Fault(
         "norms of a residual flow not updated",
         "fastflow/nn/residual.py",
-        "module.update_norm(keep=1e-7 if trains else None)",
+        "module.update_norm(keep_vectors=trains)",
         "module.bound",
         "tests/nn/test_residual.py -k bounds_hold",
     ),
     Fault(
         "norm of a Lipschitz layer without its margin",
         "fastflow/nn/networks/lipschitz.py",
-        "(norm * (MARGIN / self.bound))",
-        "(norm / self.bound)",
+        "(self._norm(self.weight) * (MARGIN / self.bound))",
+        "(self._norm(self.weight) / self.bound)",
         "tests/nn/test_residual.py -k 'norm or bounds_hold'",
     ),
     Fault(
