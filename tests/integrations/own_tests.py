@@ -1,18 +1,21 @@
 """Runs the tests of a library with each of its layers accelerated at construction, and compares with those without.
 
     python -m tests.integrations.own_tests zuko
+    python -m tests.integrations.own_tests nflows
 
-pip fetches the library's source distribution, which has its tests. They run twice in processes of their own, each test
-after the same seed. The exit code is 1 if a test passes without acceleration only.
+pip fetches the library's source distribution, which has its tests, and the packages that only the tests import. The tests
+run twice in processes of their own, each test after the same seed. The exit code is 1 if a test passes without
+acceleration only, and no reason is known.
 """
 
 import argparse
 import importlib
+import os
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +23,13 @@ import pytest
 import torch
 from torch import nn
 
-LIBRARIES = ("nflows", "zuko")
+# packages that only the tests of a library import
+LIBRARIES = {"nflows": ("torchtestcase==2018.2",), "zuko": ()}
+# tests that do not pass accelerated, with the reason; docs/drop_in.md lists them
+KNOWN = {
+    "tests/transforms/autoregressive_test.py::MaskedAffineAutoregressiveTransformTest"
+    "::test_forward_inverse_are_consistent": "log-dets of both directions cancel to 1.4e-6, and it allows 1e-6"
+}
 
 
 class Outcomes:
@@ -54,20 +63,27 @@ def accelerate_at_construction(library: str) -> list[nn.Module]:
 
 
 def fetch(library: str, folder: Path) -> Path:
-    """The unpacked source distribution of the installed release."""
-    source = ["pip", "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
-    command = [sys.executable, "-m", *source, "-d", str(folder), f"{library}=={version(library)}"]
-    subprocess.run(command, check=True)
+    """The unpacked source distribution of the installed release, with what its tests import."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    source = ["download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", str(folder)]
+    subprocess.run([*pip, *source, f"{library}=={version(library)}"], check=True)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         opened.extractall(folder, filter="data")
-    return folder / archive.name.removesuffix(".tar.gz")
+    unpacked = folder / archive.name.removesuffix(".tar.gz")
+    if packages := LIBRARIES[library]:
+        subprocess.run(
+            [*pip, "install", "--no-deps", "--upgrade", "--target", str(unpacked), *packages], check=True
+        )
+    return unpacked
 
 
 def outcomes(
     library: str, source: Path, accelerated: bool, options: list[str]
 ) -> tuple[dict[str, bool], int]:
     """Whether each test passes, and the number of layers that were accelerated; in this process."""
+    importlib.import_module(library)  # the installed one, whose path comes after that of its tests
+    sys.path.insert(0, str(source))
     made = accelerate_at_construction(library) if accelerated else []
     found = Outcomes()
     tests = [
@@ -90,30 +106,34 @@ def outcomes(
     return found.passed, len(made)
 
 
+def run(library: str, source: Path, how: str, options: Sequence[str]) -> tuple[dict[str, bool], int]:
+    """What :func:`outcomes` finds, in a process of its own."""
+    command = [sys.executable, __file__, library, "--source", str(source), "--run", how, *options]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # fewer imports
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    answer = done.stdout.splitlines()
+    passed = {
+        line.split(" ", 1)[1]: line.startswith("passed")
+        for line in answer
+        if line.startswith(("passed ", "failed "))
+    }
+    return passed, int(answer[-1].split()[1])
+
+
 def report(library: str, source: Path, options: list[str]) -> list[str]:
-    """The tests that pass without acceleration only; prints what was found."""
-    results = []
-    for how in ("plain", "accelerated"):
-        command = [sys.executable, __file__, library, "--source", str(source), "--run", how, *options]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        made = int(answer[-1].split()[1])
-        passed = {
-            line.split(" ", 1)[1]: line.startswith("passed")
-            for line in answer
-            if line.startswith(("passed ", "failed "))
-        }
-        results.append((passed, made))
-    (plain, _), (faster, made) = results
+    """The tests that pass without acceleration only, for no known reason; prints what was found."""
+    plain, _ = run(library, source, "plain", options)
+    faster, made = run(library, source, "accelerated", options)
     lost = [name for name, good in plain.items() if good and not faster.get(name, False)]
     gained = [name for name, good in plain.items() if not good and faster.get(name, False)]
     print(
         f"{library}: {len(plain)} tests, {sum(plain.values())} pass, {sum(faster.values())} accelerated; {made} layers"
     )
     for name in lost:
-        print(f"  does not pass accelerated: {name}")
+        print(f"  does not pass accelerated: {name}, {KNOWN.get(name, 'no reason is known')}")
     for name in gained:
         print(f"  passes accelerated only: {name}")
-    return lost
+    return [name for name in lost if name not in KNOWN]
 
 
 def main() -> int:
