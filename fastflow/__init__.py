@@ -9,6 +9,7 @@ with _interrupt.ends_the_command():
     from fastflow.checkpoint import CheckpointError, load, save
     from fastflow.fitting import FitHistory, fit
     from fastflow.ops import backend
+    from fastflow.system import info
 
 __all__ = [
     "CheckpointError",
@@ -16,6 +17,7 @@ __all__ = [
     "__version__",
     "backend",
     "fit",
+    "info",
     "load",
     "models",
     "nn",

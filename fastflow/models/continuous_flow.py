@@ -39,7 +39,7 @@ class ContinuousFlow(Model):
     r"""Continuous flow of vectors, FFJORD: latents are the solution of a differential equation that starts at the samples.
 
     Source: FFJORD, arXiv:1810.01367. The field is a :class:`~fastflow.nn.ConcatSquash`. ``log_prob`` is as exact as the
-    solver, and with ``trace="hutchinson"`` an unbiased estimate. torchdiffeq solves: ``pip install fastflow[ode]``.
+    solver, and with ``trace="hutchinson"`` an unbiased estimate. torchdiffeq solves: ``pip install fastflow-torch[ode]``.
 
     Args:
         features: number of dimensions D.

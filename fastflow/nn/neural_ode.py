@@ -26,7 +26,7 @@ class NeuralODE(Flow):
     :math:`\int_0^T \operatorname{tr} \partial f / \partial x \, dt`, solved together with x. The inverse solves
     backward in time. Both are as exact as the solver: errors are about ``atol + rtol |x|``.
 
-    The solvers are those of torchdiffeq: ``pip install fastflow[ode]``.
+    The solvers are those of torchdiffeq: ``pip install fastflow-torch[ode]``.
 
     Args:
         net: the field f, a module that is called as ``net(t, x)``, or ``net(t, x, context)`` if a context is given, with
@@ -216,5 +216,5 @@ def _torchdiffeq() -> ModuleType:
     try:
         import torchdiffeq
     except ImportError as error:
-        raise ImportError("continuous flows need torchdiffeq: pip install fastflow[ode]") from error
+        raise ImportError("continuous flows need torchdiffeq: pip install fastflow-torch[ode]") from error
     return torchdiffeq

@@ -2,7 +2,8 @@
 
 ``cpu`` and ``cuda`` are True if the extension is loaded, and ``emulator`` if it has the CUDA kernels for the
 CPU, for tests. ``build`` has its build settings. A missing extension is not an error, because every op has a
-PyTorch fallback. An extension that is present but does not load gives one warning with the reason.
+PyTorch fallback. An extension that is present but does not load gives one warning with the reason, which
+``missing`` keeps.
 """
 
 import importlib
@@ -15,6 +16,7 @@ cpu: bool = False
 cuda: bool = False
 emulator: bool = False
 build: dict[str, str] = {}
+missing: dict[str, str] = {}
 
 
 def _load_cpu() -> None:
@@ -37,12 +39,13 @@ def _load_cuda() -> None:
         try:
             torch.ops.load_library(library)
         except OSError as error:
-            _warn(library.name, error)
+            _warn("fastflow._cuda", error)
         else:
             cuda = True
 
 
 def _warn(name: str, error: Exception) -> None:
+    missing[name] = f"is installed but does not load: {error}"
     warnings.warn(f"{name} is installed but does not load, so its ops run in PyTorch: {error}", stacklevel=3)
 
 

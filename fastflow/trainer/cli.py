@@ -39,6 +39,11 @@ def _leave(code: int) -> NoReturn:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if list(argv) == ["info"]:  # without the packages of the other commands, since it says what is missing
+        import fastflow
+
+        print(fastflow.info())
+        return 0
     try:
         with ends_the_command():
             from fastflow.checkpoint import CheckpointError
@@ -130,4 +135,4 @@ def _fail(line: str, code: int = 1) -> int:
 def _missing(error: ModuleNotFoundError) -> int:
     if error.name is None or error.name.split(".")[0] not in _EXTRA:
         raise error
-    return _fail(f"{error.name} is not installed: pip install fastflow[train]")
+    return _fail(f"{error.name} is not installed: pip install fastflow-torch[train]")

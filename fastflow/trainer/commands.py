@@ -103,6 +103,11 @@ class Interpolate:
     """cpu, cuda or another torch device."""
 
 
+@dataclass(frozen=True)
+class Info:
+    """Versions, what runs on each device, and what is missing: for reports of bugs."""
+
+
 def run_command(argv: list[str]) -> None:
     """Parse the arguments and run the command."""
     if os.environ.get("NO_COLOR") or not sys.stderr.isatty():  # tyro looks at standard output only
@@ -115,7 +120,8 @@ def run_command(argv: list[str]) -> None:
         Annotated[Config, tyro.conf.subcommand("train", default=default)]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
-        | Annotated[Interpolate, tyro.conf.subcommand("interpolate")],
+        | Annotated[Interpolate, tyro.conf.subcommand("interpolate")]
+        | Annotated[Info, tyro.conf.subcommand("info")],
         args=argv,
         prog="fastflow",
         description="Train, evaluate and explore normalizing flows on images and tables.",

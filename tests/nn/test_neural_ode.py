@@ -364,5 +364,5 @@ def _wrong_shape():
 
 def test_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
-    with pytest.raises(ImportError, match=re.escape("pip install fastflow[ode]")):
+    with pytest.raises(ImportError, match=re.escape("pip install fastflow-torch[ode]")):
         fnn.NeuralODE(Linear(2))

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "archive": {"torch"},
     "ops": {"torch", "validation", "deprecation", "triton_kernels", "transforms"},
     "reference": {"ops"},
+    "system": {"torch", "ops", "facade"},
     "reversible": {"torch", "deprecation", "state_from_data", "transforms"},
     "nn": {
         "torch",

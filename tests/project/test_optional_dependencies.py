@@ -1,13 +1,16 @@
 """FastFlow is whole without Triton and without its extensions; one that is broken is said once."""
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastflow.ops import extension
+from fastflow.trainer import cli
 
 # Runs first in a process of its own: `name` is not to be had there, as on a machine where it was never installed.
 BLOCK = """
@@ -27,6 +30,7 @@ with warnings.catch_warnings(record=True) as caught:
     from fastflow.ops import extension
 print([str(w.message) for w in caught if "does not load" in str(w.message)])
 print(extension.cpu, extension.cuda)
+print(fastflow.info())
 """
 
 LOSS = """
@@ -70,42 +74,55 @@ SCRIPTS = {
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, tuple[list[str], list[str], list[float]]]:
-    """Of each script: the warnings, which extensions loaded, and a small Glow's loss with its squared gradient norm."""
+def found() -> dict[str, tuple[list[str], list[str], list[float], str]]:
+    """Of each script: warnings, which extensions loaded, a small Glow's loss with its squared gradient norm, and info()."""
     done = subprocess.run(
         [sys.executable, "-c", FORK], input=json.dumps([*SCRIPTS.values()]), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     read = []
     for printed in done.stdout.split("--- script ---\n")[1:]:
-        warned, loaded, *numbers = printed.splitlines()
-        read.append(
-            (ast.literal_eval(warned), loaded.split(), [float(v) for line in numbers for v in line.split()])
-        )
+        head, _, numbers = printed.partition("environment")
+        warned, loaded, *info = head.splitlines()
+        numbers = [float(v) for line in numbers.splitlines()[1:] for v in line.split()]
+        read.append((ast.literal_eval(warned), loaded.split(), numbers, "\n".join(info)))
     return dict(zip(SCRIPTS, read, strict=True))
 
 
 def test_without_triton_and_without_extension(found):
-    warned, loaded, everything = found["everything"]
+    warned, loaded, everything, _ = found["everything"]
     assert warned == [] and loaded == [str(extension.cpu), str(extension.cuda)] and len(everything) == 2
 
-    warned, _, numbers = found["no Triton"]
+    warned, _, numbers, info = found["no Triton"]
     assert warned == []
     assert numbers == everything
+    assert "compiled C++" in info
 
-    warned, loaded, numbers = found["no extension"]
+    warned, loaded, numbers, info = found["no extension"]
     assert warned == [] and loaded == ["False", "False"]
     assert numbers == pytest.approx(everything, rel=1e-5)
+    assert "C++ extension   not built" in info and "PyTorch, slower" in info
 
 
 def test_broken_extension_warns_once(found):
-    warned, loaded, _ = found["broken"]
+    warned, loaded, _, info = found["broken"]
     assert len(warned) == 1 and "fastflow._C" in warned[0] and "undefined symbol: f" in warned[0]
     assert loaded == ["False", "False"]
+    assert "does not load: undefined symbol: f" in info
 
 
 @pytest.mark.skipif(not extension.cuda, reason="the CUDA extension was not built here")
 def test_broken_cuda_extension_warns_once(found):
-    warned, loaded, _ = found["broken CUDA"]
+    warned, loaded, _, info = found["broken CUDA"]
     assert len(warned) == 1 and "_cuda" in warned[0] and "libcudart.so.99" in warned[0]
     assert loaded == ["True", "False"]
+    assert "CUDA extension  is installed but does not load: libcudart.so.99" in info
+
+
+def test_info_names_each_package_and_needs_none_of_the_trainer(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.setenv("FASTFLOW_BACKEND", "auto")
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch           {torch.__version__}" in printed and "FASTFLOW_BACKEND=auto" in printed
+    assert ("nflows -" in printed) == (importlib.util.find_spec("nflows") is None)

@@ -513,7 +513,8 @@ def test_an_absent_extra_is_one_line(tmp_path):
     block = "import sys; sys.modules['tyro'] = None; from fastflow.trainer.cli import main; sys.exit(main(['train']))"
     done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
     assert (
-        done.returncode == 1 and done.stderr == "error: tyro is not installed: pip install fastflow[train]\n"
+        done.returncode == 1
+        and done.stderr == "error: tyro is not installed: pip install fastflow-torch[train]\n"
     )
 
 

@@ -239,7 +239,9 @@ def _open_parquet(path: Path) -> tuple[list[str], Read]:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise DataError(f"{path}: .parquet files need pyarrow: pip install fastflow[parquet]") from error
+        raise DataError(
+            f"{path}: .parquet files need pyarrow: pip install fastflow-torch[parquet]"
+        ) from error
     try:
         names = pyarrow.parquet.read_schema(path).names
     except FileNotFoundError as error:
