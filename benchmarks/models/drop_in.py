@@ -7,7 +7,7 @@ Log-densities and their gradients by all parameters are compared in float64 befo
 has no row. Before and after take turns in one process. A training step is forward and backward, without an optimizer.
 Each sample has its own context.
 
-The flows have noise on all parameters, so that no layer is the identity. Rows also have the operators below autograd of
+The flows have noise on all parameters that are trained, so that no layer is the identity. Rows also have the operators below autograd of
 a training step, those of them that synchronize a GPU (the value of a tensor, or its nonzero elements, on the host), and
 the bytes that autograd keeps for backward, parameters and inputs not counted.
 
@@ -257,7 +257,8 @@ def build(case: Case, quick: bool) -> nn.Module:
     flow = case.build(features, context, quick)
     with torch.no_grad():
         for p in flow.parameters():
-            p.add_(torch.randn_like(p), alpha=0.05)
+            if p.requires_grad:  # not FrEIA's permutations, which are parameters too
+                p.add_(torch.randn_like(p), alpha=0.05)
     return flow
 
 

@@ -2,11 +2,12 @@
 
 import weakref
 from collections.abc import Callable
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastflow.kept import Kept
 from fastflow.reversible import has_hooks
@@ -53,25 +54,37 @@ class _Found:
     """What was found in a module, and how that was."""
 
     CONTENTS = ("_modules", "_parameters", "_buffers")
+    HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
     def __init__(self, module: nn.Module) -> None:
         self.values: dict[tuple, Any] = {}
         # not the module itself, by which the dictionary would keep it
         self.root, self.inner = weakref.ref(module), list(module.modules())[1:]
-        self.objects, self.tensors = self._now()
+        attributes = [vars(m) for m in (module, *self.inner)]
+        self.contents = [*attributes, *(a[name] for a in attributes for name in self.CONTENTS)]
+        self.hooks = [a[name] for a in attributes for name in self.HOOKS]
+        self.tensors = [t for a in self.contents for t in a.values() if isinstance(t, Tensor)]
+        self.objects, self.others = self._objects(), self._others()
 
     def is_valid(self) -> bool:
-        objects, tensors = self._now()
+        objects = self._objects()
         same = len(objects) == len(self.objects) and all(map(is_, objects, self.objects))
-        return same and tensors == self.tensors
+        return same and self._others() == self.others
 
-    def _now(self) -> tuple[list[object], list[tuple]]:
-        objects, tensors = [], []
-        for module in (self.root(), *self.inner):
-            attributes = module.__dict__
-            objects += type(module), has_hooks(module), *attributes.values()
-            for name in self.CONTENTS:
-                objects += attributes[name].values()
-            for name in ("_parameters", "_buffers"):
-                tensors += [(t.dtype, t.device, t.shape) for t in attributes[name].values() if t is not None]
-        return objects, tensors
+    def _objects(self) -> list[object]:
+        """Attributes, which are also the dictionaries of contents and hooks, and contents."""
+        return list(chain.from_iterable(map(dict.values, self.contents)))
+
+    def _others(self) -> tuple[list, ...]:
+        modules = (self.root(), *self.inner)
+        return (
+            list(map(type, modules)),
+            list(
+                map(id, map(vars, modules))
+            ),  # ``contents`` has these dictionaries, so that no other has an id of theirs
+            list(map(bool, self.hooks)),  # a hook itself may refer to its module
+            list(map(_KIND, self.tensors)),
+        )
+
+
+_KIND = attrgetter("dtype", "device", "shape")

@@ -14,7 +14,7 @@ from fastflow.integrations.kept import value_of
 from fastflow.integrations.masked_layers import AffineAutoregressive, RationalQuadraticAutoregressive
 from fastflow.integrations.spline_layers import RationalQuadraticCDF, RationalQuadraticCoupling
 from fastflow.nn.lu_linear import matrices_of
-from fastflow.ops import actnorm, conv1x1, positions, triangular_solve
+from fastflow.ops import actnorm, conv1x1, lu_weight, positions, triangular_solve
 from fastflow.reversible import has_hooks, run_reversible
 
 
@@ -34,16 +34,30 @@ def _places(features: int, device: torch.device) -> Tensor:
         return places.flatten().to(device)
 
 
-def _matrices(layers: list[nn.Module]) -> tuple[Tensor, ...]:
-    """L U, L without its diagonal, U and log|det| of layers of one size, each ``[K, ...]``."""
+def _factors(layers: list[nn.Module]) -> Tensor:
+    """L below the diagonals, raw diagonals of U, and U above them, of layers of one size, ``[K, D, D]``."""
     entries = [
         torch.cat([layer.lower_entries, layer.unconstrained_upper_diag, layer.upper_entries])
         for layer in layers
     ]
     d = layers[0].features
     places = _places(d, entries[0].device)
-    factors = torch.stack(entries).index_select(1, places).view(len(layers), d, d)
-    return matrices_of(factors, layers[0].eps, None)
+    return torch.stack(entries).index_select(1, places).view(len(layers), d, d)
+
+
+def _matrices(layers: list[nn.Module]) -> tuple[Tensor, ...]:
+    """L U, L without its diagonal, U and log|det| of layers of one size, each ``[K, ...]``."""
+    return matrices_of(_factors(layers), layers[0].eps, None)
+
+
+def _inverses(layers: list[nn.Module]) -> tuple[Tensor, Tensor]:
+    """The inverses of L U, and log|det L U|, of layers of one size."""
+    factors = _factors(layers)
+    log_diagonal = torch.log(F.softplus(factors.diagonal(dim1=1, dim2=2)) + layers[0].eps)
+    rows = torch.arange(factors.shape[-1], device=factors.device).expand(factors.shape[:2])
+    signs = torch.ones_like(log_diagonal)
+    _, inverses, log_det = lu_weight(rows, factors, factors, log_diagonal, signs)
+    return inverses, log_det
 
 
 class LU(Accelerated):
@@ -92,14 +106,13 @@ def _shared(layers: list[nn.Module], inverse: bool) -> dict[int, tuple[Tensor, .
     for places in kinds.values():
         if len(places) < 2:
             continue
-        matrices = _matrices([layers[i] for i in places])
+        group = [layers[i] for i in places]
         if inverse:
-            _, lower, upper, log_det = matrices
-            columns = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-            columns = triangular_solve(lower, columns, upper=False, unit_diagonal=True)
-            weights = triangular_solve(upper, columns, upper=True)
-            bias = torch.stack([layers[i].bias for i in places])
-            matrices = weights, -(weights @ bias[..., None]).squeeze(-1), -log_det
+            inverses, log_det = _inverses(group)
+            bias = torch.stack([layer.bias for layer in group])
+            matrices = inverses, -(inverses @ bias[..., None]).squeeze(-1), -log_det
+        else:
+            matrices = _matrices(group)
         found |= dict(zip(places, zip(*(m.unbind() for m in matrices), strict=True), strict=True))
     return found
 
@@ -236,10 +249,8 @@ class OneByOneConvolution(Accelerated):
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._takes(inputs):
             return super().inverse(inputs, context)
-        _, lower, upper, log_det = _matrices([self])
-        columns = torch.eye(self.features, dtype=lower.dtype, device=lower.device)[None]
-        columns = triangular_solve(lower, columns, upper=False, unit_diagonal=True)
-        weight = triangular_solve(upper, columns, upper=True)[0].index_select(0, self._places())
+        inverses, log_det = _inverses([self])
+        weight = inverses[0].index_select(0, self._places())
         log_det = (-positions(inputs) * log_det[0]).expand(inputs.shape[0])
         return conv1x1(inputs, weight, -(weight @ self.bias)), log_det
 
