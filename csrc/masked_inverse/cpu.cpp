@@ -138,6 +138,7 @@ class Arena {
 template <typename T>
 struct Transformer {
   std::optional<Splines<T>> splines;
+  T half_turn;
   AffineInverse<T> affine;
   bool scale_first_in_params;
 };
@@ -266,6 +267,8 @@ class Inverse {
     if (transformer_.splines) {
       spline_elements({*transformer_.splines, true, columns_, width_, z, params, x, log_slope_});
       add(Addition<T>{columns_, log_slope_, log_slopes_});
+      if (transformer_.half_turn > 0)
+        for (int64_t i = 0; i < columns_; ++i) x[i] = turned(x[i], transformer_.half_turn);
       return;
     }
     AffineInverse<T> a = transformer_.affine;
@@ -320,7 +323,8 @@ std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights
   const auto run = [&](auto value) {
     using T = decltype(value);
     Transformer<T> transformer{};
-    if (bins) transformer.splines = form.splines<T>();
+    if (bins)
+      transformer.splines = form.splines<T>(), transformer.half_turn = static_cast<T>(form.half_turn());
     transformer.affine.scale = scale_of(scale);
     transformer.affine.scale_first = affine_order == "scale_first";
     transformer.affine.factor = static_cast<T>(factor), transformer.affine.offset = static_cast<T>(offset);

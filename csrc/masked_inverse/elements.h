@@ -3,6 +3,8 @@
 // instruction set (multiversion.h). Samples are the lanes of vectors, so that counts are multiples of 16.
 #include <cstdint>
 
+#include "block.h"
+
 namespace fastflow::cpu {
 
 enum class Activation { relu, tanh, silu, elu };
@@ -35,6 +37,12 @@ struct AffineInverse {
 };
 void invert(const AffineInverse<float>&);
 void invert(const AffineInverse<double>&);
+
+// x in [-half, half] shifted by half of the circle.
+template <typename T>
+FASTFLOW_HD T turned(T x, T half) {
+  return x < 0 ? x + half : x - half;
+}
 
 // units = (gradient + skip) by the next layers and products = units * inner; gradient is first multiplied by
 // outer. Null factors are 1, a null skip 0, null units are not written.

@@ -15,7 +15,7 @@ struct Transformer {
   SplineElement<T> spline;  // if it has bins
   cpu::AffineScale scale;   // otherwise
   bool scale_first, shift_in_front;
-  T factor, offset;
+  T factor, offset, half_turn;
 
   FASTFLOW_HD int exponentials() const { return 2 * static_cast<int>(spline.bins); }
 
@@ -35,7 +35,10 @@ struct Transformer {
   // x of z, and log dx/dz.
   template <class Raw, class Exponential>
   FASTFLOW_HD T inverse(T z, const Raw& raw, const Exponential& found, T& log_slope) const {
-    if (spline.bins) return spline.inverse(z, raw, found, log_slope);
+    if (spline.bins) {
+      const T x = spline.inverse(z, raw, found, log_slope);
+      return half_turn > 0 ? cpu::turned(x, half_turn) : x;
+    }
     const T shift = raw(shift_in_front ? 0 : 1);
     T log_s;
     const T s = scale_of(raw(shift_in_front ? 1 : 0), log_s);
@@ -76,7 +79,8 @@ struct TransformerForm {
             affine_order == "scale_first",
             params_layout == "shift_scale",
             static_cast<T>(spline.factor),
-            static_cast<T>(offset)};
+            static_cast<T>(offset),
+            static_cast<T>(spline.bins ? spline.half_turn() : 0)};
   }
 };
 

@@ -14,6 +14,8 @@ struct SplineForm {
   const std::string &tails, &convention;
   double factor, min_bin, min_slope;
 
+  // Half of the circle by which features are shifted, or 0.
+  double half_turn() const { return tails == "half_turn" ? bound : 0; }
   int64_t parameters(const char* op) const {
     STD_TORCH_CHECK(convention != "freia", op, ": convention: got freia, expected another one");
     STD_TORCH_CHECK(bins >= 1 && bins <= MAX_BINS, op, ": bins: got ", bins, ", expected 1 to ", MAX_BINS);

@@ -267,9 +267,10 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         return self.meta(x).call_and_ladj(x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        c = self._context
+        c, univariate = self._context, Univariate.of(self._layer)
+        form = univariate.form
         found = _network_of(self._layer, y, c)
-        if found is None:
+        if found is None or (univariate.circular and _is_beyond(y, form.bound)):
             return self._in_passes(y)
         network, structure = found
         linears = network.linears
@@ -295,7 +296,7 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
             widths=network.widths,
             layers=network.flags,
             activation=network.activation,
-            transformer=Univariate.of(self._layer).form,
+            transformer=form._replace(tails="half_turn") if univariate.circular else form,
         )
         return x.view(*batch, features), log_det.view(batch)
 
@@ -305,6 +306,11 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         for _ in range(self.passes - 1):
             x = self.meta(x).inv(y)
         return self.meta(x).solved(y)
+
+
+def _is_beyond(y: Tensor, bound: float) -> bool:
+    """Whether y has a value beyond the ends of the circle, where the log-det is that of the features; synchronizes."""
+    return bool((y.abs() > bound).any())
 
 
 def _sorted(
@@ -360,7 +366,7 @@ class _Layers(NamedTuple):
 def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> tuple[_Layers, SortedNetwork] | None:
     """The network of a layer, and how it is sorted; None if its inverse takes several passes."""
     device, dtype, features = y.device, y.dtype, y.shape[-1]
-    if Univariate.of(layer).circular or torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type):
         return None
     if device.type != "cpu" and layer.passes < features:  # there the features take their turns in Python
         return None

@@ -200,6 +200,13 @@ REFERENCE = [
         "tests/ops/test_masked_inverse.py -k 'solve and reference'",
     ),
     Fault(
+        "gradient at angles that are not shifted",
+        "fastflow/ops/masked_inverse/reference.py",
+        "_pullback(self._turned(x), params",
+        "_pullback(x, params",
+        "tests/ops/test_masked_inverse.py -k 'reference and pullback'",
+    ),
+    Fault(
         "gate's gradient without the activation after it",
         "fastflow/ops/masked_inverse/reference.py",
         "g = g * activation_slope(products[i] * gate_parts[i], activation)",
@@ -2091,6 +2098,142 @@ EXPLORE = [
     ),
 ]
 
+INTEGRATIONS = [
+    Fault(
+        "couplings of FrEIA without their clamp",
+        "fastflow/integrations/freia_layers.py",
+        "return self.clamp * self.f_clamp(raw)",
+        "return self.f_clamp(raw)",
+        "tests/integrations/test_freia.py -k couplings",
+    ),
+    Fault(
+        "halves inverted in the order of forward",
+        "fastflow/integrations/freia_layers.py",
+        "(False, True) if rev else (True, False)",
+        "(True, False)",
+        "tests/integrations/test_freia.py -k couplings",
+    ),
+    Fault(
+        "scale of a folded permutation on its rows",
+        "fastflow/integrations/freia_layers.py",
+        "self.w_perm_inv.flatten(1) / scale.view(-1, 1)",
+        "self.w_perm_inv.flatten(1) / scale.view(1, -1)",
+        "tests/integrations/test_freia.py -k all_in_one",
+    ),
+    Fault(
+        "reversed sequence recomputed in the other direction",
+        "fastflow/integrations/freia_layers.py",
+        "return self._run(z, context, not self.rev)",
+        "return self._run(z, context, self.rev)",
+        "tests/integrations/test_reversible_chains.py -k freia",
+    ),
+    Fault(
+        "log-det of an inverse linear map without its sign",
+        "fastflow/integrations/nflows_layers.py",
+        "return columns[0].mT, -log_det.expand",
+        "return columns[0].mT, log_det.expand",
+        "tests/integrations/test_nflows.py -k linear_maps",
+    ),
+    Fault(
+        "log-det of the unconditional part lost",
+        "fastflow/integrations/nflows_layers.py",
+        "identity), log_det + log_det_identity",
+        "identity), log_det",
+        "tests/integrations/test_nflows.py -k test_couplings",
+    ),
+    Fault(
+        "hooks of inner chains skipped",
+        "fastflow/integrations/nflows_layers.py",
+        "if isinstance(layer, Composite) and not has_hooks(layer):",
+        "if isinstance(layer, Composite):",
+        "tests/integrations/test_reversible_chains.py -k hooks",
+    ),
+    Fault(
+        "matrices in a half precision that they do not have",
+        "fastflow/integrations/nflows_layers.py",
+        "return layer.bias.dtype not in (torch.float32, torch.float64)",
+        "return False",
+        "tests/integrations/test_check.py",
+    ),
+    Fault(
+        "raw sizes of splines without their factor",
+        "fastflow/integrations/spline_layers.py",
+        "order, width**-0.5, inverse)",
+        "order, 1.0, inverse)",
+        "tests/integrations/test_nflows.py -k spline_couplings",
+    ),
+    Fault(
+        "values outside the bounds of circular layers kept",
+        "fastflow/integrations/spline_layers.py",
+        "outputs.masked_fill(inputs.abs() > limit, 0)",
+        "outputs",
+        "tests/integrations/test_normflows.py -k circular",
+    ),
+    Fault(
+        "shift after the scale of an inverse sigmoid",
+        "fastflow/integrations/normflows_layers.py",
+        '"affine_order": "shift_first"',
+        '"affine_order": "scale_first"',
+        "tests/integrations/test_normflows.py",
+    ),
+    Fault(
+        "flows recomputed in the order of sampling",
+        "fastflow/integrations/normflows_layers.py",
+        "for flow in reversed(self.flows)]",
+        "for flow in self.flows]",
+        "tests/integrations/test_reversible_chains.py -k normflows",
+    ),
+    Fault(
+        "shift and scale of zuko exchanged",
+        "fastflow/integrations/zuko_layers.py",
+        'Affine("soft_clip", params_layout="shift_scale"',
+        'Affine("soft_clip", params_layout="scale_shift"',
+        "tests/integrations/test_zuko.py -k test_layers",
+    ),
+    Fault(
+        "angles inverted without their shift",
+        "fastflow/integrations/zuko_layers.py",
+        'form._replace(tails="half_turn") if univariate.circular else form',
+        "form",
+        "tests/integrations/test_zuko.py -k angles",
+    ),
+    Fault(
+        "angles beyond the circle in one pass",
+        "fastflow/integrations/zuko_layers.py",
+        "return bool((y.abs() > bound).any())",
+        "return False",
+        "tests/integrations/test_zuko.py -k 'angles or test_layers'",
+    ),
+    Fault(
+        "chains within a reversible chain are reversible too",
+        "fastflow/integrations/accelerate.py",
+        "within.update(module.modules())",
+        "within.add(module)",
+        "tests/integrations/test_reversible_chains.py -k nflows",
+    ),
+    Fault(
+        "a refused model stays accelerated",
+        "fastflow/integrations/accelerate.py",
+        "module.__class__ = c",
+        "pass",
+        "tests/integrations/test_check.py",
+    ),
+    Fault(
+        "NaN passes the check",
+        "fastflow/integrations/check.py",
+        "if not error <= limit:",
+        "if error > limit:",
+        "tests/integrations/test_check.py",
+    ),
+    Fault(
+        "the check initializes the model",
+        "fastflow/integrations/check.py",
+        "check(copy.deepcopy(model))",
+        "check(model)",
+        "tests/integrations/test_check.py",
+    ),
+]
+
 AREAS = {
     "references": REFERENCE,
     "Triton kernels": TRITON,
@@ -2104,5 +2247,6 @@ AREAS = {
     "trainer": TRAINER,
     "checkpoint": CHECKPOINT,
     "explore": EXPLORE,
+    "integrations": INTEGRATIONS,
 }
 FAULTS = [fault for faults in AREAS.values() for fault in faults]

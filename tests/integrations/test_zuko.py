@@ -71,6 +71,23 @@ def test_layers(name, features, options, univariate, context):
     )
 
 
+@pytest.mark.parametrize(
+    "context, options", [(None, {}), (CONTEXT, {"residual": True, "activation": nn.ELU})]
+)
+def test_angles_take_one_pass(context, options, monkeypatch):
+    model = layer("MaskedAutoregressiveTransform", 5, context, **CIRCULAR | options)
+    x, c = 2 * math.pi * torch.rand(20, 5) - math.pi, None if context is None else torch.randn(20, context)
+    assert_same(ff, model, BOTH, x, c)
+    calls, forward = [], zuko.nn.MaskedLinear.forward
+    monkeypatch.setattr(zuko.nn.MaskedLinear, "forward", lambda m, v: calls.append(m) or forward(m, v))
+    ff.accelerate(model)
+    model(c).inv(x)
+    assert not calls  # one pass, in the op
+    x[3, 2] = 3.2
+    model(c).inv(x)
+    assert len(calls) == 5 * sum(isinstance(m, zuko.nn.MaskedLinear) for m in model.modules())
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_graphs(residual):
     torch.manual_seed(0)

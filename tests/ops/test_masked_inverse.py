@@ -33,7 +33,11 @@ SPLINES = {
     f"{convention} {tails}": Spline(4, 3.0, tails, convention, 0.8)
     for convention in ("fastflow", "nflows", "zuko")
     for tails in ("linear", "circular", "none")
-} | {"freia linear": Spline(4, 3.0, "linear", "freia")}
+} | {
+    "freia linear": Spline(4, 3.0, "linear", "freia"),
+    "nflows half_turn": Spline(4, 3.0, "half_turn", "nflows"),
+    "zuko half_turn": Spline(4, 3.0, "half_turn", "zuko"),
+}
 
 
 @dataclass
@@ -62,6 +66,8 @@ class Network:
         self.z = torch.randn(self.samples, d, dtype=dtype)
         if isinstance(self.transformer, Spline) and self.transformer.tails == "none":
             self.z = torch.rand(self.samples, d, dtype=dtype)
+        if isinstance(self.transformer, Spline) and self.transformer.tails == "half_turn":
+            self.z = 5 * torch.rand(self.samples, d, dtype=dtype) - 2.5
         rank = self.order.argsort()  # of a feature in the order
         of_features, of_params = rank + 1, rank.repeat_interleave(each)
         degrees = [of_features, *self.degrees, of_params]
@@ -157,6 +163,7 @@ NETWORKS = {
     "many features": lambda: Network(features=90, degrees=degrees(90, 70, 120), samples=3),
     "no samples": lambda: Network(samples=0, context=True),
     "one sample": lambda: Network(samples=1),
+    "angles": lambda: Network(transformer=Spline(3, 2.5, "half_turn", "zuko"), activation="tanh"),
 }
 each_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 each_transformer = pytest.mark.parametrize(
@@ -180,6 +187,28 @@ def test_transformers(transformer, context):
     network = Network(transformer=transformer, context=context, samples=33, activation="tanh")
     found = network.inverse()
     torch.testing.assert_close(found, network.inverse_by_passes(network.z), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_half_turn_is_that_of_remainder(dtype):
+    """At 0 and the ends of the circle; the spline is the identity."""
+    pi = torch.tensor(math.pi, dtype=dtype)
+    z = torch.stack([pi, -pi, pi / 2, 0 * pi, -0 * pi, 1e-30 + 0 * pi, -1e-30 - 0 * pi, -pi / 3])
+    transformer = Spline(2, math.pi, "half_turn", "zuko", min_slope=0.5)
+    x, log_det = ops.masked_inverse(
+        z[:, None],
+        torch.zeros(5, dtype=dtype),
+        torch.zeros(5, dtype=dtype),
+        ends=torch.empty(0, 1, dtype=torch.int64),
+        order=torch.zeros(1, dtype=torch.int64),
+        widths=[],
+        layers=[0],
+        transformer=transformer,
+    )
+    turned = torch.remainder(z, 2 * math.pi) - math.pi
+    for f in (torch.sin, torch.cos):  # near 0 either end of the circle is right
+        torch.testing.assert_close(f(x[:, 0]), f(turned), rtol=0, atol=50 * torch.finfo(dtype).eps)
+    assert x.abs().max() <= pi + 50 * torch.finfo(dtype).eps and log_det.abs().max() < 1e-6
 
 
 @each_transformer

@@ -84,7 +84,8 @@ def _check(
         raise validation.argument_error(argument, validation.shape_of(z), "vectors [N, D]")
     validation.one_of("activation", activation, ACTIVATIONS)
     if bins:
-        check_form(bins, bound, tails, convention, factor, min_bin, min_slope)
+        as_spline = "linear" if tails == "half_turn" else tails
+        check_form(bins, bound, as_spline, convention, factor, min_bin, min_slope)
     else:
         validation.one_of("scale", scale, SCALES)
         validation.one_of("affine_order", affine_order, AFFINE_ORDERS)

@@ -107,7 +107,12 @@ class Affine(NamedTuple):
 
 
 class Spline(NamedTuple):
-    """Rational-quadratic spline of a masked autoregressive transformation; see :func:`fastflow.ops.spline`."""
+    r"""Rational-quadratic spline of a masked autoregressive transformation; see :func:`fastflow.ops.spline`.
+
+    With the tails ``"half_turn"``, features are angles in :math:`[-b, b]`, b the bound. They are shifted by half of the
+    circle, to :math:`x + b` for :math:`x < 0` and to :math:`x - b` for others, and then transformed by a spline with the
+    tails ``"linear"`` (zuko's NCSF).
+    """
 
     bins: int = 8
     bound: float = 3.0
@@ -120,19 +125,27 @@ class Spline(NamedTuple):
     @property
     def parameters(self) -> int:
         """Number of parameters of a feature."""
-        return Form(*self).per_element
+        return self._form.per_element
+
+    @property
+    def _form(self) -> Form:
+        return Form(*(self._replace(tails="linear") if self.tails == "half_turn" else self))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return torch.where(x < 0, x + self.bound, x - self.bound) if self.tails == "half_turn" else x
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """z and log dz/dx of each element, for parameters ``[..., P]``."""
-        return _elementwise(x, params, Form(*self), False)
+        return _elementwise(self._turned(x), params, self._form, False)
 
     def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """x and log dx/dz."""
-        return _elementwise(z, params, Form(*self), True)
+        x, log_slope = _elementwise(z, params, self._form, True)
+        return self._turned(x), log_slope
 
     def pullback(self, x: Tensor, params: Tensor, g: Tensor, dlog_slope: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients ``(dx, dparams)`` of :meth:`forward` for those of its results."""
-        _, dx, dparams = _pullback(x, params, g, dlog_slope, Form(*self), "x")
+        _, dx, dparams = _pullback(self._turned(x), params, g, dlog_slope, self._form, "x")
         return dx, dparams
 
 
