@@ -40,7 +40,8 @@ def measure(case: drop_in.Case, options: argparse.Namespace) -> list[dict]:
     rows, found = [], providers(case, flow)
     for name, m in found.items():
         error = drop_in.check(case, flow, m, x, context)
-        kept = drop_in.kept_bytes(drop_in.training_step(case, m, x, context), m, (x, context))
+        # forward only: in backward a reversible chain keeps what one step saves, and frees it
+        kept = drop_in.kept_bytes(lambda m=m: case.log_prob(m, x, context), m, (x, context))
         row = {"flow": case.name, "library": case.integration, "batch": batch, "features": features}
         row |= {"context": contexts, "provider": name, "kept_bytes": kept, "error": f"{error:.1e}"}
         rows.append(row | harness.metadata(options.device))
