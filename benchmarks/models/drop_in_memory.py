@@ -56,10 +56,8 @@ def table(rows: list[dict]) -> str:
     for (flow, library), by in found.items():
         first = by["before"]
         size = ", ".join(str(first[k]) for k in ("batch", "features", "context"))
-        kept = [f"{int(r['kept_bytes']) / 2**20:.2f}" for r in by.values()]
-        fewer = int(first["kept_bytes"]) / int(by["reversible"]["kept_bytes"])
-        lines.append([flow, library, size, *kept, f"{fewer:.0f}"])
-    head = ["flow", "library", "batch, D, context", "before, MiB", "accelerated", "reversible", "times less"]
+        lines.append([flow, library, size, *(f"{int(r['kept_bytes']) / 1024:,.0f}" for r in by.values())])
+    head = ["flow", "library", "batch, D, context", "before, KiB", "accelerated", "reversible"]
     about = "{device}, torch {torch}, commit {commit}, {date}".format(**rows[0])
     return f"{page.table(head, lines)}\n\n({about})"
 
