@@ -37,7 +37,7 @@ def chain(n, features=6):
 def taught(x, steps, epochs, hidden):
     """A MAF fitted to x, an IAF that is distilled from it, and the divergences of all steps."""
     features = x.shape[1]
-    teacher = MAF(features=features, steps=5, hidden=hidden, activation="silu")
+    teacher = MAF(features=features, steps=5, hidden=hidden, activation="silu", scale="soft_clamp")
     print(fastflow.fit(teacher, x, lr=2e-3, max_epochs=epochs, schedule="cosine", progress=False))
     student = IAF(features=features, steps=5, hidden=hidden, activation="silu")
     return teacher, student, explore.distill(teacher, student, steps, lr=2e-3)

@@ -53,6 +53,7 @@ class IAFConfig(ModelConfig):
 class MAFConfig(IAFConfig):
     """Options of :class:`MAF`, which documents them."""
 
+    scale: Literal["soft_clamp", "tanh", "soft_clip", "sigmoid", "softplus", "exp"] = "soft_clip"
     batch_norm: bool = False
 
 
@@ -89,7 +90,7 @@ def _arguments(config: IAFConfig, flow: Sequential) -> tuple[object, ...]:
 
 
 class MAF(Model):
-    """Masked autoregressive flow (Papamakarios, Pavlakou and Murray, arXiv:1705.07057) of vectors.
+    r"""Masked autoregressive flow (Papamakarios, Pavlakou and Murray, arXiv:1705.07057) of vectors.
 
     A step is an affine :class:`~fastflow.nn.MaskedAutoregressive` layer; between two steps the features are permuted.
     ``log_prob`` is the exact log-density. Densities take one pass of each network, and so do samples, up to a factor:
@@ -107,7 +108,8 @@ class MAF(Model):
         dropout: probability of dropout in the networks.
         order: order of the features in the next step: reversed, or a random permutation.
         scale: scale function of the layers, see :class:`~fastflow.nn.MaskedAutoregressive`. With ``"sigmoid"`` and
-            ``"softplus"``, the flow does not start as the identity.
+            ``"softplus"``, the flow does not start as the identity. The default grows slowly to its bounds
+            :math:`e^{\pm 5}`: ``"soft_clamp"`` has had densities far too low where the training set has no samples.
         prior: ``"gaussian"``, or a :class:`~fastflow.nn.Prior` or a continuous distribution of torch.distributions of
             shape ``[D]``.
         reversible: recompute activations in backward instead of storing them.

@@ -117,6 +117,14 @@ def test_it_starts_as_a_gaussian(kind):
     torch.testing.assert_close(model.log_prob(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_saved_models_keep_their_scale(tmp_path):
+    """The default of MAF was "soft_clamp"."""
+    for scale in ("soft_clamp", "soft_clip"):
+        fastflow.save(tmp_path / "flow.pt", MAF(features=2, hidden=4, scale=scale))
+        assert fastflow.load(tmp_path / "flow.pt").config["scale"] == scale
+    assert MAF(features=2, hidden=4).config["scale"] == "soft_clip"
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_fit_save_load_and_samples_of_a_context(tmp_path, batch_norm):
     torch.manual_seed(0)
