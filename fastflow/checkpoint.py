@@ -5,7 +5,8 @@ A checkpoint is a file of ``torch.save`` that holds a plain dict::
     {"format": 1, "fastflow": version, "model": class name, "config": constructor arguments or None,
      "state_dict": ..., "training": None or the trainer's state}
 
-Without constructor arguments, ``"layers"`` has the class and the options of each layer, for messages.
+Without constructor arguments, ``"layers"`` has the class and the options of each layer, for messages. A file of
+safetensors holds the same, without ``"training"``: the tensors, and the rest as JSON in its metadata.
 """
 
 import os
@@ -24,6 +25,8 @@ from fastflow.models.options import FORMER_NAMES
 
 FORMAT = 1
 _INTO = "expected into=model, built as the model that was saved: fastflow.load(path, into=model)"
+# options of models that count layers, of which each has a weight
+_DEPTHS = ("levels", "steps", "blocks", "layers", "couplings", "scales", "depth", "dense_blocks")
 _KEYS = ("format", "fastflow", "model", "config", "state_dict", "training")
 
 
@@ -72,9 +75,12 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
     object) it has the weights only: build the model again, and :func:`load` fills it. A distribution of
     torch.distributions is no weight, and not in the file.
 
+    A ``path`` that ends with ``.safetensors`` gets a file of safetensors: the same, without ``training``. It needs the
+    package safetensors.
+
     ``training``: a plain dict of tensors, numbers, strings, lists and dicts, which ``read`` returns.
 
-    Raises CheckpointError for anything but a model, OSError if the file cannot be written.
+    Raises CheckpointError for anything but a model, and for ``training`` in a file of safetensors, OSError if the file cannot be written.
     """
     import fastflow
 
@@ -82,6 +88,11 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
     if not isinstance(model, Model):
         raise CheckpointError(
             f"{path}: model: got {type(model).__name__}, expected a model of fastflow.models"
+        )
+    as_safetensors = path.suffix == ".safetensors"
+    if as_safetensors and training is not None:
+        raise CheckpointError(
+            f"{path}: training: got a {type(training).__name__}, expected None or a .pt file"
         )
     contents = {
         "format": FORMAT,
@@ -95,7 +106,10 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
         contents["layers"] = _layers(model)
     try:
         with replacing(path) as file:
-            torch.save(contents, file)
+            if as_safetensors:
+                file.write(archive.to_safetensors(contents))
+            else:
+                torch.save(contents, file)
     except (OSError, RuntimeError) as error:  # torch may raise an error of its own, which hides the disk's
         disk = error
         while disk is not None and not isinstance(disk, OSError):
@@ -118,7 +132,7 @@ def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict:
 
 def _checked(contents: object, path: Path) -> dict:
     if not isinstance(contents, dict) or "format" not in contents or "fastflow" not in contents:
-        raise CheckpointError(f"{path}: not a checkpoint of FastFlow, although a file of torch.save")
+        raise CheckpointError(f"{path}: not a checkpoint of FastFlow, although its contents can be read")
     if contents["format"] != FORMAT:
         import fastflow
 
@@ -139,19 +153,28 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
     name, config, state = contents["model"], contents["config"], contents["state_dict"]
     if config is None:
         raise CheckpointError(f"{path}: holds the weights of {name!r} without its options; {_INTO}")
-    if name not in fastflow.models.__all__:
-        known = ", ".join(fastflow.models.__all__)
+    exported = {key: getattr(fastflow.models, key) for key in fastflow.models.__all__}
+    classes = [
+        k for k, c in exported.items() if isinstance(c, type) and issubclass(c, Model) and c is not Model
+    ]
+    if name not in classes:
+        known = ", ".join(classes)
         raise CheckpointError(
             f"{path}: holds the model {name!r}; fastflow {fastflow.__version__} knows {known}"
         )
     try:
+        options = {FORMER_NAMES.get(k, k): v for k, v in config.items()}
+        _check_depth(options, state)
+        with torch.device("meta"):  # options of a damaged file may be those of a model larger than the memory
+            _check_state(exported[name](**options), state, path)
         with torch.random.fork_rng([]):  # the initial weights are replaced: the generator need not advance
-            model = getattr(fastflow.models, name)(**{FORMER_NAMES.get(k, k): v for k, v in config.items()})
-    except (TypeError, ValueError) as error:
+            model = exported[name](**options)
+    except CheckpointError:
+        raise
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: {name} does not take its configuration ({archive.first_line(error)})"
         ) from error
-    _check_state(model, state, path)
     dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(dtypes) == 1:
         model.to(*dtypes)  # also the buffers that are not in the state dict
@@ -197,6 +220,14 @@ def _is_rebuilt(model: Model) -> bool:
 def _layers(model: Model) -> dict[str, str]:
     """Class and options of each module by its name."""
     return {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in model.named_modules()}
+
+
+def _check_depth(options: dict, state: object) -> None:
+    """Raise ValueError for more layers than there are weights: building them would take for ever."""
+    most = len(state) if isinstance(state, dict) else 0
+    for name in _DEPTHS:
+        if isinstance(options.get(name), int) and options[name] > most:
+            raise validation.argument_error(name, options[name], f"at most the number of weights, {most}")
 
 
 def _check_state(model: Model, state: object, path: str | os.PathLike) -> None:

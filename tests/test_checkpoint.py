@@ -2,11 +2,13 @@
 
 import io
 import random
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save as save_tensors
 
 import fastflow
 from fastflow import CheckpointError, checkpoint
@@ -298,3 +300,61 @@ def test_damaged_and_tampered_files(tmp_path):
     torch.save({"state_dict": own().state_dict()}, path)
     with pytest.raises(CheckpointError, match="published weights, which are loaded without into="):
         fastflow.load(path, into=own())
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_safetensors_round_trip(tmp_path, double):
+    model = tiny(classes=2, n_bits=5)
+    model = model.double() if double else model
+    fastflow.save(tmp_path / "model.safetensors", model)
+    loaded = fastflow.load(tmp_path / "model.safetensors")
+    assert same_state(model, loaded) and loaded.config == model.config and not loaded.training
+
+
+def test_safetensors_of_own_layers_fill_a_model(tmp_path):
+    def model():
+        return FlowModel(fnn.Sequential(fnn.Affine(3), fnn.LULinear(3)), fnn.GaussianPrior((3,)))
+
+    saved, path = model(), tmp_path / "model.safetensors"
+    fastflow.save(path, saved)
+    refused(path, "into=model")
+    assert same_state(fastflow.load(path, into=model()), saved)
+
+
+def test_safetensors_that_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(CheckpointError, match="training: got a dict, expected None"):
+        fastflow.save(path, tiny(), {"step": 1})
+    fastflow.save(path, tiny())
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    assert whole[8:9] == b"{"
+    for size in (9, 40, 8 + header, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        refused(path)
+    path.write_bytes((10**10).to_bytes(8, "little") + whole[8:])
+    refused(path, "header too large")
+    path.write_bytes(save_tensors({"a": torch.zeros(2)}))
+    refused(path, "not a checkpoint of FastFlow")
+    path.write_bytes(save_tensors({"a": torch.zeros(2)}, metadata={"fastflow": "[" * 10**5}))
+    refused(path)
+
+
+def test_a_zip_bomb_is_refused_unread(tmp_path):
+    path, start = tmp_path / "model.pt", time.perf_counter()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", bytes(2 * 10**8))
+    written = time.perf_counter() - start
+    start = time.perf_counter()
+    refused(path, "larger than the file")
+    assert time.perf_counter() - start < written / 4 + 0.1
+
+
+@pytest.mark.parametrize("options", [{"hidden": 10**6}, {"steps": 10**9}, {"steps": True, "levels": None}])
+def test_options_of_a_model_without_end_are_refused(tmp_path, options):
+    fastflow.save(tmp_path / "model.pt", tiny())
+    config = torch.load(tmp_path / "model.pt", weights_only=True)["config"]
+    rewrite(tmp_path / "model.pt", config=config | options)
+    start = time.perf_counter()
+    refused(tmp_path / "model.pt")
+    assert time.perf_counter() - start < 10

@@ -331,7 +331,7 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     whole = path.read_bytes()
     for length in (0, 3, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        refused(path, "truncated or damaged|not a file that torch.save wrote")
+        refused(path, "truncated or damaged|no file of torch.save or safetensors")
     path.write_bytes(whole[: len(whole) // 2] + b"\xff" + whole[len(whole) // 2 + 1 :])
     refused(path, "damaged")
     torch.save({"state_dict": published("simple"), "callbacks": Code()}, path)
