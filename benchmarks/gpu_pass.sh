@@ -133,6 +133,7 @@ benchmark models.inverse_precision 30 --docs "$logs/docs"
 benchmark models.mnist_flows 20 --docs "$logs/docs" --seconds 1
 benchmark models.neural_spline_flow 25 --docs "$logs/docs" --seconds 1
 benchmark models.autoregressive_flow 25 --docs "$logs/docs" --seconds 1
+benchmark models.residual_flow 25 --docs "$logs/docs" --seconds 1
 
 echo
 cat "$summary"

@@ -78,6 +78,7 @@ STAGES = {
     "mnist_flows",
     "neural_spline_flow",
     "autoregressive_flow",
+    "residual_flow",
     *harness.with_cases(),
 }
 
