@@ -219,6 +219,11 @@ class Run:
         found, kept = self.data_fingerprint[shape_and_classes], training["data"][shape_and_classes]
         if found != kept:
             raise config_error("data", f"shape and classes {found}", f"{kept} as in the run {self.folder}")
+        names = training.get("classes")
+        found = self.source.class_names if isinstance(self.source, data.Folder) else names
+        if self.conditional and names is not None and found != names:
+            got, expected = (f"classes {', '.join(each or ())}" for each in (found, names))
+            raise config_error("data", got, f"{expected} as in the run {self.folder}")
         self.eval_model = checkpoint.build(saved, self.last).to(self.device)
         if config.steps < (step := training["step"]):
             raise config_error("steps", config.steps, f"at least {step}, the current step of the run")

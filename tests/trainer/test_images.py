@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastflow.trainer import data
-from fastflow.trainer.data.decode import DamagedError, decode, is_gray
+from fastflow.trainer.data.decode import DamagedError, decode, header
 from fastflow.trainer.data.source import DataError
 from tests.support.pictures import save_images
 from tests.support.tables import Table
@@ -210,6 +210,7 @@ def test_the_background_is_a_color(tmp_path):
     Image.new("RGBA", (4, 4)).save(tmp_path / "a.png")
     Image.new("RGBA", (4, 4)).save(tmp_path / "b.png")
     source = data.load(str(tmp_path), image_size=4, background="navy")
+    assert source.notes[0].endswith("; transparency on navy")
     x, _ = data.Batches(source, 1, seed=0)[0]
     for images in (x, source.test):
         assert (images[0, :, 0, 0] == images.new_tensor([0, 0, 128])).all()
@@ -292,7 +293,8 @@ def test_gray_folders_have_one_channel(tmp_path):
     source = data.load(str(tmp_path), image_size=SIDE)
     assert source.shape == (1, SIDE, SIDE) and source.test.shape[1] == 1
     assert "all gray: one channel" in source.notes[0]
-    assert data.load(str(tmp_path), image_size=SIDE, channels=3).shape == (3, SIDE, SIDE)
+    source = data.load(str(tmp_path), image_size=SIDE, channels=3)
+    assert source.shape == (3, SIDE, SIDE) and source.notes[0].endswith("; all gray: three equal channels")
     for i in range(20, 200):
         Image.fromarray(GRAY).save(tmp_path / f"{i}.png")
     files = [f.name for f in data.load(str(tmp_path), image_size=SIDE)._files]
@@ -304,8 +306,10 @@ def test_gray_folders_have_one_channel(tmp_path):
         data.Batches(source, source.length, seed=0)[0]
     source = data.load(str(tmp_path), image_size=SIDE, channels=1)
     x, _ = data.Batches(source, source.length, seed=0)[0]
-    assert x.shape[1:] == (1, SIDE, SIDE) and "gray" not in source.notes[0]
+    assert x.shape[1:] == (1, SIDE, SIDE)
     rgb(COLOR).save(tmp_path / files[0])
+    source = data.load(str(tmp_path), image_size=SIDE, channels=1)
+    assert source.notes[0].endswith("; color converted to gray")
     source = data.load(str(tmp_path), image_size=SIDE)
     x, _ = data.Batches(source, source.length, seed=0)[0]
     assert source.shape == (3, SIDE, SIDE) and (x[:, 0] == x[:, 1]).all((1, 2)).sum() == source.length - 2
@@ -328,12 +332,13 @@ def test_what_counts_as_gray(tmp_path):
     }
     for name, each in (gray | color).items():
         each.save(tmp_path / name)
-        assert is_gray(tmp_path / name) == (name in gray), name
+        assert header(tmp_path / name).gray == (name in gray), name
+        assert header(tmp_path / name).transparent == (name == "la.png")
     same(tmp_path / "p.png", GRAY[None], channels=1)
     same(tmp_path / "rgb.png", GRAY[None], channels=1)
     pairs = np.stack([GRAY, ALPHA], -1).astype(">u2") * 257
     png(tmp_path / "la16.png", [row.tobytes() for row in pairs.astype(">u2")], 16, 4)
-    assert is_gray(tmp_path / "la16.png")
+    assert header(tmp_path / "la16.png") == (True, True)
 
 
 @FILES.shows("names with spaces")

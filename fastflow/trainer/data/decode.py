@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -90,10 +90,17 @@ def opened(file: Path) -> Iterator["Image.Image"]:
         raise DamagedError(f"{printable(file)}: cannot be read as an image") from error
 
 
-def is_gray(file: Path) -> bool:
-    """Whether a file has one channel or a gray palette, and perhaps transparency; only its header is read."""
+class Header(NamedTuple):
+    """Whether an image is ``gray``, of one channel or with a palette of grays, and may be ``transparent``."""
+
+    gray: bool
+    transparent: bool
+
+
+def header(file: Path) -> Header:
+    """What the header of an image tells; its pixels are not read. Raises as :func:`decode`."""
     with opened(file) as image:
-        return _is_gray(image)
+        return Header(_is_gray(image), image.has_transparency_data)
 
 
 def check_background(color: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from torch import Tensor
 from fastflow.trainer.data.decode import (
     BACKGROUND,
     DamagedError,
+    Header,
     check_background,
     decode,
-    is_gray,
+    header,
     opened,
     printable,
 )
@@ -55,8 +57,15 @@ class Folder:
             parts = self._without_damaged(parts, path)
         train, test, validation = parts
         files = [file for file, _ in train]
-        self._gray_only = channels is None and _all_gray(files)
-        self._remarks += ["all gray: one channel"] if self._gray_only else []
+        headers = _some_headers(files)
+        all_gray = all(each.gray for each in headers)
+        self._gray_only = channels is None and all_gray
+        if channels == 1 and not all_gray:
+            self._remarks.append("color converted to gray")
+        elif all_gray:
+            self._remarks.append(f"all gray: {'three equal channels' if channels == 3 else 'one channel'}")
+        if any(each.transparent for each in headers):
+            self._remarks.append(f"transparency on {self._background}")
         self._remarks += listing.remarks()
         self.name, self.shape = path.resolve().name, (1 if self._gray_only else channels or 3, size, size)
         self._path, self._files, self.length = path, files, len(train)
@@ -137,9 +146,13 @@ class Folder:
         return kept
 
 
-def _all_gray(files: list[Path]) -> bool:
-    looked_at = min(100, len(files))
-    return all(is_gray(files[i * len(files) // looked_at]) for i in range(looked_at))
+def _some_headers(files: list[Path]) -> list[Header]:
+    """The headers of at most 100 files, spread evenly; a damaged file is an error when it is decoded."""
+    count, found = min(100, len(files)), []
+    for i in range(count):
+        with suppress(DamagedError):
+            found.append(header(files[i * len(files) // count]))
+    return found
 
 
 def _is_damaged(file: Path) -> bool:
