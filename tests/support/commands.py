@@ -8,6 +8,7 @@ import ctypes
 import gc
 import json
 import os
+import resource
 import runpy
 import select
 import signal
@@ -34,12 +35,15 @@ class Commands:
         self._started = []
         self.ended = {}  # exit codes by process id, negative for a signal
 
-    def start(self, log, *argv, cwd=None, out=None, ignored=(), overrides=True, **environment):
+    def start(
+        self, log, *argv, cwd=None, out=None, ignored=(), overrides=True, file_size=None, **environment
+    ):
         """``fastflow argv`` in the folder ``cwd``, with more ``environment``; both outputs go to the file ``log``.
 
         ``out``: another file for standard output.
         ``ignored``: signals that the command inherits as ignored, as one does that nohup starts.
         ``overrides``: False: permissions of files hold for root too.
+        ``file_size``: bytes to which every file may grow, as if the disk were then full.
         """
         request = {
             "argv": list(argv),
@@ -48,6 +52,7 @@ class Commands:
             "cwd": str(cwd or Path.cwd()),
         }
         request |= {"ignored": list(ignored), "out": str(out or log), "overrides": overrides}
+        request |= {"file_size": file_size}
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
         while (started := self._next(60)) is None:
             pass
@@ -164,6 +169,8 @@ def _become(request):
     if not request["overrides"]:
         _heed_permissions()
     os.environ |= request["environment"]
+    if request["file_size"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
     # whoever started the tests may have ignored signals: a shell does so for a job in the background
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)

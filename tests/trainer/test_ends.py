@@ -1,134 +1,126 @@
-"""Every end of ``fastflow train``: one line, the right exit code, soon, and no process left, with any number of workers."""
+"""Every end of ``fastflow train``: the right exit code, soon, at most one line, and no process left, with any number of
+workers, alone and with two ranks."""
 
 import os
 import resource
-import shutil
 import signal
-import socket
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastflow import checkpoint
+from tests.support.training import KILLED, LOST, Train, damaged, images
 
 pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL.Image")
 
-SETTINGS = (
-    "--levels 1 --steps-per-level 1 --hidden 4 --batch-size 4 --image-size 8 --final-samples 1 --samples 1"
-)
-SETTINGS = f"{SETTINGS} --steps 100000 --save-every 100000 --eval-every 100000 --sample-every 100000 --reversible no".split()
-SOON = 2.0  # seconds, on an idle machine
-WORKERS = [0, 1, 4]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """40 images."""
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return folder
+    return images(tmp_path_factory.mktemp("ends") / "images")
 
 
-class Train:
-    """``fastflow train`` in one process, or in ``ranks`` that find each other as torchrun's do, until it takes steps."""
+@pytest.fixture(
+    params=[(0, 1), (1, 1), (4, 1), (0, 2), (1, 2), (4, 2)], ids="{0[0]}_workers_{0[1]}_ranks".format
+)
+def started(request, commands, folder, tmp_path):
+    """A function that starts a run; it has the numbers of workers and ranks."""
+    workers, ranks = request.param
 
-    def __init__(self, commands, place, data, workers, ranks=1, ignored=()):
-        self.run = place / "run"
-        argv = ["train", "--data", str(data), "--out", str(self.run), "--workers", str(workers), *SETTINGS]
-        environment, self.ranks = [{}], []
-        if ranks > 1:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                shared = {
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(s.getsockname()[1]),
-                    "WORLD_SIZE": str(ranks),
-                }
-            environment = [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(ranks)]
-        for i, each in enumerate(environment):
-            self.ranks.append(commands.start(place / f"{i}.log", *argv, ignored=ignored, **each))
-        self.first = self.ranks[0]
+    def start(name, data=folder, more=None, **options):
+        options |= {} if more is None else {"more": more.split()}
+        return Train(commands, tmp_path / name, data, workers, ranks, **options)
 
-    def steps(self, count=3):
-        """Wait until it has taken ``count`` steps."""
-        self.first.wait_for(lambda: self.metrics().count(b"\n") > count)
-        return self
-
-    def metrics(self):
-        path = self.run / "metrics.csv"
-        return path.read_bytes() if path.exists() else b""
-
-    def ends(self, codes, *lines):
-        """Assert the exit codes, the last line of each of the first ranks, and that no process is left."""
-        began, soon = time.monotonic(), SOON * max(1, os.getloadavg()[0] / os.cpu_count())
-        found = [rank.wait(20) for rank in self.ranks]
-        took = time.monotonic() - began
-        left = [not rank.gone(max(0.1, soon - took)) for rank in self.ranks]
-        said = [rank.said() for rank in self.ranks]
-        assert found == codes, said
-        assert took < soon and not any(left), (took, left, said)
-        for text in said:
-            assert "Traceback" not in text and "leaked" not in text and len(text.splitlines()) <= 3, text
-        for words, text in zip(lines, said, strict=False):
-            assert words in text.splitlines()[-1], text
+    start.workers, start.ranks = workers, ranks
+    return start
 
 
-def worker_of(command):
-    return max(pid for pid in command.processes() if pid != command.pid)
-
-
-@pytest.mark.parametrize("workers", WORKERS)
-def test_ends_of_one_process(workers, commands, folder, tmp_path):
-    def started(name):
-        (tmp_path / name).mkdir()
-        return Train(commands, tmp_path / name, folder, workers).steps()
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        run = started(signum.name)
-        for pid in run.first.processes():  # as a terminal and a scheduler do
-            os.kill(pid, signum)
-        run.ends([128 + signum], "to go on: python -m fastflow train --resume")
+def test_signals_save(started):
+    for signum in SIGNALS:
+        run = started(signum.name).steps()
+        for _ in range(2):  # as Slurm, which signals each process, and then torchrun
+            run.signal(signum)
+        # a rank that has not got it yet stops with the others, as after SIGTERM
+        run.ends((128 + signum, 128 + signal.SIGTERM), "to go on: python -m fastflow train --resume")
         assert checkpoint.read(run.run / "last.pt")["training"]["step"] >= 3
-    run = started("SIGKILL")
-    assert len(run.first.processes()) == 1 + workers
-    os.kill(run.first.pid, signal.SIGKILL)
-    run.ends([-signal.SIGKILL])
-    run = started("full disk")
+
+
+def test_accidents(started, folder, tmp_path):
+    alone, last = started.ranks == 1, started.ranks - 1
+    run = started("killed").steps()
+    assert [len(rank.processes()) for rank in run.ranks] == [1 + started.workers] * started.ranks
+    os.kill(run.ranks[last].pid, signal.SIGKILL)
+    run.ends(KILLED if alone else [1, KILLED], *([] if alone else [LOST.format(0)]))
+    if started.workers:
+        run = started("killed worker").steps()
+        os.kill(run.workers(run.ranks[last])[-1], signal.SIGKILL)
+        run.ends(
+            1, *([] if alone else [LOST.format(0)]), "a data-loading process was killed by SIGKILL; if memory"
+        )
+    run = started("damaged", damaged(folder, tmp_path / "data"))
+    run.first.wait_for(lambda: any("error" in text for text in run.said()))
+    run.ends(1)
+    assert any("/data/7.png: cannot be read as an image" in text for text in run.said())
+
+
+def test_full_disks_and_closed_pipes(started, tmp_path):
+    others = [LOST.format(1)] * (started.ranks - 1)
+    run = started("rows").steps()
     resource.prlimit(run.first.pid, resource.RLIMIT_FSIZE, (1500, 1500))
-    run.ends([1], ": File too large")  # metrics.csv or TensorBoard's events
-    run = Train(commands, tmp_path, damaged(folder, tmp_path / "data"), workers)
+    run.ends(1, ": File too large", *others)  # metrics.csv or TensorBoard's events
+    run = started("pictures", more="--steps 40 --eval-every 40 --sample-every 20")
+    run.first.wait_for((run.run / "last.pt").exists)
+    (run.run / "samples.png.tmp").symlink_to("/dev/full")
     run.first.wait_for(lambda: "error" in run.first.said())
-    run.ends([1], "/data/7.png: ")
+    run.ends(1, "/run/samples.png: No space left on device", *others)
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    run = started("pipe", more="--steps 100000 --eval-every 40", stdout=tmp_path / "fifo").steps()
+    os.close(reader)
+    run.first.wait_for(lambda: "error" in run.first.said())
+    run.ends(1, "standard output: Broken pipe", *others)
 
 
-@pytest.mark.parametrize("workers", WORKERS[1:])
-def test_a_killed_worker_ends_the_run(workers, commands, folder, tmp_path):
-    run = Train(commands, tmp_path, folder, workers).steps()
-    os.kill(worker_of(run.first), signal.SIGKILL)
-    run.ends(
-        [1], "error: a data-loading process was killed by SIGKILL; if memory ran out, use fewer --workers"
-    )
+def test_success(started, tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    run = started("success", tmp_path / "a.npz", "--steps 3")
+    run.first.wait_for(lambda: run.first.said().endswith("samples.png\n"))
+    run.ends(0)
+    assert (run.run / "result.json").exists() and run.said()[1:] == [""] * (started.ranks - 1)
 
 
-def test_schedulers_signals_stop_a_run_and_ignored_ones_do_not(commands, folder, tmp_path):
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "curve.png", "result.json"])
+def test_a_disk_that_is_full_at_other_files(name, commands, folder, tmp_path):
+    more = "--steps 20 --eval-every 10 --sample-every 10 --save-every 10".split()
+    run = Train(commands, tmp_path, folder, 1, more=more)
+    run.first.wait_for((run.run / "last.pt").exists)
+    (run.run / f"{name}.tmp").symlink_to("/dev/full")
+    run.first.wait_for(lambda: "error" in run.first.said())
+    run.ends(1, f"/run/{name}: ")
+
+
+def test_a_signal_to_one_rank_and_a_killed_first_rank(commands, folder, tmp_path):
+    run = Train(commands, tmp_path / "signal", folder, 1, 2).steps()
+    os.kill(run.ranks[1].pid, signal.SIGUSR1)
+    run.ends([128 + signal.SIGTERM, 128 + signal.SIGUSR1], "to go on: python -m fastflow train --resume")
+    run = Train(commands, tmp_path / "killed", folder, 1, 2).steps()
+    os.kill(run.first.pid, signal.SIGKILL)
+    run.ends([KILLED, 1])
+    assert LOST.format(1) in run.said()[1]
+
+
+def test_ignored_signals_stay_ignored(commands, folder, tmp_path):
     run = Train(commands, tmp_path, folder, 1, ignored=[signal.SIGINT, signal.SIGHUP]).steps()
-    for signum in (signal.SIGINT, signal.SIGHUP):
-        os.kill(run.first.pid, signum)
+    run.signal(signal.SIGINT)
+    run.signal(signal.SIGHUP)
     run.steps(run.metrics().count(b"\n") + 3)
-    os.kill(run.first.pid, signal.SIGUSR1)
-    run.ends([128 + signal.SIGUSR1], "to go on: python -m fastflow train --resume")
-    (tmp_path / "again").mkdir()
-    run = Train(commands, tmp_path / "again", folder, 1).steps()
-    for pid in run.first.processes():
-        os.kill(pid, signal.SIGHUP)
-    run.ends([128 + signal.SIGHUP], "to go on: python -m fastflow train --resume")
+    run.signal(signal.SIGUSR1)
+    run.ends(128 + signal.SIGUSR1, "to go on: python -m fastflow train --resume")
 
 
 def test_workers_use_no_shared_memory(commands, folder, tmp_path):
@@ -137,74 +129,4 @@ def test_workers_use_no_shared_memory(commands, folder, tmp_path):
     maps = [Path(f"/proc/{pid}/maps").read_text() for pid in run.first.processes()]
     assert len(maps) == 3 and not any("/dev/shm" in text or "/torch_" in text for text in maps)
     os.kill(run.first.pid, signal.SIGKILL)
-    run.ends([-signal.SIGKILL])
-
-
-@pytest.mark.parametrize("workers", WORKERS)
-def test_ends_of_two_ranks(workers, commands, folder, tmp_path):
-    def started(name, data=folder):
-        (tmp_path / name).mkdir()
-        return Train(commands, tmp_path / name, data, workers, 2)
-
-    lost = "error: rank 0: another rank died or does not respond"
-    run = started("SIGTERM").steps()
-    for rank in run.ranks:  # as torchrun does
-        os.kill(rank.pid, signal.SIGTERM)
-    run.ends([128 + signal.SIGTERM] * 2, "to go on: python -m fastflow train --resume")
-    run = started("lost rank").steps()
-    os.kill(run.ranks[1].pid, signal.SIGKILL)
-    run.ends([1, -signal.SIGKILL], lost)
-    run = started("damaged", damaged(folder, tmp_path / "data"))
-    run.first.wait_for(lambda: any("error" in rank.said() for rank in run.ranks))
-    run.ends([1, 1])
-    assert any("/data/7.png: " in rank.said() for rank in run.ranks)
-    if workers:
-        run = started("killed worker").steps()
-        os.kill(worker_of(run.ranks[1]), signal.SIGKILL)
-        run.ends([1, 1], lost, "error: rank 1: a data-loading process was killed by SIGKILL")
-
-
-def test_outputs_and_environments_that_cannot_be(commands, folder, tmp_path):
-    started, reader = [], tmp_path / "pipe"
-    os.mkfifo(reader)
-    read = os.open(reader, os.O_RDONLY | os.O_NONBLOCK)
-
-    def start(name, words, **options):
-        argv = ["train", "--data", str(folder), "--out", str(tmp_path / name), "--workers", "0", *SETTINGS]
-        started.append((commands.start(tmp_path / f"{name}.log", *argv, **options), words))
-
-    start("full", "error: standard output: No space left on device", out="/dev/full")
-    start("pipe end", "error: standard output: Broken pipe", out=reader)
-    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    start(
-        "rank",
-        "error: rank 0: MASTER_PORT: got none with RANK, expected a port, as torchrun sets it",
-        **alone,
-    )
-    started[1][0].wait_for((tmp_path / "pipe end.log").exists)  # it has opened the pipe, which needs a reader
-    os.close(read)
-    for command, words in started:
-        assert command.wait() == 1, command.said()
-        assert command.said().startswith(words) and len(command.said().splitlines()) == 1, command.said()
-
-
-def test_what_was_found_is_said(commands, folder, tmp_path):
-    pytest.importorskip("sklearn")
-    run = Train(commands, tmp_path, folder, 0).steps(1)
-    os.kill(run.first.pid, signal.SIGKILL)
-    assert "images: 37 to train on, 3 to test on; no classes\n" in run.first.said()
-    (tmp_path / "photos").mkdir()
-    argv = ["train", "--data", "photos", *SETTINGS, "--image-size", "32"]
-    command = commands.start(tmp_path / "log", *argv, cwd=tmp_path)
-    command.wait_for(
-        lambda: "data: photos is built in; the folder of this name is ./photos\n" in command.said()
-    )
-    os.kill(command.pid, signal.SIGKILL)
-    assert command.wait() == -signal.SIGKILL
-
-
-def damaged(folder, copy):
-    """The images of ``folder``, one of which ends early."""
-    shutil.copytree(folder, copy)
-    (copy / "7.png").write_bytes((copy / "7.png").read_bytes()[:100])
-    return copy
+    run.ends(KILLED)

@@ -2,7 +2,9 @@
 
 import fcntl
 import os
+import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -162,6 +164,48 @@ def test_one_process_at_a_time(place, capsys):
     assert os.listdir("new") == [".lock"]
     assert main(["train", "--resume", "run", "--steps", "3"]) == 0
     assert main(["train", "--resume", "run", "--steps", "4"]) == 0  # the lock ends with the run
+
+
+def test_two_commands_at_once(commands, place, tmp_path):
+    """One of them trains, the other one ends with one line, and the run can go on."""
+    argv = ["--data", "data", *SMALL, "--workers", "1", "--save-every", "1", "--sample-every", "100000"]
+    for name, options in (("out", ["--out", "both", *argv]), ("resume", ["--resume", "both"])):
+        options = ["train", *options, "--steps", "100000"]
+        both = [commands.start(tmp_path / f"{name}{i}", *options) for i in range(2)]
+        both[0].wait_for(lambda both=both: any("error" in command.said() for command in both))
+        (late,) = (command for command in both if "error" in command.said())
+        (first,) = (command for command in both if command is not late)
+        assert late.wait() == 1
+        assert re.fullmatch(
+            "error: (both: got a run that another process trains, expected none|out: both exists; --resume both .*)",
+            late.said().splitlines()[-1],
+        )
+        steps = len(read_metrics("both/metrics.csv"))
+        first.wait_for(lambda steps=steps: len(read_metrics("both/metrics.csv")) > steps + 2)
+        os.kill(first.pid, signal.SIGTERM)
+        assert first.wait() == 128 + signal.SIGTERM
+        rows = read_metrics("both/metrics.csv")
+        assert [row["step"] for row in rows] == [*range(1, len(rows) + 1)]
+
+
+def test_killed_before_the_first_checkpoint(commands, place, tmp_path):
+    argv = ["train", "--out", "early", "--data", "data", *SMALL, "--workers", "1", "--steps", "2"]
+    command = commands.start(tmp_path / "log", *argv)
+    command.wait_for(lambda: os.path.exists("early"))
+    os.kill(command.pid, signal.SIGKILL)
+    command.wait()
+    assert main([*argv, "--resume-if-present"]) == 0  # the kill may have come late
+    assert [row["step"] for row in read_metrics("early/metrics.csv")] == [1, 2]
+
+
+def test_a_file_that_is_damaged_meanwhile_can_be_removed(place, capsys):
+    intact = (place / "data/7.png").read_bytes()
+    (place / "data/7.png").write_bytes(intact[:50])
+    argv = ["train", "--resume", "run", "--steps", "12"]
+    assert "of which names or sizes of files changed" in failed(capsys, *argv[1:])
+    assert "data/7.png: cannot be read as an image" in failed(capsys, *argv[1:], "--data-changed")
+    os.remove("data/7.png")
+    assert main([*argv, "--data-changed"]) == 0
 
 
 def test_a_run_without_a_checkpoint_starts_over(place, capsys):

@@ -168,7 +168,11 @@ def _of_classes(part: Files, number: dict[str | None, int], path: Path) -> Files
     """The files of a part whose class is trained on."""
     found = [(file, label) for file, label in part if label in number]
     if part and not found:
-        folder = part[0][0].relative_to(path).parts[0]
+        file, label = part[0]
+        folder = file.relative_to(path).parts[0]
+        if folder == label:  # a tenth of the images of all classes is the test set
+            got = "got no test image of a trained class"
+            raise DataError(f"{printable(path)}: {got}, expected more images in each class")
         raise DataError(
             f"{printable(path / folder)}: got no image of {', '.join(map(str, number))}, the trained classes"
         )
