@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastflow.integrations import piecewise_layers
 from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
 from fastflow.integrations.kept import value_of
@@ -230,6 +231,14 @@ class AdditiveCoupling(Coupling):
         return inputs - transform_params, transform_params.new_zeros(inputs.shape[0])
 
 
+class LinearCoupling(piecewise_layers.LinearCoupling, Coupling):
+    """``PiecewiseLinearCouplingTransform``."""
+
+
+class QuadraticCoupling(piecewise_layers.QuadraticCoupling, Coupling):
+    """``PiecewiseQuadraticCouplingTransform``."""
+
+
 class OneByOneConvolution(Accelerated):
     """``OneByOneConvolution``: one convolution, whose weight has the permutation."""
 
@@ -290,8 +299,11 @@ def classes(transforms: ModuleType, resnet: ModuleType) -> dict[type, type[Accel
         transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform: RationalQuadraticAutoregressive,
         transforms.AffineCouplingTransform: AffineCoupling,
         transforms.AdditiveCouplingTransform: AdditiveCoupling,
-        transforms.PiecewiseLinearCouplingTransform: Coupling,
-        transforms.PiecewiseQuadraticCouplingTransform: Coupling,
+        transforms.PiecewiseLinearCouplingTransform: LinearCoupling,
+        transforms.PiecewiseQuadraticCouplingTransform: QuadraticCoupling,
+        transforms.PiecewiseLinearCDF: piecewise_layers.LinearCDF,
+        transforms.PiecewiseQuadraticCDF: piecewise_layers.QuadraticCDF,
+        transforms.MaskedPiecewiseQuadraticAutoregressiveTransform: piecewise_layers.QuadraticAutoregressive,
         transforms.OneByOneConvolution: OneByOneConvolution,
         transforms.ActNorm: ActNorm,
         transforms.LULinear: LU,
@@ -305,6 +317,7 @@ NOTHING_TO_GAIN = {
     "AffineTransform",
     "IdentityTransform",
     "InverseTransform",
+    "MultiscaleCompositeTransform",
     "Permutation",
     "PointwiseAffineTransform",
     "RandomPermutation",
