@@ -75,7 +75,8 @@ class MaskedAutoregressive(Accelerated):
         if outside_or_not_vectors(self, inputs):
             return super().inverse(inputs, context)
         structure, scale = parts.sorted(), self._scale()
-        weights, (added, gates) = structure.matrices(parts.linears), self._terms(parts, structure, context)
+        weights, _, biases = structure.parameters(parts.linears)
+        added, gates = self._terms(parts, structure, biases, context)
         if scale is not None:
             inputs = inputs / scale
             first = weights[: parts.linears[0].weight.numel()].unflatten(0, parts.linears[0].weight.shape)
@@ -105,10 +106,9 @@ class MaskedAutoregressive(Accelerated):
         return None
 
     def _terms(
-        self, parts: _Conditioner, structure: "SortedNetwork", context: Tensor | None
+        self, parts: _Conditioner, structure: "SortedNetwork", biases: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """What is added to the layers, and what multiplies the gated ones."""
-        biases = structure.biases(parts.linears)
         if context is None:
             return biases, None
         added, gates, terms = [], [], biases.split([*parts.widths, parts.linears[-1].out_features])
@@ -162,12 +162,12 @@ class SortedNetwork(NamedTuple):
     ends: Tensor
     rows: list[Tensor]
     """Order of the units of each layer."""
-    weights: Tensor
-    """For each weight of the sorted layers, its index among all weights; the columns of a context are the last."""
-    units: Tensor
-    """For each unit of the sorted layers, its index among all units."""
+    places: Tensor
+    """For each sorted parameter, its index among all weights and then all biases."""
     masks: Tensor
-    """Masks of the sorted weights."""
+    """Of the sorted parameters; ones for biases."""
+    sizes: list[int]
+    """Numbers of weights, of weights of a context, and of biases, in which sorted parameters come."""
 
     @staticmethod
     def of(
@@ -187,25 +187,28 @@ class SortedNetwork(NamedTuple):
             *zip(linears, first_weights, rows, [order, *rows], strict=False),
             (linears[0], 0, rows[0], context),
         ]
-        weights = [
+        *places, of_context = [
             (first + r[:, None] * layer.in_features + columns).flatten() for layer, first, r, columns in parts
         ]
+        masks = [layer.mask[r][:, columns].flatten().to(dtype) for layer, _, r, columns in parts]
+        units = torch.cat([first + r for first, r in zip(first_units, rows, strict=False)])
+        sizes = [sum(map(len, places)), len(of_context), len(units)]
         return SortedNetwork(
             order,
             torch.stack([(d[:, None] <= k).sum(0) for d in degrees]),
             rows,
-            torch.cat(weights),
-            torch.cat([first + r for first, r in zip(first_units, rows, strict=False)]),
-            torch.cat([layer.mask[r][:, columns].flatten() for layer, _, r, columns in parts]).to(dtype),
+            torch.cat([*places, of_context, first_weights[-1] + units]),
+            torch.cat([*masks, masks[0].new_ones(len(units))]),
+            sizes,
         )
 
-    def matrices(self, linears: Sequence[nn.Linear]) -> Tensor:
-        """Masked weights. They are not kept: a write to ``parameter.data`` would not be noticed."""
-        weights = torch.cat([layer.weight.flatten() for layer in linears])
-        return weights.index_select(0, self.weights) * self.masks
+    def parameters(self, linears: Sequence[nn.Linear]) -> Sequence[Tensor]:
+        """Masked weights, those of a context, and biases, sorted.
 
-    def biases(self, linears: Sequence[nn.Linear]) -> Tensor:
-        return torch.cat([layer.bias for layer in linears]).index_select(0, self.units)
+        They are not kept: a write to ``parameter.data`` would not be noticed.
+        """
+        found = [*(layer.weight.flatten() for layer in linears), *(layer.bias for layer in linears)]
+        return (torch.cat(found).index_select(0, self.places) * self.masks).split(self.sizes)
 
 
 def _is_residual(net: nn.Module) -> bool:

@@ -275,10 +275,8 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         network, structure = found
         linears = network.linears
         features, batch, first = y.shape[-1], y.shape[:-1], network.widths[0]
-        weights, added = structure.matrices(linears), structure.biases(linears)
+        weights, of_context, added = structure.parameters(linears)
         if c is not None:
-            count = first * c.shape[-1]
-            weights, of_context = weights.split([weights.numel() - count, count])
             # rows of zeros for the other layers: a product takes less time than a copy of their biases for each sample
             of_context = nn.functional.pad(of_context.view(first, -1), (0, 0, 0, added.numel() - first))
             added = nn.functional.linear(c, of_context, added)
@@ -316,7 +314,9 @@ def _is_beyond(y: Tensor, bound: float) -> bool:
 def _sorted(
     linears: list[nn.Linear], flags: list[int], features: int, dtype: torch.dtype
 ) -> SortedNetwork | None:
-    """None if a masked inverse does not have this network."""
+    """None if a masked inverse does not have this network, or if masks may not be read."""
+    if not Kept.may_keep([layer.mask for layer in linears]):
+        return None
     masks = [linears[0].mask[:, :features], *(layer.mask for layer in linears[1:])]
     order = _order_of(masks, flags, features)
     if order is None:
@@ -380,10 +380,7 @@ def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> tuple[_Layers,
         return None
     if linears[0].in_features != features + (0 if c is None else c.shape[-1]):
         return None
-    masks = [each.mask for each in linears]
-    if not Kept.may_keep(masks):
-        return None
-    kept = kept_of(layer.hyper, "sorted")
+    kept, masks = kept_of(layer.hyper, "sorted"), [each.mask for each in linears]
     structure = kept.get(masks, (dtype, features), lambda: _sorted(linears, flags, features, dtype))
     return None if structure is None else (found, structure)
 

@@ -243,11 +243,9 @@ class MaskedNetwork(nn.Module):
         """What follows from the degrees."""
         degrees = self._degrees()
         dtype = self.layers[0].weight.dtype
-        readable = Kept.may_keep(degrees)
+        sizes = self.features, self.outputs_per_feature
         return self._of_degrees.get(
-            degrees,
-            dtype,
-            lambda: _Structure.of(degrees, self.features, self.outputs_per_feature, dtype, readable),
+            degrees, dtype, lambda: _Structure.of(degrees, *sizes, dtype, Kept.may_keep(degrees))
         )
 
     def _degrees(self) -> list[Tensor]:
