@@ -1,8 +1,11 @@
 """What runs here, and why not: versions, extensions, kernels and devices, for people and for reports of bugs."""
 
+import functools
 import importlib.metadata
 import os
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
 
@@ -40,7 +43,7 @@ def info() -> str:
         True
     """
     lines = {
-        "fastflow": fastflow.__version__,
+        "fastflow": f"{fastflow.__version__}, commit {commit()}" if commit() else fastflow.__version__,
         "python": f"{platform.python_version()}, {platform.platform()}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES),
@@ -56,6 +59,19 @@ def info() -> str:
         " ".join(f"{k}={v}" for k, v in variables.items()) or "no variable of FastFlow, Triton or torch"
     )
     return "\n".join(f"{name:15} {text}" for name, text in lines.items())
+
+
+@functools.cache
+def commit() -> str | None:
+    """Short hash of the checkout's commit, with "-dirty" if its files changed; None outside a checkout, and without git."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty"]
+    try:
+        return subprocess.check_output(command, cwd=checkout, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _version(package: str) -> str:

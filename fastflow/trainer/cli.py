@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from fastflow._interrupt import ends_the_command
 
-_EXTRA = {"tyro", "tqdm", "PIL", "sklearn", "matplotlib", "torchvision", "numpy"}
+_EXTRA = {"tyro", "tqdm", "PIL", "sklearn", "matplotlib", "torchvision", "numpy", "safetensors"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,11 +39,8 @@ def _leave(code: int) -> NoReturn:
 
 
 def _run(argv: Sequence[str]) -> int:
-    if list(argv) == ["info"]:  # without the packages of the other commands, since it says what is missing
-        import fastflow
-
-        print(fastflow.info())
-        return 0
+    if list(argv) == ["info"]:
+        return _info()
     try:
         with ends_the_command():
             from fastflow.checkpoint import CheckpointError
@@ -74,8 +71,8 @@ def _run(argv: Sequence[str]) -> int:
         if error.strerror is None:
             raise
         if error.filename is None:  # of print: all other writers name their file
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's exit
-        return _fail(f"{printable(error.filename or 'standard output')}: {error.strerror}")
+            return _not_printed(error)
+        return _fail(f"{printable(error.filename)}: {error.strerror}")
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -89,6 +86,22 @@ def _run(argv: Sequence[str]) -> int:
         return 128 + error.signum
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _info() -> int:
+    """The command ``info``, without the packages of the others, since it says what is missing."""
+    import fastflow
+
+    try:
+        print(fastflow.info(), flush=True)
+    except OSError as error:
+        return _not_printed(error)
+    return 0
+
+
+def _not_printed(error: OSError) -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at Python's exit
+    return _fail(f"standard output: {error.strerror}")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

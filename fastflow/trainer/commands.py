@@ -15,6 +15,7 @@ from fastflow.models.model import Model
 from fastflow.trainer import data, picture
 from fastflow.trainer.config import RENAMED, REVERSIBLE, Config, ConfigError, check_values, config_error
 from fastflow.trainer.evaluate import evaluate, sample
+from fastflow.trainer.export import Export, export
 from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.output import output
 from fastflow.trainer.ranks import Ranks, available_device, init_process_group
@@ -121,6 +122,7 @@ def run_command(argv: list[str]) -> None:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Interpolate, tyro.conf.subcommand("interpolate")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Info, tyro.conf.subcommand("info")],
         args=argv,
         prog="fastflow",
@@ -128,10 +130,16 @@ def run_command(argv: list[str]) -> None:
     )
     if isinstance(options, Config):
         options = _with_one_length(options, default)
-    commands = {Config: train, Evaluate: _evaluate, Sample: _sample, Interpolate: _interpolate}
-    if not isinstance(options, Config):
+    commands = {
+        Config: train,
+        Evaluate: _evaluate,
+        Sample: _sample,
+        Interpolate: _interpolate,
+        Export: export,
+    }
+    if isinstance(options, (Evaluate, Sample, Interpolate)):
         _check_options(options)
-    if isinstance(options, (Sample, Interpolate)) and _is_another_rank():
+    if isinstance(options, (Sample, Interpolate, Export)) and _is_another_rank():
         return  # the first rank writes the file
     commands[type(options)](options)
 

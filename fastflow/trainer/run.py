@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fastflow import checkpoint
+from fastflow import checkpoint, system
 from fastflow.checkpoint import CheckpointError
 from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
@@ -518,6 +518,7 @@ class Run:
             "lowest": state.lowest,
             "chosen": "last.pt" if self.source.validation is None else "best.pt",
             "seconds": self.budget.elapsed(),
+            "commit": system.commit(),
             "optimizer": self.optimizer.state_dict(),
             "rng": _rng_states(),
         }

@@ -337,4 +337,4 @@ def test_files_that_hold_no_weights_are_refused(tmp_path):
     torch.save({"state_dict": published("simple"), "callbacks": Code()}, path)
     refused(path, "holds more than tensors and plain values")
     path.write_bytes(pickle.dumps({"state_dict": Code()}))
-    refused(path, "not a file that torch.save wrote")
+    refused(path, "no file of torch.save or safetensors")
