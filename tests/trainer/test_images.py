@@ -166,6 +166,18 @@ def test_photos_stand_upright(suffix, tmp_path):
         assert np.abs(found - upright[:, 4:20]).max() <= (4 if suffix in ("jpg", "avif", "webp") else 0)
 
 
+@FILES.shows("damaged EXIF data")
+def test_damaged_exif_data(tmp_path):
+    exif = Image.Exif()
+    exif[274], exif[271] = 6, "a maker of cameras"
+    for length in (8, 16, 24, 40, len(exif.tobytes()) - 3):
+        Image.fromarray(GRAY).save(tmp_path / f"{length}.png", exif=exif.tobytes()[:length])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = read(tmp_path / f"{length}.png", 1)[0]
+        assert not caught and any((found == stored).all() for stored in (GRAY, np.rot90(GRAY, -1)))
+
+
 @FILES.shows("transparency")
 def test_transparency_is_on_the_background(tmp_path):
     expected = np.where(ALPHA == 255, COLOR, 255)

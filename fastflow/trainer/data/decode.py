@@ -55,7 +55,7 @@ def decode(
             )
         _scale_key(image)
         image.load()
-        orientation = image.getexif().get(_ORIENTATION)  # after load, which turns a TIFF itself
+        orientation = _orientation(image)  # after load, which turns a TIFF itself
         image = _composited(_in_8_bits(image, file), background).convert("L" if channels == 1 else "RGB")
         if orientation in _UPRIGHT:
             image = image.transpose(Image.Transpose[_UPRIGHT[orientation]])
@@ -73,8 +73,10 @@ def opened(file: Path) -> Iterator["Image.Image"]:
     """An image whose pixels are not yet decoded; errors of Pillow within the block become DamagedError."""
     from PIL import Image, UnidentifiedImageError
 
-    # only Pillow's error limits the size: a warning for half of its limit would be several lines
+    # Pillow's warnings are several lines, without the file's name: of half of the limit of the size, for which its
+    # error suffices, and of metadata such as damaged EXIF data
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
     try:
         # not by its name, as Pillow then maps a TIFF into memory, for orientations 5 to 8 with the sides exchanged
         with open(file, "rb") as read, Image.open(read) as image:
@@ -127,6 +129,14 @@ def _is_gray(image: "Image.Image") -> bool:
         planes = planes.reshape(3, -1) if order == "RGB;L" else planes.reshape(-1, len(order)).T[:3]
         return bool((planes == planes[0]).all())
     return image.mode in _GRAY or _raw_mode(image) == "LA;16B"  # which Pillow opens as RGBA
+
+
+def _orientation(image: "Image.Image") -> object:
+    """How the camera was held, or None, also if the EXIF data are damaged."""
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises errors of many kinds
+        return None
 
 
 def _raw_mode(image: "Image.Image") -> object:
