@@ -165,11 +165,13 @@ def _in_8_bits(image: "Image.Image", file: Path) -> "Image.Image":
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     samples, most = np.asarray(image).astype(np.int64), 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
-    opaque = samples != image.info.get("transparency", -1)
+    key = image.info.get("transparency")
+    alpha = None if key is None else np.where(samples == key, 0, 255)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts samples of 8 bits only
         samples = most - samples
     scaled = (samples * 255 + most // 2) // most
-    return Image.fromarray(np.stack([scaled, 255 * opaque], -1).astype(np.uint8))
+    scaled = scaled if alpha is None else np.stack([scaled, alpha], -1)
+    return Image.fromarray(scaled.astype(np.uint8))
 
 
 def _composited(image: "Image.Image", background: str) -> "Image.Image":
