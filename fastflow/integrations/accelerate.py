@@ -145,7 +145,7 @@ def not_invertible(layers: Iterable[nn.Module], package: str, names: frozenset[s
 def per_sample(log_det: Tensor | float, x: Tensor) -> Tensor:
     """Log-dets of the samples of x, of which the library may have one for all samples, or a number."""
     if not isinstance(log_det, Tensor):
-        log_det = x.new_tensor(log_det)
+        log_det = x.new_full((), log_det)
     return log_det.expand(x.shape[0])
 
 

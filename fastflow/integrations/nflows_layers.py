@@ -360,5 +360,9 @@ INVERTIBLE = frozenset(
 
 
 def is_layer(package: str) -> Callable[[type], bool]:
-    """Whether a class is a layer of the package that could be faster."""
-    return lambda c: c.__module__.startswith(f"{package}.transforms") and c.__name__ not in NOTHING_TO_GAIN
+    """Whether a class is a layer of the package that could be faster; networks of masked layers are none."""
+    return lambda c: (
+        c.__module__.startswith(f"{package}.transforms")
+        and c.__module__ != f"{package}.transforms.made"
+        and c.__name__ not in NOTHING_TO_GAIN
+    )

@@ -324,6 +324,11 @@ def test_what_is_left_alone_is_named(library):
     assert again == report
 
 
+def test_networks_of_masked_layers_are_not_named(library):
+    report = library.ff.accelerate(library.transforms.MaskedAffineAutoregressiveTransform(3, 8))
+    assert list(report.replaced) == [""] and not report.left_alone
+
+
 def test_hooks_run(library):
     model, seen = library.flow(4), []
     for module in model.modules():
