@@ -555,6 +555,8 @@ def test_fit_density_needs_continuous_samples():
 
 ARGUMENTS = {
     "affine": ["--steps", "2", "--samples", "50"],
+    "reversible": "--blocks 1 --epochs 1 --batch 500 --measured 1 --size 8 --channels 4".split(),
+    "vae": "--data digits.npz --minutes 1e-4 --parts 2 --hidden 8 --latents 8 --draws 2".split(),
     "reverse_kl": ["--samples", "200", "--epochs", "1", "--steps", "2", "--size", "5"],
     "continuous": ["--samples", "200", "--steps", "1", "--batch", "20", "--size", "5"],
     "autoregressive": ["--samples", "200", "--epochs", "1", "--size", "20"],
@@ -601,5 +603,10 @@ def test_examples_run(script, files, tmp_path, monkeypatch, capsys):
         for loss, nats, bits in (map(float, row) for row in losses):
             assert nats == pytest.approx(loss + 720.43, abs=0.1)  # 392 ln(2 pi)
             assert bits == pytest.approx(nats / 543.43 + 7.9944, abs=1e-3)  # 784 ln 2, log2 255
+    if script == "reversible":
+        assert printed.count("% of 400 test digits") == 2 and printed.count(" blocks: stored") == 1
+    if script == "vae":
+        found = re.findall(r"ELBO (-[\d.]+), bound of 2 draws (-[\d.]+) nats", printed)
+        assert len(found) == 3 and all(float(elbo) < float(weighted) for elbo, weighted in found)
     if script == "density":
         assert printed.count("integral of the density") == 2 and "10 Gaussians" in printed

@@ -2,7 +2,7 @@
 
 from fastflow.deprecation import renamed_attributes
 from fastflow.nn.actnorm import ActNorm
-from fastflow.nn.adapters import FromEncoderDecoder, FromReverse, WithReverse
+from fastflow.nn.adapters import FromEncoderDecoder, FromReverse, WithoutLogDet, WithReverse
 from fastflow.nn.affine import Affine
 from fastflow.nn.affine_coupling import AdditiveCoupling, AffineCoupling
 from fastflow.nn.batch_norm import BatchNorm
@@ -141,6 +141,7 @@ __all__ = [
     "UniformPrior",
     "VariationalDequantize",
     "WithReverse",
+    "WithoutLogDet",
 ]
 
 __getattr__ = renamed_attributes(__name__, Continuous=IdentityDequantize)

@@ -69,8 +69,7 @@ class WithReverse(nn.Module):
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
-        if not isinstance(flow, Flow):
-            raise validation.argument_error("flow", type(flow).__name__, "a Flow")
+        _check_flow(flow)
         self.flow = flow
 
     def forward(
@@ -79,6 +78,37 @@ class WithReverse(nn.Module):
         """Output and the sum of ``ldj`` and the log-det; ``orig_img`` is the flow's context."""
         z, log_det = self.flow.inverse(z, orig_img) if reverse else self.flow(z, orig_img)
         return z, log_det if ldj is None else ldj + log_det
+
+
+class WithoutLogDet(nn.Module):
+    """A flow as a layer ``y = layer(x)`` of an ordinary network, without its log-det.
+
+    A chain of additive couplings is then a reversible residual network (RevNet, arXiv:1707.04585; iRevNet,
+    arXiv:1802.07088): with ``reversible=True``, the default of :class:`Sequential`, memory does not grow with the number of
+    blocks (docs/memory.md).
+
+    Args:
+        flow: any flow.
+
+    Shape: as the flow's.
+    Raises ValueError if ``flow`` is not a Flow.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from fastflow import nn as fnn
+        >>> block = fnn.AdditiveCoupling(fnn.MLP(8, 8), swap_halves=True), fnn.AdditiveCoupling(fnn.MLP(8, 8))
+        >>> net = nn.Sequential(fnn.WithoutLogDet(fnn.Sequential(*block)), nn.Linear(16, 10))
+        >>> logits = net(torch.randn(32, 16))
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        _check_flow(flow)
+        self.flow = flow
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.flow(x, context)[0]
 
 
 class FromEncoderDecoder(Flow):
@@ -123,3 +153,8 @@ def _called(direction: Callable, x: Tensor, context: Tensor | None) -> tuple[Ten
 def _check_module(argument: str, module: object) -> None:
     if not isinstance(module, nn.Module):
         raise validation.argument_error(argument, repr(module), "a torch.nn.Module")
+
+
+def _check_flow(flow: object) -> None:
+    if not isinstance(flow, Flow):
+        raise validation.argument_error("flow", type(flow).__name__, "a Flow")

@@ -433,6 +433,7 @@ CONSTRUCTORS = {
     fnn.UniformPrior: {"shape": IMAGE},
     fnn.VariationalDequantize: {"flow": fnn.ActNorm(4)},
     fnn.WithReverse: {"flow": fnn.ActNorm(4)},
+    fnn.WithoutLogDet: {"flow": fnn.ActNorm(4)},
     ActNormConv2d: {"in_channels": 2, "out_channels": 2, "kernel_size": 3},
     ZeroConv2d: {"in_channels": 2, "out_channels": 2},
     Glow: {"image_shape": (1, 4, 4), "levels": 1, "steps": 1, "hidden": 4},

@@ -1,4 +1,4 @@
-"""The layers of the tutorial and of the exercise inside chains of flows, and flows inside theirs."""
+"""The layers of the tutorial and of the exercise inside chains of flows, and flows inside theirs and inside networks."""
 
 import re
 
@@ -117,9 +117,52 @@ def test_the_exercise_s_layers_are_flows_and_learn_a_gaussian():
         torch.testing.assert_close(s.detach().exp(), x.std(0), rtol=0.02, atol=0)
 
 
+def reversible_network(reversible):
+    """Two blocks of eq. 16.18 with batch normalization in an ordinary network."""
+
+    def branch():
+        return nn.Sequential(nn.BatchNorm2d(3), nn.Tanh(), nn.Conv2d(3, 3, 3, padding=1))
+
+    halves = [fnn.AdditiveCoupling(branch(), swap_halves=i % 2 == 0) for i in range(4)]
+    chain = fnn.WithoutLogDet(fnn.Sequential(*halves, reversible=reversible))
+    network = nn.Sequential(nn.Conv2d(1, 6, 3), chain, nn.Flatten(), nn.Linear(6 * 16, 2))
+    return randomize(network, std=0.3).double()
+
+
+def test_blocks_of_an_ordinary_network():
+    """Two residual halves; gradients and running statistics are those with stored activations."""
+    recomputed, stored = reversible_network(True), reversible_network(False)
+    stored.load_state_dict(recomputed.state_dict())
+    x = torch.randn(4, 1, 6, 6, dtype=F64)
+    h = stored[0](x)
+    h_1, h_2 = h.chunk(2, dim=1)
+    for i in range(0, 4, 2):
+        first, second = (stored[1].flow[i + j].net for j in range(2))
+        h_1 = h_1 + first(h_2)
+        h_2 = h_2 + second(h_1)
+    found = recomputed[1](h.detach())
+    torch.testing.assert_close(found, torch.cat([h_1, h_2], dim=1), rtol=0, atol=1e-12)
+    gradients = []
+    for network in (recomputed, stored):
+        given = x.clone().requires_grad_()
+        loss = network(given).logsumexp(1).sum()
+        gradients.append(torch.autograd.grad(loss, (given, *network.parameters())))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+    assert all(g.abs().max() > 0 for g in gradients[0])
+    for name, buffer in recomputed.named_buffers():
+        torch.testing.assert_close(buffer, stored.state_dict()[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_without_log_det_passes_the_context_on():
+    flow = trained(fnn.AffineCoupling(fnn.MLP(2, 4, context_features=3)))
+    x, context = torch.randn(5, 4, dtype=F64), torch.randn(5, 3, dtype=F64)
+    assert torch.equal(fnn.WithoutLogDet(flow)(x, context), flow(x, context)[0])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: fnn.WithoutLogDet(nn.Identity()), "flow: got Identity, expected a Flow"),
         (lambda: fnn.FromReverse(torch.exp), "layer: got <built-in method exp"),
         (lambda: fnn.WithReverse(nn.Identity()), "flow: got Identity, expected a Flow"),
         (
