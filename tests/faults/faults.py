@@ -1456,8 +1456,8 @@ LAYERS = [
     Fault(
         "slope of LipSwish above 1",
         "fastflow/nn/networks/lipschitz.py",
-        "(1 / (SWISH_SLOPE * beta))",
-        "(1 / beta)",
+        "return F.silu(beta * x) * (1 / (SWISH_SLOPE * beta))",
+        "return F.silu(beta * x) * (1 / beta)",
         "tests/nn/test_residual.py -k slopes",
     ),
     Fault(
