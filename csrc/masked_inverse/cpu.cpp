@@ -135,6 +135,17 @@ class Arena {
   T* next_;
 };
 
+// A product over columns `from` to `to`, of which some(first column, sums, start of the sums) adds IN_A_ROW.
+// The sums are `count` elements, like `part`.
+template <typename T, typename F>
+void in_parts(int64_t from, int64_t to, const F& some, Start start, T* sums, T* part, int64_t count) {
+  some(from, sums, start);
+  for (int64_t p = from + IN_A_ROW; p < to; p += IN_A_ROW) {
+    some(p, part, Start::zero);
+    add(Addition<T>{count, part, sums});
+  }
+}
+
 template <typename T>
 struct Transformer {
   std::optional<Splines<T>> splines;
@@ -211,11 +222,7 @@ class Inverse {
             read_[l - 1] + p * width_, width_, sums, width_, sums_begin,
             sums_begin == Start::row ? added_.data + net_.added[l] + first : nullptr});
     };
-    some(from, rows, begin);
-    for (int64_t p = from + IN_A_ROW; p < to; p += IN_A_ROW) {
-      some(p, part_, Start::zero);
-      add(Addition<T>{(end - first) * width_, part_, rows});
-    }
+    in_parts(from, to, some, begin, rows, part_, (end - first) * width_);
   }
 
   // The products with what was before the block.
@@ -402,11 +409,7 @@ class Solve {
       gemm({end - first, columns_, std::min(to - p, IN_A_ROW), weights + p * inputs, 1, inputs,
             products_[l + 1] + p * width_, width_, sums, width_, sums_begin});
     };
-    some(from, rows, begin);
-    for (int64_t p = from + IN_A_ROW; p < to; p += IN_A_ROW) {
-      some(p, part_, Start::zero);
-      add(Addition<T>{(end - first) * width_, part_, rows});
-    }
+    in_parts(from, to, some, begin, rows, part_, (end - first) * width_);
   }
 
   void block(int64_t k0, int64_t k1) {

@@ -79,9 +79,8 @@ class _Found:
         modules = (self.root(), *self.inner)
         return (
             list(map(type, modules)),
-            list(
-                map(id, map(vars, modules))
-            ),  # ``contents`` has these dictionaries, so that no other has an id of theirs
+            # the dictionaries in ``contents`` live, so that no other one has their ids
+            list(map(id, map(vars, modules))),
             list(map(bool, self.hooks)),  # a hook itself may refer to its module
             list(map(_KIND, self.tensors)),
         )

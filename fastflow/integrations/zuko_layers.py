@@ -381,7 +381,8 @@ def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> tuple[_Layers,
     if linears[0].in_features != features + (0 if c is None else c.shape[-1]):
         return None
     kept, masks = kept_of(layer.hyper, "sorted"), [each.mask for each in linears]
-    structure = kept.get(masks, (dtype, features), lambda: _sorted(linears, flags, features, dtype))
+    name = dtype, features, *flags
+    structure = kept.get(masks, name, lambda: _sorted(linears, flags, features, dtype))
     return None if structure is None else (found, structure)
 
 

@@ -177,3 +177,26 @@ def test_an_inverse_follows_every_change_of_its_network(make, place):
         assert ff.revert(changed) == 1
         torch.testing.assert_close(found, inverse(changed, x, c), rtol=1e-4, atol=1e-4)
         assert torch.equal(found, before) == (change is nn.Module.eval)
+
+
+def test_an_inverse_follows_linear_layers_that_become_a_residual_block():
+    """The same linear layers in the same order; the sum of the block makes its units depend on more features."""
+    torch.manual_seed(0)
+    ff = importlib.import_module("fastflow.integrations.zuko")
+    zuko = pytest.importorskip("zuko")
+    layer = zuko.flows.MaskedAutoregressiveTransform
+    model = randomized(layer(4, hidden_features=(9,), residual=True))
+    ff.accelerate(model)
+    first, block, *others = model.hyper
+    degrees = first.mask.sum(1)
+    for linear in (block[0], block[2]):
+        linear.mask.copy_(degrees[:, None] > degrees)
+    x, results = torch.randn(5, 4), []
+    for parts in ([first, nn.ReLU(), *block, *others], [first, block, *others]):
+        model.hyper._modules.clear()
+        for i, part in enumerate(parts):
+            model.hyper.add_module(str(i), part)
+        results.append(model().inv(x))
+    ff.revert(model)
+    torch.testing.assert_close(results[1], model().inv(x), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(*results)
