@@ -18,6 +18,7 @@ from fastflow.trainer.evaluate import evaluate, sample
 from fastflow.trainer.export import Export, export
 from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.output import output
+from fastflow.trainer.plot import Plot, plot
 from fastflow.trainer.ranks import Ranks, available_device, init_process_group
 from fastflow.trainer.rows import sample_rows, test_rows
 from fastflow.trainer.run import resumed_config
@@ -122,6 +123,7 @@ def run_command(argv: list[str]) -> None:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Interpolate, tyro.conf.subcommand("interpolate")]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Info, tyro.conf.subcommand("info")],
         args=argv,
@@ -135,11 +137,12 @@ def run_command(argv: list[str]) -> None:
         Evaluate: _evaluate,
         Sample: _sample,
         Interpolate: _interpolate,
+        Plot: plot,
         Export: export,
     }
     if isinstance(options, (Evaluate, Sample, Interpolate)):
         _check_options(options)
-    if isinstance(options, (Sample, Interpolate, Export)) and _is_another_rank():
+    if isinstance(options, (Sample, Interpolate, Plot, Export)) and _is_another_rank():
         return  # the first rank writes the file
     commands[type(options)](options)
 

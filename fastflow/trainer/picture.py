@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from fastflow.checkpoint import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -85,15 +86,54 @@ def save_curve(
     shown = np.concatenate(
         [train[len(train) // 20 :], [bits for _, bits in found], list((baselines or {}).values())]
     )
-    if len(shown):
-        low, high = shown.min(), np.quantile(shown, 0.98)
-        axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
+    _show(axes, shown)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     _write(path, figure)
+
+
+def save_curves(
+    path: Path | str, runs: Mapping[str, Sequence[tuple[int, float, float | None]]], unit: str = "bits/dim"
+) -> None:
+    """Write the loss curves of several runs as a PNG: training thin, evaluations with dots.
+
+    ``runs``: {name: rows as in :func:`save_curve`}.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    shown = []
+    for i, (name, rows) in enumerate(runs.items()):
+        color = f"C{i % 10}"
+        steps, train = np.array([row[0] for row in rows]), np.array([row[1] for row in rows])
+        found = [(row[0], row[2]) for row in rows if row[2] is not None]
+        axes.plot(steps, train, color=color, alpha=0.25, linewidth=0.8, label=None if found else name)
+        if found:
+            axes.plot(
+                *zip(*found, strict=True),
+                "o-",
+                color=color,
+                markersize=3,
+                label=f"{name}, {found[-1][1]:.3f}",
+            )
+        shown += [train[len(train) // 20 :], [loss for _, loss in found]]
+    _show(axes, np.concatenate(shown))
+    axes.set(xlabel="step", ylabel=unit)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _write(path, figure)
+
+
+def _show(axes: "Axes", losses: np.ndarray) -> None:
+    """Limit the axis to the finite ones of ``losses``, without the highest of them."""
+    losses = losses[np.isfinite(losses)]
+    if len(losses):
+        low, high = losses.min(), np.quantile(losses, 0.98)
+        axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 0.1 * (high - low + 0.1))
 
 
 def save_rows(path: Path | str, rows: Mapping[str, ArrayLike], n_bits: int = 8) -> None:
