@@ -2219,6 +2219,20 @@ INTEGRATIONS = [
         "tests/integrations/test_kept.py",
     ),
     Fault(
+        "slopes of splines counted outside of the bounds",
+        "fastflow/integrations/piecewise_layers.py",
+        "inputs), torch.where(inside, log_slopes, 0.0)",
+        "inputs), log_slopes",
+        "tests/integrations/test_piecewise.py",
+    ),
+    Fault(
+        "quadratic splines by a mask again",
+        "fastflow/integrations/piecewise_layers.py",
+        "return self._masks(inputs) and not (inverse and differentiates)",
+        "return False",
+        "tests/integrations/test_piecewise.py",
+    ),
+    Fault(
         "raw sizes of splines without their factor",
         "fastflow/integrations/spline_layers.py",
         "order, width**-0.5, inverse)",
