@@ -8,7 +8,7 @@ The tasks are two moons and SLCP of the benchmark of simulation-based inference 
 that paper's C2ST: the accuracy of a classifier that tells samples of the posterior from the 10,000 reference samples; 0.5
 is best.
 
-Rows go to results/sbi_posteriors.csv. The table of docs/drop_in.md is rewritten.
+Rows go to results/sbi_posteriors.csv. The table of docs/sbi.md is rewritten.
 """
 
 import argparse
@@ -162,7 +162,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of drop_in.md")
+        parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of sbi.md")
         parser.add_argument("--seeds", type=int, default=1)
 
     options, rows = harness.arguments(__doc__, argv, add), []
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         rows.append(measure(task, provider, seed, options))
         harness.append(options.results / "sbi_posteriors.csv", rows[-1:])
     found = table(rows)
-    page.write(options.docs / "drop_in.md", {"sbi_posteriors": found})
+    page.write(options.docs / "sbi.md", {"sbi_posteriors": found})
     print(found)
     return rows
 

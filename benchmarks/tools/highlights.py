@@ -1,9 +1,9 @@
 """README's numbers, from the newest rows of each device. benchmarks/tools/report.py writes them."""
 
-from benchmarks.models import memory
+from benchmarks.models import drop_in, memory
 from benchmarks.tools import page
 
-LABELS = {"stored": "stored activations", "checkpoint": "checkpointing"}
+LABELS = {"stored": "stored activations", "checkpoint": "checkpointing", "freia": "FrEIA"}
 
 
 def glow(rows: list[dict]) -> str:
@@ -43,6 +43,31 @@ def took(rows: list[dict]) -> str:
         f"Forward and backward take {ratio['reversible']:.2f} times as long as with stored activations.\n"
         f"Others: {others}."
     )
+
+
+def accelerated(device: str, rows: list[dict]) -> str:
+    """How many times faster the flows of other libraries are, one line per flow of the newest benchmark."""
+    lines: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["flow"] in {case.name for case in drop_in.CASES}:
+            by_mode = lines.setdefault((row["library"], row["flow"]), {})
+            by_mode.setdefault(row["mode"], {})[row["provider"]] = float(row["p50_ms"])
+    body = [
+        [
+            LABELS.get(library, library),
+            f"`fastflow.integrations.{library}.accelerate(flow)`",
+            flow,
+            *(f"{by_mode[mode]['before'] / by_mode[mode]['after']:.1f}" for mode in drop_in.MODES),
+        ]
+        for (library, flow), by_mode in lines.items()
+    ]
+    head = [
+        "your flow is of",
+        "the one line",
+        "measured",
+        *(f"{mode}, times faster" for mode in drop_in.MODES),
+    ]
+    return f"{page.table(head, body)}\n\n({device}; `python -m benchmarks.models.drop_in`)"
 
 
 def text(device: str, files: dict[str, list[dict]]) -> str:

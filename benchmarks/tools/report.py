@@ -18,6 +18,7 @@ from benchmarks.tools import harness, highlights, page
 # columns that identify the case of a row, by file
 OPS = ("case", "shape", "dtype", "layout", "mode", "provider")
 KEYS = {
+    "drop_in": ("flow", "library", "mode", "provider"),
     "glow": ("size", "coupling", "mode", "provider"),
     "training_speed": ("size", "way"),
     "loader": ("source", "workers", "batch"),
@@ -415,7 +416,12 @@ def main(argv: list[str] | None = None) -> None:
     measured = [
         highlights.text(device, files) for device, files in rows.items() if files.keys() & {"glow", "memory"}
     ]
-    page.write(options.readme, {"measured": "\n\n".join(measured)})
+    faster = [
+        highlights.accelerated(device, files["drop_in"])
+        for device, files in rows.items()
+        if "drop_in" in files
+    ]
+    page.write(options.readme, {"measured": "\n\n".join(measured), "accelerated": "\n\n".join(faster)})
     print(f"{options.docs / 'benchmarks.md'}: {len(sections)} device{'s' * (len(sections) != 1)}")
 
 

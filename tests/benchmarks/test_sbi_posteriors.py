@@ -41,10 +41,10 @@ def test_c2st_is_a_half_for_equal_distributions_and_one_for_others():
     not all(map(libraries.installed, ("sbi", "sbibm", "nflows"))), reason="needs sbi and sbibm"
 )
 def test_rows(tmp_path):
-    (tmp_path / "drop_in.md").write_text(MARKERS)
+    (tmp_path / "sbi.md").write_text(MARKERS)
     rows = sbi_posteriors.main(["--quick", "--results", str(tmp_path), "--docs", str(tmp_path)])
     assert rows_of(tmp_path / "sbi_posteriors.csv") == [{k: str(v) for k, v in row.items()} for row in rows]
     assert [r["provider"] for r in rows] == 2 * list(sbi_posteriors.PROVIDERS)
     for before, after in zip(rows[::2], rows[1::2], strict=True):
         assert abs(float(before["validation_log_prob"]) - float(after["validation_log_prob"])) < 0.01
-    assert_tables(tmp_path / "drop_in.md", "sbi_posteriors")
+    assert_tables(tmp_path / "sbi.md", "sbi_posteriors")

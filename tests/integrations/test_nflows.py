@@ -363,3 +363,21 @@ def test_extreme_parameters_are_finite_where_the_library_fails(library):
     z = torch.linspace(-2, 2, 4000)[:, None].expand(-1, 2) * torch.tensor([1.0, 0.999])
     x, log_det = model.inverse(z)
     assert x.isfinite().all() and log_det.isfinite().all()
+
+
+def test_couplings_compile_without_graph_breaks(library):
+    """nflows' own has 12 graph breaks for each coupling."""
+    torch.manual_seed(0)
+    model, x, c = library.flow(4, steps=2), torch.randn(6, 4), torch.randn(6, CONTEXT)
+    wanted = _log_prob_and_gradients(model.log_prob, model, x, c)
+    library.ff.accelerate(model)
+    compiled = torch.compile(model.log_prob, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(_log_prob_and_gradients(compiled, model, x, c), wanted, rtol=2e-4, atol=2e-4)
+    latents = torch.randn(6, 4)
+    invert = torch.compile(model._transform.inverse, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(invert(latents, c), model._transform.inverse(latents, c))
+
+
+def _log_prob_and_gradients(log_prob, model, x, c):
+    values = log_prob(x, c)
+    return [values.detach(), *torch.autograd.grad(values.sum(), list(model.parameters()))]
