@@ -2,7 +2,7 @@
 
     python -m benchmarks.models.graph_breaks
 
-The flows are those of ``benchmarks.models.drop_in`` in its tiny sizes, with two or more layers; ``log_prob`` is traced by
+The flows are those of ``benchmarks.models.drop_in`` in its tiny sizes; ``log_prob`` is traced by
 ``torch._dynamo.explain``. Nothing is timed, so other programs may run.
 
 Rows go to results/graph_breaks.csv. The table of docs/drop_in.md is rewritten.
