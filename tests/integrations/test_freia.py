@@ -14,6 +14,11 @@ ff = pytest.importorskip("fastflow.integrations.freia")
 CONTEXT = 2
 
 
+@pytest.fixture(autouse=True)
+def small_images_by_ops(monkeypatch):
+    monkeypatch.setattr(freia_layers, "FEW_ELEMENTS", 0)
+
+
 def net(inputs, outputs):
     return nn.Sequential(nn.Linear(inputs, 8), nn.Tanh(), nn.Linear(8, outputs))
 
@@ -97,6 +102,18 @@ def test_a_permutation_that_is_loaded_is_used():
     soft.append(modules.AllInOneBlock, subnet_constructor=images_net, permute_soft=True)
     model.load_state_dict(soft.state_dict())
     torch.testing.assert_close(model(x), soft(x))
+
+
+def test_images_of_few_elements_keep_the_operators_of_the_library(monkeypatch):
+    model = framework.SequenceINN(4, 2, 2)
+    model.append(modules.AllInOneBlock, subnet_constructor=images_net)
+    ff.accelerate(model)
+    monkeypatch.setattr(freia_layers, "affine_coupling", None)
+    x = torch.randn(2, 4, 2, 2)
+    with pytest.raises(TypeError):
+        model(x)
+    monkeypatch.setattr(freia_layers, "FEW_ELEMENTS", x.numel() + 1)
+    model(x)
 
 
 @pytest.mark.parametrize("by_op", [False, True])
