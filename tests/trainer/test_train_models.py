@@ -127,7 +127,7 @@ def test_the_penalty_is_on_the_scales_of_weight_normalization():
             {"model": "mnist-vardeq"},
             "data: got things with images (3, 8, 8), expected (1, 28, 28) for mnist-vardeq",
         ),
-        ({"model": "realnvp", "levels": 5}, "scales: got 5 for image_shape (3, 8, 8)"),
+        ({"model": "realnvp", "levels": 5}, "levels: got 5 for image_shape (3, 8, 8)"),
         ({"model": "nice", "prior": "cauchy"}, "prior: got 'cauchy'"),
         (
             {"model": "realnvp", "class_conditional": True},
