@@ -49,6 +49,9 @@ class Residual(Flow):
     and the roulette has 20 exact terms, so that the same batch has the same log-dets. The inverse has the log-det of
     the same estimator, of which the noise may be another.
 
+    torch.compile breaks its graph at the norms, which iterate until convergence, at the random number of terms, and in the
+    inverse. These parts run as without it.
+
     Args:
         net: the network g, a module whose output has the shape of x, called as ``net(x)`` or ``net(x, context)``. Its
             output for a sample must not depend on the other samples.
@@ -131,9 +134,10 @@ class Residual(Flow):
         """Before every pass, as the weights may have changed; outside of training, norms that are known well stay."""
         if in_transform() or torch.compiler.is_exporting():
             return
-        for module in self.net.modules():
-            if hasattr(module, "update_norm"):
-                module.update_norm(keep_vectors=trains)
+        update = _update_norms
+        if torch.compiler.is_compiling():
+            from fastflow.nn.untraced import update_norms as update
+        update(self.net, trains)
 
     # log-det -----------------------------------------------------------------------------------------------------
 
@@ -336,6 +340,12 @@ class Residual(Flow):
             self.log_det, f", exact_terms={self.exact_terms}, stop={self.stop}"
         )
         return f"log_det={self.log_det!r}{how}, noise={self.noise!r}"
+
+
+def _update_norms(net: nn.Module, trains: bool) -> None:
+    for module in net.modules():
+        if hasattr(module, "update_norm"):
+            module.update_norm(keep_vectors=trains)
 
 
 def _raw(x: Tensor) -> Tensor:

@@ -483,3 +483,44 @@ def test_a_chain_stored_and_reversible():
         (z.square().sum() - log_det.sum()).backward()
         found.append([z, log_det, *(p.grad for p in flow.parameters())])
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+# torch.compile ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled(training):
+    """The norms iterate until convergence outside of the graph, so bounds hold; all numbers are eager's."""
+    torch._dynamo.reset()
+    x = torch.randn(4, 3, dtype=F64)
+    flows = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        net = randomize(LipschitzMLP(3, (6, 5)), std=0.8)  # whose norms are not known
+        flows.append(Residual(net, log_det="exact").double().train(training))
+    eager, other = flows
+    compiled = torch.compile(other, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), eager(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(other.state_dict(), eager.state_dict(), rtol=1e-12, atol=1e-12)
+    found = norms(other.net)
+    assert all(norm <= bound for norm, bound in found) and max(n / b for n, b in found) > 0.98
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="number of power iterations depends on values"):
+        torch.compile(lambda v: eager(v), backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+
+
+def test_second_derivatives_by_finite_differences():
+    flow = Residual(mlp(2), log_det="exact")
+    x = torch.randn(2, 2, dtype=F64, requires_grad=True)
+    weight = flow.net.layers[1].weight
+    with torch.no_grad():
+        weight.mul_(1.5)
+    flow(x)  # the norms are known
+
+    def call(x, weight):
+        return torch.func.functional_call(flow, {"net.layers.1.weight": weight}, (x,))
+
+    flow._update_norms = lambda trains: None
+    assert torch.autograd.gradcheck(call, (x, weight.detach().requires_grad_()))
+    assert torch.autograd.gradgradcheck(call, (x, weight.detach().requires_grad_()))

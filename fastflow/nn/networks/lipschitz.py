@@ -71,7 +71,7 @@ class _Swish(torch.autograd.Function):
         t = beta * x
         # silu_backward is the derivative of silu times its first argument
         slope = torch.ops.aten.silu_backward(t.new_full((), 1 / SWISH_SLOPE).expand_as(t), t)
-        y = F.silu(t, inplace=True).mul_(1 / (SWISH_SLOPE * beta))
+        y = F.silu(t, inplace=True).div_(SWISH_SLOPE * beta)
         ctx.save_for_backward(x, beta, y, slope)
         return y, slope
 
@@ -152,24 +152,21 @@ class _Bounded(nn.Module):
             return
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         weight, vectors, following = self.weight.detach().to(dtype), self.vectors.to(dtype), None
-        compiling = torch.compiler.is_compiling()  # one iteration, as a loop until convergence reads values
-        for done in range(0, 1 if compiling else max_iterations, CHUNK):
+        for done in range(0, max_iterations, CHUNK):
             if following is not None:
                 vectors = _orthonormal(following)
             try:
                 norm, before, u, first, following = self._iterated(weight, vectors)
             except torch.linalg.LinAlgError:  # of weights that are not finite
                 return
-            if compiling or not norm > before * (1 + tolerance):
+            if not norm > before * (1 + tolerance):
                 break
             scaled = weight / before  # so that images neither vanish nor overflow
             for _ in range(min(CHUNK, max_iterations - done) - 1):
                 following = self._map(self._transposed(scaled), self._map(scaled, following))
-        if compiling or norm > self._norm(weight) * (
-            1 + (min(KEPT, tolerance) if keep_vectors else tolerance)
-        ):
+        if norm > self._norm(weight) * (1 + (min(KEPT, tolerance) if keep_vectors else tolerance)):
             self.direction.copy_(self._derivative(u, first))
-        if keep_vectors and (compiling or norm > 0):
+        if keep_vectors and norm > 0:
             self.vectors.copy_(_orthonormal(following))
 
     def _iterated(self, weight: Tensor, vectors: Tensor) -> tuple[Tensor, ...]:
