@@ -9,7 +9,7 @@ from fastflow.trainer.model_options import MODELS, OPTIONS, ModelOptions
 
 # Options that may differ when a run is resumed.
 _MAY_CHANGE = set(
-    "resume resume_if_present out data data_changed check_contents steps epochs minutes patience lr clip save_every device workers "
+    "resume resume_if_present wandb out data data_changed check_contents steps epochs minutes patience lr clip save_every device workers "
     "data_dir accumulate bf16 compile cuda_graph deterministic timeout on_divergence divergence_factor rollbacks "
     "rollback_lr".split()
 )
@@ -148,6 +148,8 @@ class Config(ModelOptions, DataOptions):
     """Folder of the run, which must not exist or be empty. Default: the first unused runs/DATA-N."""
     resume: str | None = None
     """Continue the run in this folder with its own settings, few of which can be changed."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the scalars and pictures as well. Its WANDB_MODE=offline keeps them here."""
     resume_if_present: bool = False
     """Continue the run in --out if it has a checkpoint, otherwise start it: for schedulers that restart jobs."""
     data_changed: bool = False

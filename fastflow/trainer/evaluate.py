@@ -2,15 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastflow.checkpoint import naming
 from fastflow.models.model import Model, in_mode
 from fastflow.seeds import Stream, derive
 from fastflow.trainer import picture
+from fastflow.trainer.board import Board
 from fastflow.trainer.captured import Captured, record_on
 from fastflow.trainer.config import Config
 from fastflow.trainer.data import Source
@@ -18,9 +18,6 @@ from fastflow.trainer.kinds import ImageKind, kind_of
 from fastflow.trainer.progress import read_metrics
 from fastflow.trainer.ranks import Ranks
 from fastflow.trainer.step import autocast
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 def captured_log_prob(model: Model, **options: Any) -> Captured:
@@ -125,13 +122,13 @@ def save_pictures(
     model: Model,
     source: Source,
     *,
-    board: "SummaryWriter | None",
+    board: Board,
     step: int,
     evaluated: str = "test",
     codecs: dict[str, float] | None = None,
     draw: Captured | None = None,
 ) -> None:
-    """Write samples.png, and curve.png from metrics.csv; also write a grid of samples to TensorBoard.
+    """Write samples.png, and curve.png from metrics.csv; also show a grid of samples on the board.
 
     ``evaluated``: the set of the evaluations, test or validation.
     """
@@ -139,9 +136,8 @@ def save_pictures(
     contexts = None if model.context_shape is None else source.test_labels
     samples = sample(model, config.samples, config.temperature, seed, contexts, draw)
     grid = kind.save_samples(folder / "samples.png", samples, source, config)
-    if board and grid is not None:
-        with naming(folder / "events"):
-            board.add_image("samples", grid, step, dataformats="HWC")
+    if grid is not None:
+        board.picture("samples", grid, step)
     unit = kind.unit(model.shape)
     metrics = read_metrics(folder / "metrics.csv")
     rows = [

@@ -1,21 +1,15 @@
 """What a run reports while it trains: metrics.csv, TensorBoard events, and a progress bar or lines."""
 
 import csv
-import importlib.util
 import math
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastflow import checkpoint
 from fastflow.checkpoint import CheckpointError
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 _ROLLBACKS = ",back_to_step"
 _NARROW = 72  # columns, below which a line with a bar and the speed may be cut
@@ -92,19 +86,6 @@ def read_metrics(path: Path | str) -> list[dict[str, int | float | None]]:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return [{k: (int if k in integers else float)(v) if v else None for k, v in row.items()} for row in rows]
-
-
-def open_tensorboard(folder: Path, step: int) -> "SummaryWriter | None":
-    """A writer of TensorBoard events into ``folder``, or None if tensorboard is not installed.
-
-    Also None for a folder whose name is no UTF-8, which TensorBoard cannot write to.
-    """
-    undecodable = any("\udc80" <= c <= "\udcff" for c in str(folder))
-    if undecodable or importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder, purge_step=step + 1 if step else None)
 
 
 class Progress:

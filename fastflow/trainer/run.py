@@ -19,6 +19,7 @@ from fastflow.models.model import Model
 from fastflow.seeds import Stream, derive
 from fastflow.trainer import data
 from fastflow.trainer.activations import with_activations_chosen
+from fastflow.trainer.board import Board
 from fastflow.trainer.budget import TimeBudget
 from fastflow.trainer.build import build_model, check_options, with_defaults
 from fastflow.trainer.captured import record_on
@@ -33,7 +34,7 @@ from fastflow.trainer.config import (
 from fastflow.trainer.evaluate import captured_log_prob, captured_sample, evaluate, save_pictures
 from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.nonfinite import NonFiniteError, diagnose
-from fastflow.trainer.progress import Metrics, Progress, open_tensorboard
+from fastflow.trainer.progress import Metrics, Progress
 from fastflow.trainer.ranks import Ranks, shard_bounds
 from fastflow.trainer.run_folder import has_checkpoint, locked, new_folder
 from fastflow.trainer.step import Step, autocast
@@ -46,7 +47,7 @@ class RunState:
 
     ``best``: its bits/dim; ``best_step``: its step; ``stale``: the number of evaluations since. ``rollbacks``:
     the steps after which the run went back to earlier weights. ``mean``: running mean of the training loss;
-    ``lowest``: its lowest value.
+    ``lowest``: its lowest value. ``wandb``: the run of Weights & Biases.
     """
 
     step: int
@@ -58,6 +59,7 @@ class RunState:
     rollbacks: list[int] = field(default_factory=list)
     mean: float | None = None
     lowest: float | None = None
+    wandb: str | None = None
 
     def observe(self, loss: float) -> None:
         """Add the loss of a step to the running mean."""
@@ -237,6 +239,7 @@ class Run:
             training.get("rollbacks", []),
             training.get("mean"),
             training.get("lowest"),
+            training.get("wandb"),
         )
         kept = {"patience": 0} | training["config"]  # older runs have no patience
         if any(getattr(config, name) != kept[name] for name in ("steps", "minutes", "patience")):
@@ -291,7 +294,7 @@ class Run:
             self.unit.key,
             rollbacks=config.on_divergence == "rollback",
         )
-        self.board = open_tensorboard(self.folder, step)
+        self.board = Board(self.folder, step, config.wandb, self.state.wandb, asdict(config))
         unit, noun = self.unit, self.kind.noun
         self.progress = Progress(self.state.target_steps, step, config.batch_size, unit.name, noun)
         size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -456,7 +459,7 @@ class Run:
     def log(
         self, lr: float, loss: float, grad_norm: float, eval_loss: float | None, restored: int | None = None
     ) -> None:
-        """Write the step's row of metrics.csv and its TensorBoard scalars."""
+        """Write the step's row of metrics.csv and show its scalars."""
         if not self.ranks.is_main:
             return
         step = self.state.step
@@ -466,16 +469,12 @@ class Run:
             self.progress.say(f"step {step}: train {train:.3f}, {found}")
         epoch = step * self.config.batch_size // self.source.length
         self.metrics.write(step, epoch, lr, loss, grad_norm, eval_loss, restored)
-        if self.board:
-            key = self.unit.key
-            scalars = {f"train/{key}": loss, "train/grad_norm": grad_norm, "train/lr": lr}
-            scalars[f"{self.evaluated}/{key}"] = eval_loss
-            scalars["train/back_to_step"] = restored
-            scalars[f"{self.kind.noun}_per_second"] = self.progress.samples_per_second
-            with checkpoint.naming(self.folder / "events"):
-                for name, value in scalars.items():
-                    if value is not None:
-                        self.board.add_scalar(name, value, step)
+        key = self.unit.key
+        scalars = {f"train/{key}": loss, "train/grad_norm": grad_norm, "train/lr": lr}
+        scalars[f"{self.evaluated}/{key}"] = eval_loss
+        scalars["train/back_to_step"] = restored
+        scalars[f"{self.kind.noun}_per_second"] = self.progress.samples_per_second
+        self.board.scalars(scalars, step)
 
     def save_best(self) -> None:
         """Write best.pt."""
@@ -519,6 +518,7 @@ class Run:
             "chosen": "last.pt" if self.source.validation is None else "best.pt",
             "seconds": self.budget.elapsed(),
             "commit": system.commit(),
+            "wandb": self.board.run_id,
             "optimizer": self.optimizer.state_dict(),
             "rng": _rng_states(),
         }
@@ -538,10 +538,9 @@ class Run:
             self.progress.close()
 
     def close_events(self) -> None:
-        """Write the TensorBoard events that wait in memory, and close their file."""
-        if self.ranks.is_main and self.board:
-            with checkpoint.naming(self.folder / "events"):
-                self.board.close()
+        """Write what the board keeps in memory, and close it."""
+        if self.ranks.is_main:
+            self.board.close()
 
     def finish(self) -> None:
         """Evaluate on the whole test set; write result.json and the pictures.

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -642,3 +643,39 @@ def test_the_command_line_keeps_memory_that_tensors_free():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
     assert kept < 1000 < given_back, (kept, given_back)
+
+
+def test_wandb_has_the_scalars_and_pictures_of_tensorboard(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged, log = [], wandb.Run.log
+    monkeypatch.setattr(wandb.Run, "log", lambda run, values: (logged.append(values), log(run, values))[1])
+    small = [
+        "--levels",
+        "1",
+        "--steps-per-level",
+        "1",
+        "--hidden",
+        "4",
+        "--batch-size",
+        "8",
+        "--eval-every",
+        "2",
+    ]
+    small += ["--final-samples", "1", "--eval-images", "4", "--samples", "4", "--wandb", "flows"]
+    assert main(["train", *small, "--steps", "2", "--out", "run"]) == 0
+    rows = read_metrics("run/metrics.csv")
+    assert [v["train/bits_per_dim"] for v in logged if "train/bits_per_dim" in v] == pytest.approx(
+        [row["train_bits_per_dim"] for row in rows], abs=1e-5
+    )
+    assert [v["step"] for v in logged if "test/bits_per_dim" in v] == [2]
+    pictures = [v["samples"] for v in logged if "samples" in v]
+    assert pictures and all(isinstance(p, wandb.Image) for p in pictures)
+    (first,) = Path("wandb").glob("offline-run-*")
+
+    assert main(["train", "--resume", "run", "--steps", "4"]) == 0
+    kept = checkpoint.read("run/last.pt")["training"]["wandb"]
+    assert first.name.endswith(kept)
+    assert {path.name.rsplit("-", 1)[1] for path in Path("wandb").glob("offline-run-*")} == {kept}
