@@ -3,11 +3,8 @@
 All ranks share a batch of B samples: rank r of W processes samples ``r B // W`` to ``(r + 1) B // W - 1``.
 """
 
-import math
 import os
 import re
-import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,18 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastflow.trainer.rendezvous import DeviceError, LostRankError, meet, rank_of_environment
+
 T = TypeVar("T")
 
 # for work that a single rank does while the others wait: a download, pictures, a checkpoint
 LONG_TIMEOUT = timedelta(hours=2)
-
-
-class DeviceError(ValueError):
-    """A device that a rank cannot use; the message is one line."""
-
-
-class LostRankError(RuntimeError):
-    """Another rank died or does not respond; its own error gives the reason."""
 
 
 def shard_bounds(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -128,7 +119,7 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
     """
     chosen = available_device(device)
     owns_group = not dist.is_initialized()
-    rank, local_rank = _rank_of_environment()
+    rank, local_rank = rank_of_environment() if owns_group else (None, int(os.environ.get("LOCAL_RANK", 0)))
     if owns_group and rank is None:
         yield Ranks(), chosen
         return
@@ -137,9 +128,15 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
         torch.cuda.set_device(chosen)
     with _translate_collective_errors():
         if owns_group:
-            _find_first_rank(rank, timeout)
+            store = meet(rank, timeout)
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=int(os.environ["WORLD_SIZE"]),
+                timeout=timedelta(seconds=timeout),
+            )
         long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, long_timeout_group)
         # Without this barrier a rank that fails early could be gone before the others are connected; they
@@ -150,47 +147,6 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
         owns_group
     ):  # not after an error: the other ranks may still wait in a collective, and the process ends anyway
         dist.destroy_process_group()
-
-
-def _rank_of_environment() -> tuple[int | None, int]:
-    """Rank, and rank on this machine, as torchrun gives them; None without torchrun."""
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        return None, 0
-    world_size = _integer("WORLD_SIZE", 1)
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        return None, 0
-    rank = _integer("RANK", 0, world_size - 1)
-    for name, expected in (("MASTER_ADDR", "the first rank's machine"), ("MASTER_PORT", "a port")):
-        if name not in os.environ:
-            raise DeviceError(f"{name}: got none with RANK, expected {expected}, as torchrun sets it")
-    _integer("MASTER_PORT", 1, 65535)
-    return rank, _integer("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 0
-
-
-def _integer(name: str, least: int, most: float = math.inf) -> int:
-    given = os.environ[name]
-    if not given.isdecimal() or not least <= int(given) <= most:
-        bounds = f"at least {least}" if most == math.inf else f"{least} to {most}"
-        raise DeviceError(f"{name}: got {given!r}, expected an integer, {bounds}, as torchrun sets it")
-    return int(given)
-
-
-def _find_first_rank(rank: int | None, timeout: float) -> None:
-    """Wait until the first rank listens: torch would write lines of C++ for each attempt to connect."""
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    until = time.monotonic() + timeout
-    while True:
-        try:
-            if rank:
-                socket.create_connection((address, int(port)), max(0.1, until - time.monotonic())).close()
-            else:
-                socket.getaddrinfo(address, int(port))
-            return
-        except OSError as error:
-            if time.monotonic() > until:
-                reason = f"{error.strerror or error} at {address}:{port} for {timeout:g} s"
-                raise LostRankError(f"the first rank died or does not respond ({reason})") from None
-        time.sleep(0.1)
 
 
 def available_device(device: str) -> torch.device:

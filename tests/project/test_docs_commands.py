@@ -57,6 +57,12 @@ def test_options_exist():
     names = {f.name for c in classes for f in fields(c)} | RENAMED.keys()
     known = {f"--{no}{name.replace('_', '-')}" for name in names for no in ("", "no-")}
     found = set(OPTION.findall(FENCE.sub("", (ROOT / "docs/training.md").read_text())))
-    of_launchers = {"--kill-on-bad-exit", "--rdzv-endpoint", "--standalone", "--shm-size"}  # and docker's
+    of_launchers = {
+        "--kill-on-bad-exit",
+        "--rdzv-endpoint",
+        "--standalone",
+        "--max-restarts",
+        "--shm-size",
+    }  # and docker's
     assert found - known - of_launchers == set()
     assert len(found) > 10, "the page names more: the pattern is wrong"

@@ -30,8 +30,7 @@ def test_killed_at_random_moments(commands, tmp_path):
     def start(name, workers):
         return Train(commands, tmp_path / name, data, workers, more=STEPS)
 
-    began = time.monotonic()
-    undisturbed = start("undisturbed", 0)
+    undisturbed, began = start("undisturbed", 0), time.monotonic()
     assert undisturbed.first.wait() == 0
     duration, kills, runs = time.monotonic() - began, 0, 0
     assert len(read_metrics(undisturbed.run / "metrics.csv")) == 60

@@ -595,6 +595,28 @@ def test_environments_that_torchrun_would_not_set(monkeypatch):
             pass
 
 
+def test_ranks_that_are_started_again_do_not_look_for_those_before(commands, arrays, tmp_path):
+    """torchrun keeps its store when it restarts its ranks, with the addresses of the ranks that died."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    argv = ["train", "--data", str(arrays), "--out", str(tmp_path / "run"), *SETTINGS, "--resume-if-present"]
+
+    def start(rank, steps):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return commands.start(tmp_path / f"{rank}-{steps}.log", *argv, "--steps", str(steps), **environment)
+
+    first = [start(rank, 100_000) for rank in (0, 1)]
+    first[0].wait_for(lambda: (tmp_path / "run/last.pt").exists())
+    os.kill(first[1].pid, signal.SIGKILL)
+    assert [rank.wait() for rank in first] == [1, -signal.SIGKILL]
+    second = start(1, 30)
+    second.wait_for(lambda: store.num_keys() and store.check(["fastflow/1"]))
+    time.sleep(1)  # it would connect to the first rank of before
+    again = [start(0, 30), second]
+    assert [rank.wait() for rank in again] == [0, 0], [rank.said() for rank in again]
+
+
 def test_little_shared_memory_is_named():
     """The message of NCCL in a container of docker's 64 MB, which tests cannot have."""
     words = (
