@@ -40,7 +40,8 @@ def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> object:
             _check_sizes(path, archive)
             damaged = archive.testzip()  # torch ignores wrong checksums
         if damaged is not None:
-            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
+            name = damaged if damaged.isprintable() else repr(damaged)
+            raise CheckpointError(f"{path}: damaged: the checksum of {name} is wrong")
         return torch.load(path, map_location=device, weights_only=True)
     except (CheckpointError, ModuleNotFoundError):
         raise

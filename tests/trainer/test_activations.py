@@ -12,7 +12,7 @@ import torch
 
 from fastflow import checkpoint
 from fastflow.models import Glow
-from fastflow.trainer import activations
+from fastflow.trainer import activations, free_memory
 from fastflow.trainer.activations import stored_bytes, with_activations_chosen
 from fastflow.trainer.cli import main
 from fastflow.trainer.config import Config, ConfigError, check_changes, with_choice_kept
@@ -112,8 +112,8 @@ def test_ranks_on_one_machine_share_its_memory(monkeypatch):
 
 
 def test_other_devices_than_cpu_and_cuda_have_unknown_memory():
-    assert activations.free_bytes(torch.device("meta")) is None
-    free = activations.free_bytes(CPU)
+    assert free_memory.free_bytes(torch.device("meta")) is None
+    free = free_memory.free_bytes(CPU)
     assert free is None or 0 <= free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -131,15 +131,15 @@ def test_other_devices_than_cpu_and_cuda_have_unknown_memory():
 def test_limits_of_control_groups_bound_the_free_memory(line, folder, names, tmp_path):
     """The limit is on a parent of the process's own group; pages of files count as free."""
     (tmp_path / "own").write_text(f"1:name=systemd:/\n{line}\n")
-    assert activations._left_in_cgroup(tmp_path, tmp_path / "own") == float("inf")
+    assert free_memory._left_in_cgroup(tmp_path, tmp_path / "own") == float("inf")
     group = tmp_path / folder
     group.mkdir()
     limit, usage, inactive = names
     (group / limit).write_text("max\n" if limit == "memory.max" else f"{2**63}\n")
-    assert activations._left_in_cgroup(tmp_path, tmp_path / "own") > 1e18
+    assert free_memory._left_in_cgroup(tmp_path, tmp_path / "own") > 1e18
     for name, text in ((limit, "1000\n"), (usage, "700\n"), ("memory.stat", f"anon 1\n{inactive} 200\n")):
         (group / name).write_text(text)
-    assert activations._left_in_cgroup(tmp_path, tmp_path / "own") == 500
+    assert free_memory._left_in_cgroup(tmp_path, tmp_path / "own") == 500
 
 
 def test_a_run_stores_its_choice_and_keeps_it(tmp_path, monkeypatch, capsys):

@@ -1,9 +1,13 @@
 """Arrays of .npz files as people have them: each row of the table of docs/training.md."""
 
+import re
+import zipfile
+
 import numpy as np
 import pytest
 
 from fastflow.trainer import data
+from fastflow.trainer.data import npz
 from fastflow.trainer.data.source import DataError
 from tests.support.tables import Table
 
@@ -75,3 +79,18 @@ def test_layouts_of_images(tmp_path):
 
 def test_every_row_of_the_table_is_shown():
     assert not ARRAYS.left
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, x=np.zeros((100, 64, 64, 3), np.uint8))  # 1.2 MB in some kB
+    monkeypatch.setattr(npz, "free_bytes", lambda device: 1e6)
+    with pytest.raises(DataError, match=re.escape(f"{path}: got arrays of 0.00123 GB, expected at most")):
+        data.load(str(path))
+
+
+def test_members_that_are_no_arrays_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("x.txt", b"pixels")
+    with pytest.raises(DataError, match="x.txt: got no array, expected a file of numpy.savez"):
+        data.load(str(tmp_path / "a.npz"))
