@@ -128,7 +128,7 @@ def test_parquet(tmp_path, table):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        DataError, match=r"rows.parquet: .parquet files need pyarrow: pip install fastflow\[parquet\]"
+        DataError, match=r"rows.parquet: .parquet files need pyarrow: pip install fastflow-torch\[parquet\]"
     ):
         data.load(str(tmp_path / "rows.parquet"))
 
