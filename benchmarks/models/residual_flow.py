@@ -142,7 +142,7 @@ class OfNormflows(nn.Module):
         update_lipschitz(self, iterations)
 
     def converge(self) -> None:
-        self.update(500)
+        self.update(3000)  # two singular values of a convolution may be near each other
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = 0.0
