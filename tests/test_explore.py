@@ -386,7 +386,10 @@ def test_interpolate_writes_a_row_for_each_pair(files, tmp_path, capsys):
             "No such file or directory",
         ),
         ("sample FILES/multiscale.pt --n 0", "n: got 0, expected at least 1"),
-        ("sample FILES/multiscale.pt --temperature 0.5 -1", "temperature: got -1.0, expected 0 or a positive number"),
+        (
+            "sample FILES/multiscale.pt --temperature 0.5 -1",
+            "temperature: got -1.0, expected 0 or a positive number",
+        ),
     ],
 )
 def test_commands_that_cannot_be(argv, words, files, tmp_path, capsys, monkeypatch):

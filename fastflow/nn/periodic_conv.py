@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.nn.flow import Flow, check_channels
+from fastflow.nn.log_abs_det import log_abs_det
 from fastflow.nn.lu_linear import without_autocast
 from fastflow.ops import acc_dtype
 
@@ -73,7 +74,7 @@ class PeriodicConv(Flow):
         return torch.einsum("ockl,hk,wl->hwoc", weight.to(waves[0].dtype), *waves)
 
     def _log_det(self, spectrum: Tensor, x: Tensor) -> Tensor:
-        logs = torch.linalg.slogdet(spectrum).logabsdet
+        logs = log_abs_det(spectrum)
         own_conjugate = torch.arange(logs.shape[1], device=x.device) * 2 % x.shape[3] == 0
         return torch.where(own_conjugate, logs, 2 * logs).sum().expand(x.shape[0])
 

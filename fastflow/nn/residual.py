@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from fastflow import validation
 from fastflow.nn.flow import Flow
+from fastflow.nn.log_abs_det import log_abs_det
 from fastflow.ops.noise.op import as_seed, normal_noise
 from fastflow.reversible import vjp
 from fastflow.state_from_data import state_from_data, takes_state_from_data
@@ -199,7 +200,7 @@ class Residual(Flow):
         if d == 2:
             (a, b), (c, d) = jacobian.movedim(0, 2)
             return torch.log((1 + a + d + (a * d - b * c)).abs())
-        return torch.linalg.slogdet(jacobian + basis).logabsdet
+        return log_abs_det(jacobian + basis)
 
     def _estimate(self, noise: Tensor, coefficients: Sequence[float], pull: Pull, last_pull: Pull) -> Tensor:
         r"""Power series with the value :math:`\sum_k (-1)^{k+1} c_k t_k / k` and the Neumann gradient.
