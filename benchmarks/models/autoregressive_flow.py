@@ -16,24 +16,18 @@ Rows go to results/autoregressive_flow.csv. The table of docs/autoregressive.md 
 """
 
 import argparse
-import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.models import autoregressive_libraries, libraries
-from benchmarks.tools import harness, page
+from benchmarks.tools import harness, page, sizes
 from fastflow.models import MAF, NeuralSplineFlow
 from fastflow.nn import MaskedAutoregressive, Sequential
-from fastflow.trainer.cli import keep_memory
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 STEPS = 5
 MODES = ("log_prob", "training step", "sample")
 PASSES = "D passes"
@@ -210,7 +204,7 @@ def measure(size: Size, options: argparse.Namespace) -> list[dict]:
         for call in each.values():
             for _ in range(2):
                 call()
-        taken = harness.microseconds(each, options.seconds, options.device, CLOCKS[options.clock])
+        taken = harness.microseconds(each, options.seconds, options.device, sizes.CLOCKS[options.clock])
         for name, (p20, p50, p80) in taken.items():
             row = {"library": size.library, "kind": size.kind, "batch": size.batch, "features": size.features}
             row |= {"context": size.context, "hidden": size.hidden, "steps": STEPS}
@@ -236,35 +230,17 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(
-            "--docs", type=Path, default=harness.ROOT / "docs", help="folder of autoregressive.md"
-        )
-        parser.add_argument(
-            "--clock", choices=CLOCKS, default="wall", help="processor: on one thread of a CPU"
-        )
-        parser.set_defaults(seconds=10.0)
-
-    options, rows = harness.arguments(__doc__, argv, add), []
-    keep_memory()
-    if options.clock == "processor":
-        if options.device != "cpu":
-            raise ValueError(f"clock: got 'processor' on {options.device}, expected 'wall'")
-    elif options.device == "cpu" and (load := os.getloadavg()[0]) > 0.3:
-        print(f"other programs are running ({load:.1f} on average over the last minute): discard these times")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if options.clock == "processor" else threads)
-    try:
-        for size in tqdm(QUICK if options.quick else SIZES, desc="autoregressive_flow"):
-            found = measure(size, options)
-            harness.append(options.results / "autoregressive_flow.csv", found)
-            rows += found
-    finally:
-        torch.set_num_threads(threads)
-    found = table(rows)
-    page.write(options.docs / "autoregressive.md", {"autoregressive_flow": found})
-    print(found)
-    return rows
+    return sizes.run(
+        "autoregressive_flow",
+        __doc__,
+        argv,
+        SIZES,
+        QUICK,
+        measure,
+        table,
+        docs="autoregressive.md",
+        seconds=10.0,
+    )
 
 
 if __name__ == "__main__":

@@ -19,23 +19,17 @@ Rows go to results/neural_spline_flow.csv. The table of docs/splines.md is rewri
 """
 
 import argparse
-import os
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.models import libraries, spline_libraries
-from benchmarks.tools import harness, page
+from benchmarks.tools import harness, page, sizes
 from fastflow import backend
 from fastflow.models import NeuralSplineFlow
 from fastflow.nn import SplineCoupling
-from fastflow.trainer.cli import keep_memory
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 SIZES = ((200, 5, 10, 50), (512, 16, 32, 64), (4096, 16, 32, 128))  # batch, features, context, hidden
 QUICK = ((8, 3, 2, 4),)
 MODES = ("training step", "sample")
@@ -178,7 +172,7 @@ def measure(size: tuple[int, int, int, int], options: argparse.Namespace) -> lis
         for call in each.values():
             for _ in range(3):
                 call()
-        taken = harness.microseconds(each, options.seconds, options.device, CLOCKS[options.clock])
+        taken = harness.microseconds(each, options.seconds, options.device, sizes.CLOCKS[options.clock])
         harness.refuse_straw_man(taken, f"{size} {mode}", options.quick)
         for name, (p20, p50, p80) in taken.items():
             row = {"batch": batch, "features": features, "context": context, "hidden": hidden, "steps": 5}
@@ -206,33 +200,9 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of splines.md")
-        parser.add_argument(
-            "--clock", choices=CLOCKS, default="wall", help="processor: on one thread of a CPU"
-        )
-        parser.set_defaults(seconds=15.0)
-
-    options, rows = harness.arguments(__doc__, argv, add), []
-    keep_memory()
-    if options.clock == "processor":
-        if options.device != "cpu":
-            raise ValueError(f"clock: got 'processor' on {options.device}, expected 'wall'")
-    elif options.device == "cpu" and (load := os.getloadavg()[0]) > 0.3:
-        print(f"other programs are running ({load:.1f} on average over the last minute): discard these times")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if options.clock == "processor" else threads)
-    try:
-        for size in tqdm(QUICK if options.quick else SIZES, desc="neural_spline_flow"):
-            found = measure(size, options)
-            harness.append(options.results / "neural_spline_flow.csv", found)
-            rows += found
-    finally:
-        torch.set_num_threads(threads)
-    found = table(rows)
-    page.write(options.docs / "splines.md", {"neural_spline_flow": found})
-    print(found)
-    return rows
+    return sizes.run(
+        "neural_spline_flow", __doc__, argv, SIZES, QUICK, measure, table, docs="splines.md", seconds=15.0
+    )
 
 
 if __name__ == "__main__":

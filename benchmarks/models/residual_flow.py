@@ -17,23 +17,18 @@ Rows go to results/residual_flow.csv. The table of docs/residual.md is rewritten
 
 import argparse
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.models import libraries
-from benchmarks.models.autoregressive_flow import CLOCKS
-from benchmarks.tools import harness, page
+from benchmarks.tools import harness, page, sizes
 from fastflow.nn import LipschitzConvNet, LipschitzMLP, Residual
 from fastflow.nn.log_abs_det import log_abs_det
 from fastflow.nn.networks.lipschitz import MARGIN
-from fastflow.trainer.cli import keep_memory
 
 TERMS = 8
 ITERATIONS = 5
@@ -237,7 +232,7 @@ def measure(size: Size, options: argparse.Namespace) -> list[dict]:
     for call in calls.values():
         for _ in range(2):
             call()
-    taken = harness.microseconds(calls, options.seconds, options.device, CLOCKS[options.clock])
+    taken = harness.microseconds(calls, options.seconds, options.device, sizes.CLOCKS[options.clock])
     rows, about = [], harness.metadata(options.device)
     for name, (p20, p50, p80) in taken.items():
         row = {"batch": size.batch, "features": size.features, "side": size.side or "", "hidden": size.hidden}
@@ -278,33 +273,9 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--docs", type=Path, default=harness.ROOT / "docs", help="folder of residual.md")
-        parser.add_argument(
-            "--clock", choices=CLOCKS, default="wall", help="processor: on one thread of a CPU"
-        )
-        parser.set_defaults(seconds=20.0)
-
-    options, rows = harness.arguments(__doc__, argv, add), []
-    keep_memory()
-    if options.clock == "processor":
-        if options.device != "cpu":
-            raise ValueError(f"clock: got 'processor' on {options.device}, expected 'wall'")
-    elif options.device == "cpu" and (load := os.getloadavg()[0]) > 0.3:
-        print(f"other programs are running ({load:.1f} on average over the last minute): discard these times")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1 if options.clock == "processor" else threads)
-    try:
-        for size in tqdm(QUICK if options.quick else SIZES, desc="residual_flow"):
-            found = measure(size, options)
-            harness.append(options.results / "residual_flow.csv", found)
-            rows += found
-    finally:
-        torch.set_num_threads(threads)
-    found = table(rows)
-    page.write(options.docs / "residual.md", {"residual_flow": found})
-    print(found)
-    return rows
+    return sizes.run(
+        "residual_flow", __doc__, argv, SIZES, QUICK, measure, table, docs="residual.md", seconds=20.0
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.models import autoregressive_flow, libraries
-from benchmarks.tools import harness
+from benchmarks.tools import harness, sizes
 from tests.support.rows import DEVICES, assert_tables, rows_of
 
 MARKERS = (
@@ -15,7 +15,7 @@ MARKERS = (
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     (tmp_path / "autoregressive.md").write_text(MARKERS)
-    monkeypatch.setattr(autoregressive_flow, "keep_memory", lambda: None)  # of this process
+    monkeypatch.setattr(sizes, "keep_memory", lambda: None)  # of this process
     monkeypatch.setattr(harness, "ROUNDS", 1)
     return ["--quick", "--results", str(tmp_path), "--docs", str(tmp_path)]
 

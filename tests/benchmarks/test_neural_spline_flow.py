@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.models import libraries, neural_spline_flow, tabular
-from benchmarks.tools import harness
+from benchmarks.tools import harness, sizes
 from tests.support.rows import DEVICES, assert_tables, rows_of
 
 MARKERS = "<!-- {0}: written by benchmarks/models/{0}.py -->\n<!-- end of {0} -->\n"
@@ -20,7 +20,7 @@ def splines_page(tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_of_the_model(device, tmp_path, splines_page, monkeypatch):
-    monkeypatch.setattr(neural_spline_flow, "keep_memory", lambda: None)  # of this process
+    monkeypatch.setattr(sizes, "keep_memory", lambda: None)  # of this process
     monkeypatch.setattr(harness, "ROUNDS", 1)
     options = ["--quick", "--device", device, "--results", str(tmp_path), "--docs", str(tmp_path)]
     rows = neural_spline_flow.main(options)
@@ -37,7 +37,7 @@ def test_rows_of_the_model(device, tmp_path, splines_page, monkeypatch):
 
 
 def test_processor_time_is_of_one_thread(tmp_path, splines_page, monkeypatch):
-    monkeypatch.setattr(neural_spline_flow, "keep_memory", lambda: None)
+    monkeypatch.setattr(sizes, "keep_memory", lambda: None)
     monkeypatch.setattr(harness, "ROUNDS", 1)
     threads = torch.get_num_threads()
     options = ["--quick", "--clock", "processor", "--results", str(tmp_path), "--docs", str(tmp_path)]

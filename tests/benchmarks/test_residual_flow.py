@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.models import libraries, residual_flow
-from benchmarks.tools import harness
+from benchmarks.tools import harness, sizes
 from tests.support.rows import DEVICES, assert_tables, rows_of
 
 MARKERS = "<!-- residual_flow: written by benchmarks/models/x.py -->\n<!-- end of residual_flow -->\n"
@@ -13,7 +13,7 @@ MARKERS = "<!-- residual_flow: written by benchmarks/models/x.py -->\n<!-- end o
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows(device, tmp_path, monkeypatch):
     (tmp_path / "residual.md").write_text(MARKERS)
-    monkeypatch.setattr(residual_flow, "keep_memory", lambda: None)  # of this process
+    monkeypatch.setattr(sizes, "keep_memory", lambda: None)  # of this process
     monkeypatch.setattr(harness, "ROUNDS", 1)
     options = ["--quick", "--results", str(tmp_path), "--docs", str(tmp_path), "--device", device]
     options += ["--clock", "processor"] * (device == "cpu")
