@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,15 +17,29 @@ from fastflow import validation
 from fastflow.integrations.check import Check, assert_close, checked
 from fastflow.reversible import has_hooks
 
+Theirs = Any
+"""A module of a library, in signatures: to a type checker its attributes would be those of ``nn.Module`` only."""
 
-class Accelerated:
+
+_Faster = TypeVar("_Faster", bound="type[Accelerated]")
+
+
+class Accelerated(nn.Module):
     """Base of the faster classes; a faster class derives from it and from the class that it replaces."""
+
+    if TYPE_CHECKING:  # attributes of the class that it replaces, and those of its methods that super() calls
+        inverse: Callable[..., tuple[Tensor, Tensor]]
+        _elementwise: Callable[..., tuple[Tensor, Tensor]]
+        _piecewise_cdf: Callable[..., tuple[Tensor, Tensor]]
+        _spline: Callable[..., tuple[Tensor, Tensor]]
+
+        def __getattr__(self, name: str) -> Any: ...
 
     BYPASSED: tuple[str, ...] = ()
     """Names of the children that the faster class does not call. A hook in one of them would not run."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         """Why ``module``, an instance of the replaced class, is left alone; None if it is not."""
         return None
 
@@ -40,7 +55,7 @@ class Chain(Accelerated):
 
     @classmethod
     @abstractmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: Theirs) -> str | None:
         """Why ``module``, an instance of the replaced class, stores its activations; None if it need not."""
         raise NotImplementedError(f"{cls.__name__} has no obstacle")
 
@@ -108,23 +123,23 @@ def accelerate(
         if found is not None and found is not type(module):
             reason = found.refusal(module) or _hooked(module, found)
             if reason is None:
-                module.__class__ = found
+                _set_class(module, found)
             else:
                 report.left_alone[name] = theirs.__name__, reason
         elif found is None and isinstance(module, Accelerated):
-            module.__class__ = theirs
+            _set_class(module, theirs)
         if isinstance(module, Accelerated):
             report.replaced[name] = theirs.__name__
         elif found is None and any(issubclass(theirs, c) for c in classes):
             report.left_alone[name] = theirs.__name__, "a subclass of a layer that is covered"
         elif found is None and known(theirs):
             report.left_alone[name] = theirs.__name__, "not covered"
-    if wanted is not None:
+    if check is not None and wanted is not None:
         try:
             assert_close(checked(model, check), wanted)
         except BaseException:
             for module, c in before.items():
-                module.__class__ = c
+                _set_class(module, c)
             raise
     return report
 
@@ -153,8 +168,12 @@ def revert(model: nn.Module) -> int:
     """Give every accelerated module its own class again, and return their number."""
     found = [m for m in model.modules() if isinstance(m, Accelerated)]
     for module in found:
-        module.__class__ = own_class(module)
+        _set_class(module, own_class(module))
     return len(found)
+
+
+def _set_class(module: nn.Module, c: type[nn.Module]) -> None:
+    module.__class__ = c
 
 
 def _hooked(module: nn.Module, faster: type[Accelerated]) -> str | None:
@@ -164,14 +183,14 @@ def _hooked(module: nn.Module, faster: type[Accelerated]) -> str | None:
 
 
 def faster_classes(
-    namespace: dict[str, object], layers: Mapping[type, type[Accelerated]], prefix: str = ""
-) -> dict[type, type[Accelerated]]:
+    namespace: dict[str, Any], layers: Mapping[type, _Faster], prefix: str = ""
+) -> dict[type, _Faster]:
     """Faster classes of a library, by the class that each replaces.
 
     They are put into ``namespace``, the globals of a module, under the names of the library's classes after a
     ``prefix``, so that pickle finds them there.
     """
-    made = {}
+    made: dict[type, Any] = {}
     for theirs, ours in layers.items():
         name = prefix + theirs.__name__
         about = {"__module__": namespace["__name__"], "__doc__": f"{theirs.__name__} with FastFlow's ops."}

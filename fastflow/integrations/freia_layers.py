@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible, per_sample
+from fastflow.integrations.accelerate import Accelerated, Chain, Theirs, not_invertible, per_sample
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
 from fastflow.integrations.kept import value_of
 from fastflow.ops import actnorm, affine_coupling, conv1x1, positions
@@ -24,7 +24,7 @@ class AllInOneBlock(Accelerated):
     """``AllInOneBlock``: the coupling is one op; scale, offset and permutation are one product, or a copy."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         if module.GIN:
             return "gin_block=True"
         if module.householder:
@@ -97,7 +97,7 @@ class _Coupling(Accelerated):
     """Block of two couplings, of one half and then of the other: each is one op after its network."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         return None if module.split_len1 == module.split_len2 else "halves of different sizes"
 
     def forward(
@@ -180,7 +180,7 @@ class IRevNetDownsampling(Accelerated):
     """``IRevNetDownsampling``: a copy instead of a convolution."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         return "legacy_backend=True" if module.legacy_backend else None
 
     def forward(
@@ -193,7 +193,7 @@ class ReversibleSequence(Chain):
     """``SequenceINN`` that recomputes its activations."""
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: Theirs) -> str | None:
         if len({c for c in module.conditions if c is not None}) > 1:
             return "several conditions"
         return not_invertible(module.module_list, "FrEIA", INVERTIBLE)
@@ -235,7 +235,7 @@ class Graph(Chain):
     """``GraphINN``, which is no chain."""
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str:
+    def obstacle(cls, module: Theirs) -> str:
         return "a graph, of which SequenceINN is the chain"
 
 

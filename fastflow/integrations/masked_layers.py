@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.accelerate import Accelerated, Theirs
 from fastflow.integrations.coupling_layers import is_plain
 from fastflow.integrations.kept import found_in, is_changed, kept_of
 from fastflow.integrations.spline_layers import outside, per_feature, spline_form, spline_refusal, splines
@@ -125,7 +125,7 @@ class MaskedAutoregressive(Accelerated):
         return torch.cat(added, -1), torch.cat(gates, 1) if gates else None
 
 
-def _conditioner_of(net: nn.Module, package: str, gated: bool, with_context: bool) -> _Conditioner | None:
+def _conditioner_of(net: Theirs, package: str, gated: bool, with_context: bool) -> _Conditioner | None:
     """A network as masked_inverse takes it; None if it does not, or if a hook would not run."""
     if conditioner_obstacle(net, package) is not None:
         return None
@@ -211,20 +211,20 @@ class SortedNetwork(NamedTuple):
         return (torch.cat(found).index_select(0, self.places) * self.masks).split(self.sizes)
 
 
-def _is_residual(net: nn.Module) -> bool:
+def _is_residual(net: Theirs) -> bool:
     if not len(net.blocks):
         return getattr(net, "use_residual_blocks", True)
     return hasattr(net.blocks[0], "linear_layers")
 
 
-def conditioner_activation(net: nn.Module) -> str | None:
+def conditioner_activation(net: Theirs) -> str | None:
     """Name of the one activation of a MADE; None if masked_inverse does not have it."""
     functions = [m.activation for m in (net, *net.blocks) if hasattr(m, "activation")]
     names = {activation_of(f) for f in functions}
     return names.pop() if len(names) == 1 else None
 
 
-def conditioner_obstacle(net: nn.Module, package: str) -> str | None:
+def conditioner_obstacle(net: Theirs, package: str) -> str | None:
     """Why an inverse takes a pass for each feature, if it is because of the options of its network."""
     parts = (net, net.__class__), *((b, b.__class__) for b in getattr(net, "blocks", ()))
     names = ("MADE", "MaskedResidualBlock", "MaskedFeedforwardBlock")
@@ -245,7 +245,7 @@ def _package_of(layer: type) -> str:
     return (layer.replaced() if issubclass(layer, Accelerated) else layer).__module__.partition(".")[0]
 
 
-def outside_or_not_vectors(layer: nn.Module, inputs: Tensor) -> bool:
+def outside_or_not_vectors(layer: Theirs, inputs: Tensor) -> bool:
     """Whether the library raises or has another shape in mind."""
     features = layer.autoregressive_net.initial_layer.in_features
     if inputs.ndim != 2 or inputs.shape[1] != features:
@@ -260,7 +260,7 @@ class AffineAutoregressive(MaskedAutoregressive):
     OWN_SCALE = "MaskedAffineAutoregressiveTransform.__init__.<locals>.<lambda>"
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         scale: Callable | None = getattr(module, "scale_activation", None)  # of glasflow
         if scale is not None and getattr(scale, "__qualname__", "") != cls.OWN_SCALE:
             return "scale_activation"
@@ -274,7 +274,7 @@ class RationalQuadraticAutoregressive(MaskedAutoregressive):
     """Autoregressive layer with splines: these are one op in both directions."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         return spline_refusal(module)
 
     def _factor(self) -> float:

@@ -1,7 +1,7 @@
 """Faster layers of nflows, for its package and its forks, whose classes have the same names and attributes."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.integrations import piecewise_layers
-from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible
+from fastflow.integrations.accelerate import Accelerated, Chain, Theirs, not_invertible
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
 from fastflow.integrations.kept import value_of
 from fastflow.integrations.masked_layers import AffineAutoregressive, RationalQuadraticAutoregressive
@@ -35,7 +35,7 @@ def _places(features: int, device: torch.device) -> Tensor:
         return places.flatten().to(device)
 
 
-def _factors(layers: list[nn.Module]) -> Tensor:
+def _factors(layers: Sequence[Theirs]) -> Tensor:
     """L below the diagonals, raw diagonals of U, and U above them, of layers of one size, ``[K, D, D]``."""
     entries = [
         torch.cat([layer.lower_entries, layer.unconstrained_upper_diag, layer.upper_entries])
@@ -46,12 +46,12 @@ def _factors(layers: list[nn.Module]) -> Tensor:
     return torch.stack(entries).index_select(1, places).view(len(layers), d, d)
 
 
-def _matrices(layers: list[nn.Module]) -> tuple[Tensor, ...]:
+def _matrices(layers: Sequence[Theirs]) -> tuple[Tensor, ...]:
     """L U, L without its diagonal, U and log|det| of layers of one size, each ``[K, ...]``."""
     return matrices_of(_factors(layers), layers[0].eps, None)
 
 
-def _inverses(layers: list[nn.Module]) -> tuple[Tensor, Tensor]:
+def _inverses(layers: Sequence[Theirs]) -> tuple[Tensor, Tensor]:
     """The inverses of L U, and log|det L U|, of layers of one size."""
     factors = _factors(layers)
     log_diagonal = torch.log(F.softplus(factors.diagonal(dim1=1, dim2=2)) + layers[0].eps)
@@ -65,7 +65,7 @@ class LU(Accelerated):
     """``LULinear``: one product with L U, which a composite computes for all of its layers at once."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         return "using_cache=True" if module.using_cache else None
 
     def forward(
@@ -91,12 +91,12 @@ class LU(Accelerated):
         return columns[0].mT, -log_det.expand(inputs.shape[0])
 
 
-def _is_half(layer: nn.Module) -> bool:
+def _is_half(layer: Theirs) -> bool:
     """Whether the matrices would have another dtype than the layer."""
     return layer.bias.dtype not in (torch.float32, torch.float64)
 
 
-def _shared(layers: list[nn.Module], inverse: bool) -> dict[int, tuple[Tensor, ...]]:
+def _shared(layers: Sequence[Theirs], inverse: bool) -> dict[int, tuple[Tensor, ...]]:
     """Matrices of the LU layers among ``layers``, by position, computed for those of one size at once."""
     kinds: dict[tuple, list[int]] = {}
     for i, layer in enumerate(layers):
@@ -142,7 +142,7 @@ class ReversibleComposite(Chain, Composite):
     """``CompositeTransform`` that recomputes its activations; the layers of chains within it are its layers."""
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: Theirs) -> str | None:
         base = next(c for c in type(module).__mro__ if c.__name__ == "Transform")
         layers = [m for m in module.modules() if isinstance(m, base)]
         return not_invertible(layers, base.__module__.rpartition(".transforms")[0], INVERTIBLE)
@@ -152,14 +152,14 @@ class ReversibleComposite(Chain, Composite):
         if not layers or (context is not None and not isinstance(context, Tensor)):
             return super().forward(inputs, context)
 
-        def matrices(layers: list[nn.Module]) -> list[tuple[Tensor, ...]]:
+        def matrices(layers: Sequence[nn.Module]) -> list[tuple[Tensor | None, ...]]:
             shared = _shared(layers, inverse=False)
             return [shared.get(i, ()) for i in range(len(layers))]
 
         return run_reversible(layers, inputs, context, shared_args=matrices)
 
 
-def _flattened(chain: nn.Module) -> Iterator[nn.Module]:
+def _flattened(chain: Theirs) -> Iterator[nn.Module]:
     for layer in chain._transforms:
         if isinstance(layer, Composite) and not has_hooks(layer):
             yield from _flattened(layer)
@@ -245,7 +245,7 @@ class OneByOneConvolution(Accelerated):
     BYPASSED = ("permutation",)
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         return "using_cache=True" if module.using_cache else None
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow.integrations import masked_layers
-from fastflow.integrations.accelerate import Accelerated, Chain, not_invertible, per_sample
+from fastflow.integrations.accelerate import Accelerated, Chain, Theirs, not_invertible, per_sample
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
 from fastflow.integrations.kept import value_of
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
@@ -48,7 +48,7 @@ class ActNorm(Accelerated):
         return actnorm(z, -self.s.flatten(), -self.t.flatten())
 
 
-def _is_ready(layer: nn.Module, z: Tensor) -> bool:
+def _is_ready(layer: Theirs, z: Tensor) -> bool:
     """Whether a layer with a scale and a shift for each channel is initialized."""
     if (
         z.ndim < 2
@@ -71,7 +71,7 @@ class Invertible1x1Conv(Accelerated):
     """``Invertible1x1Conv``: the inverse of its weight from the triangles, without a general solve in float64."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         return None if module.use_lu else "use_lu=False"
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ class Invertible1x1Conv(Accelerated):
         return tuple(f[0] for f in found)
 
 
-def _is_image(layer: nn.Module, z: Tensor) -> bool:
+def _is_image(layer: Theirs, z: Tensor) -> bool:
     return z.ndim == 4 and z.shape[1] == layer.num_channels and is_plain(z, layer.L)
 
 
@@ -101,7 +101,7 @@ class AffineCouplingBlock(Accelerated):
     """``AffineCouplingBlock`` of halves of the channels: one op after the network."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         own = "normflows.flows.reshape", "normflows.flows.affine.coupling", "normflows.flows.reshape"
         if [type(m).__name__ for m in module.flows] != ["Split", "AffineCoupling", "Merge"] or any(
             type(m).__module__ != name for m, name in zip(module.flows, own, strict=True)
@@ -178,7 +178,7 @@ class ConvNet2d(Accelerated):
     """``ConvNet2d`` of three convolutions: one op, which keeps hidden activations out of memory."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         layers = list(module.net)
         if [type(m) for m in layers] != [nn.Conv2d, nn.LeakyReLU, nn.Conv2d, nn.LeakyReLU, nn.Conv2d]:
             return "layers other than three convolutions"
@@ -214,7 +214,7 @@ class ReversibleFlow(Chain):
     """``NormalizingFlow`` whose log-densities recompute its activations."""
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str | None:
+    def obstacle(cls, module: Theirs) -> str | None:
         return not_invertible(module.flows, "normflows", INVERTIBLE)
 
     def inverse_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -261,7 +261,7 @@ class Multiscale(Chain):
     """``MultiscaleFlow``, which is no chain."""
 
     @classmethod
-    def obstacle(cls, module: nn.Module) -> str:
+    def obstacle(cls, module: Theirs) -> str:
         return "several scales"
 
 

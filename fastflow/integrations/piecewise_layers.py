@@ -3,12 +3,12 @@
 import importlib
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastflow.integrations.accelerate import Accelerated, own_class
+from fastflow.integrations.accelerate import Accelerated, Theirs, own_class
 
 
-def _of_all(layer: nn.Module, name: str, inputs: Tensor, inverse: bool, **form: Tensor | float):
+def _of_all(layer: Theirs, name: str, inputs: Tensor, inverse: bool, **form: Tensor | float):
     """Splines of the library's function ``name`` inside of the bounds, and the identity outside, with log-slopes."""
     package = own_class(layer).__module__.rpartition(".transforms.")[0]
     function = getattr(importlib.import_module(f"{package}.transforms.splines"), name)
@@ -28,7 +28,7 @@ class _WithTails(Accelerated):
 
 class _WithTailsOnly(_WithTails):
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         return None if module.tails == "linear" else f"tails={module.tails!r}"
 
 

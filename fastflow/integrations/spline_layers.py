@@ -3,15 +3,15 @@
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.accelerate import Accelerated, Theirs
 from fastflow.ops import spline
 
 PER_FEATURE = ("linear", "circular")
 
 
-def spline_refusal(module: nn.Module) -> str | None:
+def spline_refusal(module: Theirs) -> str | None:
     """Why the splines of a layer are left alone; None if the op has them."""
     tails, bound = module.tails, module.tail_bound
     if isinstance(tails, list | tuple):
@@ -26,18 +26,18 @@ def spline_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def outside(module: nn.Module, inputs: Tensor) -> bool:
+def outside(module: Theirs, inputs: Tensor) -> bool:
     """Whether the library raises: without tails, for inputs outside [0, 1], which synchronizes."""
     return module.tails is None and inputs.numel() > 0 and bool(inputs.min() < 0 or inputs.max() > 1)
 
 
-def per_feature(module: nn.Module) -> bool:
+def per_feature(module: Theirs) -> bool:
     """Whether features have tails or bounds of their own, which the library has for vectors only."""
     return isinstance(module.tails, list | tuple) or isinstance(module.tail_bound, Tensor)
 
 
 def splines(
-    module: nn.Module,
+    module: Theirs,
     inputs: Tensor,
     params: Tensor,
     bins: int,
@@ -69,7 +69,7 @@ def splines(
     return outputs * scale if isinstance(bound, Tensor) else outputs, log_det
 
 
-def spline_form(module: nn.Module, bins: int) -> dict:
+def spline_form(module: Theirs, bins: int) -> dict:
     """Arguments of the op; those of per-feature tails and bounds are not among them."""
     bound = module.tail_bound
     return {
@@ -82,7 +82,7 @@ def spline_form(module: nn.Module, bins: int) -> dict:
     }
 
 
-def _tails(module: nn.Module) -> str | None:
+def _tails(module: Theirs) -> str | None:
     return module.tails if isinstance(module.tails, str | None) else None
 
 
@@ -120,7 +120,7 @@ class RationalQuadraticCoupling(Accelerated):
     """Coupling with splines: the splines, the copy and the log-det are one op."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         return spline_refusal(module)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class RationalQuadraticCDF(Accelerated):
     """Splines that all samples share, of which the op makes a table once."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         if per_feature(module) and module.unnormalized_widths.ndim != 2:
             return "tails or bounds of each feature of images"
         return spline_refusal(module)

@@ -16,7 +16,7 @@ from zuko.flows.spline import CircularRQSTransform
 from zuko.utils import broadcast, unpack
 
 from fastflow import ops
-from fastflow.integrations.accelerate import Accelerated
+from fastflow.integrations.accelerate import Accelerated, Theirs
 from fastflow.integrations.kept import found_in, is_changed, kept_of, value_of
 from fastflow.integrations.masked_layers import SortedNetwork, activation_of
 from fastflow.kept import Kept
@@ -33,7 +33,7 @@ class Univariate(NamedTuple):
     """Whether features are shifted by half of the circle first."""
 
     @staticmethod
-    def of(layer: nn.Module) -> "Univariate | None":
+    def of(layer: Theirs) -> "Univariate | None":
         """That of a layer of zuko; None if the ops do not have it."""
         constructor, options = layer.univariate, {}
         if isinstance(constructor, partial):
@@ -107,7 +107,7 @@ class _WithInverse(Transform):
 class DependentTransform(_WithInverse, _transforms.DependentTransform):
     """Transformation of each feature of vectors, of raw parameters ``[*, D, P]``: one op, which sums the log-det."""
 
-    def __init__(self, layer: nn.Module, params: Tensor) -> None:
+    def __init__(self, layer: Theirs, params: Tensor) -> None:
         Transform.__init__(self)
         self.reinterpreted = 1
         self._layer, self._params = layer, params
@@ -174,7 +174,7 @@ def _with_context(x: Tensor, c: Tensor | None) -> Tensor:
     return x if c is None else torch.cat(broadcast(x, c, ignore=1), -1)
 
 
-def _raw(layer: nn.Module, inputs: Tensor) -> Tensor:
+def _raw(layer: Theirs, inputs: Tensor) -> Tensor:
     """Raw parameters ``[*, D, P]``, the output of the layer's network."""
     return layer.hyper(inputs).unflatten(-1, (-1, layer.total))
 
@@ -183,7 +183,7 @@ class Lazy(Accelerated):
     """A lazy transformation whose features are transformed by one op."""
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def refusal(cls, module: Theirs) -> str | None:
         if Univariate.of(module) is not None:
             return None
         constructor = module.univariate
@@ -216,7 +216,7 @@ class GeneralCoupling(Lazy):
 class CouplingTransform(_WithInverse, _transforms.CouplingTransform):
     """Coupling of a :class:`GeneralCoupling`."""
 
-    def __init__(self, layer: nn.Module, c: Tensor | None) -> None:
+    def __init__(self, layer: Theirs, c: Tensor | None) -> None:
         Transform.__init__(self)
         self.meta = partial(layer.meta, c)
         self._layer, self._context = layer, c
@@ -259,7 +259,7 @@ class MaskedAutoregressive(Lazy):
 class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform):
     """Autoregressive transformation of a :class:`MaskedAutoregressive`."""
 
-    def __init__(self, layer: nn.Module, c: Tensor | None) -> None:
+    def __init__(self, layer: Theirs, c: Tensor | None) -> None:
         _transforms.AutoregressiveTransform.__init__(self, partial(layer.meta, c), layer.passes)
         self._layer, self._context = layer, c
 
@@ -363,7 +363,7 @@ class _Layers(NamedTuple):
     """Of all parameters."""
 
 
-def _network_of(layer: nn.Module, y: Tensor, c: Tensor | None) -> tuple[_Layers, SortedNetwork] | None:
+def _network_of(layer: Theirs, y: Tensor, c: Tensor | None) -> tuple[_Layers, SortedNetwork] | None:
     """The network of a layer, and how it is sorted; None if its inverse takes several passes."""
     device, dtype, features = y.device, y.dtype, y.shape[-1]
     if torch.is_autocast_enabled(device.type):
