@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks.models import libraries
 from benchmarks.tools import harness, page, sizes
 from fastflow.nn import LipschitzConvNet, LipschitzMLP, Residual
-from fastflow.nn.log_abs_det import log_abs_det
+from fastflow.nn.batched_linalg import log_abs_det
 from fastflow.nn.networks.lipschitz import MARGIN
 
 TERMS = 8

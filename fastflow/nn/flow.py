@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import validation
-from fastflow.nn.log_abs_det import log_abs_det
+from fastflow.nn.batched_linalg import log_abs_det
 from fastflow.reversible import has_its_own_rule
 from fastflow.state_from_data import state_from_data
 

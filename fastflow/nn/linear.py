@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow import ops, validation
+from fastflow.nn.batched_linalg import solve
 from fastflow.nn.flow import Flow, check_channels
 from fastflow.nn.lu_linear import without_autocast
 from fastflow.ops import acc_dtype, positions
@@ -268,7 +269,7 @@ def orthogonal_matrix(given: Tensor, kind: str, columns: int | None = None) -> T
         return identity[:, :columns] - given.mT @ ops.triangular_solve(*stacks, upper=True).view_as(first)
     skew = given.triu(1) - given.triu(1).mT
     if kind == "cayley":
-        return torch.linalg.solve(identity + skew, (identity - skew)[..., :columns])
+        return solve(identity + skew, (identity - skew)[..., :columns])
     return torch.linalg.matrix_exp(skew)[..., :columns]
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow import validation
+from fastflow.nn.batched_linalg import log_abs_det, solve
 from fastflow.nn.flow import Flow, check_channels
-from fastflow.nn.log_abs_det import log_abs_det
 from fastflow.nn.lu_linear import without_autocast
 from fastflow.ops import acc_dtype
 
@@ -93,7 +93,7 @@ class PeriodicConv(Flow):
             shifted = z.to(acc_dtype(z.dtype)) - self.bias.to(acc_dtype(z.dtype)).view(1, -1, 1, 1)
             if z.numel():
                 columns = torch.fft.rfft2(shifted).permute(2, 3, 1, 0)
-                solved = torch.linalg.solve(spectrum, columns).permute(3, 2, 0, 1)
+                solved = solve(spectrum, columns).permute(3, 2, 0, 1)
                 shifted = torch.fft.irfft2(solved, s=z.shape[2:])
             return shifted.to(z.dtype), -self._log_det(spectrum, z)
 

@@ -10,8 +10,8 @@ from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
 
 from fastflow import validation
+from fastflow.nn.batched_linalg import log_abs_det
 from fastflow.nn.flow import Flow
-from fastflow.nn.log_abs_det import log_abs_det
 from fastflow.ops.noise.op import as_seed, normal_noise
 from fastflow.reversible import vjp
 from fastflow.state_from_data import state_from_data, takes_state_from_data
