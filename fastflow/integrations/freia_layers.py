@@ -1,7 +1,7 @@
 """Faster layers of FrEIA."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -199,15 +199,15 @@ class ReversibleSequence(Chain):
         return not_invertible(module.module_list, "FrEIA", INVERTIBLE)
 
     def forward(
-        self, x_or_z: Tensor, c: Iterable[Tensor] | None = None, rev: bool = False, jac: bool = True
+        self, x_or_z: Tensor, c: Sequence[Tensor] | None = None, rev: bool = False, jac: bool = True
     ) -> tuple[Tensor | tuple[Tensor], Tensor]:
         used = {i for i in self.conditions if i is not None}
         x = x_or_z if isinstance(x_or_z, Tensor) else x_or_z[0]
-        if not jac or len(used) > 1:
-            return super().forward(x_or_z, c, rev, jac)
+        if not jac or len(used) > 1 or (used and c is None):
+            return super().forward(x_or_z, c, rev, jac)  # raises without a condition
         pairs = list(zip(self.module_list, self.conditions, strict=True))
         steps = [_Step(layer, i is not None, rev) for layer, i in pairs]
-        context = c[used.pop()] if used else None
+        context = c[used.pop()] if c is not None and used else None
         z, log_det = run_reversible(steps[::-1] if rev else steps, x, context)
         return (z,) if self.force_tuple_output else z, log_det
 

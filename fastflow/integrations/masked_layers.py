@@ -39,7 +39,7 @@ def activation_of(function: object) -> str | None:
 class _Conditioner(NamedTuple):
     """The parts of a MADE in the order of its passes."""
 
-    linears: list[nn.Linear]
+    linears: list[Theirs]
     widths: list[int]
     """Number of units of each hidden layer."""
     flags: list[int]
@@ -171,7 +171,7 @@ class SortedNetwork(NamedTuple):
 
     @staticmethod
     def of(
-        linears: Sequence[nn.Linear], degrees: Sequence[Tensor], order: Tensor, dtype: torch.dtype
+        linears: Sequence[Theirs], degrees: Sequence[Tensor], order: Tensor, dtype: torch.dtype
     ) -> "SortedNetwork":
         """``degrees``: of the units of each hidden layer the number of features; ``dtype``: of the masks."""
         features, device = len(order), order.device
@@ -202,7 +202,7 @@ class SortedNetwork(NamedTuple):
             sizes,
         )
 
-    def parameters(self, linears: Sequence[nn.Linear]) -> Sequence[Tensor]:
+    def parameters(self, linears: Sequence[Theirs]) -> Sequence[Tensor]:
         """Masked weights, those of a context, and biases, sorted.
 
         They are not kept: a write to ``parameter.data`` would not be noticed.
@@ -292,7 +292,7 @@ class RationalQuadraticAutoregressive(MaskedAutoregressive):
     def _form(self) -> Spline | None:
         if isinstance(self.tails, list | tuple):
             return None
-        return Spline(**spline_form(self, self.num_bins), factor=self._factor())
+        return spline_form(self, self.num_bins, self._factor())
 
     def _scale(self) -> Tensor | None:
         return self.tail_bound if per_feature(self) else None

@@ -89,8 +89,9 @@ class Invertible1x1Conv(Accelerated):
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight, its inverse, and log|det| of a position."""
         rows = value_of(self, "P", _rows_of)
-        found = lu_weight(rows[None], self.L[None], self.U[None], self.log_S[None], self.sign_S[None])
-        return tuple(f[0] for f in found)
+        factors = self.L[None], self.U[None], self.log_S[None], self.sign_S[None]
+        weight, inverse, log_det = lu_weight(rows[None], *factors)
+        return weight[0], inverse[0], log_det[0]
 
 
 def _is_image(layer: Theirs, z: Tensor) -> bool:
@@ -196,7 +197,7 @@ class ConvNet2d(Accelerated):
         return glow_network(x, *args, tf32=x.is_cuda and torch.backends.cudnn.allow_tf32)
 
 
-def _is_fused(layers: list[nn.Module], x: Tensor, training: bool) -> bool:
+def _is_fused(layers: list[Theirs], x: Tensor, training: bool) -> bool:
     """Whether the op is the fastest way for this network and batch."""
     first, last = layers[0], layers[-1]
     if x.ndim != 4 or not is_plain(x, first.weight) or torch.compiler.is_compiling():
@@ -242,7 +243,7 @@ class ReversibleConditionalFlow(ReversibleFlow):
 class _Step(nn.Module):
     """A flow of the library in the direction of log-densities."""
 
-    def __init__(self, flow: nn.Module, takes_context: bool) -> None:
+    def __init__(self, flow: Theirs, takes_context: bool) -> None:
         super().__init__()
         self.flow, self.takes_context = flow, takes_context
 

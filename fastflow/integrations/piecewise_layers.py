@@ -87,8 +87,11 @@ class QuadraticCDF(_WithTailsOnly, _Quadratic):
     def _spline(self, inputs: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
         if not self._masks_in(inputs, self.unnormalized_heights, inverse):
             return super()._spline(inputs, inverse)
-        raw = (_shared(p, inputs) for p in (self.unnormalized_widths, self.unnormalized_heights))
-        outputs, log_slopes = self._quadratic(inputs, *raw, inverse)
+        widths, heights = (
+            _shared(self.unnormalized_widths, inputs),
+            _shared(self.unnormalized_heights, inputs),
+        )
+        outputs, log_slopes = self._quadratic(inputs, widths, heights, inverse)
         return outputs, log_slopes.flatten(1).sum(1)
 
 

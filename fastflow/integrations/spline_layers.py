@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastflow.integrations.accelerate import Accelerated, Theirs
 from fastflow.ops import spline
+from fastflow.ops.masked_inverse import Spline
 
 PER_FEATURE = ("linear", "circular")
 
@@ -46,40 +47,41 @@ def splines(
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The splines of a layer by the op; ``order``: the transformed features, then the others, or None."""
-    form = spline_form(module, bins) | {"factor": factor, "inverse": inverse}
+    form = spline_form(module, bins, factor)
     if not per_feature(module):
-        return spline(inputs, params, order, **form)
-    bound = module.tail_bound
+        return spline(inputs, params, order, **form._asdict(), inverse=inverse)
+    bound, scale = module.tail_bound, None
     each = 3 * bins + {"linear": -1, "circular": 0, None: 1}.get(_tails(module), 1)
     count = params.shape[1] // each
     if isinstance(bound, Tensor):
         scale = bound.to(inputs)
         if order is not None:
             scale = inputs.new_ones(inputs.shape[1]).index_copy(0, order[:count], scale)
-        inputs, form = inputs / scale, form | {"bound": 1.0}
+        inputs = inputs / scale
     if isinstance(module.tails, str):
-        outputs, log_det = spline(inputs, params, order, **form)
+        outputs, log_det = spline(inputs, params, order, **form._asdict(), inverse=inverse)
     else:
-        outputs, log_det = _mixed(tuple(module.tails), inputs, params, bins, order, form)
+        outputs, log_det = _mixed(tuple(module.tails), inputs, params, order, form, inverse)
         # the library returns 0 here
-        limit = outputs.new_full(inputs.shape[1:], form["bound"])
+        limit = outputs.new_full(inputs.shape[1:], form.bound)
         if order is not None:
             limit = limit.index_fill(0, order[count:], float("inf"))
         outputs = outputs.masked_fill(inputs.abs() > limit, 0)
-    return outputs * scale if isinstance(bound, Tensor) else outputs, log_det
+    return outputs if scale is None else outputs * scale, log_det
 
 
-def spline_form(module: Theirs, bins: int) -> dict:
-    """Arguments of the op; those of per-feature tails and bounds are not among them."""
+def spline_form(module: Theirs, bins: int, factor: float) -> Spline:
+    """The splines of a layer, without per-feature tails; per-feature bounds are 1, for inputs divided by them."""
     bound = module.tail_bound
-    return {
-        "bins": bins,
-        "bound": 1.0 if isinstance(bound, Tensor) else float(bound),
-        "tails": _tails(module) or "none",
-        "convention": "nflows",
-        "min_bin": module.min_bin_width,
-        "min_slope": module.min_derivative,
-    }
+    return Spline(
+        bins,
+        1.0 if isinstance(bound, Tensor) else float(bound),
+        _tails(module) or "none",
+        "nflows",
+        factor,
+        min_bin=module.min_bin_width,
+        min_slope=module.min_derivative,
+    )
 
 
 def _tails(module: Theirs) -> str | None:
@@ -87,18 +89,24 @@ def _tails(module: Theirs) -> str | None:
 
 
 def _mixed(
-    tails: tuple[str, ...], inputs: Tensor, params: Tensor, bins: int, order: Tensor | None, form: dict
+    tails: tuple[str, ...],
+    inputs: Tensor,
+    params: Tensor,
+    order: Tensor | None,
+    form: Spline,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """One op for the features of each kind of tails."""
-    log_det = None
+    steps = []
     for kind in PER_FEATURE:
         if kind in tails:
-            columns, places = _of_kind(tails, kind, bins, inputs.shape[1], inputs.device)
+            columns, places = _of_kind(tails, kind, form.bins, inputs.shape[1], inputs.device)
             own_order = places if order is None else order.index_select(0, places)
             own_params = params.index_select(1, columns)
-            inputs, step = spline(inputs, own_params, own_order, **form | {"tails": kind})
-            log_det = step if log_det is None else log_det + step
-    return inputs, log_det
+            own_form = form._replace(tails=kind)._asdict()
+            inputs, step = spline(inputs, own_params, own_order, **own_form, inverse=inverse)
+            steps.append(step)
+    return inputs, sum(steps[1:], steps[0])
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,9 +1,10 @@
 """Faster lazy transformations of zuko, and the transformations that they build."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
@@ -15,7 +16,7 @@ from zuko import transforms as _transforms
 from zuko.flows.spline import CircularRQSTransform
 from zuko.utils import broadcast, unpack
 
-from fastflow import ops
+from fastflow import ops, validation
 from fastflow.integrations.accelerate import Accelerated, Theirs
 from fastflow.integrations.kept import found_in, is_changed, kept_of, value_of
 from fastflow.integrations.masked_layers import SortedNetwork, activation_of
@@ -33,7 +34,15 @@ class Univariate(NamedTuple):
     """Whether features are shifted by half of the circle first."""
 
     @staticmethod
-    def of(layer: Theirs) -> "Univariate | None":
+    def of(layer: Theirs) -> "Univariate":
+        """That of a layer that was accelerated."""
+        found = Univariate.find(layer)
+        if found is None:
+            raise validation.argument_error("univariate", f"{layer.univariate}", "one that the ops have")
+        return found
+
+    @staticmethod
+    def find(layer: Theirs) -> "Univariate | None":
         """That of a layer of zuko; None if the ops do not have it."""
         constructor, options = layer.univariate, {}
         if isinstance(constructor, partial):
@@ -83,12 +92,23 @@ def spline_form(bins: int, bound: float, slope: float) -> Spline:
 class Inverse(_InverseTransform):
     """Inverse of a transformation whose log-det is computed with it."""
 
+    _inv: Any  # a _WithInverse, which the base declares as a Transform, or None
+
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._inv.inverse_and_ladj(y)
 
 
 class _WithInverse(Transform):
     """A transformation with ``call_and_ladj`` and ``inverse_and_ladj``."""
+
+    @abstractmethod
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} has no call_and_ladj")
+
+    @abstractmethod
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x and the log-det of the inverse."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse_and_ladj")
 
     @property
     def inv(self) -> Transform:
@@ -116,12 +136,13 @@ class DependentTransform(_WithInverse, _transforms.DependentTransform):
     def base(self) -> Transform:
         return self._layer.univariate(*unpack(self._params, self._layer.shapes))
 
+    # properties, as in zuko, of which torch has the values as attributes
     @property
-    def domain(self) -> constraints.Constraint:
+    def domain(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleVariableOverride]
         return super().domain if Univariate.of(self._layer).circular else VECTOR
 
     @property
-    def codomain(self) -> constraints.Constraint:
+    def codomain(self) -> constraints.Constraint:  # pyright: ignore[reportIncompatibleVariableOverride]
         return super().codomain if Univariate.of(self._layer).circular else VECTOR
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +205,7 @@ class Lazy(Accelerated):
 
     @classmethod
     def refusal(cls, module: Theirs) -> str | None:
-        if Univariate.of(module) is not None:
+        if Univariate.find(module) is not None:
             return None
         constructor = module.univariate
         while isinstance(constructor, partial):
@@ -259,6 +280,8 @@ class MaskedAutoregressive(Lazy):
 class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform):
     """Autoregressive transformation of a :class:`MaskedAutoregressive`."""
 
+    meta: Callable[[Tensor], DependentTransform]
+
     def __init__(self, layer: Theirs, c: Tensor | None) -> None:
         _transforms.AutoregressiveTransform.__init__(self, partial(layer.meta, c), layer.passes)
         self._layer, self._context = layer, c
@@ -302,7 +325,7 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         """As zuko computes it; the log-det is that of the last pass."""
         x = torch.zeros_like(y)
         for _ in range(self.passes - 1):
-            x = self.meta(x).inv(y)
+            x = self.meta(x)._inverse(y)
         return self.meta(x).solved(y)
 
 
@@ -312,7 +335,7 @@ def _is_beyond(y: Tensor, bound: float) -> bool:
 
 
 def _sorted(
-    linears: list[nn.Linear], flags: list[int], features: int, dtype: torch.dtype
+    linears: list[Theirs], flags: list[int], features: int, dtype: torch.dtype
 ) -> SortedNetwork | None:
     """None if a masked inverse does not have this network, or if masks may not be read."""
     if not Kept.may_keep([layer.mask for layer in linears]):
@@ -354,7 +377,7 @@ def _order_of(masks: list[Tensor], flags: list[int], features: int) -> Tensor | 
 class _Layers(NamedTuple):
     """Layers of a network as masked_inverse takes them."""
 
-    linears: list[nn.Linear]
+    linears: list[Theirs]
     widths: list[int]
     flags: list[int]
     activation: str
@@ -406,16 +429,17 @@ def _layers_of(hyper: nn.Module) -> _Layers | None:
         else:
             return None
     names = {activation_of(f) for f in functions}
+    activation = names.pop() if len(names) == 1 else None
     if any(layer.bias is None or type(layer) is not _networks.MaskedLinear for layer in linears):
         return None
-    if len(names) != 1 or None in names or len(linears) < 2:
+    if activation is None or len(linears) < 2:
         return None
     kinds = {(p.dtype, p.device) for layer in linears for p in (layer.weight, layer.bias)}
     dtype, device = kinds.pop()
     if kinds or dtype not in (torch.float32, torch.float64):
         return None
     widths = [layer.out_features for layer in linears[:-1]]
-    return _Layers(linears, widths, flags, names.pop(), dtype, device)
+    return _Layers(linears, widths, flags, activation, dtype, device)
 
 
 class MonotonicRQSTransform(_WithInverse, _transforms.MonotonicRQSTransform):
@@ -449,7 +473,7 @@ class MonotonicRQSTransform(_WithInverse, _transforms.MonotonicRQSTransform):
         self._raw, self._form = (widths, heights, derivatives), spline_form(widths.shape[-1], bound, slope)
 
     @cached_property
-    def _theirs(self) -> Transform:
+    def _theirs(self) -> _transforms.MonotonicRQSTransform:
         return _transforms.MonotonicRQSTransform(*self._raw, self._form.bound, self._form.min_slope)
 
     @property

@@ -225,6 +225,16 @@ def test_what_is_left_alone_is_named():
         ff.accelerate({})
 
 
+def test_a_univariate_that_was_replaced_later_is_named():
+    model = layer("MaskedAutoregressiveTransform", 4)
+    ff.accelerate(model)
+    model.univariate = zuko.transforms.AdditiveTransform
+    with pytest.raises(
+        ValueError, match="univariate: got .*AdditiveTransform.*, expected one that the ops have"
+    ):
+        model()(torch.randn(2, 4))
+
+
 def test_distributions_and_representations_are_those_of_zuko():
     model = layer("NSF", 4)
     text = repr(model), repr(model().transform.inv).replace("\n", "")
