@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastflow import ops, reference
 from fastflow.ops.mixture_cdf import mixture_cdf_parameters
+from fastflow.ops.mixture_cdf import reference as mixture_cdf_reference
 from tests.support.cases import (
     CUDA,
     STATIC,
@@ -349,3 +352,18 @@ def test_opcheck(inverse):
     x, params = inputs(2, (3, 4), transformed=2)
     args = *leaves(x, params), torch.randperm(4), 0, 2, inverse
     torch.library.opcheck(OP, args, test_utils=(*STATIC, *TRACED))
+
+
+@pytest.mark.bodies("reference")
+def test_a_fake_takes_one_step_and_a_graph_has_all(monkeypatch):
+    terms, calls = mixture_cdf_reference._terms, []
+    monkeypatch.setattr(mixture_cdf_reference, "_terms", lambda *args: calls.append(args) or terms(*args))
+    monkeypatch.setitem(mixture_cdf_reference.STEPS, torch.float64, 20)
+    args = *inputs(2), None, 0, 2, True
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        OP(*args)
+    of_a_fake = len(calls)
+    graph = make_fx(mixture_cdf_reference.mixture_cdf, tracing_mode="fake")(*args)
+    assert len(calls) - of_a_fake == of_a_fake + 19
+    monkeypatch.undo()
+    torch.testing.assert_close(graph(*args), OP(*args))

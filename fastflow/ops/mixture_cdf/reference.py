@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fastflow.ops import columns
 
@@ -73,6 +75,11 @@ def _bracket(z: Tensor, m: _Mixture) -> tuple[Tensor, Tensor]:
     return ends.amin(-1), ends.amax(-1)
 
 
+def _only_shapes(z: Tensor) -> bool:
+    """Whether the steps give no values and no graph: then one gives the shapes, and all take seconds."""
+    return z.is_meta or (isinstance(z, FakeTensor) and get_proxy_mode() is None)
+
+
 def _root(z: Tensor, m: _Mixture) -> Tensor:
     """x with logit F(x) = z, without a gradient.
 
@@ -83,7 +90,7 @@ def _root(z: Tensor, m: _Mixture) -> Tensor:
     x, last = low + (high - low) / 2, high - low
     done = torch.zeros_like(x, dtype=torch.bool)
     epsilon = torch.finfo(z.dtype).eps
-    for _ in range(1 if z.is_meta else STEPS[z.dtype]):
+    for _ in range(1 if _only_shapes(z) else STEPS[z.dtype]):
         t = _terms(x, m)
         above = t.z > z
         low, high = torch.where(above, low, x), torch.where(above, x, high)
