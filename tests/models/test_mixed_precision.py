@@ -8,15 +8,14 @@ import torch
 from fastflow.models import Glow
 from tests.support.cases import randomize
 
-# noise of the parameters; random splines are steep, and their gradients then change by more than the networks' rounding
-NOISE = {"affine": 0.05, "mixture": 0.05, "spline": 0.01}
 
-
-@pytest.fixture(params=NOISE)
+@pytest.fixture(params=["affine", "mixture", "spline"])
 def glow(request):
     model = Glow((3, 8, 8), levels=2, steps=2, hidden=4, coupling=request.param)
     model.initialize(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), seed=0)
-    return randomize(model, std=NOISE[request.param])
+    # with noise of 0.05, the loss is so steep that scaled gradients overflow, or that one unit which rounding moves
+    # over the kink of its ReLU changes the step: of 24 seeds, some were off by more than the tolerances
+    return randomize(model, std=0.01)
 
 
 X = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
