@@ -9,7 +9,9 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from fastflow import checkpoint
 from fastflow.trainer.cli import main
@@ -89,3 +91,18 @@ def test_old_names_of_options_work_for_one_release(old, capsys):
         assert _with_present_names(["train", *flags]) == ["train", "--cuda-graph", value, *flags[1:]]
     assert capsys.readouterr().err == ""
     assert _with_present_names(["train", "--reversible", "no"]) == ["train", "--reversible", "no"]
+
+
+def test_a_run_keeps_the_default_that_its_model_had(tmp_path, monkeypatch):
+    """The scale of MAF was soft_clamp by default; the file has every option of the model, also those left open."""
+    monkeypatch.chdir(tmp_path)
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32))
+    argv = "train --data rows.npy --out run --model maf --steps-per-level 1 --hidden 4 --batch-size 8 --samples 9".split()
+    assert main([*argv, "--steps", "1"]) == 0
+    contents = checkpoint.read("run/last.pt")
+    assert contents["training"]["config"]["scale"] is None and contents["config"]["scale"] == "soft_clip"
+    contents["config"]["scale"] = "soft_clamp"
+    torch.save(contents, "run/last.pt")
+    assert main(["train", "--resume", "run", "--steps", "2"]) == 0
+    contents = checkpoint.read("run/last.pt")
+    assert contents["training"]["step"] == 2 and contents["config"]["scale"] == "soft_clamp"
