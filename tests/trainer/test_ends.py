@@ -37,11 +37,13 @@ def started(request, commands, folder, tmp_path):
         return Train(commands, tmp_path / name, data, workers, ranks, **options)
 
     start.workers, start.ranks = workers, ranks
+    start.half = (workers.bit_length() + ranks) % 2
     return start
 
 
 def test_signals_save(started):
-    for signum in SIGNALS:
+    """One handler takes the signals: each comes with each number of workers, and with each number of ranks."""
+    for signum in SIGNALS[started.half :: 2]:
         run = started(signum.name).steps()
         for _ in range(2):  # as Slurm, which signals each process, and then torchrun
             run.signal(signum)
@@ -69,10 +71,13 @@ def test_accidents(started, folder, tmp_path):
 
 
 def test_full_disks_and_closed_pipes(started, tmp_path):
+    """The loop writes rows and pictures: each is refused with each number of workers, and with each number of ranks."""
     others = [LOST.format(1)] * (started.ranks - 1)
-    run = started("rows").steps()
-    resource.prlimit(run.first.pid, resource.RLIMIT_FSIZE, (1500, 1500))
-    run.ends(1, ": File too large", *others)  # metrics.csv or TensorBoard's events
+    if started.half:
+        run = started("rows").steps()
+        resource.prlimit(run.first.pid, resource.RLIMIT_FSIZE, (1500, 1500))
+        run.ends(1, ": File too large", *others)  # metrics.csv or TensorBoard's events
+        return
     run = started("pictures", more="--steps 40 --eval-every 40 --sample-every 20")
     run.first.wait_for((run.run / "last.pt").exists)
     (run.run / "samples.png.tmp").symlink_to("/dev/full")
