@@ -10,9 +10,14 @@ from types import ModuleType
 
 import torch
 
+from fastflow import validation
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line with the path and the reason."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(validation.printable(message))
 
 
 def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> object:
@@ -40,8 +45,7 @@ def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> object:
             _check_sizes(path, archive)
             damaged = archive.testzip()  # torch ignores wrong checksums
         if damaged is not None:
-            name = damaged if damaged.isprintable() else repr(damaged)
-            raise CheckpointError(f"{path}: damaged: the checksum of {name} is wrong")
+            raise CheckpointError(f"{path}: damaged: the checksum of {damaged} is wrong")
         return torch.load(path, map_location=device, weights_only=True)
     except (CheckpointError, ModuleNotFoundError):
         raise

@@ -143,6 +143,11 @@ def _checked(contents: object, path: Path) -> dict:
     missing = [key for key in _KEYS if key not in contents]
     if missing:
         raise CheckpointError(f"{path}: incomplete, without {', '.join(missing)}")
+    for key in ("training", "layers"):
+        if not isinstance(contents.get(key), dict | None):
+            raise CheckpointError(
+                f"{path}: {key}: got {type(contents[key]).__name__}, expected a dict or None"
+            )
     return contents
 
 
@@ -167,6 +172,7 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
         _check_depth(options, state)
         with torch.device("meta"):  # options of a damaged file may be those of a model larger than the memory
             _check_state(exported[name](**options), state, path)
+        _check_stored(state, path)
         with torch.random.fork_rng([]):  # the initial weights are replaced: the generator need not advance
             model = exported[name](**options)
     except CheckpointError:
@@ -228,6 +234,15 @@ def _check_depth(options: dict, state: object) -> None:
     for name in _DEPTHS:
         if isinstance(options.get(name), int) and options[name] > most:
             raise validation.argument_error(name, options[name], f"at most the number of weights, {most}")
+
+
+def _check_stored(state: dict, path: str | os.PathLike) -> None:
+    """Raise CheckpointError for weights that the file does not hold, as views of one number may have any size."""
+    needed = sum(value.numel() * value.element_size() for value in state.values())
+    stored = {s.data_ptr(): s.nbytes() for s in (value.untyped_storage() for value in state.values())}
+    if needed > sum(stored.values()):
+        got = f"got {sum(stored.values()):,} bytes"
+        raise CheckpointError(f"{path}: weights: {got}, expected {needed:,} for their shapes")
 
 
 def _check_state(model: Model, state: object, path: str | os.PathLike) -> None:

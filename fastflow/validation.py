@@ -140,3 +140,8 @@ def diagonal(op: str, d: Tensor) -> None:
         matrix, index = singular.nonzero()[0].tolist()
         got = f"got {d[matrix, index].item():g} at index {index}"
         raise SingularError(f"{op}: diagonal of matrix {matrix}: {got}, expected a finite nonzero number")
+
+
+def printable(name: object) -> str:
+    """``name`` for a message of one line."""
+    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in str(name))

@@ -7,8 +7,6 @@ import contextlib
 import io
 import os
 import random
-import resource
-import signal
 import warnings
 import zipfile
 import zlib
@@ -23,6 +21,7 @@ from fastflow import CheckpointError
 from fastflow.models import VectorGlow
 from fastflow.trainer import data
 from fastflow.trainer.data import DataError
+from tests.support.limits import limited
 
 COUNT = int(os.environ.get("FASTFLOW_MUTATIONS", "30"))
 SECONDS, GIBIBYTE = 10, 2**30
@@ -132,25 +131,6 @@ def repaired(changed: bytes) -> bytes:
     return bytes(out)
 
 
-@contextlib.contextmanager
-def limited():
-    """Raise after SECONDS, and fail if the process grew by a gibibyte."""
-
-    def stop(*_):
-        raise TimeoutError(f"more than {SECONDS} s")
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    handler = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
-    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert grown < GIBIBYTE, f"{grown / GIBIBYTE:.1f} GiB"
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_files_are_refused_in_a_line_or_load(kind, tmp_path):
     make, load = KINDS[kind]
@@ -162,7 +142,7 @@ def test_mutated_files_are_refused_in_a_line_or_load(kind, tmp_path):
     for i in range(COUNT):
         changed = mutated(whole, rng)
         path.write_bytes(repaired(changed) if i % 2 and whole.startswith(b"PK") else changed)
-        with limited(), warnings.catch_warnings():
+        with limited(SECONDS, GIBIBYTE), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 load(path) if load is not data.load else load(str(path))

@@ -48,11 +48,10 @@ def _run(argv: Sequence[str]) -> int:
             from fastflow.trainer.commands import run_command
             from fastflow.trainer.config import ConfigError
             from fastflow.trainer.data import DataError, WorkerError
-            from fastflow.trainer.data.decode import printable
             from fastflow.trainer.nonfinite import NonFiniteError
             from fastflow.trainer.ranks import DeviceError, LostRankError
             from fastflow.trainer.signals import Interrupted
-            from fastflow.validation import SingularError
+            from fastflow.validation import SingularError, printable
     except ModuleNotFoundError as error:
         return _missing(error)
     except KeyboardInterrupt:

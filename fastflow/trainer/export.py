@@ -14,6 +14,7 @@ from fastflow.trainer.kinds import kind_of
 from fastflow.trainer.output import output
 
 FORMATS = (".safetensors", ".pt")
+_LONGEST = 2**20  # characters of result.json
 # options of a run that describe it to a reader
 _TRAINING = ("batch_size", "lr", "schedule", "warmup", "clip", "ema", "seed", "validation", "bf16", "float64")
 
@@ -47,8 +48,9 @@ def _result(path: Path) -> dict | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        with open(file, encoding="utf-8") as read:
+            return json.loads(read.read(_LONGEST))
+    except (ValueError, RecursionError) as error:
         raise checkpoint.CheckpointError(f"{file}: damaged, no JSON") from error
 
 

@@ -1,5 +1,6 @@
 """The command ``plot``: the losses of several runs in one picture."""
 
+import csv
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def _losses(run: Path) -> tuple[str, list[tuple[int, float, float | None]]]:
         rows = [row for row in read_metrics(path) if row.get("back_to_step") is None]
     except FileNotFoundError:
         raise ConfigError(f"{run}: got no metrics.csv, expected a run folder") from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ConfigError(f"{path}: damaged, no table of numbers") from error
     if not rows:
         raise ConfigError(f"{path}: got no step, expected one or more")

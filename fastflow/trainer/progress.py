@@ -10,8 +10,10 @@ from pathlib import Path
 
 from fastflow import checkpoint
 from fastflow.checkpoint import CheckpointError
+from fastflow.trainer.data.table import bounded
 
 _ROLLBACKS = ",back_to_step"
+_WIDEST = 256  # bytes of a row, at most
 _NARROW = 72  # columns, below which a line with a bar and the speed may be cut
 
 
@@ -35,7 +37,10 @@ class Metrics:
     ) -> None:
         self.path = path
         kept = [f"step,epoch,lr,train_{unit},grad_norm,{evaluated}_{unit}"]
-        read = path.read_bytes().decode(errors="replace").split("\n") if step and path.exists() else [""]
+        read = [""]
+        if step and path.exists():
+            with open(path, "rb") as file:
+                read = file.read(_WIDEST * (step + 2)).decode(errors="replace").split("\n")
         self.rollbacks = rollbacks or read[0].endswith(_ROLLBACKS)
         # the last element is empty, or a row whose end was not written; without rows they start after ``step``
         lines = read[1:-1]
@@ -84,7 +89,7 @@ def read_metrics(path: Path | str) -> list[dict[str, int | float | None]]:
     """The rows of a metrics.csv as dicts; evaluations and rollbacks are None for steps without them."""
     integers = {"step", "epoch", "back_to_step"}
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(bounded(file)))
     return [{k: (int if k in integers else float)(v) if v else None for k, v in row.items()} for row in rows]
 
 

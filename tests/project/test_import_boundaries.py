@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "state_from_data": {"torch"},
     "transforms": {"torch"},
     "kept": {"torch", "transforms"},
-    "archive": {"torch"},
+    "archive": {"torch", "validation"},
     "ops": {"torch", "validation", "deprecation", "triton_kernels", "transforms"},
     "reference": {"ops"},
     "system": {"torch", "ops", "facade"},

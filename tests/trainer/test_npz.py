@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastflow.trainer import data
-from fastflow.trainer.data import npz
+from fastflow.trainer.data import source
 from fastflow.trainer.data.source import DataError
 from tests.support.tables import Table
 
@@ -84,7 +84,7 @@ def test_every_row_of_the_table_is_shown():
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     path = tmp_path / "bomb.npz"
     np.savez_compressed(path, x=np.zeros((100, 64, 64, 3), np.uint8))  # 1.2 MB in some kB
-    monkeypatch.setattr(npz, "free_bytes", lambda device: 1e6)
+    monkeypatch.setattr(source, "free_bytes", lambda device: 1e6)
     with pytest.raises(DataError, match=re.escape(f"{path}: got arrays of 0.00123 GB, expected at most")):
         data.load(str(path))
 

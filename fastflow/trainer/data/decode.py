@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastflow.trainer.data.source import DataError
+from fastflow.validation import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,11 +116,6 @@ def check_background(color: str) -> None:
     except ValueError:
         pass
     raise DataError(f"background: got {color!r}, expected an opaque color such as white, black or #808080")
-
-
-def printable(name: Path | str) -> str:
-    """A file's name for a message of one line."""
-    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else repr(c)[1:-1] for c in str(name))
 
 
 def _is_gray(image: "Image.Image") -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastflow.trainer.data.decode import printable
+from fastflow.validation import printable
 
 SUFFIXES = set(".png .jpg .jpeg .jfif .webp .avif .bmp .gif .tif .tiff .ppm .pgm".split())
 _HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # of archives, network storage and Windows

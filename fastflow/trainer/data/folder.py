@@ -17,10 +17,10 @@ from fastflow.trainer.data.decode import (
     decode,
     header,
     opened,
-    printable,
 )
 from fastflow.trainer.data.listing import Files, Listing, hashes
 from fastflow.trainer.data.source import DataError
+from fastflow.validation import printable
 
 
 class Folder:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastflow.trainer.data.decode import printable
 from fastflow.trainer.data.finder import SUFFIXES, Finder, is_hidden
 from fastflow.trainer.data.source import DataError
+from fastflow.validation import printable
 
 Files = list[tuple[Path, str | None]]
 

@@ -3,18 +3,18 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fastflow.trainer.data.images import Images
-from fastflow.trainer.data.source import DataError
-from fastflow.trainer.free_memory import free_bytes
+from fastflow.trainer.data.source import DataError, check_size
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file; a single one is ``x``. Raises DataError if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            _check_size(path, file)
+            if isinstance(file, np.lib.npyio.NpzFile):
+                needed = sum(member.file_size for member in file.zip.infolist())
+                check_size(path, needed, path.stat().st_size)
             arrays = {key: file[key] for key in file.files}
     except DataError:
         raise
@@ -26,16 +26,6 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         if not isinstance(array, np.ndarray):  # numpy gives the bytes of other members
             raise DataError(f"{path}: {key}: got no array, expected a file of numpy.savez")
     return {"x": next(iter(arrays.values()))} if len(arrays) == 1 else arrays
-
-
-def _check_size(path: Path, file: object) -> None:
-    """Refuse arrays that are larger than the memory, as those of a zip bomb are, before they are unpacked."""
-    members = file.zip.infolist() if isinstance(file, np.lib.npyio.NpzFile) else []
-    needed, free = sum(member.file_size for member in members), free_bytes(torch.device("cpu"))
-    if free is not None and needed > free:
-        raise DataError(
-            f"{path}: got arrays of {needed / 1e9:.3g} GB, expected at most the free memory, {free / 1e9:.3g} GB"
-        )
 
 
 def images_of(path: Path, arrays: dict[str, np.ndarray], image_size: int | None) -> Images:

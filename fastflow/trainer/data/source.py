@@ -1,15 +1,24 @@
 """What every source of data provides."""
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastflow.seeds import Stream, derive
+from fastflow.trainer.free_memory import free_bytes
+from fastflow.validation import printable
+
+_MOST_COMPRESSED = 200  # times; zeros are 1000 times smaller
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message is one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Source(Protocol):
@@ -50,6 +59,20 @@ class Source(Protocol):
     def hold_out(self, fraction: float, seed: int) -> None:
         """Move this share of the training samples to ``validation``; ``seed`` chooses them."""
         ...
+
+
+def check_size(path: Path, needed: int, stored: int) -> None:
+    """Refuse arrays of ``needed`` bytes in ``stored`` ones that are larger than the memory, or those of a zip bomb.
+
+    It is called before they are unpacked.
+    """
+    got, free = f"{path}: got arrays of {needed / 1e9:.3g} GB", free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise DataError(f"{got}, expected at most the free memory, {free / 1e9:.3g} GB")
+    if needed > 2**30 and needed > _MOST_COMPRESSED * stored:
+        raise DataError(
+            f"{got} in {stored / 1e6:.3g} MB, as a zip bomb has; expected at most {_MOST_COMPRESSED} times as much"
+        )
 
 
 def set_validation(source: Source, fraction: float | None, seed: int) -> None:

@@ -3,9 +3,9 @@
 import csv
 import io
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fastflow.checkpoint import replacing
 from fastflow.trainer.data.memory import InMemory
-from fastflow.trainer.data.source import DataError
+from fastflow.trainer.data.source import DataError, check_size
 
 SUFFIXES = (".csv", ".npy", ".parquet")
-_CHUNK = 2**14  # rows of a CSV file that are converted together
+_CHUNK = 2**19  # numbers of a CSV file that are converted together
+_LONGEST = 2**22  # characters of a line of a CSV file
 _FEWEST = 4  # rows that can be split: two to train on, one for validation, one to test on
 
 
@@ -103,7 +104,8 @@ def read_table(
         arrays = {"x": _load_npy(path)} if arrays is None else arrays
         names, default, parts = _of_arrays(path, arrays)
     chosen = _choose(path, names, columns, context, default)
-    indices = [names.index(name) for name in (*chosen.x, *chosen.context)]
+    places = {name: i for i, name in enumerate(names)}
+    indices = [places[name] for name in (*chosen.x, *chosen.context)]
     found = {}
     for part, read in parts.items():
         where = path if part == "x" else f"{path}: {part}"
@@ -186,9 +188,9 @@ def _open_csv(path: Path) -> tuple[list[str], Read]:
     names = [field.strip() for field in first] if header else [str(i) for i in range(len(first))]
 
     def read(indices: Sequence[int]) -> np.ndarray:
-        rows = itertools.islice(_lines(path), int(header), None)
-        chunks, done = [], 0
-        while chunk := list(itertools.islice(rows, _CHUNK)):
+        rows = _as_wide(itertools.islice(_lines(path), int(header), None), len(names), path)
+        chunks, done, size = [], 0, max(1, _CHUNK // len(names))
+        while chunk := list(itertools.islice(rows, size)):
             chunks.append(_numbers(path, chunk, done, names, indices))
             done += len(chunk)
         return np.concatenate(chunks) if chunks else np.empty((0, len(indices)))
@@ -200,14 +202,31 @@ def _lines(path: Path) -> Iterable[list[str]]:
     """Fields of the lines that are not empty; the delimiter is the first of ``, ; tab`` in the first line."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
+            lines = bounded(file)
+            first = next(lines, "")
             delimiter = next((d for d in ",;\t" if d in first), ",")
-            file.seek(0)
-            yield from (fields for fields in csv.reader(file, delimiter=delimiter) if fields)
+            rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
+            yield from (fields for fields in rows if fields)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from error
+
+
+def bounded(file: TextIO) -> Iterator[str]:
+    """Lines of a CSV file. One without end would fill the memory before csv counts its characters."""
+    while line := file.readline(_LONGEST):
+        if len(line) == _LONGEST:
+            raise csv.Error(f"a line has {_LONGEST:,} characters or more")
+        yield line
+
+
+def _as_wide(rows: Iterable[list[str]], width: int, path: Path) -> Iterator[list[str]]:
+    for i, fields in enumerate(rows):
+        if len(fields) != width:
+            got = f"got {_count(len(fields), 'field')}"
+            raise DataError(f"{path}: row {i + 1}: {got}, expected {width} as in the first line")
+        yield fields
 
 
 def _is_number(field: str) -> bool:
@@ -221,10 +240,6 @@ def _is_number(field: str) -> bool:
 def _numbers(
     path: Path, chunk: list[list[str]], done: int, names: list[str], indices: Sequence[int]
 ) -> np.ndarray:
-    for i, fields in enumerate(chunk):
-        if len(fields) != len(names):
-            got = f"got {_count(len(fields), 'field')}"
-            raise DataError(f"{path}: row {done + i + 1}: {got}, expected {len(names)} as in the first line")
     try:
         return np.array([[float(fields[i]) for i in indices] for fields in chunk])
     except ValueError:
@@ -236,24 +251,28 @@ def _numbers(
 
 def _open_parquet(path: Path) -> tuple[list[str], Read]:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
         raise DataError(
             f"{path}: .parquet files need pyarrow: pip install fastflow-torch[parquet]"
         ) from error
     try:
-        names = pyarrow.parquet.read_schema(path).names
+        metadata = pyarrow.parquet.read_metadata(path)
+        names = metadata.schema.to_arrow_schema().names
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as .parquet ({_first_line(error)})") from error
+    except Exception as error:  # of pyarrow
+        raise _no_parquet(path, error) from error
 
     def read(indices: Sequence[int]) -> np.ndarray:
-        table = pyarrow.parquet.read_table(path, columns=[names[i] for i in indices])
+        check_size(path, 8 * metadata.num_rows * len(indices), path.stat().st_size)
+        try:
+            table = pyarrow.parquet.read_table(path, columns=[names[i] for i in indices])
+            columns = [table.column(names[i]).to_numpy() for i in indices]
+        except Exception as error:  # of pyarrow
+            raise _no_parquet(path, error) from error
         found = []
-        for i in indices:
-            values = table.column(names[i]).to_numpy()
+        for i, values in zip(indices, columns, strict=True):
             if values.dtype.kind not in "biuf":
                 row = next((r for r, v in enumerate(values) if not isinstance(v, (int, float))), 0)
                 raise _not_a_number(path, names[i], row, values[row] if len(values) else values.dtype)
@@ -263,17 +282,25 @@ def _open_parquet(path: Path) -> tuple[list[str], Read]:
     return names, read
 
 
+def _no_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: cannot be read as .parquet ({_first_line(error)})")
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
 
 
 def _load_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except Exception as error:  # of numpy
         raise DataError(f"{path}: cannot be read as .npy ({_first_line(error)})") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise DataError(f"{path}: got several arrays, expected one; a file of numpy.savez ends with .npz")
+    return array
 
 
 def _of_arrays(path: Path, arrays: dict[str, np.ndarray]) -> tuple[list[str], list[str], dict[str, Read]]:

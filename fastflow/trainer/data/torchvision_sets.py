@@ -8,9 +8,13 @@ import numpy as np
 from fastflow.trainer.data.images import Images
 from fastflow.trainer.data.source import DataError
 
+_LARGEST = 2**30  # bytes of a file; those of the two data sets have at most 47 MB
+
 
 def load_cifar10(data_dir: str) -> Images:
     """CIFAR-10, which is downloaded to ``data_dir`` if it is not there. Raises DataError if that fails."""
+    for file in (Path(data_dir) / "cifar-10-batches-py").glob("*_batch*"):
+        _refuse_large(file)
     train, test = _load("CIFAR10", data_dir, "cifar-10-batches-py/data_batch_1 to _5 and test_batch")
     images = [d.data.transpose(0, 3, 1, 2) for d in (train, test)]
     return Images("cifar10", *images, np.array(train.targets), np.array(test.targets), horizontal_flip=True)
@@ -39,6 +43,7 @@ def _check_mnist(folder: Path) -> None:
         shapes = []
         for file, read in ((images, read_image_file), (labels, read_label_file)):
             if file.exists():
+                _refuse_large(file)
                 try:
                     shapes.append((file, tuple(read(str(file)).shape)))
                 except Exception as error:  # of many kinds, from the reading of bytes
@@ -50,6 +55,11 @@ def _check_mnist(folder: Path) -> None:
                 raise DataError(f"{file}: got images {shape[1:]}, expected (28, 28)")
             if shape[:1] != labelled:
                 raise DataError(f"{other}: got {labelled[0]} labels, expected {shape[0]}, one for each image")
+
+
+def _refuse_large(file: Path) -> None:
+    if file.stat().st_size > _LARGEST:
+        raise DataError(f"{file}: got {file.stat().st_size:,} bytes, expected at most {_LARGEST:,}")
 
 
 def _load(name: str, data_dir: str, expected: str) -> tuple:
