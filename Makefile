@@ -61,10 +61,12 @@ $(STAMP): $(SOURCES)
 	@# TORCH is named again, or a torchvision that wants another torch would replace it
 	@FASTFLOW_EMULATOR=1 $(PIP) --no-build-isolation $(TORCH) -e '.[train,test,docs]'
 	@# libraries that tests compare with, without the packages that they ask for: some would replace torch
-	@$(PIP) --no-deps -r tests/libraries.txt
+	@$(PIP) --no-deps --no-build-isolation --use-pep517 -r tests/libraries.txt
 	@# what training imports is imported once, so that its bytecode is there when training starts
 	@$(PY) -c 'import torch, torch._dynamo, matplotlib.figure, tyro, tqdm; from fastflow.trainer import train; \
 	  from fastflow.ops import extension as e; \
 	  print(f"FastFlow is ready: torch {torch.__version__}, C++ ops", *(["built,"] if e.cpu else ["left out,"]), \
-	  "CUDA ops", *(["built"] if e.cuda else ["left out"]))'
+	  "CUDA ops", *(["built"] if e.cuda else ["left out"])); \
+	  e.cpu or print("Without them ops run in PyTorch, slower. For C++ ops install a compiler and headers of Python", \
+	  "(Debian, Ubuntu: g++ python3-dev), then: touch setup.py; make setup")'
 	@touch $@

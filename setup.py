@@ -1,7 +1,7 @@
 """Decides which of the two extensions can be built here; everything that is fixed stands in pyproject.toml.
 
-``fastflow._C`` needs a C++ compiler, ``fastflow._cuda`` also a CUDA build of torch and nvcc of the same major version;
-a visible GPU is never asked for.  What is missing is said in the output and left out: FastFlow then runs its PyTorch
+``fastflow._C`` needs a C++ compiler and Python's headers, ``fastflow._cuda`` also a CUDA build of torch and nvcc of the
+same major version; a visible GPU is never asked for.  What is missing is said in the output and left out: FastFlow then runs its PyTorch
 reference.  ``FASTFLOW_CUDA=1`` turns a missing CUDA part into an error, ``FASTFLOW_CUDA=0`` leaves it out.
 ``FASTFLOW_EMULATOR=1`` also builds the CUDA kernels for the CPU, for tests, a minute of compilation.
 """
@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 
@@ -55,9 +56,10 @@ def switch(name: str) -> str:
 
 def why_no_cpp() -> str | None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    return (
-        None if shutil.which(compiler) else f"no C++ compiler ({compiler} is not on PATH; CXX names another)"
-    )
+    if not shutil.which(compiler):
+        return f"no C++ compiler ({compiler} is not on PATH; CXX names another)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"no {header} (Debian and Ubuntu have it in python3-dev)"
 
 
 def why_no_cuda() -> str | None:

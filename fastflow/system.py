@@ -84,7 +84,8 @@ def _version(package: str) -> str:
 def _cpp() -> str:
     if not extension.cpu:
         return extension.missing.get(
-            "fastflow._C", "not built: no C++ compiler was found when fastflow was installed"
+            "fastflow._C",
+            "not built: a C++ compiler and Python's headers were not both there when fastflow was installed",
         )
     build = extension.build
     return (
