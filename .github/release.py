@@ -27,6 +27,7 @@ fastflow.fit(model, torch.randn(200, 2), max_epochs=2, progress=False)
 assert model.sample(5).shape == (5, 2)
 assert "does not load" not in fastflow.info(), fastflow.info()
 assert "compiled C++" in fastflow.info(), fastflow.info()
+print(fastflow.info())
 print(fastflow.__file__)
 """
 
@@ -66,8 +67,10 @@ def build() -> Path:
     """An sdist and, from it, a wheel whose platform is the oldest manylinux that has its symbols."""
     shutil.rmtree(DIST, ignore_errors=True)
     env = {**ENVIRONMENT, "FASTFLOW_CUDA": "0", "FASTFLOW_EMULATOR": "0"}
+    print("an sdist, and a wheel from it: minutes")
     run(sys.executable, "-m", "build", "--no-isolation", env=env)
     (wheel,) = DIST.glob("*-linux_*.whl")
+    print(f"{wheel.name}: as manylinux")
     excluded = [word for library in TORCH_LIBRARIES for word in ("--exclude", library)]
     run(sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", DIST, wheel)
     wheel.unlink()
@@ -85,9 +88,11 @@ def try_out(wheel: Path) -> None:
         run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", site, wheel)
         packages = str(Path(importlib.util.find_spec("torch").origin).parents[1])
         env = {"PATH": str(inside.parent), "PYTHONPATH": packages, "HOME": folder}
+        print(f"{wheel.name}: in an empty environment without a compiler")
         # the environment's own site comes first, or an editable install of this checkout would be used
         code = f"import sys; sys.path.insert(0, {str(site)!r})\n{QUICKSTART}"
-        where = run(inside, "-P", "-c", code, cwd=Path(folder), env=env).strip()
+        said, where = run(inside, "-P", "-c", code, cwd=Path(folder), env=env).strip().rsplit("\n", 1)
+        print(said)
         if not where.startswith(folder):
             raise SystemExit(f"the wheel was tried out with {where}, expected the installed one in {folder}")
 
@@ -104,7 +109,7 @@ def main() -> None:
         print(f"not ready: {reason}")
     if reasons and not options.dry_run:
         raise SystemExit(1)
-    print(f"building {number}")
+    print(f"FastFlow {number} for Python {sys.version_info.major}.{sys.version_info.minor}")
     wheel = build()
     try_out(wheel)
     print(*sorted(str(path.relative_to(ROOT)) for path in DIST.iterdir()), sep="\n")
