@@ -1,17 +1,16 @@
 """Analysis of trained models: interpolation, resampling, dequantization, densities, outlier scores, distillation, fits to densities."""
 
 import copy
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastflow import validation
 from fastflow.models.model import Model, in_mode
+from fastflow.progress_bar import ProgressBar
 from fastflow.seeds import Stream, derive
 
 METHODS = ("linear", "spherical")
@@ -287,6 +286,7 @@ def distill(
     lr: float = 1e-3,
     context: Tensor | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> list[float]:
     r"""Trains a student to the density of a teacher, by the reverse KL divergence of samples of the student.
 
@@ -306,18 +306,20 @@ def distill(
         lr: learning rate of the first step.
         context: contexts ``[M, ...]``, one of which is drawn for each sample; None: no context.
         seed: seed of the samples.
+        progress: show a progress bar after two seconds, on a terminal or in a notebook, if tqdm is installed.
 
     Returns the estimate of the divergence of each step, nats.
     Raises ValueError for other arguments, for models of different shapes or of uint8 samples, and if an estimate is not
     finite.
     """
     _check_pair(teacher, student)
+    validation.boolean("progress", progress)
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
 
     def target(x: Tensor, given: Tensor | None, step: int) -> Tensor:
         return teacher.log_prob(x, given)
 
-    return _fit_by_samples(student, target, steps, batch_size, lr, context, seed)
+    return _fit_by_samples(student, target, steps, batch_size, lr, context, seed, progress)
 
 
 @dataclass(frozen=True)
@@ -374,7 +376,7 @@ def fit_density(
             of the steps.
         n: number of samples of the report.
         seed: seed of all samples.
-        progress: show a progress bar, if tqdm is installed.
+        progress: show a progress bar after two seconds, on a terminal or in a notebook, if tqdm is installed.
 
     Returns a :class:`DensityFit`, whose samples and weights estimate expectations under p.
     Raises ValueError for other arguments, for a ``log_density`` of another shape, and if a divergence is not finite.
@@ -415,7 +417,7 @@ def _fit_by_samples(
     lr: float,
     context: Tensor | None,
     seed: int,
-    progress: bool = False,
+    progress: bool,
 ) -> list[float]:
     """Trains ``model`` by the reverse KL divergence to ``log_density(samples, contexts, step)``."""
     validation.positive_ints(steps=steps, batch_size=batch_size)
@@ -426,34 +428,21 @@ def _fit_by_samples(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     found = []
     model.eval()
-    bar = _bar(steps) if progress else None
-    for step in range(steps):
-        given = None if context is None else context[_indices(context, batch_size, generator)]
-        x, log_q = model.rsample_and_log_prob(batch_size, given, generator=generator)
-        divergence = (log_q - log_density(x, given, step)).mean()
-        optimizer.zero_grad(set_to_none=True)
-        divergence.backward()
-        found.append(divergence.item())
-        if not math.isfinite(found[-1]):
-            raise ValueError(f"divergence of step {step + 1}: got {found[-1]}, expected a finite number")
-        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimizer.step()
-        schedule.step()
-        if bar is not None:
-            bar.update()
-            bar.set_postfix_str(f"{found[-1]:.3f} nats", refresh=False)
-    if bar is not None:
-        bar.close()
+    with ProgressBar(steps, "step", progress) as bar:
+        for step in range(steps):
+            given = None if context is None else context[_indices(context, batch_size, generator)]
+            x, log_q = model.rsample_and_log_prob(batch_size, given, generator=generator)
+            divergence = (log_q - log_density(x, given, step)).mean()
+            optimizer.zero_grad(set_to_none=True)
+            divergence.backward()
+            found.append(divergence.item())
+            if not math.isfinite(found[-1]):
+                raise ValueError(f"divergence of step {step + 1}: got {found[-1]}, expected a finite number")
+            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            schedule.step()
+            bar.step(f"{found[-1]:.3f} nats")
     return found
-
-
-def _bar(steps: int) -> Any | None:
-    """A progress bar, if tqdm is installed."""
-    if importlib.util.find_spec("tqdm") is None:
-        return None
-    from tqdm.auto import tqdm
-
-    return tqdm(total=steps, unit="step")
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Fits a model to samples in memory: early stopping on held-out samples, and the best weights kept."""
 
 import copy
-import importlib.util
 import math
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fastflow import validation as checks
 from fastflow.models.model import Model
+from fastflow.progress_bar import ProgressBar
 
 CLIP = 5.0  # largest norm of a gradient
 MAX_EPOCHS = 2**31 - 1
@@ -79,7 +79,7 @@ def fit(
         max_epochs: largest number of epochs; None: no limit.
         device: device of model and batches; None: the model's.
         seed: seed of the split, the batches, the noise of dequantization and dropout.
-        progress: show a progress bar, if tqdm is installed.
+        progress: show a progress bar after two seconds, on a terminal or in a notebook, if tqdm is installed.
         standardize: standardize x, and a context of vectors if the model's flows take it, by the mean and the
             deviation of each feature over the training samples. It becomes a part of the model
             (:meth:`~fastflow.models.Model.standardize_by`), of which samples and log-densities stay those
@@ -118,18 +118,18 @@ def fit(
     scheduler = _scheduler(optimizer, schedule, gamma, max_epochs)
     history, best, started = FitHistory(), _state(model), time.monotonic()
     try:
-        with _seeded(seed, device), _bar(max_epochs, progress) as bar:
+        with _seeded(seed, device), ProgressBar(max_epochs, "epoch", progress) as bar:
             while len(history.validation) < (max_epochs or MAX_EPOCHS):
                 shuffled = train[torch.randperm(len(train), generator=generator)]
                 history.train.append(
-                    _epoch(model, optimizer, samples, shuffled, batch_size, len(history.train))
+                    _epoch(model, optimizer, samples, shuffled, batch_size, len(history.train), bar)
                 )
                 scheduler.step()
                 history.validation.append(_log_prob(model, samples, held_out, batch_size))
                 epoch, found = len(history.validation) - 1, history.validation[-1]
                 if math.isfinite(found) and not found <= history.best:
                     history.best_epoch, best = epoch, _state(model)
-                bar(history)
+                bar.step(f"train {history.train[-1]:.4f}, held out {found:.4f}")
                 if epoch - history.best_epoch >= patience:
                     break
     except KeyboardInterrupt:
@@ -204,11 +204,12 @@ def _epoch(
     order: Tensor,
     batch_size: int,
     epoch: int,
+    bar: ProgressBar,
 ) -> float:
     """Mean log-density over the batches of one pass."""
     model.train()
-    total = 0.0
-    for step, index in enumerate(order.split(batch_size)):
+    total, batches = 0.0, order.split(batch_size)
+    for step, index in enumerate(batches):
         x, context = _rows(samples, index)
         seed = {"seed": epoch * len(order) + step} if x.dtype == torch.uint8 else {}
         optimizer.zero_grad(set_to_none=True)
@@ -223,6 +224,7 @@ def _epoch(
             raise _not_finite(epoch, step, _first_layer(model, x, context))
         optimizer.step()
         total += value * len(index)
+        bar.note(f"epoch {epoch + 1}, batch {step + 1} of {len(batches)}, train {value:.4f}")
     return total / len(order)
 
 
@@ -267,19 +269,3 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _bar(epochs: int | None, progress: bool) -> Iterator:
-    if not progress or importlib.util.find_spec("tqdm") is None:
-        yield lambda history: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=epochs, unit="epoch") as bar:
-
-        def show(history: FitHistory) -> None:
-            bar.set_postfix(train=f"{history.train[-1]:.4f}", held_out=f"{history.validation[-1]:.4f}")
-            bar.update()
-
-        yield show

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 from torch import nn
+from tqdm import tqdm
 
 from benchmarks.models import drop_in, libraries
 from benchmarks.tools import harness, page
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     options, rows = harness.arguments(__doc__, argv, add), []
     warnings.filterwarnings("ignore", libraries.DEPRECATED)
-    for case in (c for c in drop_in.CASES if c.name in NAMES):
+    for case in tqdm([c for c in drop_in.CASES if c.name in NAMES], desc="drop_in_memory"):
         rows += measure(case, options)
     harness.append(options.results / "drop_in_memory.csv", rows)
     text = table(rows)

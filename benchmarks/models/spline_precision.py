@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks.ops import spline
 from benchmarks.tools import harness, page
@@ -43,7 +44,7 @@ def measured(device: str, quick: bool) -> list[dict]:
             "fastflow": functools.partial(ops.spline, bins=spline.BINS, convention=convention)
         }
         each = parameters_per_element(spline.BINS, "linear", convention)
-        for scale in SCALES:
+        for scale in tqdm(SCALES, desc=convention):
             torch.manual_seed(0)
             x = 2 * torch.randn(batches * BATCH, 1, device=device)
             params = scale * torch.randn(len(x), each, device=device)

@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks.models import libraries, spline_libraries
 from benchmarks.tools import harness, page
@@ -222,11 +223,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # matrices as small as these take longer on two
     try:
-        for seed in range(options.seeds):
-            for name in names:
-                found = measure(name, seed, options)
-                harness.append(options.results / f"{marker}.csv", found)
-                rows += found
+        runs = [(seed, name) for seed in range(options.seeds) for name in names]
+        for seed, name in tqdm(runs, desc=marker):
+            found = measure(name, seed, options)
+            harness.append(options.results / f"{marker}.csv", found)
+            rows += found
     finally:
         torch.set_num_threads(threads)
     found = table(latest(options.results / f"{marker}.csv"))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fastflow import ops
 
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     about, rows = harness.metadata(options.device), []
-    for op, (function, args, places) in calls(options.device).items():
+    for op, (function, args, places) in tqdm(calls(options.device).items(), desc="overhead"):
         timed = {"forward": lambda f=function, a=args: f(*a)}
         if places:
             timed["forward+backward"] = with_backward(function, args, places)

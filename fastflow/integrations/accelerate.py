@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.integrations.check import Check, assert_close, checked
+from fastflow.progress_bar import ProgressBar
 from fastflow.reversible import has_hooks
 
 Theirs = Any
@@ -106,12 +107,25 @@ def accelerate(
         raise validation.argument_error("model", type(model).__name__, "a module")
     if check is not None and not callable(check):
         raise validation.argument_error("check", type(check).__name__, "a function of the model, or None")
+    with ProgressBar(2, "check", check is not None) as bar:
+        return _accelerated(model, classes, known, chains or {}, check, bar)
+
+
+def _accelerated(
+    model: nn.Module,
+    classes: Mapping[type, type[Accelerated]],
+    known: Callable,
+    chains: Mapping[type, type[Chain]],
+    check: Check | None,
+    bar: ProgressBar,
+) -> Report:
     wanted = None if check is None else checked(model, check)
+    bar.step("of the model as it was")
     before = {m: type(m) for m in model.modules()}
     report, within = Report(), set()
     for name, module in model.named_modules():
         theirs = own_class(module)
-        found, chain = classes.get(theirs), (chains or {}).get(theirs)
+        found, chain = classes.get(theirs), chains.get(theirs)
         if chain is not None and module not in within:
             reason = chain.obstacle(module)
             if reason is None:
