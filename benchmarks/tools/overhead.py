@@ -77,6 +77,19 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
             (z, weights, added),
             (0, 1, 2),
         )
+        parameters, places = torch.ones(6, device=device), torch.arange(6, device=device)[None]
+        several = {
+            "places": places,
+            "ends": ends[None, None],
+            "order": order[None],
+            "widths": [1],
+            "layers": [4, 0],
+        }
+        later["masked_inverses"] = (
+            lambda z, p: ops.masked_inverses(z, p, transformer=Affine(), **several),
+            (z, parameters),
+            (),
+        )
         later["masked_solve"] = (
             lambda v, slope, jac, w: ops.masked_solve(v, slope, jac, weights=w, **network),
             (z, z, jac, weights),

@@ -39,8 +39,8 @@ struct MaskedNetwork {
   std::vector<int64_t> sizes, weights, added, gates;  // units of each layer; where its rows start
   std::vector<int64_t> layers;                        // bits of layers 1 to last + 1
 
-  // `like` is [N, features].
-  MaskedNetwork(const char* op, const char* name, const Tensor& like, const Tensor& weights_,
+  // `like` is [N, features]. Without `weights_`, the caller checks their number.
+  MaskedNetwork(const char* op, const char* name, const Tensor& like, const std::optional<Tensor>& weights_,
                 const Tensor& ends, const std::vector<int64_t>& widths, const std::vector<int64_t>& layers_,
                 int64_t each_)
       : each(each_), last(static_cast<int64_t>(widths.size())), layers(layers_) {
@@ -68,7 +68,7 @@ struct MaskedNetwork {
       added.push_back(added[l] + sizes[l]);
       gates.push_back(gates[l] + (flags & GATE ? sizes[l] : 0));
     }
-    expect_tensor(op, "weights", weights_, {weights[last + 2]}, like.scalar_type(), like);
+    if (weights_) expect_tensor(op, "weights", *weights_, {weights[last + 2]}, like.scalar_type(), like);
     expect_tensor(op, "ends", ends, {last, features}, ScalarType::Long, like);
   }
   int64_t units() const { return added[last + 1]; }

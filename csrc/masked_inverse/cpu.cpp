@@ -39,8 +39,9 @@ constexpr int64_t IN_A_ROW = 128;     // products that are added one by one: lon
 struct Degrees : MaskedNetwork {
   std::vector<int64_t> ends;  // [last, features]
 
-  Degrees(const char* op, const char* name, const Tensor& like, const Tensor& weights, const Tensor& ends_,
-          const std::vector<int64_t>& widths, const std::vector<int64_t>& layers, int64_t each)
+  Degrees(const char* op, const char* name, const Tensor& like, const std::optional<Tensor>& weights,
+          const Tensor& ends_, const std::vector<int64_t>& widths, const std::vector<int64_t>& layers,
+          int64_t each)
       : MaskedNetwork(op, name, like, weights, ends_, widths, layers, each), ends(last * features) {
     const int64_t* from = ends_.const_data_ptr<int64_t>();
     for (int64_t l = 0; l < last; ++l)
@@ -154,17 +155,27 @@ struct Transformer {
   bool scale_first_in_params;
 };
 
+// A context of each sample, whose products with `weights` are added to those of the first layer.
+template <typename T>
+struct Context {
+  int64_t features = 0;
+  Rows<T> rows;
+  const T* weights = nullptr;
+};
+
 // One tile of samples in the inverse.
 template <typename T>
 class Inverse {
  public:
   Inverse(const Degrees& net, const T* weights, const Rows<T>& added, bool per_sample, const Rows<T>& gates,
-          Activation activation, const Transformer<T>& transformer, const int64_t* order, int64_t width)
+          const Context<T>& context, Activation activation, const Transformer<T>& transformer,
+          const int64_t* order, int64_t width)
       : net_(net),
         weights_(weights),
         added_(added),
         per_sample_(per_sample),
         gates_(gates),
+        context_(context),
         activation_(activation),
         transformer_(transformer),
         order_(order),
@@ -184,11 +195,14 @@ class Inverse {
     }
     params_ = arena_.take(block_ * net.each);
     part_ = arena_.take(net.widest_block());
+    of_context_ = arena_.take(context.features);
   }
 
-  void run(const Rows<T>& z, int64_t sample, int64_t count, T* x, T* log_det) {
+  // The log-det is added to log_det if there is one of an earlier inverse.
+  void run(const Rows<T>& z, int64_t sample, int64_t count, T* x, T* log_det, bool earlier = false) {
     sample_ = sample, count_ = count, columns_ = padded(count);
     z.load(sample, count, 0, net_.features, z_, width_);
+    if (context_.features) context_.rows.load(sample, count, 0, context_.features, of_context_, width_);
     std::fill_n(log_det_, width_, T(0));
     for (int64_t k = 0; k < net_.features; k += block_) {
       std::fill_n(log_slopes_, width_, T(0));
@@ -198,14 +212,16 @@ class Inverse {
     // z is not needed any more
     for (int64_t k = 0; k < net_.features; ++k) std::copy_n(x_ + k * width_, width_, z_ + order_[k] * width_);
     to_rows(ToRows<T>{count, net_.features, width_, z_, x + sample * net_.features});
-    std::copy_n(log_det_, count, log_det + sample);
+    for (int64_t i = 0; i < count; ++i)
+      log_det[sample + i] = earlier ? log_det[sample + i] + log_det_[i] : log_det_[i];
   }
 
  private:
   // Whether the activated units are apart from the units.
   bool separate(int64_t l) const { return net_.activated_by_next(l) && net_.added_later(l); }
   int64_t rows() const {
-    int64_t total = 2 * net_.features + 3 + block_ * net_.each + net_.widest_block() + net_.total_gates();
+    int64_t total = 2 * net_.features + 3 + block_ * net_.each + net_.widest_block() + net_.total_gates() +
+                    context_.features;
     for (int64_t l = 1; l <= net_.last; ++l) total += net_.sizes[l] * (separate(l) ? 2 : 1);
     return total;
   }
@@ -215,11 +231,16 @@ class Inverse {
   void product(int64_t l, int64_t first, int64_t end, int64_t from, int64_t to, T* result, int64_t start,
                Start begin) const {
     const int64_t inputs = net_.sizes[l - 1];
-    const T* weights = weights_ + net_.weights[l] + first * inputs;
+    product(weights_ + net_.weights[l] + first * inputs, inputs, read_[l - 1], l, first, end, from, to,
+            result, start, begin);
+  }
+  // The same for any rows of weights, `inputs` apart, and what they are multiplied by.
+  void product(const T* weights, int64_t inputs, const T* read, int64_t l, int64_t first, int64_t end,
+               int64_t from, int64_t to, T* result, int64_t start, Start begin) const {
     T* rows = result + (first - start) * width_;
     const auto some = [&](int64_t p, T* sums, Start sums_begin) {
-      gemm({end - first, columns_, std::min(to - p, IN_A_ROW), weights + p, inputs, 1,
-            read_[l - 1] + p * width_, width_, sums, width_, sums_begin,
+      gemm({end - first, columns_, std::min(to - p, IN_A_ROW), weights + p, inputs, 1, read + p * width_,
+            width_, sums, width_, sums_begin,
             sums_begin == Start::row ? added_.data + net_.added[l] + first : nullptr});
     };
     in_parts(from, to, some, begin, rows, part_, (end - first) * width_);
@@ -231,7 +252,14 @@ class Inverse {
     if (per_sample_)
       added_.load(sample_, count_, net_.added[l] + first, net_.added[l] + end,
                   result + (first - start) * width_, width_);
-    product(l, first, end, 0, to, result, start, per_sample_ ? Start::result : Start::row);
+    Start begin = per_sample_ ? Start::result : Start::row;
+    if (l == 1 && context_.features) {
+      const int64_t inputs = context_.features;
+      product(context_.weights + first * inputs, inputs, of_context_, l, first, end, 0, inputs, result, start,
+              begin);
+      begin = Start::result;
+    }
+    product(l, first, end, 0, to, result, start, begin);
   }
 
   void block(int64_t k0, int64_t k1) {
@@ -290,15 +318,39 @@ class Inverse {
   const Rows<T> added_;
   const bool per_sample_;
   const Rows<T> gates_;
+  const Context<T> context_;
   const Activation activation_;
   const Transformer<T>& transformer_;
   const int64_t* order_;
   const int64_t width_, block_;
   Arena<T> arena_;
-  T *z_, *x_, *log_det_, *log_slopes_, *log_slope_, *params_, *part_;
+  T *z_, *x_, *log_det_, *log_slopes_, *log_slope_, *params_, *part_, *of_context_;
   std::vector<T*> units_, read_, factors_;  // of layers 0 to last: units, what the next layer reads, gates
   int64_t sample_ = 0, count_ = 0, columns_ = 0;
 };
+
+template <typename T>
+Transformer<T> transformer_of(const SplineForm& form, const std::string& scale,
+                              const std::string& affine_order, const std::string& params_layout,
+                              double offset) {
+  Transformer<T> transformer{};
+  if (form.bins)
+    transformer.splines = form.splines<T>(), transformer.half_turn = static_cast<T>(form.half_turn());
+  transformer.affine.scale = scale_of(scale);
+  transformer.affine.scale_first = affine_order == "scale_first";
+  transformer.affine.factor = static_cast<T>(form.factor), transformer.affine.offset = static_cast<T>(offset);
+  transformer.scale_first_in_params = params_layout == "scale_shift";
+  return transformer;
+}
+
+void check_permutation(const char* op, const int64_t* place, int64_t features) {
+  std::vector<bool> found(features);
+  for (int64_t k = 0; k < features; ++k) {
+    STD_TORCH_CHECK(place[k] >= 0 && place[k] < features && !found[place[k]], op, ": order: got ", place[k],
+                    " at ", k, ", expected each of 0 to ", features - 1, " once");
+    found[place[k]] = true;
+  }
+}
 
 std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights, const Tensor& added,
                                           const std::optional<Tensor>& gates, const Tensor& ends,
@@ -317,31 +369,84 @@ std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights
   check_masked_inverse(net, z, added, gates, order);
   const Tensor order_ = torch::stable::contiguous(order);
   const int64_t* place = order_.const_data_ptr<int64_t>();
-  std::vector<bool> found(features);
-  for (int64_t k = 0; k < features; ++k) {
-    STD_TORCH_CHECK(place[k] >= 0 && place[k] < features && !found[place[k]], op, ": order: got ", place[k],
-                    " at ", k, ", expected each of 0 to ", features - 1, " once");
-    found[place[k]] = true;
-  }
+  check_permutation(op, place, features);
 
   Tensor x = empty(z, {n, features}), log_det = empty(z, {n});
   const Tensor z_ = rows_of(z), weights_ = torch::stable::contiguous(weights), added_ = rows_of(added);
   const std::optional<Tensor> gates_ = rows_of(gates);
   const auto run = [&](auto value) {
     using T = decltype(value);
-    Transformer<T> transformer{};
-    if (bins)
-      transformer.splines = form.splines<T>(), transformer.half_turn = static_cast<T>(form.half_turn());
-    transformer.affine.scale = scale_of(scale);
-    transformer.affine.scale_first = affine_order == "scale_first";
-    transformer.affine.factor = static_cast<T>(factor), transformer.affine.offset = static_cast<T>(offset);
-    transformer.scale_first_in_params = params_layout == "scale_shift";
+    const auto transformer = transformer_of<T>(form, scale, affine_order, params_layout, offset);
     const int64_t width = tile_of<T>(n);
     for_tiles(n, width, net.weights[net.last + 2], [&](int64_t begin, int64_t end, const auto& count) {
-      Inverse<T> inverse(net, weights_.const_data_ptr<T>(), added_, per_sample, gates_,
+      Inverse<T> inverse(net, weights_.const_data_ptr<T>(), added_, per_sample, gates_, {},
                          activation_of(activation), transformer, place, width);
       for (int64_t tile = begin; tile < end; ++tile)
         inverse.run(z_, tile * width, count(tile), x.mutable_data_ptr<T>(), log_det.mutable_data_ptr<T>());
+    });
+  };
+  z.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  return {x, log_det};
+}
+
+std::tuple<Tensor, Tensor> masked_inverses(const Tensor& z, const std::optional<Tensor>& context,
+                                           const Tensor& parameters, const Tensor& places, const Tensor& ends,
+                                           const Tensor& order, const std::vector<int64_t>& widths,
+                                           const std::vector<int64_t>& layers, const std::string& activation,
+                                           const std::string& scale, const std::string& affine_order,
+                                           const std::string& params_layout, double offset, int64_t bins,
+                                           double bound, const std::string& tails,
+                                           const std::string& convention, double factor, double min_bin,
+                                           double min_slope) {
+  const char* op = "masked_inverses";
+  const SplineForm form{bins, bound, tails, convention, factor, min_bin, min_slope};
+  expect_shape(op, "ends", ends, {ANY, ANY, ANY});
+  const int64_t maps = ends.size(0), n = z.size(0);
+  STD_TORCH_CHECK(maps >= 1, op, ": ends: got no transformation, expected at least 1");
+  std::vector<Degrees> nets;
+  for (int64_t i = 0; i < maps; ++i)
+    nets.emplace_back(op, "z", z, std::nullopt, torch::stable::select(ends, 0, i), widths, layers,
+                      bins ? form.parameters(op) : 2);
+  const Degrees& net = nets[0];
+  const int64_t features = net.features, weights = net.weights[net.last + 2];
+  STD_TORCH_CHECK(net.total_gates() == 0, op, ": layers: got gates, expected none");
+  if (context) expect_tensor(op, "context", *context, {n, ANY}, z.scalar_type(), z);
+  const int64_t of_context = context ? context->size(1) : 0, biases = weights + net.sizes[1] * of_context;
+  const int64_t each = biases + net.total();  // parameters of a transformation
+  expect_tensor(op, "parameters", parameters, {ANY}, z.scalar_type(), z);
+  expect_tensor(op, "places", places, {maps, each}, ScalarType::Long, z);
+  expect_tensor(op, "order", order, {maps, features}, ScalarType::Long, z);
+  const Tensor order_ = torch::stable::contiguous(order), places_ = torch::stable::contiguous(places);
+  const int64_t *orders = order_.const_data_ptr<int64_t>(), *place = places_.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < maps; ++i) check_permutation(op, orders + i * features, features);
+
+  Tensor x = empty(z, {n, features}), log_det = empty(z, {n});
+  const Tensor z_ = rows_of(z), parameters_ = torch::stable::contiguous(parameters);
+  const std::optional<Tensor> context_ = rows_of(context);
+  const auto run = [&](auto value) {
+    using T = decltype(value);
+    const auto transformer = transformer_of<T>(form, scale, affine_order, params_layout, offset);
+    const T* from = parameters_.const_data_ptr<T>();
+    const int64_t stored = parameters.numel();
+    const Buffer<T> sorted(maps * each);
+    for (int64_t i = 0; i < maps * each; ++i) {
+      const int64_t at = place[i];
+      STD_TORCH_CHECK(at >= -1 && at < stored, op, ": places: got ", at, ", expected -1 to ", stored - 1);
+      sorted.get()[i] = at < 0 ? T(0) : from[at];
+    }
+    const int64_t width = tile_of<T>(n);
+    for_tiles(n, width, maps * weights, [&](int64_t begin, int64_t end, const auto& count) {
+      for (int64_t i = 0; i < maps; ++i) {
+        const T* own = sorted.get() + i * each;
+        Rows<T> added;
+        added.data = own + biases;
+        Inverse<T> inverse(nets[i], own, added, false, {}, {of_context, context_, own + weights},
+                           activation_of(activation), transformer, orders + i * features, width);
+        const Rows<T> inputs(i ? x : z_);
+        for (int64_t tile = begin; tile < end; ++tile)
+          inverse.run(inputs, tile * width, count(tile), x.mutable_data_ptr<T>(),
+                      log_det.mutable_data_ptr<T>(), i > 0);
+      }
     });
   };
   z.scalar_type() == ScalarType::Double ? run(double()) : run(float());
@@ -491,5 +596,6 @@ Tensor masked_solve(const Tensor& v, const Tensor& slope, const Tensor& jac,
 
 STABLE_TORCH_LIBRARY_IMPL(fastflow_C, CPU, m) {
   m.impl("masked_inverse", TORCH_BOX(&fastflow::cpu::masked_inverse));
+  m.impl("masked_inverses", TORCH_BOX(&fastflow::cpu::masked_inverses));
   m.impl("masked_solve", TORCH_BOX(&fastflow::cpu::masked_solve));
 }

@@ -25,7 +25,7 @@ __all__ = ["MonotonicRQSTransform", "accelerate", "renamed_state", "revert"]
 _CLASSES = faster_classes(globals(), _layers.FASTER)
 
 # of these, the time is that of the transformations inside, or of one operator
-_NOTHING_TO_GAIN = {"LazyComposedTransform", "LazyInverse", "UnconditionalTransform"}
+_NOTHING_TO_GAIN = {"LazyInverse", "UnconditionalTransform"}
 
 
 def accelerate(model: nn.Module, *, check: Check | None = None) -> Report:

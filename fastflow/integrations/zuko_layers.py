@@ -2,18 +2,22 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 from torch.distributions.transforms import _InverseTransform
+from torch.distributions.utils import _sum_rightmost
 from zuko import flows as _flows
 from zuko import nn as _networks
 from zuko import transforms as _transforms
 from zuko.flows.spline import CircularRQSTransform
+from zuko.lazy import LazyComposedTransform as _LazyComposedTransform
 from zuko.utils import broadcast, unpack
 
 from fastflow import ops, validation
@@ -290,6 +294,8 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         return self.meta(x).call_and_ladj(x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        if (at_once := _inverses(self._layer, [self], y)) is not None:
+            return at_once
         c, univariate = self._context, Univariate.of(self._layer)
         form = univariate.form
         found = _network_of(self._layer, y, c)
@@ -327,6 +333,163 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         for _ in range(self.passes - 1):
             x = self.meta(x)._inverse(y)
         return self.meta(x).solved(y)
+
+
+class LazyComposed(Accelerated):
+    """``LazyComposedTransform``: neighbors that are autoregressive are inverted in one call."""
+
+    def forward(self, c: Tensor | None = None) -> Transform:
+        return ComposedTransform(self, *(t(c) for t in self.transforms))
+
+
+class ComposedTransform(_transforms.ComposedTransform):
+    """Composition of a :class:`LazyComposed`, or the inverse of one."""
+
+    def __init__(self, layer: Theirs, *transforms: Transform) -> None:
+        _transforms.ComposedTransform.__init__(self, *transforms)
+        self._layer = layer
+
+    @property
+    def inv(self) -> Transform:
+        new = super().inv
+        new.__class__, new._layer = ComposedTransform, self._layer
+        return new
+
+    def _call(self, x: Tensor) -> Tensor:
+        for transforms in self._runs():
+            if (at_once := self._at_once(transforms, x)) is not None:
+                x, _ = at_once
+            else:
+                for t in transforms:
+                    x = t(x)
+        return x
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        dims, total = self.domain_dim, 0
+        for transforms in self._runs():
+            if (at_once := self._at_once(transforms, x)) is not None:
+                x, ladj = at_once
+                total = total + _sum_rightmost(ladj, dims - 1)
+                continue
+            for t in transforms:
+                x, ladj = t.call_and_ladj(x)
+                total = total + _sum_rightmost(ladj, dims - t.domain.event_dim)
+                dims += t.codomain.event_dim - t.domain.event_dim
+        return x, total
+
+    def _at_once(self, transforms: list[Transform], x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Values and log-det of several inverses in one call; None if they are not."""
+        return _inverses(self._layer, [t.inv for t in transforms], x) if len(transforms) > 1 else None
+
+    def _runs(self) -> Iterator[list[Transform]]:
+        """The transformations; neighbors that are inverses of autoregressive ones come together."""
+        for inverses, run in groupby(self.transforms, _is_inverse):
+            if inverses:
+                yield list(run)
+            else:
+                yield from ([t] for t in run)
+
+
+def _is_inverse(t: Transform) -> bool:
+    return isinstance(t, Inverse) and isinstance(t.inv, AutoregressiveTransform)
+
+
+def _inverses(
+    owner: nn.Module, transforms: list[AutoregressiveTransform], y: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """x and the log-det of the inverses, one after the other, without gradients; None if they are not one call.
+
+    ``owner`` is the module of one transformation, or one in which those of all are.
+    """
+    first = transforms[0]
+    c, layer = first._context, first._layer
+    if torch.is_grad_enabled() or not y.is_cpu:
+        return None
+    chain = found_in(owner, _chain_of, *(t._layer.hyper for t in transforms))
+    if chain is None or not _fits(chain.network, layer, y, c):
+        return None
+    if chain.univariate.circular and (len(transforms) > 1 or _is_beyond(y, chain.univariate.form.bound)):
+        return None
+    structure = chain.kept.get(chain.masks, y.shape[-1], partial(_structure_of, chain, y.shape[-1]))
+    if structure is None:
+        return None
+    form, features, batch = chain.univariate.form, y.shape[-1], y.shape[:-1]
+    if c is not None:
+        batch = batch if c.shape[:-1] == batch else torch.broadcast_shapes(batch, c.shape[:-1])
+        c = c.expand(*batch, -1).reshape(-1, c.shape[-1])
+    x, log_det = ops.masked_inverses(
+        y.expand(*batch, features).reshape(-1, features),
+        torch.cat([p.flatten() for p in chain.parameters]),
+        c,
+        places=structure.places,
+        ends=structure.ends,
+        order=structure.order,
+        widths=chain.network.widths,
+        layers=chain.network.flags,
+        activation=chain.network.activation,
+        transformer=form._replace(tails="half_turn") if chain.univariate.circular else form,
+    )
+    return x.view(*batch, features), log_det.view(batch)
+
+
+class _Chain(NamedTuple):
+    """Autoregressive transformations whose networks have the same sizes."""
+
+    networks: "list[_Layers]"
+    univariate: Univariate
+    parameters: list[Tensor]
+    masks: list[Tensor]
+    kept: Kept
+
+    @property
+    def network(self) -> "_Layers":
+        return self.networks[0]
+
+
+def _chain_of(owner: nn.Module, *hypers: Theirs) -> _Chain | None:
+    """The transformations in a module that have these networks; None if they differ, or if no op has them."""
+    layers = {m.hyper: m for m in owner.modules() if isinstance(m, MaskedAutoregressive)}
+    if not all(hyper in layers for hyper in hypers):
+        return None
+    networks = [found_in(hyper, _layers_of) for hyper in hypers]
+    if None in networks or len(set(map(_sizes_of, networks))) > 1:
+        return None
+    univariate, *others = (Univariate.of(layers[hyper]) for hyper in hypers)
+    if any(other != univariate for other in others):
+        return None
+    linears = [n.linears for n in networks]
+    parameters = [
+        p for of_one in linears for name in ("weight", "bias") for p in map(attrgetter(name), of_one)
+    ]
+    masks = [each.mask for of_one in linears for each in of_one]
+    return _Chain(networks, univariate, parameters, masks, Kept())
+
+
+def _sizes_of(network: "_Layers") -> tuple:
+    sizes = [(each.in_features, each.out_features) for each in network.linears]
+    return *sizes, *network.flags, network.activation, network.dtype, network.device
+
+
+class _Structure(NamedTuple):
+    """Of the networks of a chain, as masked_inverses takes it."""
+
+    places: Tensor
+    ends: Tensor
+    order: Tensor
+
+
+def _structure_of(chain: _Chain, features: int) -> _Structure | None:
+    found = [_sorted(n.linears, n.flags, features, n.dtype) for n in chain.networks]
+    if None in found:
+        return None
+    places = [
+        torch.where(each.masks > 0, each.places + i * len(each.places), -1) for i, each in enumerate(found)
+    ]
+    return _Structure(
+        torch.stack(places),
+        torch.stack([each.ends for each in found]),
+        torch.stack([each.order for each in found]),
+    )
 
 
 def _is_beyond(y: Tensor, bound: float) -> bool:
@@ -388,25 +551,29 @@ class _Layers(NamedTuple):
 
 def _network_of(layer: Theirs, y: Tensor, c: Tensor | None) -> tuple[_Layers, SortedNetwork] | None:
     """The network of a layer, and how it is sorted; None if its inverse takes several passes."""
-    device, dtype, features = y.device, y.dtype, y.shape[-1]
-    if torch.is_autocast_enabled(device.type):
-        return None
-    if device.type != "cpu" and layer.passes < features:  # there the features take their turns in Python
-        return None
     found = found_in(layer.hyper, _layers_of)
-    if found is None or found.dtype != dtype or found.device != device:
+    if found is None or not _fits(found, layer, y, c):
         return None
-    if c is not None and (c.dtype != dtype or c.device != device):
-        return None
-    linears, flags = found.linears, found.flags
-    if linears[-1].out_features != features * layer.total:
-        return None
-    if linears[0].in_features != features + (0 if c is None else c.shape[-1]):
-        return None
+    linears, flags, dtype, features = found.linears, found.flags, y.dtype, y.shape[-1]
     kept, masks = kept_of(layer.hyper, "sorted"), [each.mask for each in linears]
     name = dtype, features, *flags
     structure = kept.get(masks, name, lambda: _sorted(linears, flags, features, dtype))
     return None if structure is None else (found, structure)
+
+
+def _fits(found: _Layers, layer: Theirs, y: Tensor, c: Tensor | None) -> bool:
+    """Whether masked_inverse takes these tensors with the network of a layer."""
+    device, dtype, features = y.device, y.dtype, y.shape[-1]
+    if torch.is_autocast_enabled(device.type):
+        return False
+    if device.type != "cpu" and layer.passes < features:  # there the features take their turns in Python
+        return False
+    if found.dtype != dtype or found.device != device:
+        return False
+    if c is not None and (c.dtype != dtype or c.device != device):
+        return False
+    inputs = features + (0 if c is None else c.shape[-1])
+    return found.linears[-1].out_features == features * layer.total and found.linears[0].in_features == inputs
 
 
 def _layers_of(hyper: nn.Module) -> _Layers | None:
@@ -507,6 +674,7 @@ class MonotonicRQSTransform(_WithInverse, _transforms.MonotonicRQSTransform):
 
 
 FASTER = {
+    _LazyComposedTransform: LazyComposed,
     _flows.ElementWiseTransform: ElementWise,
     _flows.GeneralCouplingTransform: GeneralCoupling,
     _flows.MaskedAutoregressiveTransform: MaskedAutoregressive,

@@ -16,7 +16,7 @@ from fastflow.ops.gaussian import gaussian_log_prob, gaussian_sample
 from fastflow.ops.glow_network import glow_network
 from fastflow.ops.layout import acc_dtype, positions
 from fastflow.ops.lu_weight import lu_weight
-from fastflow.ops.masked_inverse import masked_inverse, masked_solve
+from fastflow.ops.masked_inverse import masked_inverse, masked_inverses, masked_solve
 from fastflow.ops.mixture_cdf import mixture_cdf, mixture_cdf_inverse_backward
 from fastflow.ops.noise import uniform_noise
 from fastflow.ops.spline import spline, spline_inverse_backward
@@ -54,6 +54,7 @@ __all__ = [
     "glow_network",
     "lu_weight",
     "masked_inverse",
+    "masked_inverses",
     "masked_solve",
     "mixture_cdf",
     "mixture_cdf_inverse_backward",

@@ -150,7 +150,7 @@ def raise_argument_error(error: RuntimeError) -> None:
         raise validation.SingularError(singular[0]) from None
     if perm := re.search(r"\w+( \(an earlier call\))?: perm of matrix \d+: .*", str(error)):
         raise ValueError(perm[0]) from None
-    if order := re.search(r"\w+: ((channel_)?order|ends): .*", str(error)):
+    if order := re.search(r"\w+: ((channel_)?order|ends|places): .*", str(error)):
         raise ValueError(order[0].split(": ", 1)[1]) from None
 
 

@@ -804,6 +804,20 @@ CPU = [
         op("compiled", "masked_inverse"),
     ),
     Fault(
+        "context's weights of the first transformation in all",
+        "csrc/masked_inverse/cpu.cpp",
+        "{of_context, context_, own + weights}",
+        "{of_context, context_, sorted.get() + weights}",
+        "tests/ops/test_specs.py tests/ops/test_masked_inverse.py -k 'masked and compiled'",
+    ),
+    Fault(
+        "log-det of the last transformation alone",
+        "csrc/masked_inverse/cpu.cpp",
+        "log_det[sample + i] = earlier ? log_det[sample + i] + log_det_[i] : log_det_[i];",
+        "log_det[sample + i] = log_det_[i];",
+        "tests/ops/test_specs.py tests/ops/test_masked_inverse.py -k 'masked and compiled'",
+    ),
+    Fault(
         "gradient through a residual sum lost",
         "csrc/masked_inverse/cpu.cpp",
         "net_.added_later(l) ? units_[l + 2] + at : nullptr",

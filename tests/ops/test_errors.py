@@ -66,6 +66,22 @@ def masked(features=3, context=False, **wrong):
     return lambda: ops.masked_inverse(**{**args, **wrong})
 
 
+def masked_inverses(**wrong):
+    """Two transformations, one hidden layer of 4 units, a context of 2 features."""
+    args = {
+        "z": x_(2, 3),
+        "parameters": x_(100),
+        "context": x_(2, 2),
+        "places": torch.zeros(2, 3 * 4 + 4 * 6 + 4 * 2 + 4 + 6, dtype=torch.int64),
+        "ends": torch.full((2, 1, 3), 4),
+        "order": torch.arange(3).expand(2, -1),
+        "widths": [4],
+        "layers": [AFTER, 0],
+        "transformer": Affine(),
+    }
+    return lambda: ops.masked_inverses(**{**args, **wrong})
+
+
 def masked_solve(**wrong):
     args = {
         "v": x_(2, 3),
@@ -311,6 +327,51 @@ OPS = {
     "masked inverse's spline": (
         masked(transformer=Spline(tails="affine")),
         r"tails: got 'affine', expected one of 'linear'",
+    ),
+    "masked inverses' vectors": (masked_inverses(z=x_(3)), r"z: got shape \[3\], expected vectors \[N, D\]"),
+    "masked inverses' number": (
+        masked_inverses(ends=torch.full((1, 3), 4)),
+        r"ends: got shape \[1, 3\], expected \[M, L, D\], M at least 1",
+    ),
+    "masked inverses' ends": (
+        masked_inverses(ends=torch.full((2, 2, 3), 4)),
+        r"ends: got shape \[2, 2, 3\], expected \[2, 1, 3\]",
+    ),
+    "masked inverses' places": (
+        masked_inverses(context=None),
+        r"places: got shape \[2, 54\], expected \[2, 46\]",
+    ),
+    "masked inverses' places' dtype": (
+        masked_inverses(places=x_(2, 54)),
+        r"places: got torch.float32 on cpu, expected torch.int64 on cpu",
+    ),
+    "a place of masked inverses": (
+        masked_inverses(places=torch.full((2, 54), 100)),
+        "places: got 100, expected -1 to 99",
+    ),
+    "masked inverses' order": (
+        masked_inverses(order=torch.arange(3)),
+        r"order: got shape \[3\], expected \[2, 3\]",
+    ),
+    "masked inverses' context": (
+        masked_inverses(context=x_(3, 2)),
+        r"context: got shape \[3, 2\], expected \[2, 2\] \(one row for each sample\)",
+    ),
+    "masked inverses' context's dimensions": (
+        masked_inverses(context=x_(2)),
+        r"context: got shape \[2\], expected \[2, C\]",
+    ),
+    "masked inverses' parameters": (
+        masked_inverses(parameters=x_(10, 10)),
+        r"parameters: got shape \[10, 10\], expected a vector",
+    ),
+    "masked inverses' dtypes": (
+        masked_inverses(parameters=x_(100, dtype=F64)),
+        "parameters: got torch.float64 on cpu, expected torch.float32",
+    ),
+    "masked inverses' gates": (
+        masked_inverses(layers=[GATE, 0]),
+        r"layers: got \[2, 0\], expected no layer with gates",
     ),
     "masked solve's vectors": (masked_solve(v=x_(3)), r"v: got shape \[3\], expected vectors \[N, D\]"),
     "masked solve's slope": (

@@ -59,6 +59,24 @@ def masked(z=VECTORS, form=AFFINE_MASKED, **wrong):
     return z, *(wrong.get(name, value) for name, value in zip(names, MASKED, strict=True)), *form
 
 
+# of two such networks with a context of one feature, and their places
+SEVERAL = (
+    torch.zeros(2, 1),
+    torch.zeros(40),
+    torch.zeros(2, 28, dtype=torch.int64),
+    torch.tensor([[[0, 1, 2]]] * 2),
+    torch.arange(3).expand(2, -1),
+    [2],
+    [4, 0],
+)
+
+
+def several(z=VECTORS, form=AFFINE_MASKED, **wrong):
+    """Arguments of masked_inverses, of which some are wrong."""
+    names = "context", "parameters", "places", "ends", "order", "widths", "layers"
+    return z, *(wrong.get(name, value) for name, value in zip(names, SEVERAL, strict=True)), *form
+
+
 FLOATING = "expected Float or Double or BFloat16 or Half"
 
 CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
@@ -158,6 +176,29 @@ CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
     ],
 }
 CPU_ERRORS = {
+    "masked_inverses": [
+        (several(z=COUNT), "z: got shape [2], expected [*, *]"),
+        (several(context=torch.zeros(3, 1)), "context: got shape [3, 1], expected [2, *]"),
+        (several(context=torch.zeros(2, 1).double()), "context: got dtype Double, expected Float"),
+        (several(context=None), "places: got shape [2, 28], expected [2, 26]"),
+        (several(parameters=torch.zeros(4, 10)), "parameters: got shape [4, 10], expected [*]"),
+        (several(parameters=torch.zeros(40).double()), "parameters: got dtype Double, expected Float"),
+        (several(places=SEVERAL[2].int()), "places: got dtype Int, expected Long"),
+        (several(places=SEVERAL[2] + 40), "places: got 40, expected -1 to 39"),
+        (several(places=SEVERAL[2] - 2), "places: got -2, expected -1 to 39"),
+        (several(ends=torch.tensor([[0, 1, 2]])), "ends: got shape [1, 3], expected [*, *, *]"),
+        (several(ends=torch.zeros(0, 1, 3).long()), "ends: got no transformation, expected at least 1"),
+        (
+            several(ends=torch.tensor([[[0, 1, 2]], [[0, 1, 3]]])),
+            "ends: got 3 at [0, 2], expected ascending numbers to 2",
+        ),
+        (several(order=torch.arange(3)), "order: got shape [3], expected [2, 3]"),
+        (
+            several(order=torch.tensor([[0, 1, 2], [0, 1, 3]])),
+            "order: got 3 at 2, expected each of 0 to 2 once",
+        ),
+        (several(layers=[2, 0]), "layers: got gates, expected none"),
+    ],
     "masked_inverse": [
         (masked(ends=torch.tensor([[0, 1, 3]])), "ends: got 3 at [0, 2], expected ascending numbers to 2"),
         (masked(ends=torch.tensor([[1, 0, 2]])), "ends: got 0 at [0, 1], expected ascending numbers to 2"),
@@ -575,6 +616,7 @@ def runs():
 
     return {
         "masked_inverse": lambda: C.masked_inverse(*masked_case["masked_inverse"].args),
+        "masked_inverses": lambda: C.masked_inverses(*masked_case["masked_inverses"].args),
         "masked_solve": lambda: (C.masked_solve(*masked_case["masked_solve"].args),),
         "dequantize of vectors": lambda: dequantized(vectors[0].sigmoid(), vectors[1]),
         "actnorm of vectors": lambda: normalized(vectors[0], vectors[3], vectors[4]),

@@ -1,4 +1,4 @@
-"""fastflow::masked_inverse and fastflow::masked_solve: against D passes through an ordinary masked network."""
+"""fastflow::masked_inverse, masked_inverses and masked_solve: against D passes through an ordinary masked network."""
 
 import math
 from dataclasses import dataclass, field
@@ -484,6 +484,90 @@ def test_solve(make):
         assert torch.equal(ops.masked_solve(v, slope, jac, q, None, outer, **rest), found)
     if not any(flags & BEFORE for flags in network.layers):
         assert torch.equal(ops.masked_solve(v, slope, jac, q, inner, **rest), found)
+
+
+# several ----------------------------------------------------------------------------------------------------------------------
+
+
+class Several:
+    """Three networks of the same sizes with orders of their own; their parameters in a random order, and a context."""
+
+    def __init__(self, of_context=3, **options):
+        torch.manual_seed(0)
+        self.networks = [Network(**options) for _ in range(3)]
+        first, dtype = self.networks[0], self.networks[0].dtype
+        self.z, units = first.z, len(first.matrices[0])
+        self.context = torch.randn(len(self.z), of_context, dtype=dtype) if of_context else None
+        # beyond the sums that are added one by one, some contexts are long
+        self.of_context = [
+            torch.randn(units, of_context, dtype=dtype) / (1 + of_context) ** 0.5 for _ in range(3)
+        ]
+        own = [
+            torch.cat([net.tensors()[1], w[net.sorts()[1]].flatten(), net.tensors()[2]])
+            for net, w in zip(self.networks, self.of_context, strict=True)
+        ]
+        mixed = torch.randperm(3 * len(own[0]))
+        self.parameters = torch.empty(len(mixed), dtype=dtype)
+        self.parameters[mixed] = torch.cat(own)
+        weights = len(first.tensors()[1])
+        masked = [F.pad(net.tensors()[1] == 0, (0, len(own[0]) - weights)) for net in self.networks]
+        self.places = torch.where(torch.stack(masked), -1, mixed.view(3, -1))
+        unused = torch.ones(len(mixed), dtype=torch.bool)
+        unused[self.places[self.places >= 0]] = False
+        self.parameters[unused] = torch.nan
+
+    def options(self):
+        each = [net.options() for net in self.networks]
+        stacked = {name: torch.stack([options[name] for options in each]) for name in ("ends", "order")}
+        return each[0] | stacked | {"places": self.places}
+
+    def inverse(self, *tensors):
+        z, parameters, context = tensors or (self.z, self.parameters, self.context)
+        return ops.masked_inverses(z, parameters, context, **self.options())
+
+    def inverse_by_passes(self):
+        x, log_det = self.z, 0
+        for net, w in zip(self.networks, self.of_context, strict=True):
+            if self.context is not None:
+                net.added[0] = net.added[0] + self.context @ w.mT
+            x, more = net.inverse_by_passes(x)
+            log_det = log_det + more
+        return x, log_det
+
+
+SEVERAL = {
+    "affine": lambda: Several(transformer=ZUKO),
+    "spline": lambda: Several(transformer=SPLINES["zuko linear"], of_context=150, activation="elu"),
+    "residual": lambda: Several(
+        degrees=(torch.arange(6) % 5,) * 3, layers=RESIDUAL, activation="silu", of_context=0, samples=70
+    ),
+    "no hidden layer": lambda: Several(degrees=(), layers=(0,), of_context=2, features=3),
+    "no samples": lambda: Several(samples=0),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_are_passes_of_each(name):
+    several = SEVERAL[name]()
+    torch.testing.assert_close(several.inverse(), several.inverse_by_passes(), rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_several():
+    several = Several(
+        degrees=(torch.arange(3) % 2,), layers=(AFTER, 0), activation="tanh", features=2, samples=2
+    )
+    several.parameters.nan_to_num_(0.0)  # gradcheck varies masked weights too
+    leaves = [leaf(v) for v in (several.z, several.parameters, several.context)]
+    assert gradcheck(several.inverse, leaves)
+
+
+def test_opcheck_of_several():
+    several = SEVERAL["affine"]()
+    options = several.options()
+    names = "places", "ends", "order", "widths", "layers", "activation"
+    form = ("exp", "scale_first", "scale_shift", 0.0, 0, 3.0, "linear", "fastflow", 1.0, 1e-3, 1e-3)
+    args = several.z, several.context, several.parameters, *(options[name] for name in names), *form
+    torch.library.opcheck(torch.ops.fastflow.masked_inverses.default, args, test_utils=STATIC)
 
 
 # registration -----------------------------------------------------------------------------------------------------------------

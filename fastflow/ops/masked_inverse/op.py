@@ -1,4 +1,4 @@
-"""fastflow::masked_inverse, and fastflow::masked_solve, with which its gradient is one pass too."""
+"""fastflow::masked_inverse, fastflow::masked_solve, with which its gradient is one pass too, and several inverses."""
 
 import torch
 from torch import Tensor
@@ -39,6 +39,22 @@ def _check_tensor(
 def _check_network(
     first: str, like: Tensor, weights: Tensor, ends: Tensor, widths: list[int], layers: list[int], each: int
 ) -> None:
+    sizes = _check_layers(first, like, ends, widths, layers, each, ())
+    count = sum(rows * columns for rows, columns in zip(sizes[1:], sizes[:-1], strict=True))
+    why = f"the matrices of layers of {', '.join(map(str, sizes))}"
+    _check_tensor("weights", weights, (count,), why, first, like)
+
+
+def _check_layers(
+    first: str,
+    like: Tensor,
+    ends: Tensor,
+    widths: list[int],
+    layers: list[int],
+    each: int,
+    several: tuple[int, ...],
+) -> list[int]:
+    """Returns the numbers of units of the layers."""
     features = like.shape[1]
     if like.dtype not in (torch.float32, torch.float64):
         raise validation.argument_error(first, f"dtype {like.dtype}", "float32 or float64")
@@ -67,19 +83,15 @@ def _check_network(
             f"torch.int64 on {like.device}, the device of {first}",
         )
         raise validation.argument_error("ends", got, expected)
-    validation.same_shape("ends", ends, (len(widths), features), "hidden layers, features")
-    sizes = sizes_of(features, widths, each)
-    count = sum(rows * columns for rows, columns in zip(sizes[1:], sizes[:-1], strict=True))
-    why = f"the matrices of layers of {', '.join(map(str, sizes))}"
-    _check_tensor("weights", weights, (count,), why, first, like)
+    why = "transformations, hidden layers, features" if several else "hidden layers, features"
+    validation.same_shape("ends", ends, (*several, len(widths), features), why)
+    return sizes_of(features, widths, each)
 
 
-def _check(
-    argument: str, z: Tensor, weights: Tensor, added: Tensor, gates: Tensor | None, ends: Tensor, order: Tensor,
-    widths: list[int], layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str,
-    offset: float, bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float,
-    min_slope: float,
-) -> None:  # fmt: skip
+def _checked_transformer(
+    argument: str, z: Tensor, activation: str, scale: str, affine_order: str, params_layout: str, offset: float,
+    bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float,
+) -> Affine | Spline:  # fmt: skip
     if z.ndim != 2:
         raise validation.argument_error(argument, validation.shape_of(z), "vectors [N, D]")
     validation.one_of("activation", activation, ACTIVATIONS)
@@ -92,9 +104,21 @@ def _check(
         validation.one_of("params_layout", params_layout, PARAMS_LAYOUTS)
         validation.number("factor", factor, "a positive number", lambda v: 0 < v < float("inf"))
         validation.number("offset", offset, "a number of at least 0", lambda v: 0 <= v < float("inf"))
-    transformer = transformer_of(
+    return transformer_of(
         scale, affine_order, params_layout, offset, bins, bound, tails, convention, factor, min_bin, min_slope
     )
+
+
+def _check(
+    argument: str, z: Tensor, weights: Tensor, added: Tensor, gates: Tensor | None, ends: Tensor, order: Tensor,
+    widths: list[int], layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str,
+    offset: float, bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float,
+    min_slope: float,
+) -> None:  # fmt: skip
+    transformer = _checked_transformer(
+        argument, z, activation, scale, affine_order, params_layout, offset, bins, bound, tails, convention, factor,
+        min_bin, min_slope,
+    )  # fmt: skip
     n, features = z.shape
     _check_network(argument, z, weights, ends, widths, layers, transformer.parameters)
     total = sum(sizes_of(features, widths, transformer.parameters)[1:])
@@ -114,6 +138,38 @@ def _check(
         )
         raise validation.argument_error("order", got, expected)
     validation.channels("order", order, features, "a permutation of the features")
+
+
+def _check_several(
+    argument: str, z: Tensor, context: Tensor | None, parameters: Tensor, places: Tensor, ends: Tensor, order: Tensor,
+    widths: list[int], layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str,
+    offset: float, bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float,
+    min_slope: float,
+) -> None:  # fmt: skip
+    transformer = _checked_transformer(
+        argument, z, activation, scale, affine_order, params_layout, offset, bins, bound, tails, convention, factor,
+        min_bin, min_slope,
+    )  # fmt: skip
+    if ends.ndim != 3 or ends.shape[0] == 0:
+        raise validation.argument_error("ends", validation.shape_of(ends), "[M, L, D], M at least 1")
+    maps, (n, features) = ends.shape[0], z.shape
+    sizes = _check_layers(argument, z, ends, widths, layers, transformer.parameters, (maps,))
+    if any(flags & GATE for flags in layers):
+        raise validation.argument_error("layers", layers, "no layer with gates")
+    count = sum(rows * columns for rows, columns in zip(sizes[1:], sizes[:-1], strict=True)) + sum(sizes[1:])
+    if context is not None:
+        if context.ndim != 2:
+            raise validation.argument_error("context", validation.shape_of(context), f"[{n}, C]")
+        _check_tensor("context", context, (n, context.shape[1]), "one row for each sample", argument, z)
+        count += sizes[1] * context.shape[1]
+    if parameters.ndim != 1:
+        raise validation.argument_error("parameters", validation.shape_of(parameters), "a vector")
+    _check_tensor("parameters", parameters, tuple(parameters.shape), "a vector", argument, z)
+    for name, t, size in (("places", places, count), ("order", order, features)):
+        if t.dtype != torch.int64 or t.device != z.device:
+            got, expected = f"{t.dtype} on {t.device}", f"torch.int64 on {z.device}, the device of {argument}"
+            raise validation.argument_error(name, got, expected)
+        validation.same_shape(name, t, (maps, size), "transformations, numbers of each")
 
 
 def _check_solve(
@@ -174,6 +230,16 @@ register(
 )
 
 
+# the reference calls masked_inverse, whose gradient is one pass
+register(
+    reference.masked_inverses,
+    compiled=("cpu",),
+    eligible=_eligible,  # the same places of the same arguments
+    check=_check_several,
+    batched="z context",
+)
+
+
 def masked_inverse(
     z: Tensor,
     weights: Tensor,
@@ -220,16 +286,84 @@ def masked_inverse(
     Raises ValueError for other shapes, dtypes, devices, names or numbers. The values of ``ends`` and ``order`` are
     not checked, nor that masked weights are 0.
     """
-    if isinstance(transformer, Affine):
-        spline, (scale, affine_order, params_layout, factor, offset) = Spline(bins=0), transformer
-        spline = spline._replace(factor=factor)
-    else:
-        spline, (scale, affine_order, params_layout, _, offset) = transformer, Affine()
-    bins, bound, tails, convention, factor, min_bin, min_slope = spline
     return torch.ops.fastflow.masked_inverse.default(
-        z, weights, added, gates, ends, order, widths, layers, activation, scale, affine_order, params_layout,
-        offset, bins, bound, tails, convention, factor, min_bin, min_slope,
+        z, weights, added, gates, ends, order, widths, layers, activation, *_arguments_of(transformer)
+    )
+
+
+def _arguments_of(transformer: Affine | Spline) -> tuple:
+    """Those of an op, from ``scale`` to ``min_slope``."""
+    if isinstance(transformer, Affine):
+        scale, affine_order, params_layout, factor, offset = transformer
+        bins, bound, tails, convention, _, min_bin, min_slope = Spline(bins=0)
+    else:
+        scale, affine_order, params_layout, _, offset = Affine()
+        bins, bound, tails, convention, factor, min_bin, min_slope = transformer
+    return (
+        scale, affine_order, params_layout, offset, bins, bound, tails, convention, factor, min_bin, min_slope,
     )  # fmt: skip
+
+
+def masked_inverses(
+    z: Tensor,
+    parameters: Tensor,
+    context: Tensor | None = None,
+    *,
+    places: Tensor,
+    ends: Tensor,
+    order: Tensor,
+    widths: list[int],
+    layers: list[int],
+    activation: str = "relu",
+    transformer: Affine | Spline,
+) -> tuple[Tensor, Tensor]:
+    r"""Inverses of several masked autoregressive transformations, one after the other, in one call.
+
+    :math:`x = T_M^{-1}(\dots T_1^{-1}(z))`. The transformations are those of :func:`masked_inverse`. Their networks
+    have the same sizes, and parameters, masks and orders of their own. The parameters come as they are stored, in any
+    order and with masked weights: the op takes them from their places. A context is part of the input of each first
+    layer, as in zuko. With few samples, time is that of calls: this is one call for a chain of layers.
+
+    Args:
+        z: latents.
+        parameters: of all networks, in any order.
+        context: further inputs of the first layers; None if there are none.
+        places: for each transformation the place in ``parameters`` of each weight, of each weight of the context and of
+            each bias, sorted as :func:`masked_inverse` takes them; -1 for masked weights, which are 0. Weights of the
+            context are those of the first layer, in rows.
+        ends, order: of each transformation, as in :func:`masked_inverse`.
+        widths, layers, activation, transformer: of all transformations, as in :func:`masked_inverse`. No layer has gates.
+
+    Shape: z, x ``[N, D]``; parameters ``[S]``; context ``[N, C]``; ends ``[M, L, D]``; order ``[M, D]``; places ``[M, W +
+    H C + U]`` with W weights, H units of the first layer and U units and parameters of a sample; log_det ``[N]``, nats,
+    of this direction. float32 or float64.
+
+    Gradients take one call of :func:`masked_inverse` for each transformation.
+    Raises ValueError for other shapes, dtypes, devices, names or numbers. The values of ``ends``, ``order`` and
+    ``places`` are not checked on GPUs.
+
+    Example:
+        >>> import torch
+        >>> from fastflow import ops
+        >>> from fastflow.ops.masked_inverse import AFTER, Affine
+        >>> z, weights, biases = torch.randn(8, 2), torch.randn(2, 2 + 4), torch.randn(2, 1 + 4)
+        >>> parameters = torch.cat([weights, biases], 1).flatten()  # of two networks with one hidden unit
+        >>> places = torch.arange(22).view(2, 11)
+        >>> places[:, [1, 2, 3]] = -1  # the unit reads the first feature, whose own parameters do not read the unit
+        >>> x, log_det = ops.masked_inverses(
+        ...     z,
+        ...     parameters,
+        ...     places=places,
+        ...     ends=torch.tensor([[[0, 1]], [[0, 1]]]),
+        ...     order=torch.tensor([[0, 1], [1, 0]]),
+        ...     widths=[1],
+        ...     layers=[AFTER, 0],
+        ...     transformer=Affine(),
+        ... )
+    """
+    return torch.ops.fastflow.masked_inverses.default(
+        z, context, parameters, places, ends, order, widths, layers, activation, *_arguments_of(transformer)
+    )
 
 
 def masked_solve(

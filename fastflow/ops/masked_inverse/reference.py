@@ -259,6 +259,36 @@ def masked_inverse(
     return read[0].index_select(1, order.argsort()).contiguous(), torch.stack(log_slopes, 1).sum(1)
 
 
+def masked_inverses(
+    z: Tensor, context: Tensor | None, parameters: Tensor, places: Tensor, ends: Tensor, order: Tensor,
+    widths: list[int], layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str,
+    offset: float, bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float,
+    min_slope: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if _without_values(ends):
+        return z.new_empty(z.shape), z.new_empty(z.shape[0])
+    form = (
+        scale, affine_order, params_layout, offset, bins, bound, tails, convention, factor, min_bin, min_slope,
+    )  # fmt: skip
+    sizes = sizes_of(z.shape[1], widths, transformer_of(*form).parameters)
+    of_context = 0 if context is None else context.shape[1]
+    rows = [a * b for a, b in zip(sizes[1:], sizes[:-1], strict=True)]
+    found = torch.where(
+        places < 0, 0.0, parameters.index_select(0, places.clamp_min(0).flatten()).view(places.shape)
+    )
+    log_det = 0.0
+    for own, own_ends, own_order in zip(found, ends, order, strict=True):
+        weights, first, added = own.split([sum(rows), sizes[1] * of_context, sum(sizes[1:])])
+        if context is not None:
+            first = F.pad(first.view(sizes[1], of_context), (0, 0, 0, len(added) - sizes[1]))
+            added = F.linear(context, first, added)
+        z, more = torch.ops.fastflow.masked_inverse.default(
+            z, weights, added, None, own_ends, own_order, widths, layers, activation, *form
+        )
+        log_det = log_det + more
+    return z, log_det
+
+
 def masked_solve(
     v: Tensor, slope: Tensor, jac: Tensor, dparams: Tensor | None, inner: Tensor | None, outer: Tensor | None,
     weights: Tensor, ends: Tensor, widths: list[int], layers: list[int],

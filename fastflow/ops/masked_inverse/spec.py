@@ -22,6 +22,8 @@ ELIGIBLE = "64 bins, not for FrEIA's convention; else PyTorch"
 LIMITS = {
     ("masked_inverse", "cpu"): f"for at most {ELIGIBLE}",
     ("masked_inverse", "cuda"): f"for at most 32 hidden layers and {ELIGIBLE}",
+    ("masked_inverses", "cpu"): f"for at most {ELIGIBLE}",
+    ("masked_inverses", "cuda"): "and `masked_inverse`, one after the other",
     ("masked_solve", "cuda"): "for at most 32 hidden layers and 255 parameters of a feature; else PyTorch",
 }
 # name; widths, bits of the layers, activation; whether a context adds to the products; transformer of the op
@@ -79,6 +81,34 @@ def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
             (z, weights, added, gates, ends, order, list(widths), list(layers), activation, *form),
             ill_conditioned=True,
         )
+        if not count:
+            # of two transformations, with a context where products have no other term of the samples
+            of_context = 0 if bins else 3
+            first = 0.1 * torch.randn(widths[0] * of_context, dtype=dtype)
+            own = torch.cat([weights, first, 0.1 * torch.randn(total, dtype=dtype)])
+            kept = torch.cat(
+                [*(mask.flatten() for mask in masks), torch.ones(len(own) - len(weights)).bool()]
+            )
+            places = torch.stack([torch.randperm(len(own)) for _ in range(2)])
+            parameters = torch.empty(2, len(own), dtype=dtype).scatter_(1, places, own.expand(2, -1))
+            places = torch.where(kept, places + torch.tensor([[0], [len(own)]]), -1)
+            yield Case(
+                "masked_inverses",
+                name,
+                (
+                    z,
+                    torch.randn(n, of_context, dtype=dtype) if of_context else None,
+                    parameters.flatten(),
+                    places,
+                    torch.stack([ends, ends]),
+                    torch.stack([order, order.flip(0)]),
+                    list(widths),
+                    list(layers),
+                    activation,
+                    *form,
+                ),
+                ill_conditioned=True,
+            )
         jac, dparams = (torch.randn(n, features, each, dtype=dtype) for _ in range(2))
         slope = 1 + torch.rand(n, features, dtype=dtype)
         inner, outer = (torch.rand(n, sum(widths), dtype=dtype) for _ in range(2))
