@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ class CheckpointError(ValueError):
         super().__init__(validation.printable(message))
 
 
-def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> object:
+def read(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> object:
     """Read a file of ``torch.save`` or of safetensors, tensors to ``device``.
 
     The dict of a file of safetensors has its tensors as ``state_dict`` if :func:`to_safetensors` wrote it, otherwise
@@ -70,7 +71,7 @@ def _check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
         raise CheckpointError(f"{path}: not a checkpoint: its contents are larger than the file")
 
 
-def to_safetensors(contents: dict) -> bytes:
+def to_safetensors(contents: dict[str, Any]) -> bytes:
     """A file of safetensors: the tensors of ``state_dict``, and the other plain values as JSON in its metadata."""
     save = _library(".torch").save
     about = {key: value for key, value in contents.items() if key != "state_dict"}
@@ -78,7 +79,7 @@ def to_safetensors(contents: dict) -> bytes:
     return save(tensors, metadata={"fastflow": json.dumps(about)})
 
 
-def _from_safetensors(path: Path, device: torch.device | str) -> dict:
+def _from_safetensors(path: Path, device: torch.device | str) -> dict[str, Any]:
     with _library().safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
         about = json.loads((file.metadata() or {}).get("fastflow", "null"))
@@ -89,7 +90,7 @@ def _from_safetensors(path: Path, device: torch.device | str) -> dict:
     return _tuples(about) | {"state_dict": tensors}
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     """JSON has no tuples: the lists of options are tuples again."""
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import torch
 
@@ -31,7 +31,7 @@ _KEYS = ("format", "fastflow", "model", "config", "state_dict", "training")
 
 
 @contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Name ``path`` in an OSError of the block that names no file, as errors of ``write`` do not."""
     try:
         yield
@@ -42,7 +42,7 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A binary file that replaces ``path`` when the block ends; if the block fails, ``path`` stays as it was.
 
     It is written as ``path.tmp``, flushed to the disk and renamed, and the rename is flushed too. Whenever
@@ -67,7 +67,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.close(folder)
 
 
-def save(path: str | os.PathLike, model: Model, training: dict | None = None) -> None:
+def save(path: str | os.PathLike[str], model: Model, training: dict[str, Any] | None = None) -> None:
     """Write ``model`` to ``path``. An interrupted write keeps the previous file.
 
     The file has the options of a ready model, from which :func:`load` builds it again. For a model of your own
@@ -98,7 +98,7 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
         "format": FORMAT,
         "fastflow": fastflow.__version__,
         "model": type(model).__name__,
-        "config": dict(model.config) if _is_rebuilt(model) else None,
+        "config": dict(model.config) if model.config is not None and _is_rebuilt(model) else None,
         "state_dict": model.state_dict(),
         "training": training,
     }
@@ -121,7 +121,7 @@ def save(path: str | os.PathLike, model: Model, training: dict | None = None) ->
         ) from error
 
 
-def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict:
+def read(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read the dict that :func:`save` wrote, tensors to ``device``.
 
     Raises CheckpointError if the file is missing, damaged, of another kind, or written by a newer version.
@@ -130,7 +130,7 @@ def read(path: str | os.PathLike, device: torch.device | str = "cpu") -> dict:
     return _checked(archive.read(path, device), path)
 
 
-def _checked(contents: object, path: Path) -> dict:
+def _checked(contents: object, path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict) or "format" not in contents or "fastflow" not in contents:
         raise CheckpointError(f"{path}: not a checkpoint of FastFlow, although its contents can be read")
     if contents["format"] != FORMAT:
@@ -151,7 +151,7 @@ def _checked(contents: object, path: Path) -> dict:
     return contents
 
 
-def build(contents: dict, path: str | os.PathLike) -> Model:
+def build(contents: dict[str, Any], path: str | os.PathLike[str]) -> Model:
     """Build the model of a dict that ``read`` returned, in eval mode; ``path`` is for error messages."""
     import fastflow.models
 
@@ -168,7 +168,7 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
             f"{path}: holds the model {name!r}; fastflow {fastflow.__version__} knows {known}"
         )
     try:
-        options = {FORMER_NAMES.get(k, k): v for k, v in config.items()}
+        options = {FORMER_NAMES[k] if k in FORMER_NAMES else k: v for k, v in config.items()}
         _check_depth(options, state)
         with torch.device("meta"):  # options of a damaged file may be those of a model larger than the memory
             _check_state(exported[name](**options), state, path)
@@ -188,7 +188,7 @@ def build(contents: dict, path: str | os.PathLike) -> Model:
     return model.eval()
 
 
-def fill(model: Model, contents: dict, path: str | os.PathLike) -> Model:
+def fill(model: Model, contents: dict[str, Any], path: str | os.PathLike[str]) -> Model:
     """Copy the weights of a dict that ``read`` returned into ``model``, which then is in eval mode.
 
     Raises CheckpointError, before anything changes, for a model of another class or with other weights. Warns
@@ -228,7 +228,7 @@ def _layers(model: Model) -> dict[str, str]:
     return {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in model.named_modules()}
 
 
-def _check_depth(options: dict, state: object) -> None:
+def _check_depth(options: dict[str, Any], state: object) -> None:
     """Raise ValueError for more layers than there are weights: building them would take for ever."""
     most = len(state) if isinstance(state, dict) else 0
     for name in _DEPTHS:
@@ -236,7 +236,7 @@ def _check_depth(options: dict, state: object) -> None:
             raise validation.argument_error(name, options[name], f"at most the number of weights, {most}")
 
 
-def _check_stored(state: dict, path: str | os.PathLike) -> None:
+def _check_stored(state: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Raise CheckpointError for weights that the file does not hold, as views of one number may have any size."""
     needed = sum(value.numel() * value.element_size() for value in state.values())
     stored = {s.data_ptr(): s.nbytes() for s in (value.untyped_storage() for value in state.values())}
@@ -245,7 +245,7 @@ def _check_stored(state: dict, path: str | os.PathLike) -> None:
         raise CheckpointError(f"{path}: weights: {got}, expected {needed:,} for their shapes")
 
 
-def _check_state(model: Model, state: object, path: str | os.PathLike) -> None:
+def _check_state(model: Model, state: object, path: str | os.PathLike[str]) -> None:
     """Raise CheckpointError unless ``state`` has the keys and the shapes of the model's weights."""
     name, expected = type(model).__name__, model.state_dict()
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
@@ -262,7 +262,7 @@ def _check_state(model: Model, state: object, path: str | os.PathLike) -> None:
 
 
 def load(
-    path: str | os.PathLike, device: torch.device | str | None = None, *, into: Model | None = None
+    path: str | os.PathLike[str], device: torch.device | str | None = None, *, into: Model | None = None
 ) -> Model:
     """Load a trained model to ``device``, in eval mode.
 
@@ -288,7 +288,9 @@ def load(
     return into if device is None else into.to(device)
 
 
-def opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[Model, dict | None]:
+def opened(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> tuple[Model, dict[str, Any] | None]:
     """The model that :func:`load` returns and the ``training`` dict that was saved with it, or None."""
     contents, path, training = _chosen(Path(path), device)
     if _is_published(contents):
@@ -298,11 +300,11 @@ def opened(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple
     return build(contents, path).to(device), training
 
 
-def _is_published(contents: object) -> bool:
+def _is_published(contents: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(contents, dict) and "state_dict" in contents and "fastflow" not in contents
 
 
-def _chosen(path: Path, device: torch.device | str) -> tuple[dict, Path, dict | None]:
+def _chosen(path: Path, device: torch.device | str) -> tuple[dict[str, Any], Path, dict[str, Any] | None]:
     """Contents and path of a file, or of the file that a run folder chooses; and the ``training`` dict of the run."""
     folder, path = path, path / "last.pt" if (path / "last.pt").is_file() else path
     contents = archive.read(path, device)

@@ -9,9 +9,11 @@ Example:
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastflow import validation
 from fastflow.models.model import Model, check_float_context
@@ -63,13 +65,15 @@ class LogProb(_Exported):
         if model.n_bits is None:
             if noise is not None:
                 raise validation.argument_error("noise", "a tensor", "None, samples are continuous")
-            return model._log_prob_dequantized(*model.dequantize(x), context)
+            y, log_det = model.dequantize(x)
+            return model._log_prob_dequantized(y, log_det, context)
         if noise is None:
             expected = f"a tensor {validation.shape_of(x)} of values in [0, 1)"
             raise validation.argument_error("noise", "None", expected)
-        return model._log_prob_dequantized(*model.dequantize(x, noise=noise), context)
+        y, log_det = model.dequantize(x, noise=noise)
+        return model._log_prob_dequantized(y, log_det, context)
 
-    def arguments(self, context: Tensor | None = None, *, names: bool = True) -> dict:
+    def arguments(self, context: Tensor | None = None, *, names: bool = True) -> dict[str, Any]:
         """Keyword arguments of ``torch.onnx.export``: example inputs, names, and a dynamic batch size.
 
         Args:
@@ -109,7 +113,7 @@ class Decoder(_Exported):
         model._check_context(context, n)
         return model._generate(latents, n, context)[0]
 
-    def arguments(self, context: Tensor | None = None, *, names: bool = True) -> dict:
+    def arguments(self, context: Tensor | None = None, *, names: bool = True) -> dict[str, Any]:
         """Keyword arguments of ``torch.onnx.export``, see :meth:`LogProb.arguments`.
 
         The inputs of the graph are ``latents_0``, ``latents_1``, ... and, if there is one, ``context``.
@@ -121,17 +125,21 @@ class Decoder(_Exported):
         return _arguments((latents, context), inputs, "x", names)
 
 
-def _arguments(args: tuple, inputs: list[str], output: str, names: bool) -> dict:
+def _arguments(args: tuple[Any, ...], inputs: list[str], output: str, names: bool) -> dict[str, Any]:
     batch = torch.export.Dim("batch")
     while args[-1] is None:
         args = args[:-1]
-    shapes = torch.utils._pytree.tree_map_only(Tensor, lambda _: {0: batch}, args)
+    shapes = tree_map_only(Tensor, lambda _: {0: batch}, args)
     named = {"input_names": inputs, "output_names": [output]} if names else {}
     return {"args": args, "dynamic_shapes": shapes, **named}
 
 
 class _FixedMatrix(InvertibleConv1x1):
     """A 1x1 convolution of which the matrix, its inverse and the log-det are constants: ONNX inverts none."""
+
+    matrix: Tensor
+    matrix_inverse: Tensor
+    matrix_log_det: Tensor
 
     def __init__(self, layer: InvertibleConv1x1) -> None:
         super(InvertibleConv1x1, self).__init__()

@@ -167,7 +167,7 @@ def _scheduler(
     optimizer: torch.optim.Optimizer, schedule: str, gamma: float, max_epochs: int | None
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The scheduler of the learning rate, which takes a step after each epoch."""
-    if schedule == "cosine":
+    if schedule == "cosine" and max_epochs is not None:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_epochs)
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma if schedule == "exponential" else 1.0)
 
@@ -176,25 +176,24 @@ def _tensors(
     model: Model, x: Tensor | np.ndarray, context: Tensor | np.ndarray | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     like = model.dequantize.like
-    found = []
-    for name, values in (("x", x), ("context", context)):
-        if values is None:
-            found.append(None)
-            continue
+
+    def tensor(name: str, values: Tensor | np.ndarray) -> Tensor:
         values = torch.as_tensor(values)
         if values.is_floating_point():
             values = values.to(like.dtype)
             if not values.isfinite().all():
                 raise checks.argument_error(name, "inf or NaN", "finite numbers")
-        found.append(values.to(device))
-    samples, context = found
+        return values.to(device)
+
+    samples = tensor("x", x)
+    contexts = None if context is None else tensor("context", context)
     if tuple(samples.shape[1:]) != model.shape:
         expected = f"[N, {', '.join(map(str, model.shape))}]"
         raise checks.argument_error("x", checks.shape_of(samples), expected)
-    if context is not None and len(context) != len(samples):
+    if contexts is not None and len(contexts) != len(samples):
         expected = f"{len(samples)} rows, one for each sample"
-        raise checks.argument_error("context", f"{len(context)} rows", expected)
-    return samples, context
+        raise checks.argument_error("context", f"{len(contexts)} rows", expected)
+    return samples, contexts
 
 
 def _epoch(

@@ -1,13 +1,15 @@
 """Values that are kept until the tensors that they were computed from change."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastflow.transforms import in_transform
+
+T = TypeVar("T")
 
 
 class Kept:
@@ -19,15 +21,15 @@ class Kept:
     def __init__(self) -> None:
         self.forget()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
         return Kept, ()
 
     def forget(self) -> None:
         self.tensors: Sequence[Tensor] = []
-        self.state: list[tuple] = []
-        self.values: dict = {}
+        self.state: list[tuple[int, int, torch.dtype, torch.device]] = []
+        self.values: dict[object, Any] = {}
 
-    def get(self, tensors: Sequence[Tensor], name: object, compute: Callable[[], Any]) -> Any:
+    def get(self, tensors: Sequence[Tensor], name: object, compute: Callable[[], T]) -> T:
         """The value ``name`` of ``tensors``: what ``compute`` returned for them as they are now."""
         if not self.may_keep(tensors):
             return compute()

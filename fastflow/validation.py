@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def positive_ints(**values: int) -> None:
         positive_int(argument, value)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

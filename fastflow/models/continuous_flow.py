@@ -1,7 +1,8 @@
 """Continuous flow of vectors."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -95,7 +96,10 @@ class ContinuousFlow(Model):
 
     def evaluations(self) -> int:
         """Number of evaluations of the fields by the last pass, without those of its gradient."""
-        return sum(block.evaluations for block in self.flows[0])
+        return sum(block.evaluations for block in self._blocks())
+
+    def _blocks(self) -> Iterable[NeuralODE]:
+        return cast("Iterable[NeuralODE]", self.flows[0])
 
     def regularized_loss(
         self, x: Tensor, context: Tensor | None = None, kinetic: float = 0.01, jacobian: float = 0.01
@@ -115,7 +119,7 @@ class ContinuousFlow(Model):
             y, log_det = self.standardize(y)
             log_prob = log_prob + log_det
         penalty = torch.zeros_like(log_prob)
-        for block in self.flows[0]:
+        for block in self._blocks():
             y, log_det, by_speed, by_jacobian = block.with_penalties(y, of_flows)
             log_prob = log_prob + log_det
             penalty = penalty + kinetic * by_speed + jacobian * by_jacobian

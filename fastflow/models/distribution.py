@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +35,8 @@ class FlowDistribution(Distribution):
     for a prior without ``has_rsample``.
     """
 
-    arg_constraints: dict = {}
+    # a class attribute, as every distribution of torch has it
+    arg_constraints: dict[str, constraints.Constraint] = {}  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __init__(
         self, model: "Model", context: Tensor | None = None, validate_args: bool | None = None
@@ -55,32 +57,32 @@ class FlowDistribution(Distribution):
         """Real vectors or images."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
-    def expand(self, batch_shape: tuple[int, ...], _instance: None = None) -> "FlowDistribution":
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> "FlowDistribution":
         """The same distribution with a larger ``batch_shape``; the context is not copied."""
-        batch_shape = torch.Size(batch_shape)
+        size = torch.Size(batch_shape)
         try:
-            fits = torch.broadcast_shapes(self.batch_shape, batch_shape) == batch_shape
+            fits = torch.broadcast_shapes(self.batch_shape, size) == size
         except RuntimeError:
             fits = False
         if not fits:
             expected = f"a shape that {list(self.batch_shape)} expands to"
-            raise validation.argument_error("batch_shape", list(batch_shape), expected)
+            raise validation.argument_error("batch_shape", list(size), expected)
         expanded = type(self)(self.model, self.context, self._validate_args)
-        expanded._batch_shape = batch_shape
+        expanded._batch_shape = size
         return expanded
 
-    def sample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples without a graph."""
         with torch.inference_mode():
             x = self._draw(sample_shape)
         return x.clone()
 
-    def rsample(self, sample_shape: tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples that are differentiable in the model's parameters and in the context."""
         self.model._check_reparameterized("rsample")
         return self._draw(sample_shape)
 
-    def _draw(self, sample_shape: tuple[int, ...]) -> Tensor:
+    def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         n = math.prod(shape[: len(shape) - len(self.event_shape)])
         return self.model._draw(n, self.context, 1.0, None)[0].view(shape)
@@ -93,8 +95,8 @@ class FlowDistribution(Distribution):
         leading = shape[: len(shape) - len(self.event_shape)]
         x = value.expand(shape).reshape(math.prod(leading), *self.event_shape)
         self.model._check_samples(x)
-        log_prob = self.model._log_prob_dequantized(*self.model.dequantize(x), self.context)
-        return log_prob.view(leading)
+        y, log_det = self.model.dequantize(x)
+        return self.model._log_prob_dequantized(y, log_det, self.context).view(leading)
 
 
 def distribution_class() -> type[FlowDistribution]:

@@ -94,7 +94,7 @@ class FlowModel(Model):
         """The flow from samples to latents."""
         return self.flows[0]
 
-    def sample(
+    def sample(  # pyright: ignore[reportIncompatibleMethodOverride] # the context is second, see the docstring
         self,
         n: int | tuple[int, ...],
         context: Tensor | None = None,

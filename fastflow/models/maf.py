@@ -1,9 +1,8 @@
 """Masked and inverse autoregressive flows of vectors."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
 from torch.distributions import Distribution
 
 from fastflow import validation
@@ -12,7 +11,7 @@ from fastflow.models.model import Model
 from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
     BatchNorm,
-    GaussianPrior,
+    Flow,
     IdentityDequantize,
     Inverse,
     MaskedAutoregressive,
@@ -59,7 +58,7 @@ class MAFConfig(IAFConfig):
 
 def _flow(config: IAFConfig, *, inverse: bool, batch_norm: bool) -> Sequential:
     """Autoregressive layers with permutations between them."""
-    layers: list[nn.Module] = []
+    layers: list[Flow] = []
     for step in range(config.steps):
         if step and batch_norm:
             layers.append(BatchNorm(config.features))
@@ -79,14 +78,21 @@ def _flow(config: IAFConfig, *, inverse: bool, batch_norm: bool) -> Sequential:
     return Sequential(*layers, reversible=config.reversible)
 
 
-def _arguments(config: IAFConfig, flow: Sequential) -> tuple[object, ...]:
+def _arguments(config: IAFConfig, flow: Sequential) -> dict[str, Any]:
     """Arguments of :class:`Model` for one flow of vectors."""
     shape = (config.features,)
-    own = isinstance(config.prior, (Prior, Distribution))
-    prior = prior_of(config.prior, shape) if own else GaussianPrior(shape)
-    context_shape = None if config.context_features is None else (config.context_features,)
-    arguments, standardize = config.arguments(), config.standardize
-    return shape, IdentityDequantize(), [flow], [], prior, None, arguments, context_shape, standardize
+    prior = prior_of(config.prior if isinstance(config.prior, (Prior, Distribution)) else None, shape)
+    return {
+        "shape": shape,
+        "dequantize": IdentityDequantize(),
+        "flows": [flow],
+        "splits": [],
+        "prior": prior,
+        "classes": None,
+        "config": config.arguments(),
+        "context_shape": None if config.context_features is None else (config.context_features,),
+        "standardize": config.standardize,
+    }
 
 
 class MAF(Model):
@@ -134,7 +140,7 @@ class MAF(Model):
     @takes_fields_of(MAFConfig)
     def __init__(self, config: MAFConfig) -> None:
         flow = _flow(config, inverse=False, batch_norm=config.batch_norm)
-        super().__init__(*_arguments(config, flow))
+        super().__init__(**_arguments(config, flow))
 
 
 class IAF(Model):
@@ -176,4 +182,4 @@ class IAF(Model):
 
     @takes_fields_of(IAFConfig)
     def __init__(self, config: IAFConfig) -> None:
-        super().__init__(*_arguments(config, _flow(config, inverse=True, batch_norm=False)))
+        super().__init__(**_arguments(config, _flow(config, inverse=True, batch_norm=False)))

@@ -1,7 +1,7 @@
 """The three MNIST flows of the UvA tutorial on image flows."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -103,7 +103,7 @@ class MNISTFlow(Model):
 
 
 def mnist_flow(
-    variant: Variant = "multiscale", reversible: bool = True, pre_activation: bool = False, **options: object
+    variant: Variant = "multiscale", reversible: bool = True, pre_activation: bool = False, **options: Any
 ) -> MNISTFlow:
     r"""Build a flow for MNIST from P. Lippe's tutorial (UvA Deep Learning, tutorial 11).
 
@@ -135,7 +135,7 @@ def mnist_flow(
     return MNISTFlow(variant, reversible, pre_activation, **options)
 
 
-_FORM = {"scale": "soft_clamp", "affine_order": "shift_first", "params_layout": "scale_shift"}
+_FORM: dict[str, Any] = {"scale": "soft_clamp", "affine_order": "shift_first", "params_layout": "scale_shift"}
 
 
 class _ChannelCoupling(AffineCoupling):
@@ -151,7 +151,8 @@ class _ChannelCoupling(AffineCoupling):
 
     def factor(self, x: Tensor) -> Tensor:
         """Factors of the transformed half."""
-        return self.log_factor.exp().chunk(2)[0 if self.swap_halves else 1]
+        log_factor: Any = self.log_factor
+        return log_factor.exp().chunk(2)[0 if self.swap_halves else 1]
 
 
 class _Masked(nn.Module):

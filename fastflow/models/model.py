@@ -1,8 +1,9 @@
 """Base class of models of images and vectors."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Model(nn.Module):
         splits: list[Split],
         prior: Prior,
         classes: int | None,
-        config: dict | None,
+        config: dict[str, Any] | None,
         context_shape: tuple[int, ...] | None = None,
         standardize: bool = False,
     ) -> None:
@@ -68,15 +69,16 @@ class Model(nn.Module):
         self.shape, self.n_bits, self.classes, self.config = tuple(shape), dequantize.n_bits, classes, config
         self.context_shape = context_shape
         self.dequantize, self.prior = dequantize, prior
-        self.flows, self.splits = nn.ModuleList(flows), nn.ModuleList(splits)
+        self.flows = cast("Sequence[Flow]", nn.ModuleList(flows))
+        self.splits = cast("Sequence[Split]", nn.ModuleList(splits))
         validation.boolean("standardize", standardize)
         self.standardize = Standardize(self.shape[0]) if standardize else None
         self.standardize_context = self._layer_of_context() if standardize else None
 
     def _layer_of_context(self) -> Standardize | None:
         """A layer that standardizes contexts, if they are vectors."""
-        vectors = self.context_shape is not None and len(self.context_shape) == 1
-        return Standardize(self.context_shape[0]) if vectors else None
+        shape = self.context_shape
+        return Standardize(shape[0]) if shape is not None and len(shape) == 1 else None
 
     def standardize_by(self, x: Tensor, context: Tensor | None = None) -> None:
         """Standardize continuous samples before the first flow, by the mean and the deviation of ``x`` per feature.
@@ -107,9 +109,16 @@ class Model(nn.Module):
         if self.config is not None:
             self.config = {**self.config, "standardize": True}
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, *args: object) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-        if metadata.get("assign_to_params_buffers"):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if local_metadata.get("assign_to_params_buffers"):
             # parameters become the given tensors, whose device and dtype may differ (meta, float64)
             given = (v for k, v in state_dict.items() if k.startswith(prefix) and v.is_floating_point())
             self.dequantize.like = next(given, self.dequantize.like).new_empty(0)
@@ -152,10 +161,9 @@ class Model(nn.Module):
             return None, None
         if self.context_shape is None:
             return None, tiled(context, n)
-        if self.standardize_context is not None:
-            context, _ = self.standardize_context(context)
-        context = tiled(context, n)
-        return context, context
+        given = context if self.standardize_context is None else self.standardize_context(context)[0]
+        given = tiled(given, n)
+        return given, given
 
     def bits_per_dim(
         self, x: Tensor, context: Tensor | None = None, *, seed: int | Tensor | None = None, offset: int = 0
@@ -335,7 +343,8 @@ class Model(nn.Module):
         self._check_continuous("sample_and_log_prob")
         leading = self._leading(n, context)
         with torch.inference_mode():
-            x, log_prob = self._draw(math.prod(leading), context, 1.0, generator, density=True)
+            drawn: tuple[Tensor, Any] = self._draw(math.prod(leading), context, 1.0, generator, density=True)
+        x, log_prob = drawn
         return x.clone().view(*leading, *x.shape[1:]), log_prob.clone().view(leading)
 
     def rsample_and_log_prob(
@@ -352,7 +361,8 @@ class Model(nn.Module):
         """
         self._check_reparameterized("rsample_and_log_prob")
         leading = self._leading(n, context)
-        x, log_prob = self._draw(math.prod(leading), context, 1.0, generator, density=True)
+        drawn: tuple[Tensor, Any] = self._draw(math.prod(leading), context, 1.0, generator, density=True)
+        x, log_prob = drawn
         return x.view(*leading, *x.shape[1:]), log_prob.view(leading)
 
     def distribution(
@@ -417,12 +427,15 @@ class Model(nn.Module):
                     if z is not None and normalized:
                         z, _ = split.denormalize(y, z)
                     y = split.sample(y, temperature, generator) if z is None else split.inverse(y, z)
-                    log_prob = log_prob + split(y)[2] if density else None
+                    if log_prob is not None:
+                        log_prob = log_prob + split(y)[2]
                 y, log_det = self.flows[i].inverse(y, of_flows)
-                log_prob = log_prob - log_det if density else None
+                if log_prob is not None:
+                    log_prob = log_prob - log_det
             if self.standardize is not None:
                 y, log_det = self.standardize.inverse(y)
-                log_prob = log_prob - log_det if density else None
+                if log_prob is not None:
+                    log_prob = log_prob - log_det
             return self.dequantize.inverse(y)[0], log_prob
 
     def latent_shapes(self) -> list[tuple[int, ...]]:
@@ -510,13 +523,15 @@ class Model(nn.Module):
             raise validation.argument_error(
                 "latents", f"{len(latents)} tensors", f"{len(shapes)}, as encode gives them"
             )
-        like = self.dequantize.like
-        for i, (z, shape) in enumerate(zip(latents, shapes, strict=True)):
-            if z is None and n is not None:  # sample draws it
-                continue
-            if z is None:
+        like, last = self.dequantize.like, latents[-1]
+        for i, z in enumerate(latents):
+            if z is None and n is None:
                 raise validation.argument_error(f"latents[{i}]", "None", "a tensor")
-            if tuple(z.shape) != (latents[-1].shape[0] if n is None else n, *shape):
+        rows = last.shape[0] if n is None and last is not None else n
+        for i, (z, shape) in enumerate(zip(latents, shapes, strict=True)):
+            if z is None:  # sample draws it
+                continue
+            if tuple(z.shape) != (rows, *shape):
                 samples = "N" if n is None else n
                 raise validation.argument_error(
                     f"latents[{i}]", validation.shape_of(z), f"[{samples}, {', '.join(map(str, shape))}]"

@@ -1,9 +1,8 @@
 """Neural spline flows of vectors."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
 from torch.distributions import Distribution
 
 from fastflow import validation
@@ -12,6 +11,7 @@ from fastflow.models.model import Model
 from fastflow.models.options import ModelConfig, takes_fields_of
 from fastflow.nn import (
     ElementwiseSpline,
+    Flow,
     GaussianPrior,
     IdentityDequantize,
     LULinear,
@@ -93,7 +93,7 @@ class NeuralSplineFlow(Model):
 
     @takes_fields_of(NeuralSplineFlowConfig)
     def __init__(self, config: NeuralSplineFlowConfig) -> None:
-        layers = []
+        layers: list[Flow] = []
         for _ in range(config.steps):
             layers += [_mixing(config.features), *_splines(config)]
         flow = Sequential(*layers, _mixing(config.features), reversible=config.reversible)
@@ -115,13 +115,13 @@ class NeuralSplineFlow(Model):
         )
 
 
-def _mixing(features: int) -> nn.Module:
+def _mixing(features: int) -> LULinear:
     return LULinear(features, permutation="random" if features > 1 else None)
 
 
-def _splines(config: NeuralSplineFlowConfig) -> list[nn.Module]:
+def _splines(config: NeuralSplineFlowConfig) -> list[Flow]:
     """The coupling or the autoregressive layer of a step."""
-    form = {"bins": config.bins, "bound": config.bound}
+    form: dict[str, Any] = {"bins": config.bins, "bound": config.bound}
     kept = config.features // 2
     if config.autoregressive and (kept or config.context_features is not None):
         net = MaskedNetwork(

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, get_origin
 
 from fastflow import validation
 from fastflow.nn.networks.builder import NetworkBuilder
@@ -27,23 +27,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, literal = getattr(self, field.name), literal_of(field.type)
-            if NetworkBuilder in get_args(field.type):
+            annotation: Any = field.type
+            value, literal = getattr(self, field.name), literal_of(annotation)
+            if NetworkBuilder in get_args(annotation):
                 _check_network(field.name, value, literal)
-            elif literal is not None and not isinstance(value, classes := _classes_of(field.type)):
+            elif literal is not None and not isinstance(value, classes := _classes_of(annotation)):
                 if classes and value not in get_args(literal):
                     names = ", ".join(map(repr, get_args(literal)))
                     expected = f"one of {names}, or a {' or a '.join(c.__name__ for c in classes)}"
                     raise validation.argument_error(field.name, repr(value), expected)
                 validation.one_of(field.name, value, get_args(literal))
-            elif field.type in (int, int | None):
-                validation.positive_int(field.name, value, optional=field.type is not int)
-            elif field.type is bool:
+            elif annotation in (int, int | None):
+                validation.positive_int(field.name, value, optional=annotation is not int)
+            elif annotation is bool:
                 validation.boolean(field.name, value)
             elif isinstance(value, Iterable) and not isinstance(value, str):
                 object.__setattr__(self, field.name, tuple(value))
 
-    def arguments(self) -> dict[str, object]:
+    def arguments(self) -> dict[str, Any]:
         """The constructor's arguments by name; values are not copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
@@ -99,7 +100,8 @@ def takes_fields_of(
 
         arguments = inspect.signature(config_class).parameters.values()
         this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        with_fields.__signature__ = inspect.Signature([this, *arguments], return_annotation=None)
+        signature = inspect.Signature([this, *arguments], return_annotation=None)
+        with_fields.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue] # which inspect reads
         return with_fields
 
     return decorate

@@ -1,14 +1,16 @@
 """Published weights, converted to models of this package."""
 
 import os
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflow import archive, validation
 from fastflow.archive import CheckpointError
 from fastflow.models.mnist_flow import VARIANTS, MNISTFlow, mnist_flow
-from fastflow.nn import AffineCoupling, GatedNetwork
+from fastflow.nn import AffineCoupling, GatedNetwork, Sequential, VariationalDequantize
 
 _SUPPORTED = f"one of {', '.join(f'MNISTFlow_{variant}' for variant in VARIANTS)} of 2020 or 2022"
 # names of the weights of a layer normalization; those of 2022 have the shape [1, C, 1, 1]
@@ -70,7 +72,8 @@ def _weights(state: dict[str, Tensor], model: MNISTFlow, path: str | os.PathLike
     Raises CheckpointError, which names the path, unless names, shapes and masks are those of ``model``.
     """
     names, expected = _names(model), model.state_dict()
-    nearest = f"MNISTFlow_{model.config['variant']} of {2022 if model.config['pre_activation'] else 2020}"
+    config = cast("dict[str, Any]", model.config)
+    nearest = f"MNISTFlow_{config['variant']} of {2022 if config['pre_activation'] else 2020}"
     missing, unexpected = names.keys() - state.keys(), state.keys() - names.keys()
     if missing or unexpected:
         counts = f"{len(missing)} names are missing and {len(unexpected)} unexpected"
@@ -104,10 +107,12 @@ def _names(model: MNISTFlow) -> dict[str, str | Tensor]:
     """Map names in the published file to names here, and names of masks to their expected values."""
     names: dict[str, str | Tensor] = {}
     # the published list of flows has an entry for the split between levels
-    flows = [m for flow in model.flows for m in (*flow, None)][:-1]
+    chains = cast("Sequence[Sequential]", model.flows)
+    flows = [m for chain in chains for m in (*chain, None)][:-1]
     places = [(f"flows.{1 + i}", m) for i, m in enumerate(flows)]
-    if hasattr(model.dequantize, "flow"):
-        places += [(f"flows.0.flows.{i}", m) for i, m in enumerate(model.dequantize.flow)]
+    if isinstance(model.dequantize, VariationalDequantize):
+        of_noise = cast("Sequential", model.dequantize.flow)
+        places += [(f"flows.0.flows.{i}", m) for i, m in enumerate(of_noise)]
     prefixes = {m: name for name, m in model.named_modules()}
     for theirs, coupling in places:
         if not isinstance(coupling, AffineCoupling):
@@ -117,7 +122,7 @@ def _names(model: MNISTFlow) -> dict[str, str | Tensor]:
         names[f"{theirs}.mask"] = _mask(coupling)
         net_prefix = f"{ours}.net" if coupling.mask == "checkerboard" else f"{ours}.net.net"
         gated = net if coupling.mask == "checkerboard" else net.net
-        names |= _names_of_network(gated, f"{theirs}.network.nn", net_prefix)
+        names |= _names_of_network(cast("GatedNetwork", gated), f"{theirs}.network.nn", net_prefix)
     return names
 
 
@@ -138,9 +143,9 @@ def _names_of_network(net: GatedNetwork, theirs: str, ours: str) -> dict[str, st
     return names
 
 
-def _mask(coupling: nn.Module) -> Tensor:
+def _mask(coupling: AffineCoupling) -> Tensor:
     """The tutorial's mask: 1 for values that pass through."""
-    factor = coupling.log_factor
+    factor = cast("Tensor", coupling.log_factor)
     if coupling.mask == "checkerboard":
         return coupling.network_input(torch.ones(1, 1, 28, 28, dtype=factor.dtype, device=factor.device))
     c = factor.shape[0]

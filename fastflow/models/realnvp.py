@@ -133,7 +133,7 @@ class RealNVP(Model):
                 # halves are the rows of 2x2 blocks, which the checkerboards mix
                 layers.append(Squeeze("space"))
                 c, h, w, hidden = 4 * c, h // 2, w // 2, 2 * hidden
-                features = 4 * features if config.context_image else features
+                features = 4 * features if features is not None and config.context_image else features
                 layers += [m for i in range(3) for m in coupling(c, hidden, "halves", i % 2 == 1)]
                 layers.append(Permute(c, _diagonals_first(c)))
                 splits.append(Split(c, prior="standard"))

@@ -16,7 +16,6 @@ from fastflow.nn import (
     Dequantize,
     Flatten,
     Flow,
-    GaussianPrior,
     IdentityDequantize,
     LipschitzConvNet,
     LipschitzMLP,
@@ -148,20 +147,20 @@ class ResidualFlow(Model):
 
     @takes_fields_of(ResidualFlowConfig)
     def __init__(self, config: ResidualFlowConfig) -> None:
+        flows: list[Flow]
         if isinstance(config.features, int):
             shape, dequantize = (config.features,), IdentityDequantize()
-            flows, splits, latent = [_of_vectors(config)], [], shape
+            flows, splits, latent = [_of_vectors(config, config.features)], [], shape
         else:
             shape = config.features
-            flows, splits, latent = _of_images(config)
+            flows, splits, latent = _of_images(config, config.features)
             if config.n_bits is None:
                 dequantize = IdentityDequantize()
             elif config.alpha is None:
                 dequantize = Dequantize(config.n_bits)
             else:
                 dequantize = LogitDequantize(config.n_bits, config.alpha)
-        own = isinstance(config.prior, (Prior, Distribution))
-        prior = prior_of(config.prior, latent) if own else GaussianPrior(latent)
+        prior = prior_of(config.prior if isinstance(config.prior, (Prior, Distribution)) else None, latent)
         context_shape = None if config.context_features is None else (config.context_features,)
         arguments = config.arguments()
         super().__init__(
@@ -174,25 +173,30 @@ class ResidualFlow(Model):
         return [0 if each is None or not each.numel() else int(each.max()) for each in counts]
 
 
-def _of_vectors(config: ResidualFlowConfig) -> Sequential:
-    layers: list[Flow] = [ActNorm(config.features)]
+def _of_vectors(config: ResidualFlowConfig, features: int) -> Flow:
+    layers: list[Flow] = [ActNorm(features)]
     for i in range(config.blocks):
         net = LipschitzMLP(
-            config.features,
+            features,
             (config.hidden,) * config.layers,
             config.lipschitz,
             config.activation,
             config.context_features,
             activation_first=i > 0,
         )
-        layers += [config.block(net, i), ActNorm(config.features)]
+        layers += [config.block(net, i), ActNorm(features)]
     return Sequential(*layers, reversible=config.reversible)
 
 
-def _of_images(config: ResidualFlowConfig) -> tuple[list[Sequential], list[Split], tuple[int, ...]]:
+def _of_images(
+    config: ResidualFlowConfig, shape: tuple[int, int, int]
+) -> tuple[list[Flow], list[Split], tuple[int, ...]]:
     """The flows, the splits between them, and the shape of the last latent."""
-    c, h, w = config.features
-    flows, splits, layers, index = [], [], [ActNorm(c)], 0
+    c, h, w = shape
+    flows: list[Flow] = []
+    splits: list[Split] = []
+    layers: list[Flow] = [ActNorm(c)]
+    index = 0
     for scale in range(config.scales):
         for _ in range(config.blocks):
             net = LipschitzConvNet(

@@ -67,7 +67,7 @@ class ActNorm(Flow):
         return self._read
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Set scale and bias from the statistics of ``x``, also if they were set before."""
         check_channels(x, self.num_features)
         mean, var = (
@@ -111,9 +111,9 @@ class ActNorm(Flow):
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Gradients]:
         with torch.enable_grad():
-            parameters = self.log_scale, self.bias
-        x, dx, *gradients = ops.actnorm_inverse_backward(z, *(p.detach() for p in parameters), dz, dlog_det)
-        return x, dx, vjp(parameters, gradients, wanted)
+            log_scale, bias = self.log_scale, self.bias
+        x, dx, *gradients = ops.actnorm_inverse_backward(z, log_scale.detach(), bias.detach(), dz, dlog_det)
+        return x, dx, vjp((log_scale, bias), gradients, wanted)
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)

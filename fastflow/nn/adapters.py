@@ -1,7 +1,5 @@
 """Layers of other code as flows, and flows as such layers."""
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from fastflow import validation
@@ -139,13 +137,14 @@ class FromEncoderDecoder(Flow):
         self.module = module
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _called(self.module.encoder, x, context)
+        return _called(self.module, "encoder", x, context)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _called(self.module.decoder, z, context)
+        return _called(self.module, "decoder", z, context)
 
 
-def _called(direction: Callable, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def _called(module: nn.Module, name: str, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    direction = getattr(module, name)
     y, log_det = direction(x) if context is None else direction(x, context)
     return y, log_det.expand(x.shape[0]) if log_det.ndim == 0 else log_det
 

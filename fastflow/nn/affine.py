@@ -50,9 +50,9 @@ class Affine(Flow):
         self, z: Tensor, dz: Tensor, dlog_det: Tensor, wanted: Sequence[Tensor], context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Gradients]:
         with torch.enable_grad():
-            negated = -self.log_scale, -self.shift
-        x, dx, *gradients = ops.actnorm_inverse_backward(z, *(v.detach() for v in negated), dz, dlog_det)
-        return x, dx, vjp(negated, gradients, wanted)
+            log_scale, bias = -self.log_scale, -self.shift
+        x, dx, *gradients = ops.actnorm_inverse_backward(z, log_scale.detach(), bias.detach(), dz, dlog_det)
+        return x, dx, vjp((log_scale, bias), gradients, wanted)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}"

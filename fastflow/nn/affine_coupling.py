@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.deprecation import renamed_arguments, renamed_property
-from fastflow.nn.mask import OwnChannels, Positions
+from fastflow.nn.mask import Halves, OwnChannels, Positions
 from fastflow.nn.masked_coupling import MaskedCoupling
 from fastflow.ops import checkerboard_transformed
 from fastflow.ops.affine_coupling import (
@@ -106,7 +106,8 @@ class AffineCoupling(MaskedCoupling):
         """Whether the op takes x as it is: it has the mask, and its halves are equal."""
         if self.mask == "checkerboard":
             return True
-        return self.own_mask is None and 2 * self._parts(x).kept(x) == x.shape[1]
+        parts = self._parts(x)
+        return isinstance(parts, Halves) and 2 * parts.kept(x) == x.shape[1]
 
     def _taken(self, x: Tensor, h: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """x, h and factor of the op for the transformed part of x, after as many channels of zeros."""
@@ -121,7 +122,7 @@ class AffineCoupling(MaskedCoupling):
             factor = parts.per_element(factor, x)
         if self.params_layout == "interleaved" and isinstance(parts, Positions):
             h = torch.cat(split_h(h, "interleaved"), dim=1)
-        return _after_zeros(parts.taken(x)), parts.parameters(h, x), factor
+        return _after_zeros(parts.taken(x)), parts.of_transformed(h, x), factor
 
     def _merged(self, x: Tensor, taken: Tensor) -> Tensor:
         """x with the second half of ``taken`` as its transformed part."""

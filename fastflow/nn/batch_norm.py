@@ -38,6 +38,10 @@ class BatchNorm(Flow):
     otherwise backward raises RuntimeError.
     """
 
+    mean: Tensor
+    var: Tensor
+    batches: Tensor
+
     def __init__(self, num_features: int, momentum: float = 0.9, eps: float = 1e-5) -> None:
         super().__init__()
         validation.positive_int("num_features", num_features)
@@ -103,11 +107,9 @@ class BatchNorm(Flow):
         """
         values = torch.cat([self.mean, self.var, share.view(1)])
         zeros = torch.zeros_like(values)
-        return (
-            ops.actnorm(values.view(1, -1), zeros, zeros)[0]
-            .view(-1)
-            .split([self.num_features, self.num_features, 1])
-        )
+        values = ops.actnorm(values.view(1, -1), zeros, zeros)[0].view(-1)
+        mean, var, share = values.split([self.num_features, self.num_features, 1])
+        return mean, var, share
 
     def _log_scale_and_bias(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         return -0.5 * torch.log(var + self.eps), -mean

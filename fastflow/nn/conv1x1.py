@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastflow import ops, validation
 from fastflow.nn.flow import Flow, check_channels
+from fastflow.nn.permute import Permute
 from fastflow.ops import acc_dtype, positions
 from fastflow.reversible import Gradients, vjp
 
@@ -33,6 +34,9 @@ class InvertibleConv1x1(Flow):
     integer.
     """
 
+    perm: Tensor
+    sign_s: Tensor
+
     def __init__(self, num_features: int, lu: bool = True) -> None:
         super().__init__()
         validation.positive_int("num_features", num_features)
@@ -54,7 +58,8 @@ class InvertibleConv1x1(Flow):
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """W and its inverse, ``[C, C]`` each, and the scalar log|det W| in nats; float32 if parameters are half."""
         if self.lu:
-            return tuple(v[0] for v in stacked_weights([self]))
+            weight, inverse, log_det = stacked_weights([self])
+            return weight[0], inverse[0], log_det[0]
         weight = self.weight.to(acc_dtype(self.weight.dtype))
         return weight, torch.linalg.inv(weight), torch.linalg.slogdet(weight).logabsdet
 
@@ -87,7 +92,7 @@ def _per_sample(log_det: Tensor, x: Tensor) -> Tensor:
     return (positions(x) * log_det).to(acc_dtype(x.dtype)).expand(x.shape[0])
 
 
-def stacked_weights(layers: Sequence[Flow]) -> tuple[Tensor, Tensor, Tensor]:
+def stacked_weights(layers: Sequence[InvertibleConv1x1 | Permute]) -> tuple[Tensor, Tensor, Tensor]:
     """W and its inverse, ``[K, C, C]`` each, and log|det W| ``[K]`` of several layers; one op if all use LU.
 
     ``layers`` have one class: :class:`InvertibleConv1x1` or :class:`~fastflow.nn.Permute`.
@@ -96,4 +101,7 @@ def stacked_weights(layers: Sequence[Flow]) -> tuple[Tensor, Tensor, Tensor]:
         names = ("perm", "lower", "upper", "log_s", "sign_s")
         perm, *rest = (torch.stack([getattr(layer, name) for layer in layers]) for name in names)
         return ops.lu_weight(perm, *(v.to(acc_dtype(v.dtype)) for v in rest))
-    return tuple(torch.stack(v) for v in zip(*(layer.weights() for layer in layers), strict=True))
+    weight, inverse, log_det = (
+        torch.stack(v) for v in zip(*(layer.weights() for layer in layers), strict=True)
+    )
+    return weight, inverse, log_det

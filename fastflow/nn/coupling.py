@@ -1,6 +1,7 @@
 """Coupling with any invertible function of the transformed part."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,14 @@ from fastflow.nn.mask import Parts
 from fastflow.nn.masked_coupling import MaskedCoupling
 from fastflow.reversible import Gradients, vjp
 from fastflow.state_from_data import state_from_data
+
+
+class Transformer(Protocol):
+    """An invertible function of x by parameters h; both directions return the output and the log-det."""
+
+    def __call__(self, x: Tensor, h: Tensor, /) -> tuple[Tensor, Tensor]: ...
+
+    def inverse(self, y: Tensor, h: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
 class Coupling(MaskedCoupling):
@@ -49,7 +58,7 @@ class Coupling(MaskedCoupling):
     def __init__(
         self,
         net: nn.Module,
-        transformer: Callable,
+        transformer: Transformer,
         *,
         mask: str | Tensor = "halves",
         swap_halves: bool = False,
@@ -66,7 +75,7 @@ class Coupling(MaskedCoupling):
         return super()._parts(x)
 
     def _parameters_of(self, parts: Parts, x: Tensor, context: Tensor | None) -> Tensor:
-        return parts.parameters(self._network(parts.network_input(x), context), x)
+        return parts.of_transformed(self._network(parts.network_input(x), context), x)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         parts = self._parts(x)
@@ -103,7 +112,9 @@ class Coupling(MaskedCoupling):
         return function + super().extra_repr()
 
 
-def _called(function: Callable, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _called(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor]:
     y, log_det = function(x, h)
     validation.same_shape("transformer's output", y, x.shape, "the shape of its input")
     validation.same_shape("transformer's log_det", log_det, x.shape[:1], "one value per sample")

@@ -1,5 +1,7 @@
 """Dequantization of uint8 samples."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,22 @@ from fastflow.reversible import zero_log_det
 class _Likeness(Flow):
     """A flow with a buffer ``like``, without elements, that has the dtype and device of its outputs."""
 
+    like: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("like", torch.empty(0), persistent=False)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, metadata: dict, *args: object) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-        if metadata.get("assign_to_params_buffers") and self.like.is_meta:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if local_metadata.get("assign_to_params_buffers") and self.like.is_meta:
             # the buffer is not in the state dict, and no other tensor of the layer tells its device
             self.like = torch.empty(0, dtype=self.like.dtype, device="cpu")
 

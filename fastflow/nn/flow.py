@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.nn.batched_linalg import log_abs_det
-from fastflow.reversible import has_its_own_rule
+from fastflow.reversible import Gradients, has_its_own_rule
 from fastflow.state_from_data import state_from_data
 
 
@@ -98,7 +98,7 @@ class Flow(nn.Module):
     Shape: x, z ``[N, ...]``; log_det ``[N]``, nats, float32 (float64 for float64 input).
     """
 
-    inverse_backward: Callable | None = None
+    inverse_backward: Callable[..., tuple[Tensor, Tensor, Gradients]] | None = None
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -216,7 +216,8 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
     weights = [random_like(v) / max(v.numel(), 1) ** 0.5 for v in (z, log_det)]
 
     def loss() -> Tensor:
-        return sum((w * v).sum() for w, v in zip(weights, flow(x, context), strict=True))
+        z, log_det = flow(x, context)
+        return (weights[0] * z).sum() + (weights[1] * log_det).sum()
 
     variables = {"x": x} | {name: p for name, p in flow.named_parameters() if p.requires_grad}
     if context is not None and context.is_floating_point():
@@ -234,7 +235,7 @@ def _gradient_errors(flow: Flow, x: Tensor, context: Tensor | None, step: float 
             v.copy_(start)
         numeric, exact = ((up - down) / (2 * step)).item(), (gradient * direction).sum().item()
         errors[name] = abs(numeric - exact) / max(1.0, abs(numeric))
-    if has_its_own_rule(flow):
+    if flow.inverse_backward is not None and has_its_own_rule(flow):
         with torch.no_grad():
             back, dx, found = flow.inverse_backward(
                 z.detach(), *weights, list(variables.values())[1:], context

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,19 @@ from fastflow.nn.conv1x1 import InvertibleConv1x1, stacked_weights
 from fastflow.nn.flow import Flow
 from fastflow.nn.mixture_cdf_coupling import MixtureCDFCoupling
 from fastflow.nn.networks.builder import NetworkBuilder, built
-from fastflow.nn.networks.glow_network import GlowNetwork, network_args_of
+from fastflow.nn.networks.glow_network import GlowNetwork, ZeroConv2d, network_args_of
 from fastflow.nn.permute import Permute
 from fastflow.nn.spline_coupling import SplineCoupling
 from fastflow.nn.squeeze import Squeeze
 from fastflow.reversible import Gradients, add, run_reversible, run_storing, vjp
 from fastflow.state_from_data import state_from_data
 
+# weight and bias of forward and of inverse, the log-det or None, and the arguments of the coupling
+StepArgs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, *tuple[Any, ...]]
+StepCoupling = AffineCoupling | SplineCoupling | MixtureCDFCoupling
 
-def _mixing(num_features: int, conv1x1: str) -> Flow:
+
+def _mixing(num_features: int, conv1x1: str) -> InvertibleConv1x1 | Permute:
     if conv1x1 in ("lu", "plain"):
         return InvertibleConv1x1(num_features, lu=conv1x1 == "lu")
     return Permute(num_features, order="reverse" if conv1x1 == "reverse" else "random")
@@ -94,6 +99,7 @@ class GlowStep(Flow):
             net = built(network, kept, outputs)
         else:
             net = GlowNetwork(kept, outputs, hidden, network, context_features)
+        self.coupling: StepCoupling
         if coupling == "affine":
             self.coupling = AffineCoupling(net, scale=scale, num_scale_factors=transformed)
         elif coupling == "additive":
@@ -103,14 +109,15 @@ class GlowStep(Flow):
         else:
             self.coupling = MixtureCDFCoupling(net, components=components)
             if isinstance(net, GlowNetwork):
-                net[-1].bias.data.copy_(MixtureCDFCoupling.initial_bias(transformed, components))
+                last = cast("ZeroConv2d", net[-1])
+                last.bias.data.copy_(MixtureCDFCoupling.initial_bias(transformed, components))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *shared_args: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """``(z, log_det)``; ``shared_args`` is the step's entry of ``shared_args_of`` if it is computed."""
         self.actnorm.initialize_once(x)
-        weight, bias, _, _, log_det, *of_coupling = shared_args or self._own_args(x)
+        weight, bias, _, _, log_det, *of_coupling = self._args(x, shared_args)
         x = ops.conv1x1(x, weight, bias)
         x, coupling_log_det = self.coupling(x, context, *of_coupling)
         return x, coupling_log_det if log_det is None else coupling_log_det + log_det
@@ -118,7 +125,7 @@ class GlowStep(Flow):
     def inverse(
         self, z: Tensor, context: Tensor | None = None, *shared_args: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        _, _, weight, bias, log_det, *of_coupling = shared_args or self._own_args(z)
+        _, _, weight, bias, log_det, *of_coupling = self._args(z, shared_args)
         z, coupling_log_det = self.coupling.inverse(z, context, *of_coupling)
         x = ops.conv1x1(z, weight, bias)
         return x, coupling_log_det if log_det is None else coupling_log_det - log_det
@@ -133,22 +140,21 @@ class GlowStep(Flow):
         *shared_args: Tensor | None,
     ) -> tuple[Tensor, Tensor, Gradients]:
         with torch.enable_grad():
-            weight, bias, weight_inverse, _, log_det, *of_coupling = shared_args or self._own_args(z)
+            weight, bias, weight_inverse, _, log_det, *of_coupling = self._args(z, shared_args)
         y, dy, gradients = self.coupling.inverse_backward(z, dz, dlog_det, wanted, context, *of_coupling)
         x, dx, dweight, dbias = ops.conv1x1_inverse_backward(
             y, weight.detach(), weight_inverse.detach(), bias.detach(), dy
         )
-        dlog_det = None if log_det is None else dlog_det.sum().to(log_det.dtype)
-        add(gradients, vjp((weight, bias, log_det), (dweight, dbias, dlog_det), wanted))
+        of_linear = None if log_det is None else dlog_det.sum().to(log_det.dtype)
+        add(gradients, vjp((weight, bias, log_det), (dweight, dbias, of_linear), wanted))
         return x, dx, gradients
 
-    def _own_args(self, x: Tensor) -> tuple[Tensor | None, ...]:
-        return shared_args_of([self], x.shape, x.device)[0]
+    def _args(self, x: Tensor, shared_args: tuple[Tensor | None, ...]) -> StepArgs:
+        given: Any = shared_args
+        return given or shared_args_of([self], x.shape, x.device)[0]
 
 
-def shared_args_of(
-    steps: list[GlowStep], shape: torch.Size, device: torch.device
-) -> list[tuple[Tensor | None, ...]]:
+def shared_args_of(steps: list[GlowStep], shape: torch.Size, device: torch.device) -> list[StepArgs]:
     """Arguments of the steps' methods that follow ``context``, computed for all steps at once.
 
     Returns per step: weight and bias of forward, weight and bias of inverse, the log-det of the linear part,
@@ -157,18 +163,16 @@ def shared_args_of(
     """
     samples, _, *sides = shape
     positions = math.prod(sides)
-    *linear, log_det = folded(steps)
+    weight, bias, weight_inverse, bias_inverse, log_det = folded(steps)
     log_dets = [positions * log_det.sum(), *[None] * (len(steps) - 1)]
     couplings = coupling_args_of([step.coupling for step in steps], device, samples * positions)
-    return [
-        (*args, step_log_det, *of_coupling)
-        for *args, step_log_det, of_coupling in zip(*linear, log_dets, couplings, strict=True)
-    ]
+    linear = zip(weight, bias, weight_inverse, bias_inverse, log_dets, strict=True)
+    return [(*args, *of_coupling) for args, of_coupling in zip(linear, couplings, strict=True)]
 
 
 def coupling_args_of(
-    couplings: list[Flow], device: torch.device, pixels: int
-) -> list[tuple[Tensor | None, ...]]:
+    couplings: Sequence[StepCoupling], device: torch.device, pixels: int
+) -> Sequence[tuple[Tensor | None, ...]]:
     """Arguments of each coupling's network, for affine ones after their factors; none of other flows."""
     kinds = {type(coupling) for coupling in couplings}
     elementwise = kinds <= {SplineCoupling, MixtureCDFCoupling}
@@ -177,7 +181,8 @@ def coupling_args_of(
     networks = network_args_of([coupling.net for coupling in couplings], device, pixels)
     if elementwise:
         return networks
-    log_factors = [coupling.log_factor for coupling in couplings]
+    affine: Any = couplings
+    log_factors = [coupling.log_factor for coupling in affine]
     if any(f is None or f.shape != log_factors[0].shape or f.numel() == 1 for f in log_factors):
         return [(None, *of_network) for of_network in networks]
     factors = torch.stack(log_factors).exp().unbind()
@@ -244,7 +249,7 @@ class GlowLevel(Flow):
         if not listed or not all(isinstance(step, nn.Module) for step in steps):
             raise validation.argument_error("steps", repr(steps), "a list of one or more steps")
         self.squeeze = Squeeze()
-        self.steps = nn.ModuleList(steps)
+        self.steps = cast("Sequence[GlowStep]", nn.ModuleList(steps))
         self.reversible, self.activation_checkpoint_every = reversible, activation_checkpoint_every
 
     checkpoint_every = renamed_property("checkpoint_every", "activation_checkpoint_every")
@@ -268,10 +273,10 @@ class GlowLevel(Flow):
         return x, log_det + steps_log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        log_det = 0.0
+        log_dets = []
         with state_from_data(False):
             shared_args = shared_args_of(list(self.steps), z.shape, z.device)
             for step, args in zip(reversed(self.steps), reversed(shared_args), strict=True):
                 z, step_log_det = step.inverse(z, context, *args)
-                log_det = log_det + step_log_det
-        return self.squeeze.inverse(z)[0], log_det
+                log_dets.append(step_log_det)
+        return self.squeeze.inverse(z)[0], reduce(torch.add, log_dets)

@@ -132,7 +132,8 @@ class TriangularLinear(_Linear):
         weight = _triangle(self.factors, self.upper, self.eps)
         return weight, weight
 
-    def _solve(self, columns: Tensor, weight: Tensor) -> Tensor:
+    def _solve(self, columns: Tensor, *factors: Tensor) -> Tensor:
+        (weight,) = factors
         return ops.triangular_solve(weight[None], columns[None], upper=self.upper)[0]
 
     def _log_diagonal(self) -> Tensor:
@@ -193,7 +194,8 @@ class OrthogonalLinear(_Linear):
         weight = orthogonal_matrix(given, self.kind)
         return weight, weight
 
-    def _solve(self, columns: Tensor, weight: Tensor) -> Tensor:
+    def _solve(self, columns: Tensor, *factors: Tensor) -> Tensor:
+        (weight,) = factors
         return weight.mT @ columns
 
     def extra_repr(self) -> str:
@@ -243,7 +245,8 @@ class QRLinear(_Linear):
         upper = _triangle(self.factors, True, self.eps)
         return orthogonal @ upper, orthogonal, upper
 
-    def _solve(self, columns: Tensor, orthogonal: Tensor, upper: Tensor) -> Tensor:
+    def _solve(self, columns: Tensor, *factors: Tensor) -> Tensor:
+        orthogonal, upper = factors
         return ops.triangular_solve(upper[None], (orthogonal.mT @ columns)[None], upper=True)[0]
 
     def _log_diagonal(self) -> Tensor:

@@ -49,6 +49,8 @@ class LULinear(Flow):
         >>> z, log_det = flow(torch.randn(8, 4))
     """
 
+    perm: Tensor | None
+
     def __init__(
         self,
         features: int,
@@ -182,18 +184,26 @@ def _inverse_of(factors: Tensor, eps: float, perm: Tensor | None) -> tuple[Tenso
     return inverse, log_det
 
 
-def _shared(flows: Sequence[Flow], matrices_of: Callable) -> list[tuple[Tensor, ...]]:
+def _shared(
+    flows: Sequence[Flow], matrices_of: Callable[..., tuple[Tensor, ...]]
+) -> list[tuple[Tensor, ...]]:
     shared: list[tuple[Tensor, ...]] = [()] * len(flows)
-    kinds: dict[tuple, list[int]] = {}
+    layers: dict[int, LULinear] = {}
+    kinds: dict[tuple[int, float, bool, torch.dtype, torch.device], list[int]] = {}
     for i, flow in enumerate(flows):
         if type(flow) is LULinear:
+            layers[i] = flow
             kind = flow.features, flow.eps, flow.perm is None, flow.factors.dtype, flow.factors.device
             kinds.setdefault(kind, []).append(i)
     for (_, eps, in_order, _, device), places in kinds.items():
         if len(places) > 1:
-            perm = None if in_order else torch.stack([flows[i].perm for i in places])
+            perm = (
+                None
+                if in_order
+                else torch.stack([perm for i in places if (perm := layers[i].perm) is not None])
+            )
             with without_autocast(device):
-                found = matrices_of(torch.stack([flows[i].factors for i in places]), eps, perm)
+                found = matrices_of(torch.stack([layers[i].factors for i in places]), eps, perm)
             for i, matrices in zip(places, zip(*(m.unbind() for m in found), strict=True), strict=True):
                 shared[i] = matrices
     return shared

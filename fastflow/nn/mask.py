@@ -30,7 +30,7 @@ def kept_of(argument: str, value: float, channels: int) -> int:
 class Channels:
     """Methods of masks of channels: the transformed part is ``[N, transformed, ...]``."""
 
-    def parameters(self, params: Tensor, x: Tensor) -> Tensor:
+    def of_transformed(self, params: Tensor, x: Tensor) -> Tensor:
         """The network's output, for the transformed part only."""
         return params
 
@@ -89,7 +89,7 @@ class Positions:
     def channels(self, x: Tensor) -> int:
         return x.shape[1]
 
-    def parameters(self, params: Tensor, x: Tensor) -> Tensor:
+    def of_transformed(self, params: Tensor, x: Tensor) -> Tensor:
         each = params.unflatten(1, (-1, x.shape[1])).flatten(2)
         return each.index_select(2, self.transformed).flatten(1)
 
@@ -116,6 +116,9 @@ class OwnMask(nn.Module):
 
     Raises ValueError for x of another shape.
     """
+
+    kept: Tensor
+    transformed: Tensor
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
@@ -162,7 +165,7 @@ class OwnPositions(Positions, OwnMask):
 Parts = Halves | Checkerboard | OwnChannels | OwnPositions
 
 
-def own_mask(mask: str | Tensor, swap_halves: bool, split: float | None) -> OwnMask | None:
+def own_mask(mask: str | Tensor, swap_halves: bool, split: float | None) -> OwnChannels | OwnPositions | None:
     """Check the arguments of a coupling; the module of a mask that is a tensor, None for one of ``MASKS``."""
     validation.boolean("swap_halves", swap_halves)
     check_kept("split", split)

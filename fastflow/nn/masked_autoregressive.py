@@ -1,11 +1,13 @@
 """Masked autoregressive flow layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastflow import ops, validation
+from fastflow.nn.coupling import Transformer
 from fastflow.nn.flow import Flow
 from fastflow.nn.lu_linear import without_autocast
 from fastflow.nn.networks.context import checked_context
@@ -59,7 +61,9 @@ class MaskedAutoregressive(Flow):
         >>> x, _ = flow.inverse(z)
     """
 
-    def __init__(self, net: nn.Module, transformer: str | Callable = "affine", **form: object) -> None:
+    def __init__(
+        self, net: nn.Module, transformer: str | Transformer = "affine", **form: str | float
+    ) -> None:
         super().__init__()
         if not callable(net):
             raise validation.argument_error("net", repr(net), "a module")
@@ -70,7 +74,7 @@ class MaskedAutoregressive(Flow):
         if own and form:
             raise TypeError(f"form: got {', '.join(form)}, expected none with a transformer of one's own")
         self.net, self.transformer = net, transformer
-        self.form = None if own else _form(transformer, form)
+        self.form = _form(transformer, form) if isinstance(transformer, str) else None
         if self.form is not None and isinstance(net, MaskedNetwork):
             if net.outputs_per_feature != self.form.parameters:
                 got = f"{net.outputs_per_feature} outputs per feature"
@@ -78,10 +82,10 @@ class MaskedAutoregressive(Flow):
                 raise validation.argument_error("net", got, expected)
         if not isinstance(net, MaskedNetwork):
             # the general rule of reversible chains also checks the inverse, which here depends on the network
-            self.inverse_backward = None
+            self.inverse_backward = None  # pyright: ignore[reportAttributeAccessIssue] # as if it had no such method
 
     @staticmethod
-    def params_per_feature(transformer: str = "affine", **form: object) -> int:
+    def params_per_feature(transformer: str = "affine", **form: str | float) -> int:
         """Number P of parameters of one feature, the ``outputs_per_feature`` of a :class:`MaskedNetwork`."""
         return _form(transformer, form).parameters
 
@@ -95,7 +99,7 @@ class MaskedAutoregressive(Flow):
             weight = self.net.layers[0].weight
             validation.same_device_and_precision("x", x, "the network's weights", weight)
             with without_autocast(x.device):  # its rounding would not be that of the inverse
-                x, context = (None if v is None else v.to(weight.dtype) for v in (x, context))
+                x, context = x.to(weight.dtype), None if context is None else context.to(weight.dtype)
                 further = () if factors is None else (factors,)
                 return self.net(x) if context is None and not further else self.net(x, context, *further)
         return self.net(x) if context is None else self.net(x, context)
@@ -106,7 +110,8 @@ class MaskedAutoregressive(Flow):
             each = params.shape[1] // max(features, 1)
             validation.same_shape("params", params, (x.shape[0], each * features), "P of each feature")
             h = params.unflatten(1, (features, each)).mT.flatten(1)
-            y, log_det = (self.transformer.inverse if inverse else self.transformer)(x, h)
+            own: Any = self.transformer
+            y, log_det = (own.inverse if inverse else own)(x, h)
             validation.same_shape("transformer's output", y, x.shape, "the shape of its input")
             validation.same_shape("transformer's log_det", log_det, x.shape[:1], "one value per sample")
             return y.to(x.dtype), log_det
@@ -150,7 +155,9 @@ class MaskedAutoregressive(Flow):
         return None
 
     def _in_one_pass(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        net, dtype = self.net, ops.acc_dtype(z.dtype)
+        net: Any = self.net
+        form: Any = self.form
+        dtype = ops.acc_dtype(z.dtype)
         validation.same_device_and_precision("z", z, "the network's weights", net.layers[0].weight)
         context = checked_context(z, context, net.context_features)
         with without_autocast(z.device):
@@ -166,7 +173,7 @@ class MaskedAutoregressive(Flow):
             widths=plan.widths,
             layers=plan.layers,
             activation=net.activation,
-            transformer=self.form,
+            transformer=form,
         )
         return x.to(z.dtype), log_det
 
@@ -202,7 +209,7 @@ class MaskedAutoregressive(Flow):
         if self.form is None:
             what = "" if isinstance(self.transformer, nn.Module) else f"{type(self.transformer).__name__}, "
         else:
-            default = _form(self.transformer, {})
+            default = _form(cast("str", self.transformer), {})
             changed = [
                 f", {name}={value!r}"
                 for name, value in self.form._asdict().items()
@@ -213,7 +220,7 @@ class MaskedAutoregressive(Flow):
         return f"{what}inverse in {'one pass' if obstacle is None else f'D passes: {obstacle}'}"
 
 
-def _form(transformer: str, form: dict[str, object]) -> Affine | Spline:
+def _form(transformer: str, form: dict[str, Any]) -> Affine | Spline:
     """The options of a transformer with their defaults, checked."""
     validation.one_of("transformer", transformer, ("affine", "spline"))
     if transformer == "spline":

@@ -1,5 +1,7 @@
 """Coupling with the CDFs of mixtures of logistics."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +85,7 @@ class MixtureCDFCoupling(ElementwiseCoupling):
     def _transform_inverse_backward(
         self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict
     ) -> tuple[Tensor, Tensor, Tensor]:
-        given = {"channel_order": None} | channels
+        given: dict[str, Any] = {"channel_order": None} | channels
         return mixture_cdf_inverse_backward(
             y, params, dy=dy, dlog_det=dlog_det, **given, components=self.components
         )

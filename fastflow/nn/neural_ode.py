@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from types import ModuleType
 
 import torch
@@ -89,10 +90,12 @@ class NeuralODE(Flow):
         self.evaluations = 0
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._solved("x", x, context, 0.0, self.time)[:2]
+        z, log_det = self._solved("x", x, context, 0.0, self.time)
+        return z, log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._solved("z", z, context, self.time, 0.0)[:2]
+        x, log_det = self._solved("z", z, context, self.time, 0.0)
+        return x, log_det
 
     def with_penalties(
         self, x: Tensor, context: Tensor | None = None
@@ -103,7 +106,8 @@ class NeuralODE(Flow):
         :math:`\int |f|^2 dt`, and ``jacobian`` :math:`\int |\epsilon^T \partial f / \partial x|^2 dt`, an estimate of the
         squared Frobenius norm, which is exact with an exact trace.
         """
-        return self._solved("x", x, context, 0.0, self.time, penalties=True)
+        z, log_det, kinetic, jacobian = self._solved("x", x, context, 0.0, self.time, penalties=True)
+        return z, log_det, kinetic, jacobian
 
     def path(self, x: Tensor, times: Sequence[float], context: Tensor | None = None) -> Tensor:
         """The solution at each of ``times``, ``[len(times), N, ...]``, of which x is the first.
@@ -171,9 +175,9 @@ class _Field(nn.Module):
         super().__init__()
         self.net, self.context, self.penalties, self.evaluations = flow.net, context, penalties, 0
         self.dtype, dimensions = x.dtype, x[0].numel()
-        self.exact = flow.trace == "exact" or (flow.trace == "auto" and dimensions <= EXACT_UP_TO)
-        self.noise = None
-        if not self.exact:
+        exact = flow.trace == "exact" or (flow.trace == "auto" and dimensions <= EXACT_UP_TO)
+        self.noise: Tensor | None = None  # None: the exact trace
+        if not exact:
             draw = torch.randn_like(x, dtype=acc_dtype(x.dtype))
             self.noise = draw if flow.noise == "gaussian" else draw.sign() + (draw == 0)
 
@@ -181,7 +185,7 @@ class _Field(nn.Module):
         self.evaluations += 1
         recorded, x = torch.is_grad_enabled(), state[0]
         if in_transform():
-            f, pull_back = torch.func.vjp(lambda v: self._speed(t, v), x)
+            f, pull_back = torch.func.vjp(lambda v: self._speed(t, v), x)[:2]
             trace, frobenius = self._of_jacobian(f, lambda v: pull_back(v)[0])
         else:
             with torch.enable_grad():
@@ -202,14 +206,15 @@ class _Field(nn.Module):
 
     def _of_jacobian(self, f: Tensor, product: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Trace and squared Frobenius norm of the Jacobian of each sample, or their estimates."""
-        if not self.exact:
+        if self.noise is not None:
             row = product(self.noise).flatten(1)
             return (row * self.noise.flatten(1)).sum(1), row.square().sum(1)
-        trace = frobenius = 0
+        traces, squares = [], []
         for i, e in enumerate(torch.eye(f[0].numel(), dtype=f.dtype, device=f.device)):
             row = product(e.view(f.shape[1:]).expand_as(f)).flatten(1)
-            trace, frobenius = trace + row[:, i], frobenius + row.square().sum(1)
-        return trace, frobenius
+            traces.append(row[:, i])
+            squares.append(row.square().sum(1))
+        return reduce(torch.add, traces), reduce(torch.add, squares)
 
 
 def _torchdiffeq() -> ModuleType:

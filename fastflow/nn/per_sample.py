@@ -1,6 +1,7 @@
 """Parameters of a layer for each sample: learned ones, and a linear map of the context added to them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,9 @@ def of_samples(
     shared = [p.to(dtype) for p in parameters]
     if weight is None:
         return shared
-    context = checked_context(x, context, weight.shape[1])
-    validation.same_device_and_precision("context", context, "the layer's parameters", weight)
-    added = (context.to(dtype) @ weight.to(dtype).mT).split([p.numel() for p in parameters], dim=1)
+    given: Any = checked_context(x, context, weight.shape[1])
+    validation.same_device_and_precision("context", given, "the layer's parameters", weight)
+    added = (given.to(dtype) @ weight.to(dtype).mT).split([p.numel() for p in parameters], dim=1)
     return [p + a.view(-1, *p.shape) for p, a in zip(shared, added, strict=True)]
 
 

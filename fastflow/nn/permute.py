@@ -38,6 +38,8 @@ class Permute(Flow):
     Raises ValueError if C differs from ``num_features``, and for another order.
     """
 
+    perm: Tensor
+
     def __init__(self, num_features: int, order: str | Sequence[int] = "reverse") -> None:
         super().__init__()
         validation.positive_int("num_features", num_features)

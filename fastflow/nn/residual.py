@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.func import functional_call
@@ -135,10 +136,12 @@ class Residual(Flow):
         """Before every pass, as the weights may have changed; outside of training, norms that are known well stay."""
         if in_transform() or torch.compiler.is_exporting():
             return
-        update = _update_norms
         if torch.compiler.is_compiling():
-            from fastflow.nn.untraced import update_norms as update
-        update(self.net, trains)
+            from fastflow.nn import untraced
+
+            untraced.update_norms(self.net, trains)
+        else:
+            _update_norms(self.net, trains)
 
     # log-det -----------------------------------------------------------------------------------------------------
 
@@ -146,11 +149,11 @@ class Residual(Flow):
         """g(x) and the log-det; both have a graph if gradients are enabled."""
         wanted = torch.is_grad_enabled()
         if (found := self._linearized(x, context)) is not None:
-            g, pull = found
-            return g, self._log_det(g, x, pull, pull, batched=x.ndim == 2)
+            g, product = found
+            return g, self._log_det(g, x, product, product, batched=x.ndim == 2)
         if in_transform():
-            g, pull = torch.func.vjp(lambda x: self._g(x, context), x)
-            return g, self._log_det(g, x, lambda v: pull(v)[0], lambda v: pull(v)[0])
+            g, products = torch.func.vjp(lambda x: self._g(x, context), x)[:2]
+            return g, self._log_det(g, x, lambda v: products(v)[0], lambda v: products(v)[0])
         # gradients are enabled for the products only
         takes_state = takes_state_from_data(training=True)
         with torch.inference_mode(False), torch.enable_grad(), state_from_data(takes_state):
@@ -170,9 +173,10 @@ class Residual(Flow):
 
     def _linearized(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Pull] | None:
         """g(x) and its products with vectors by the network's own method, which builds no graph of its gradient."""
-        if not hasattr(self.net, "linearized"):
+        linearized = getattr(self.net, "linearized", None)
+        if linearized is None:
             return None
-        return self.net.linearized(x) if context is None else self.net.linearized(x, context)
+        return linearized(x) if context is None else linearized(x, context)
 
     def _log_det(self, g: Tensor, x: Tensor, pull: Pull, last_pull: Pull, batched: bool = False) -> Tensor:
         """The log-det from products of vectors with J; ``last_pull`` is differentiated.
@@ -316,7 +320,7 @@ class Residual(Flow):
                 left = ~done
                 active, now, given, before = active[left], now[left], given[left], before[left]
                 scale, rounding = scale[left], rounding[left]
-                c = c[left] if per_sample else c
+                c = c[left] if c is not None and per_sample else c
                 if not active.numel():
                     return x
         raise _no_contraction(f"{active.numel()} samples that moved after {self.max_iterations} iterations")
@@ -345,14 +349,15 @@ class Residual(Flow):
 
 def _update_norms(net: nn.Module, trains: bool) -> None:
     for module in net.modules():
-        if hasattr(module, "update_norm"):
-            module.update_norm(keep_vectors=trains)
+        update = getattr(module, "update_norm", None)
+        if update is not None:
+            update(keep_vectors=trains)
 
 
 def _raw(x: Tensor) -> Tensor:
     """The values within the wrappers of transforms of torch.func and of forward-mode AD, without their batches."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
     x = forward_ad.unpack_dual(x).primal.detach() if forward_ad._current_level >= 0 else x.detach()
     return x
 
@@ -381,12 +386,23 @@ def _no_contraction(got: str) -> RuntimeError:
     )
 
 
+class _Context(FunctionCtx):
+    solve_linear: Callable[[Pull, Tensor], Tensor]
+    g: Callable[..., Tensor]
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _FixedPoint(torch.autograd.Function):
     """The solution x of x = y - g(x, *variables), with first derivatives by the implicit function theorem."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, solve_linear: Callable, g: Callable, solve: Callable, y: Tensor, *variables: Tensor
+        ctx: _Context,
+        solve_linear: Callable[[Pull, Tensor], Tensor],
+        g: Callable[..., Tensor],
+        solve: Callable[[], Tensor],
+        y: Tensor,
+        *variables: Tensor,
     ) -> Tensor:
         x = solve()
         ctx.solve_linear, ctx.g = solve_linear, g
@@ -394,7 +410,7 @@ class _FixedPoint(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *dx: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "create_graph: got True, expected False: the inverse of Residual has first derivatives only"
@@ -407,6 +423,6 @@ class _FixedPoint(torch.autograd.Function):
         def pull(w: Tensor) -> Tensor:
             return torch.autograd.grad(g, at, w, retain_graph=True, materialize_grads=True)[0]
 
-        w = ctx.solve_linear(pull, dx)
+        w = ctx.solve_linear(pull, dx[0])
         found = vjp([g], [-w], [v for v in variables if v.requires_grad])
         return None, None, None, w, *(found.get(v) for v in variables)

@@ -1,6 +1,7 @@
 """Chains of flow layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class Sequential(Flow):
         for i, flow in enumerate(flows):
             if not isinstance(flow, Flow):
                 raise TypeError(f"flows[{i}]: got {type(flow).__name__}, expected a Flow")
-        self.flows = nn.ModuleList(flows)
+        self.flows = cast("Sequence[Flow]", nn.ModuleList(flows))
         self.reversible, self.activation_checkpoint_every = reversible, activation_checkpoint_every
 
     checkpoint_every = renamed_property("checkpoint_every", "activation_checkpoint_every")
@@ -74,12 +75,13 @@ class Sequential(Flow):
     def _flat(self) -> Iterator[Flow]:
         """The flows with nested Sequentials flattened, so that backward recomputes one flow at a time."""
         for flow in self.flows:
-            alike = (
+            if (
                 type(flow) is Sequential
                 and flow.reversible
                 and flow.activation_checkpoint_every in (None, self.activation_checkpoint_every)
-            )
-            if alike and not has_hooks(flow) and flow._compiled_call_impl is None:
+                and not has_hooks(flow)
+                and flow._compiled_call_impl is None
+            ):
                 yield from flow._flat()
             else:
                 yield flow

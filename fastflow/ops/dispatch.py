@@ -8,6 +8,8 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -96,7 +98,7 @@ class Implementations:
     eligible_compiled: Callable[..., bool] | None = None
     call: Callable | None = None
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: Any) -> Any:
         if _backend == "reference":
             return self.fallback(*args)
         tensor = args[self.device_of]
@@ -106,7 +108,7 @@ class Implementations:
             return self._launch(tensor, args) if supported else self.fallback(*args)
         return self._compiled(tensor, args)
 
-    def _compiled(self, tensor: torch.Tensor, args: tuple) -> object:
+    def _compiled(self, tensor: torch.Tensor, args: tuple[Any, ...]) -> Any:
         op = None
         if tensor.is_cpu and extension.cpu:  # reading device.type takes 0.8 us
             op = self._ops["emulated" if _backend == "emulated" else "cpu"]
@@ -130,7 +132,7 @@ class Implementations:
         cpu, cuda = (op("fastflow_C") if device in self.compiled else None for device in ("cpu", "cuda"))
         return {"cpu": cpu, "cuda": cuda, "emulated": op("fastflow_emulated") if cuda and cpu else cpu}
 
-    def _launch(self, tensor: torch.Tensor, args: tuple) -> object:
+    def _launch(self, tensor: torch.Tensor, args: tuple[Any, ...]) -> Any:
         launcher, device = getattr(triton_kernels(self.folder), self.name), tensor.device
         try:
             if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -170,7 +172,7 @@ def raise_singular() -> None:
     if extension.cuda and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             # without a context, synchronizing would create one, which takes hundreds of MB
-            if torch._C._cuda_hasPrimaryContext(device):
+            if torch._C._cuda_hasPrimaryContext(device):  # pyright: ignore[reportAttributeAccessIssue] # not in its stub
                 torch.cuda.synchronize(device)
         _raise_singular("fastflow_C")
     if extension.emulator:
@@ -189,7 +191,7 @@ _triton_works = True  # False after a kernel could not be built, for lack of a C
 
 
 @functools.cache
-def triton_kernels(module: str):
+def triton_kernels(module: str) -> ModuleType | None:
     """Returns ``fastflow.triton_kernels.MODULE``, or None if triton is not installed.
 
     The module is imported on first use, because importing triton takes a second.
@@ -210,12 +212,13 @@ def _runs_kernels(device: torch.device) -> bool:
     if _backend == "auto":
         return device.type == "cuda" and _triton_works and triton_kernels("tiles") is not None
     if _backend == "triton":
-        if triton_kernels("tiles") is None:
+        tiles = triton_kernels("tiles")
+        if tiles is None:
             raise RuntimeError(
                 'backend: got "triton", which needs the package triton, expected "auto" or "reference": '
                 "triton is not installed"
             )
-        if device.type == "cpu" and not triton_kernels("tiles").INTERPRETED:
+        if device.type == "cpu" and not tiles.INTERPRETED:
             raise RuntimeError(
                 'backend: got "triton" with tensors on the CPU, expected TRITON_INTERPRET=1 in the '
                 'environment before Python starts, or the backend "auto" or "reference"'

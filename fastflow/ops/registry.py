@@ -4,10 +4,12 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import _add_batch_dim
+from torch._decomp import register_decomposition
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch._functorch.vmap import unwrap_batched
 from torch.autograd.graph import increment_version
@@ -109,7 +111,7 @@ def register(
     torch.library.register_fake(qualified, checked(reference))
     if not writes:
         op = getattr(torch.ops.fastflow, name).default
-        torch._decomp.register_decomposition(op)(_decomposition(checked(reference)))
+        register_decomposition(op)(_decomposition(checked(reference)))
     if writes:
         torch.library.impl(qualified, "ADInplaceOrView", _counting_writes(name))
     recorded = _without_autocast(reference)
@@ -310,7 +312,7 @@ def _vmapped(reference: Callable, name: str, folded: list[int]) -> Callable:
     op = getattr(torch.ops.fastflow, name).default
 
     def body(*args: object) -> object:
-        interpreter = retrieve_current_functorch_interpreter()
+        interpreter: Any = retrieve_current_functorch_interpreter()
         values, dims = unwrap_batched(args, interpreter.level())
         mapped = [i for i, d in enumerate(dims) if d is not None]
         # a vector is one value per channel, which the samples share
@@ -349,7 +351,7 @@ def _counting_writes(name: str) -> Callable:
     """
     op = getattr(torch.ops.fastflow, name).default
 
-    def body(*args: object) -> None:
+    def body(*args: Any) -> None:
         increment_version(args[0])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             op(*args)

@@ -94,6 +94,7 @@ def bytes_per_element(op: str, variant: str = "") -> int:
     """``bytes_moved`` of a case. Raises ValueError if there is no such case, or if it has no such number."""
     found = cases(Make(), (2, 4, 2, 2), OPS[op].folder)
     known = {(case.op, case.variant): case.bytes_moved for case in found}
-    if known.get((op, variant)) is None:
+    moved = known.get((op, variant))
+    if moved is None:
         raise ValueError(f"variant: got {variant!r} of {op}, expected a case with bytes_moved: {known}")
-    return known[op, variant]
+    return moved

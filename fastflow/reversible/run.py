@@ -1,22 +1,22 @@
 """Run a chain of flows with reversible backprop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflow.deprecation import renamed_arguments
-from fastflow.reversible.segments import SharedArgs, run_segments, run_storing
+from fastflow.reversible.segments import SharedArgs, Step, run_segments, run_storing
 from fastflow.transforms import in_transform
 
 
 @renamed_arguments(weights="shared_args", checkpoint_every="activation_checkpoint_every")
 def run_reversible(
-    steps: Sequence[nn.Module],
+    steps: Iterable[Step],
     x: Tensor,
     context: Tensor | None = None,
     *,
-    shared_args: SharedArgs | None = None,
+    shared_args: SharedArgs[Step] | None = None,
     activation_checkpoint_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(z, log_det)`` of a chain of flows, differentiable in x, context and parameters; only z is stored.
@@ -44,9 +44,12 @@ def run_reversible(
     steps = list(steps)
     # torch 2.11 reports both while compiling
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if not torch.is_grad_enabled() or x.is_meta or exporting or in_transform() or torch.jit.is_tracing():
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage] # documented, but not in __all__
+    if not torch.is_grad_enabled() or x.is_meta or exporting or in_transform() or tracing:
         return run_storing(steps, x, context, shared_args=shared_args)
-    run = run_segments
+    length = activation_checkpoint_every or max(1, len(steps))
     if torch.compiler.is_compiling():
-        from fastflow.reversible.untraced import run_segments as run
-    return run(steps, x, context, shared_args, activation_checkpoint_every or max(1, len(steps)))
+        from fastflow.reversible import untraced
+
+        return untraced.run_segments(steps, x, context, shared_args, length)
+    return run_segments(steps, x, context, shared_args, length)

@@ -6,8 +6,9 @@ inverts the step, runs it again and differentiates that; a step can have its own
 ``inverse_backward``. The idea is from RevNet (arXiv:1707.04585, section 3.2).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +37,19 @@ from fastflow.reversible.state import (
 from fastflow.reversible.vjp import Gradients, add, vjp
 from fastflow.state_from_data import state_from_data, takes_state_from_data
 
-SharedArgs = Callable[[list[nn.Module]], list[tuple[Tensor | None, ...]]]
+Step = TypeVar("Step", bound=nn.Module)
+SharedArgs = Callable[[list[Step]], Sequence[tuple[Tensor | None, ...]]]
 # error of forward(inverse(z)) relative to 1 + max|z|; beyond it, gradients are useless and backward raises
 NO_INVERSE = 0.05
 
 
 @renamed_arguments(weights="shared_args")
 def run_storing(
-    steps: Sequence[nn.Module],
+    steps: Iterable[Step],
     x: Tensor,
     context: Tensor | None = None,
     *,
-    shared_args: SharedArgs | None = None,
+    shared_args: SharedArgs[Step] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the chain with stored activations, as plain PyTorch does; arguments as :func:`run_reversible`."""
     steps = list(steps)
@@ -59,7 +61,7 @@ def run_storing(
 
 
 def run_segments(
-    steps: list[nn.Module], x: Tensor, context: Tensor | None, shared_args: SharedArgs | None, length: int
+    steps: list[Step], x: Tensor, context: Tensor | None, shared_args: SharedArgs[Step] | None, length: int
 ) -> tuple[Tensor, Tensor]:
     """Run the chain in segments of ``length`` steps; each segment stores only its output for backward."""
     segments = [
@@ -92,9 +94,17 @@ def run_segments(
     return x, log_det
 
 
-def _shared_args(steps: list[nn.Module], shared_args: SharedArgs | None) -> list[tuple[Tensor | None, ...]]:
+def _shared_args(
+    steps: list[Step], shared_args: SharedArgs[Step] | None
+) -> Sequence[tuple[Tensor | None, ...]]:
     """Arguments of each step after the context."""
     return [()] * len(steps) if shared_args is None else shared_args(steps)
+
+
+class _Context(FunctionCtx):
+    segment: "_Segment"
+    saved_tensors: tuple[Tensor, Tensor | None, Tensor | None]
+    needs_input_grad: tuple[bool, ...]
 
 
 class _Reversible(torch.autograd.Function):
@@ -105,7 +115,7 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: _Context,
         segment: "_Segment",
         place: Tensor | None,
         x: Tensor,
@@ -114,11 +124,12 @@ class _Reversible(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         z, log_det = segment.forward(x, None if context is None else context.detach())
         ctx.segment = segment
-        ctx.save_for_backward(z, context, place)
+        ctx.save_for_backward(z, context, place)  # pyright: ignore[reportArgumentType] # None is accepted
         return z, log_det
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dz: Tensor, dlog_det: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        dz, dlog_det = cotangents
         z, context, place = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             dx, dcontext, gradients = ctx.segment.differentiable_backward(z, place, context, dz, dlog_det)
@@ -135,8 +146,8 @@ class _Place(torch.autograd.Function):
         return x.new_zeros(()).expand(x.shape)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dx: Tensor) -> Tensor:
-        return dx
+    def backward(ctx: FunctionCtx, *dx: Tensor) -> Tensor:
+        return dx[0]
 
 
 class _Put(torch.autograd.Function):
@@ -147,26 +158,34 @@ class _Put(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor, None]:
-        return dx, None
+    def backward(ctx: FunctionCtx, *dx: Tensor) -> tuple[Tensor, None]:
+        return dx[0], None
 
 
 class _Segment:
     """One pass through consecutive steps, with the state that backward restores to run them again."""
 
-    def __init__(self, steps: list[nn.Module], shared_args: SharedArgs | None, start: int) -> None:
-        self.steps, self.shared_args, self.start = steps, shared_args, start
+    takes_state: bool  # set before the segment runs
+
+    def __init__(self, steps: list[Step], shared_args: SharedArgs[Step] | None, start: int) -> None:
+        # Any: the type of a module's attributes hides that inverse is a method
+        self.steps: list[Any] = list(steps)
+        self.shared_args, self.start = shared_args, start
         self.modules = [tuple(step.modules()) for step in steps]
         self.rules = [
             has_its_own_rule(step, modules) for step, modules in zip(steps, self.modules, strict=True)
         ]
         # not step.parameters(), which takes as long as a kernel; this has each parameter once, too
-        self.parameters = [
-            tuple({id(p): p for m in modules for p in m._parameters.values() if p is not None}.values())
+        self.parameters: list[tuple[Tensor, ...]] = [
+            tuple[Tensor, ...](
+                {id(p): p for m in modules for p in m._parameters.values() if p is not None}.values()
+            )
             for modules in self.modules
         ]
-        self.distinct = tuple({id(p): p for each in self.parameters for p in each}.values())
-        self.places = [
+        self.distinct: tuple[Tensor, ...] = tuple(
+            {id(p): p for each in self.parameters for p in each}.values()
+        )
+        self.places: list[tuple[nn.Module, str, Tensor | None]] = [
             (m, name, p) for modules in self.modules for m in modules for name, p in m._parameters.items()
         ]
 
@@ -274,7 +293,7 @@ class _Segment:
                     self.replays[i].restore_flows()
                     x = self.steps[i].inverse(x, context, *shared[i])[0]
             views = {p: p.view_as(p) for p in self.distinct if p.requires_grad}
-            exchanged = [(m, name, views.get(p, p)) for m, name, p in self.places]
+            exchanged = [(m, name, None if p is None else views.get(p, p)) for m, name, p in self.places]
             with parameters_in_place(exchanged), replaying():
                 x = first = x.detach() if place is None else _Put.apply(place, x.detach())
                 context = None if context is None else context.view_as(context)

@@ -39,7 +39,7 @@ def parameters_in_place(places: Iterable[tuple[nn.Module, str, Tensor | None]]) 
     ]
     try:
         for m, name, _, p in exchanged:
-            m._parameters[name] = p
+            m._parameters[name] = p  # pyright: ignore[reportArgumentType] # also a view of a parameter
         yield
     finally:
         for m, name, p, _ in exchanged:
@@ -159,7 +159,7 @@ class Replay:
             (
                 m,
                 name,
-                after.clone() if _is_flag(after) else before,
+                after.clone() if after is not None and _is_flag(after) else before,
                 after.clone() if is_flow(m) and after is not None else None,
             )
             for m, name, before, after in moved
@@ -186,8 +186,8 @@ def _unmoved(before: Tensor | None, after: Tensor | None) -> bool:
     return before.device.type == "cpu" and torch.equal(before, after)
 
 
-def _is_flag(buffer: Tensor | None) -> bool:
-    return buffer is not None and buffer.dtype in (torch.bool, torch.uint8)
+def _is_flag(buffer: Tensor) -> bool:
+    return buffer.dtype in (torch.bool, torch.uint8)
 
 
 def copied_buffers(modules: Sequence[nn.Module], by_rule: bool) -> list[Buffer]:

@@ -135,3 +135,12 @@ def test_latents_of_a_mixture_stay_as_they_are():
     (raw,), (z,) = (model.encode(drawn(4, 2).double(), normalized=n) for n in (False, True))
     z_prior, log_det = model.prior.normalize(raw)
     assert torch.equal(z, raw) and torch.equal(z_prior, raw) and torch.equal(log_det, torch.zeros(4).double())
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_decode_names_the_latent_that_is_none(missing):
+    model = Glow(image_shape=(3, 8, 8), levels=2, steps=1, hidden=4).eval()
+    latents = list(model.encode(images(2, (3, 8, 8))))
+    latents[missing] = None
+    with pytest.raises(ValueError, match=rf"latents\[{missing}\]: got None, expected a tensor"):
+        model.decode(tuple(latents))

@@ -221,3 +221,11 @@ def test_errors_of_shapes(options, shape, message):
 def test_errors_of_transformers(transformer, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         Coupling(MLP(2, 6), transformer)(torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize(
+    "mask", [CHANNELS, torch.eye(4, dtype=torch.bool)[None]], ids=["channels", "elements"]
+)
+def test_a_mask_is_a_module_without_parameters(mask):
+    own = AffineCoupling(MLP(2, 6, 4), mask=mask).own_mask
+    assert list(own.parameters()) == [] and own.requires_grad_(False) is own

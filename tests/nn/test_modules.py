@@ -347,6 +347,12 @@ def test_first_batch_gets_zero_mean_and_unit_variance(shape, how):
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
+def test_actnorm_ignores_a_context_as_every_layer_does():
+    layer, x = ActNorm(3), torch.randn(8, 3)
+    layer.initialize(x, torch.randn(8, 2))
+    torch.testing.assert_close(layer(x)[0].mean(0), torch.zeros(3))
+
+
 def test_initialize_can_be_called_again():
     layer, x = ActNorm(4).double(), data(IMAGE)
     layer.initialize(x)

@@ -89,6 +89,8 @@ def test_smaller_images_have_smaller_norms():
     torch.testing.assert_close(layer(x), y + layer.bias[:, None, None], rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=re.escape("x: got shape [1, 2, 7, 6], expected images of 6x6")):
         layer(torch.zeros(1, 2, 7, 6, dtype=F64))
+    with pytest.raises(ValueError, match="max_iterations: got 0, expected a positive integer"):
+        layer.update_norm(max_iterations=0)
 
 
 @pytest.mark.parametrize("activation", [LipSwish, nn.ELU])

@@ -45,12 +45,18 @@ def _folded_one_by_one(
     return of_weights + [tuple(b * f for b, f in zip(bs, fs, strict=True)) for _, bs, fs in both]
 
 
+class _Context(FunctionCtx):
+    times: tuple[int, ...]
+    sizes: list[int]
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _Folded(torch.autograd.Function):
     """Takes all weights, then all biases, then all log scales; in each of these, layer by layer."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, dtype: torch.dtype, times: tuple[int, ...], *tensors: Tensor
+        ctx: _Context, dtype: torch.dtype, times: tuple[int, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         third, networks = len(tensors) // 3, len(tensors) // 3 // len(times)
         weights, biases, log_scales = tensors[:third], tensors[third : 2 * third], tensors[2 * third :]
@@ -71,7 +77,7 @@ class _Folded(torch.autograd.Function):
         return *(w for layer in of_layers for w in layer.unbind()), *of_biases
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         factor, *saved = ctx.saved_tensors
         third, networks = len(saved) // 3, len(saved) // 3 // len(ctx.times)
         weights, biases, log_scales = saved[:third], saved[third : 2 * third], saved[2 * third :]
@@ -99,7 +105,7 @@ class _Folded(torch.autograd.Function):
         return None, None, *dweights, *dbias.split(sizes), *_multiplied(dlog_scale, ctx).split(sizes)
 
 
-def _multiplied(of_layers: Tensor, ctx: FunctionCtx) -> Tensor:
+def _multiplied(of_layers: Tensor, ctx: _Context) -> Tensor:
     """Multiplies the part of each layer by its n, in place."""
     for part, times in zip(of_layers.split(ctx.sizes), ctx.times, strict=True):
         if times != 1:
@@ -116,7 +122,8 @@ def _stacked(tensors: Sequence[Tensor], networks: int) -> list[Tensor]:
     for first in tensors[::networks]:
         strides = (first.numel(), *torch.empty_like(first).stride())
         stacks.append(first.new_empty_strided((networks, *first.shape), strides))
-    torch._foreach_copy_([one for stack in stacks for one in stack.unbind()], list(tensors))
+    into = [one for stack in stacks for one in stack.unbind()]
+    torch._foreach_copy_(into, list(tensors))  # pyright: ignore[reportPrivateImportUsage] # no public name does it
     return stacks
 
 

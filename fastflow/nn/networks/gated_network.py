@@ -18,8 +18,8 @@ def concat_elu(x: Tensor) -> Tensor:
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer normalization over the channels of each position of an image ``[N, C, H, W]``."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class GatedBlock(nn.Module):
@@ -77,8 +77,8 @@ class GatedNetwork(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(GatedBlock(hidden, pre_activation) for _ in range(blocks))
         self.conv_out = nn.Conv2d(2 * hidden, out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for p in self.conv_out.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.conv_in(x if context is None else torch.cat([x, context], dim=1))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,7 @@ def _folded_convolution(x: Tensor, weight: Tensor, bias: Tensor, log_scale: Tens
 
 
 LAYERS = [ActNormConv2d, nn.ReLU, ActNormConv2d, nn.ReLU, ZeroConv2d]
+Convolutions = tuple[ActNormConv2d, ActNormConv2d, ZeroConv2d]
 
 
 class GlowNetwork(nn.Sequential):
@@ -132,16 +134,18 @@ class GlowNetwork(nn.Sequential):
     @torch.no_grad()
     def scale_outputs(self, factor: float) -> None:
         """Set the learned factor :math:`e^{3 l}` of all outputs; with the last weights at 0, they stay as they are."""
-        last = self[-1]
+        last = cast("ZeroConv2d", self[-1])
         last.bias.mul_((3 * last.logs).exp() / factor)
         last.logs.fill_(math.log(factor) / 3)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, shared_args: Sequence[Tensor] = ()) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] # x, as all coupling networks name it
+        self, x: Tensor, context: Tensor | None = None, shared_args: Sequence[Tensor] = ()
+    ) -> Tensor:
         """The output; ``shared_args`` is the network's entry of ``network_args_of``, if it is computed."""
         x = with_context(x, context, self.context_features)
-        layers = list(self._modules.values())
-        if not _is_glow_network(layers):  # a layer was exchanged, or watches its input
-            for layer in layers:
+        layers = _convolutions(self)
+        if layers is None:  # a layer was exchanged, or watches its input
+            for layer in self:
                 x = layer(x)
             return x
         if not shared_args and self._is_fused(layers, x.device, x.shape[0] * ops.positions(x)):
@@ -151,14 +155,14 @@ class GlowNetwork(nn.Sequential):
         if len(shared_args) == FUSED_ARGS:
             x = x.to(shared_args[0].dtype) if _autocast_dtype(x.device) else x
             return ops.glow_network(x, *shared_args, tf32=_tf32(x))
-        first, _, second, _, last = layers
+        first, second, last = layers
         log_scale = shared_args[0] if shared_args else None
         weights = shared_args[1:] or (None, None, None)
         x = first(x, weight=weights[0], relu=True)
         x = second(x, weight=weights[1], relu=True)
         return last(x, weight=weights[2], log_scale=log_scale)
 
-    def _is_fused(self, layers: Sequence[nn.Module], device: torch.device, pixels: int) -> bool:
+    def _is_fused(self, layers: Convolutions, device: torch.device, pixels: int) -> bool:
         """Whether the network is one op, for a batch of so many pixels, with and without gradients alike.
 
         Backward of a reversible chain computes the network with gradients again, and needs forward's bits.
@@ -167,10 +171,10 @@ class GlowNetwork(nn.Sequential):
             return False
         if self.network == "auto" and not self._is_fastest_fused(layers, device, pixels):
             return False
-        kernels = [layer.conv.kernel_size for layer in layers[:3:2]]
+        kernels = [layer.conv.kernel_size for layer in layers[:2]]
         return kernels == [(3, 3), (1, 1)] and not any(map(has_hooks, layers))
 
-    def _is_fastest_fused(self, layers: Sequence[nn.Module], device: torch.device, pixels: int) -> bool:
+    def _is_fastest_fused(self, layers: Convolutions, device: torch.device, pixels: int) -> bool:
         dtype, gpu = _dtype_of_networks(layers, device), gpu_name(device)
         if gpu is None:
             return device.type == "cpu" and is_fused_on_cpu(dtype)
@@ -182,25 +186,29 @@ class GlowNetwork(nn.Sequential):
         return fastest_way(setting, pixels) == "fused"
 
 
-def _is_glow_network(layers: Sequence[nn.Module]) -> bool:
-    """Whether these are the layers of :class:`GlowNetwork`, and the ReLUs need not be called."""
-    return [type(layer) for layer in layers] == LAYERS and not any(map(has_hooks, layers[1:4:2]))
+def _convolutions(network: GlowNetwork) -> Convolutions | None:
+    """The convolutions; None if a layer was exchanged, or if a ReLU must be called."""
+    layers: list[Any] = list(network._modules.values())
+    if [type(layer) for layer in layers] != LAYERS or any(map(has_hooks, layers[1:4:2])):
+        return None
+    first, _, second, _, last = layers
+    return first, second, last
 
 
-def _pending(layers: Sequence[nn.Module]) -> bool:
+def _pending(layers: Convolutions) -> bool:
     """Whether the next batch initializes an ActNorm."""
-    return any(layer.actnorm._pending for layer in layers[:3:2])
+    return any(layer.actnorm._pending for layer in layers[:2])
 
 
 @torch.no_grad()
-def _initialize(layers: Sequence[nn.Module], x: Tensor) -> None:
+def _initialize(layers: Convolutions, x: Tensor) -> None:
     with state_from_data(True):  # gradients are disabled here; the caller has asked
-        for layer in layers[:3:2]:
+        for layer in layers[:2]:
             x = layer(x, relu=True)
 
 
-def _weights(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor, Tensor]:
-    first, _, second, _, last = layers
+def _weights(layers: Convolutions) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, last = layers
     return first.conv.weight, second.conv.weight, last.weight
 
 
@@ -211,7 +219,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if autocast else None
 
 
-def _dtype_of_networks(layers: Sequence[nn.Module], device: torch.device) -> torch.dtype:
+def _dtype_of_networks(layers: Convolutions, device: torch.device) -> torch.dtype:
     """The dtype of a network's products: autocast's, which leaves float64 as it is, or its weights'."""
     own = layers[-1].weight.dtype
     return own if own == torch.float64 else _autocast_dtype(device) or own
@@ -234,13 +242,18 @@ def network_args_of(
     Args:
         pixels: number of pixels of the batch, N H W.
     """
-    layers = [list(network._modules.values()) for network in networks]
-    if torch.compiler.is_compiling() or not all(
-        type(network) is GlowNetwork and network._compiled_call_impl is None and _is_glow_network(each)
-        for network, each in zip(networks, layers, strict=True)
-    ):
+    if torch.compiler.is_compiling():
         return [()] * len(networks)
-    fused = [network._is_fused(each, device, pixels) for network, each in zip(networks, layers, strict=True)]
+    layers, fused = [], []
+    for network in networks:
+        if (
+            type(network) is not GlowNetwork
+            or network._compiled_call_impl is not None
+            or (each := _convolutions(network)) is None
+        ):
+            return [()] * len(networks)
+        layers.append(each)
+        fused.append(network._is_fused(each, device, pixels))
     if any(fused):
         at_once = all(fused) and _alike(layers) and not any(map(_pending, layers))
         return _fused_args_of(layers, device) if at_once else [()] * len(networks)
@@ -256,14 +269,14 @@ def network_args_of(
     return [(s, *weights[3 * i : 3 * i + 3]) for i, s in enumerate(log_scales)]
 
 
-def _alike(layers: Sequence[Sequence[nn.Module]]) -> bool:
+def _alike(layers: Sequence[Convolutions]) -> bool:
     """Whether the weights of several networks can be stacked."""
     return len({tuple((w.shape, w.dtype, w.device) for w in _weights(each)) for each in layers}) == 1
 
 
-def _fused_args_of(layers: Sequence[Sequence[nn.Module]], device: torch.device) -> list[tuple[Tensor, ...]]:
+def _fused_args_of(layers: Sequence[Convolutions], device: torch.device) -> list[tuple[Tensor, ...]]:
     """w1, b1, w2, b2, w3, b3 of :func:`fastflow.ops.glow_network` for each network."""
-    first, _, second, _, last = zip(*layers, strict=True)
+    first, second, last = zip(*layers, strict=True)
     weights = zip(*map(_weights, layers), strict=True)
     biases = [[layer.actnorm.bias for layer in kind] for kind in (first, second)]
     log_scales = [[layer.actnorm.log_scale for layer in kind] for kind in (first, second)]
@@ -274,16 +287,20 @@ def _fused_args_of(layers: Sequence[Sequence[nn.Module]], device: torch.device) 
     return list(zip(w1, b1, w2, b2, w3, b3, strict=True))
 
 
+class _Context(FunctionCtx):
+    dtypes: list[torch.dtype]
+
+
 class _Cast(torch.autograd.Function):
     """Casts tensors to a dtype, all at once, and their gradients back."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: _Context, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtypes = [t.dtype for t in tensors]
         return _cast(tensors, [dtype] * len(tensors))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True
             return None, *(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
         given = {i: g for i, g in enumerate(gradients) if g is not None}
@@ -295,5 +312,5 @@ def _cast(tensors: Iterable[Tensor], dtypes: Iterable[torch.dtype]) -> tuple[Ten
     tensors = tuple(tensors)
     found = tuple(torch.empty_like(t, dtype=dtype) for t, dtype in zip(tensors, dtypes, strict=True))
     if found:
-        torch._foreach_copy_(found, tensors)
+        torch._foreach_copy_(found, tensors)  # pyright: ignore[reportPrivateImportUsage] # no public name does it
     return found

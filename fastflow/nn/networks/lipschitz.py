@@ -3,11 +3,13 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn.grad import conv2d_weight
 
 from fastflow import validation
 from fastflow.nn.networks.context import checked_context
@@ -63,6 +65,10 @@ def _swish(x: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return x * s * (1 / SWISH_SLOPE), torch.addcmul(t, t, s, value=-1).add(1) * s * (1 / SWISH_SLOPE)
 
 
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 class _Swish(torch.autograd.Function):
     """:func:`_swish` with the gradient of both outputs in few operations, as each reads and writes all activations."""
 
@@ -76,7 +82,8 @@ class _Swish(torch.autograd.Function):
         return y, slope
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor, dslope: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: _Context, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        dy, dslope = cotangents
         x, beta, y, slope = ctx.saved_tensors
         h = (0.5 * beta) * x
         s = torch.tanh(h)  # 2 sigmoid(beta x) - 1
@@ -102,8 +109,10 @@ class _Bounded(nn.Module):
     at the smaller one.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter
+    weight: Tensor
+    bias: Tensor
+    vectors: Tensor
+    direction: Tensor
 
     def _start(self, bound: float, domain: tuple[int, ...], codomain: tuple[int, ...]) -> None:
         self.bound = bound
@@ -148,22 +157,25 @@ class _Bounded(nn.Module):
         less than ``tolerance`` stays as it is. With ``keep_vectors``, smaller gains count, as a direction that
         overtakes the first one grows slowly.
         """
+        validation.positive_int("max_iterations", max_iterations)
         if self.weight.is_meta:
             return
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        weight, vectors, following = self.weight.detach().to(dtype), self.vectors.to(dtype), None
-        for done in range(0, max_iterations, CHUNK):
-            if following is not None:
-                vectors = _orthonormal(following)
+        weight, vectors, done = self.weight.detach().to(dtype), self.vectors.to(dtype), 0
+        while True:
             try:
                 norm, before, u, first, following = self._iterated(weight, vectors)
-            except torch.linalg.LinAlgError:  # of weights that are not finite
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] # weights that are not finite
                 return
             if not norm > before * (1 + tolerance):
                 break
             scaled = weight / before  # so that images neither vanish nor overflow
             for _ in range(min(CHUNK, max_iterations - done) - 1):
                 following = self._map(self._transposed(scaled), self._map(scaled, following))
+            done += CHUNK
+            if done >= max_iterations:
+                break
+            vectors = _orthonormal(following)
         if norm > self._norm(weight) * (1 + (min(KEPT, tolerance) if keep_vectors else tolerance)):
             self.direction.copy_(self._derivative(u, first))
         if keep_vectors and norm > 0:
@@ -291,7 +303,7 @@ class LipschitzConv2d(_Bounded):
         _check_bound(bound)
         self.size, self.padding = tuple(size), kernel_size // 2
         start = nn.Conv2d(in_channels, out_channels, kernel_size)
-        self.weight, self.bias = start.weight, start.bias
+        self.weight, self.bias = start.weight, cast("Tensor", start.bias)
         # a 1x1 convolution has the norm of its matrix for any size
         positions = tuple(size) if kernel_size > 1 else (1, 1)
         self._start(bound, (in_channels, *positions), (out_channels, *positions))
@@ -304,7 +316,7 @@ class LipschitzConv2d(_Bounded):
         return weight.flip(2, 3).transpose(0, 1)
 
     def _derivative(self, u: Tensor, v: Tensor) -> Tensor:
-        return torch.nn.grad.conv2d_weight(v[None], self.weight.shape, u[None], padding=self.padding)
+        return conv2d_weight(v[None], self.weight.shape, u[None], padding=self.padding)
 
     def with_weight(self, weight: Tensor, x: Tensor) -> Tensor:
         if x.shape[-2] > self.size[0] or x.shape[-1] > self.size[1]:
@@ -429,9 +441,8 @@ class LipschitzMLP(nn.Module):
         self.context_features = context_features
         widths = [features, *hidden, features]
         bound = lipschitz ** (1 / (len(widths) - 1))
-        self.layers = nn.ModuleList(
-            LipschitzLinear(a, b, bound) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        layers = nn.ModuleList(LipschitzLinear(a, b, bound) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = cast("Sequence[LipschitzLinear]", layers)
         self.first = _activation(activation) if activation_first else None
         self.activations = nn.ModuleList(_activation(activation) for _ in hidden)
         self.context_layer = None if context_features is None else nn.Linear(context_features, hidden[0])
@@ -440,7 +451,7 @@ class LipschitzMLP(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = checked_context(x, context, self.context_features)
         h = self.layers[0](x if self.first is None else self.first(x))
-        if context is not None:
+        if context is not None and self.context_layer is not None:
             h = h + self.context_layer(context)
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
             h = layer(activation(h))
@@ -451,8 +462,8 @@ class LipschitzMLP(nn.Module):
         if not _is_plain(self):
             return None
         context = checked_context(x, context, self.context_features)
-        shift = None if context is None else self.context_layer(context)
-        layers = [self.layers[0]] if self.first is None else [self.first, self.layers[0]]
+        shift = None if context is None or self.context_layer is None else self.context_layer(context)
+        layers: list[nn.Module] = [self.layers[0]] if self.first is None else [self.first, self.layers[0]]
         for activation, layer in zip(self.activations, self.layers[1:], strict=True):
             layers += [activation, layer]
         return _linearized(layers, x, shift)
@@ -504,7 +515,7 @@ class LipschitzConvNet(nn.Module):
             _activation(activation),
             LipschitzConv2d(hidden, channels, 3, size, bound),
         )
-        _zero(self.net[-1])
+        _zero(cast("LipschitzConv2d", self.net[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x if self.first is None else self.first(x))

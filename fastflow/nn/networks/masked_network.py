@@ -1,7 +1,7 @@
 """Masked network of autoregressive flows: the parameters of a feature depend on the features before it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu}
 CONTEXT_MODES = ("add", "glu")
+T = TypeVar("T")
 
 
 class Plan(NamedTuple):
@@ -70,6 +71,8 @@ class MaskedNetwork(nn.Module):
         >>> h = net(torch.randn(8, 4))
     """
 
+    order: Tensor | None
+
     def __init__(
         self,
         features: int,
@@ -103,12 +106,8 @@ class MaskedNetwork(nn.Module):
         self.context_activation, self.activation, self.dropout = context_activation, activation, dropout
         gated = context_features is not None and context_mode == "glu"
         self.widths, self.flags = _layers(self.hidden, residual, gated)
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b)
-            for a, b in zip(
-                (features, *self.widths), (*self.widths, features * outputs_per_feature), strict=True
-            )
-        )
+        sizes = zip((features, *self.widths), (*self.widths, features * outputs_per_feature), strict=True)
+        self.layers = cast("Sequence[nn.Linear]", nn.ModuleList(nn.Linear(a, b) for a, b in sizes))
         self.context_layers = nn.ModuleDict()
         if context_features is not None:
             for i, flags in enumerate(self.flags[:-1]):
@@ -232,7 +231,7 @@ class MaskedNetwork(nn.Module):
             lambda: [layer.weight * m for layer, m in zip(self.layers, structure.masks, strict=True)],
         )
 
-    def _unless_fresh(self, name: str, compute: Callable) -> Any:
+    def _unless_fresh(self, name: str, compute: Callable[[], T]) -> T:
         """What ``compute`` returns; kept until a parameter changes, unless autograd or a transform needs it anew."""
         parameters = [p for layer in self.layers for p in (layer.weight, layer.bias)]
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):

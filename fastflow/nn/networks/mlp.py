@@ -41,9 +41,10 @@ class MLP(nn.Module):
             for a, b in zip(widths, widths[1:], strict=False)
             for m in (nn.Linear(a, b), nn.ReLU(inplace=True))
         ]
-        self.net = nn.Sequential(*body, nn.Linear(hidden, out_features))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        last = nn.Linear(hidden, out_features)
+        self.net = nn.Sequential(*body, last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.net(with_context(x, context, self.context_features))

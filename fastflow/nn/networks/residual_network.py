@@ -1,5 +1,7 @@
 """Coupling network of RealNVP."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,8 +27,8 @@ class WeightNormConv2d(nn.Conv2d):
     def _norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight * (self.g / self._norm()), self.bias, padding=self.padding)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight * (self.g / self._norm()), self.bias, padding=self.padding)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -36,12 +38,12 @@ class BatchNorm2d(nn.BatchNorm2d):
     empty batch is normalized by the running statistics.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or takes_state_from_data(self.training) and x.numel():
-            return super().forward(x)
-        by_batch = x.numel() > 0
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or takes_state_from_data(self.training) and input.numel():
+            return super().forward(input)
+        by_batch = input.numel() > 0
         statistics = (None, None) if by_batch else (self.running_mean, self.running_var)
-        return F.batch_norm(x, *statistics, self.weight, self.bias, by_batch, 0.0, self.eps)
+        return F.batch_norm(input, *statistics, self.weight, self.bias, by_batch, 0.0, self.eps)
 
 
 class ResidualBlock(nn.Sequential):
@@ -57,11 +59,11 @@ class ResidualBlock(nn.Sequential):
             WeightNormConv2d(channels, channels, 3, bias=True),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
+    def forward(self, input: Tensor) -> Tensor:
+        y = input
         for layer in self:
             y = layer(y)
-        return x + y
+        return input + y
 
 
 class ResidualNetwork(nn.Module):
@@ -107,7 +109,7 @@ class ResidualNetwork(nn.Module):
         self.norm_out = BatchNorm2d(hidden)
         self.conv_out = WeightNormConv2d(hidden, out_channels, 1, bias=True)
         nn.init.zeros_(self.conv_out.g)
-        nn.init.zeros_(self.conv_out.bias)
+        nn.init.zeros_(cast("Tensor", self.conv_out.bias))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = with_context(self.norm_in(x), context, self.context_features)

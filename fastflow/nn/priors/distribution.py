@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,8 +114,8 @@ def _inside(distribution: Distribution, z: Tensor) -> Tensor | None:
 
 
 def _mapped(
-    value: object, change: Callable[[Tensor], Tensor], copies: dict[int, object] | None = None
-) -> object:
+    value: Any, change: Callable[[Tensor], Tensor], copies: dict[int, Distribution | Transform] | None = None
+) -> Any:
     """A copy of a distribution with ``change`` applied to its tensors, also to those of distributions in it.
 
     ``copies`` are those made already, by the id of the original: a transform and its inverse refer to each other.
@@ -126,7 +127,7 @@ def _mapped(
         if id(value) not in copies:
             changed = copies[id(value)] = copy.copy(value)
             vars(changed).update((name, _mapped(v, change, copies)) for name, v in vars(value).items())
-            if isinstance(value, Distribution):
+            if isinstance(changed, Distribution):
                 changed._validate_args = False  # outside the support the density is 0, and not an error
         return copies[id(value)]
     if isinstance(value, list):

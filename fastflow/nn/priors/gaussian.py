@@ -16,17 +16,17 @@ def normalize(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> tuple
 
     Shape: z ``[N, C, ...]``; mean and log_scale ``[C]``, like z, or None for a standard Gaussian.
     """
-    if mean is None:
+    if mean is None or log_scale is None:
         return z, z.new_zeros(z.shape[0], dtype=acc_dtype(z.dtype))
-    mean, log_scale = (_like(v, z) for v in (mean, log_scale))
+    mean, log_scale = _like(mean, z), _like(log_scale, z)
     return ((z - mean) * (-log_scale).exp()).to(z.dtype), -log_scale.expand_as(z).flatten(1).sum(1)
 
 
 def denormalize(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""The inverse of :func:`normalize`: :math:`\mu + e^s z` and :math:`\sum s`."""
-    if mean is None:
+    if mean is None or log_scale is None:
         return z, z.new_zeros(z.shape[0], dtype=acc_dtype(z.dtype))
-    mean, log_scale = (_like(v, z) for v in (mean, log_scale))
+    mean, log_scale = _like(mean, z), _like(log_scale, z)
     return (mean + z * log_scale.exp()).to(z.dtype), log_scale.expand_as(z).flatten(1).sum(1)
 
 

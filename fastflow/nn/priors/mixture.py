@@ -23,6 +23,10 @@ class GaussianMixturePrior(Prior):
     Raises ValueError for means or a z of another shape.
     """
 
+    mean: Tensor
+    log_scale: Tensor
+    logit: Tensor
+
     def __init__(self, shape: tuple[int, ...], means: Tensor, learned: bool = True) -> None:
         super().__init__(shape)
         validation.boolean("learned", learned)

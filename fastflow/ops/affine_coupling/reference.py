@@ -36,20 +36,20 @@ def join_h(shift: Tensor, raw: Tensor, params_layout: str) -> Tensor:
 
 def log_scale_of(raw: Tensor, factor: Tensor | None, scale: str) -> Tensor:
     """log s of a scale function, applied to the raw scale."""
-    if scale == "exp":
-        return raw
     if scale == "sigmoid":
         return F.logsigmoid(raw + 2)
+    if factor is None:  # "exp"
+        return raw
     f = channel_view(factor, raw)
     return f * torch.tanh(raw / f) if scale == "soft_clamp" else f * torch.tanh(raw)
 
 
 def log_scale_vjp(g: Tensor, raw: Tensor, factor: Tensor | None, scale: str) -> tuple[Tensor, Tensor | None]:
     """Gradients ``(draw, dfactor)`` of :func:`log_scale_of` for the upstream gradient ``g``."""
-    if scale == "exp":
-        return g, None
     if scale == "sigmoid":
         return g * torch.sigmoid(-(raw + 2)), None
+    if factor is None:  # "exp"
+        return g, None
     f = channel_view(factor, raw)
     if scale == "soft_clamp":
         a = raw / f
@@ -115,7 +115,7 @@ def affine_coupling(
     v, t, raw, factor, transformed = _coupling_parts(
         x, params, factor, mask, swap_halves, scale, params_layout
     )
-    if scale == "none":
+    if raw is None:
         out = v - t if inverse else v + t
         return _coupling_join(x, out, mask, swap_halves), v.new_zeros(x.shape[0])
     log_s = _masked_log_scale(raw, factor, scale, transformed)
@@ -136,12 +136,11 @@ def affine_coupling_backward(
     """Gradients ``(dx, dparams, dfactor)`` from the input; dfactor is empty without a factor."""
     v, t, raw, f, transformed = _coupling_parts(x, params, factor, mask, swap_halves, scale, params_layout)
     g = (dy if mask == "checkerboard" else dy.chunk(2, dim=1)[0 if swap_halves else 1]).to(v.dtype)
-    dfactor = v.new_empty(0) if factor is None else None
-    if scale == "none":
+    if raw is None:
         dt = -g if inverse else g.clone()  # an op must not return its input
         if transformed is not None:
             dt = torch.where(transformed, dt, torch.zeros_like(dt))
-        return _coupling_join(dy, g.clone(), mask, swap_halves), dense_like(dt, params), dfactor
+        return _coupling_join(dy, g.clone(), mask, swap_halves), dense_like(dt, params), v.new_empty(0)
     log_s = _masked_log_scale(raw, f, scale, transformed)
     dl = sample_view(dlog_det.to(v.dtype), v)
     if inverse:
@@ -158,7 +157,8 @@ def affine_coupling_backward(
         dlog_s = torch.where(transformed, dlog_s, torch.zeros_like(dlog_s))
     draw, df = log_scale_vjp(dlog_s, raw, f, scale)
     dparams = dense_like(join_h(dt, draw, params_layout), params)
-    return _coupling_join(dy, dv, mask, swap_halves), dparams, dfactor if df is None else df.to(factor.dtype)
+    dfactor = v.new_empty(0) if df is None or factor is None else df.to(factor.dtype)
+    return _coupling_join(dy, dv, mask, swap_halves), dparams, dfactor
 
 
 def affine_coupling_inverse_backward(

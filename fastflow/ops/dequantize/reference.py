@@ -1,6 +1,7 @@
 """Dequantization and its inverse in plain PyTorch."""
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ def _dequantized(
     1 - p is computed from 1 - v, so that it is accurate for p near 1.
     """
     acc = acc_dtype(dtype)
-    u = uniform_noise(list(x.shape), seed, offset, acc) if noise is None else noise.to(acc)
+    u = uniform_noise(list(x.shape), cast("Tensor", seed), offset, acc) if noise is None else noise.to(acc)
     bins = 2.0**n_bits
     xf = x.to(acc)
     p = torch.add(xf, u) * (scale / bins) + shift
@@ -36,7 +37,7 @@ def dequantize(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     p, q = _dequantized(x, noise, seed, offset, n_bits, scale, shift, logit, dtype)
     log_det = p.new_full((x.shape[0],), math.prod(x.shape[1:]) * math.log(scale / 2.0**n_bits))
-    if logit:
+    if q is not None:
         log_p, log_q = torch.log(p), torch.log(q)
         log_det = log_det - (log_p + log_q).flatten(1).sum(1)
         p = log_p - log_q
@@ -52,6 +53,7 @@ def dequantize_backward(
     g = (dy if squeeze_order is None else squeeze(dy, squeeze_order, True)).to(acc_dtype(noise.dtype))
     if logit:
         p, q = _dequantized(x, noise, None, 0, n_bits, scale, shift, logit, noise.dtype)
+        q = cast("Tensor", q)
         g = (g + sample_view(dlog_det.to(p.dtype), p) * (p - q)) / (p * q)
     return dense_like(g * (scale / 2.0**n_bits), noise)
 

@@ -1,5 +1,7 @@
 """fastflow::gaussian_log_prob with its backward, and fastflow::gaussian_sample."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from fastflow.ops.noise import as_seed, normal_noise
 from fastflow.ops.registry import register
 
 
-def _check_term(argument: str, v: Tensor, size: tuple[int, ...]) -> None:
+def _check_term(argument: str, v: Tensor, size: Sequence[int]) -> None:
     if tuple(v.shape) not in (tuple(size), (size[1],)):
         raise validation.argument_error(
             argument, validation.shape_of(v), f"{list(size)} like z, or [{size[1]}], one for each channel"

@@ -14,23 +14,25 @@ LOG_2PI = math.log(2 * math.pi)
 
 def gaussian_terms(
     z: Tensor, mean: Tensor | None, log_scale: Tensor | None, acc: torch.dtype
-) -> tuple[Tensor | float, Tensor | float]:
-    """Mean and log scale in the accumulation dtype, broadcastable to ``z``; 0 for None."""
-    per_channel = [v is not None and v.ndim == 1 and z.ndim > 1 for v in (mean, log_scale)]
-    return tuple(
-        0.0 if v is None else channel_view(v.to(acc), z) if channel else v.to(acc)
-        for v, channel in zip((mean, log_scale), per_channel, strict=True)
-    )
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mean and log scale in the accumulation dtype, broadcastable to ``z``; None for None."""
+
+    def term(v: Tensor | None) -> Tensor | None:
+        if v is None:
+            return None
+        return channel_view(v.to(acc), z) if v.ndim == 1 and z.ndim > 1 else v.to(acc)
+
+    return term(mean), term(log_scale)
 
 
 def gaussian_log_prob(z: Tensor, mean: Tensor | None, log_scale: Tensor | None) -> Tensor:
     acc = acc_dtype(z.dtype)
     m, s = gaussian_terms(z, mean, log_scale, acc)
-    e = z.to(acc) if mean is None else z.to(acc) - m
-    if log_scale is not None:
+    e = z.to(acc) if m is None else z.to(acc) - m
+    if s is not None:
         e = e * torch.exp(-s)
     log_prob = -0.5 * ((e * e).flatten(1).sum(1) + LOG_2PI * math.prod(z.shape[1:]))
-    if log_scale is None:
+    if log_scale is None or s is None:
         return log_prob
     return log_prob - (s.sum() * positions(z) if log_scale.ndim == 1 and z.ndim > 1 else s.flatten(1).sum(1))
 
@@ -42,11 +44,13 @@ def gaussian_log_prob_backward(
     acc = acc_dtype(z.dtype)
     m, s = gaussian_terms(z, mean, log_scale, acc)
     g = sample_view(dlog_prob.to(acc), z)
-    e = z.to(acc) if mean is None else z.to(acc) - m
-    if log_scale is not None:
+    e = z.to(acc) if m is None else z.to(acc) - m
+    if s is None:
+        dz = -g * e
+    else:
         inverse_scale = torch.exp(-s)
         e = e * inverse_scale
-    dz = -g * e if log_scale is None else -g * e * inverse_scale
+        dz = -g * e * inverse_scale
 
     def gradient(v: Tensor | None, dv: Callable[[], Tensor]) -> Tensor:
         if v is None:
@@ -84,9 +88,9 @@ def gaussian_sample_by(
     m, s = gaussian_terms(z, mean, log_scale, acc)
     if temperature != 1:
         z = z * temperature
-    if log_scale is not None:
+    if s is not None:
         z = z * torch.exp(s)
-    if mean is not None:
+    if m is not None:
         z = z + m
     return z.to(dtype).contiguous()
 
@@ -102,4 +106,4 @@ def gaussian_sample_backward(
         return channel_sum(dv).to(v.dtype) if v.ndim == 1 and z.ndim > 1 else dv.to(v.dtype)
 
     m, _ = gaussian_terms(z, mean, None, z.dtype)
-    return gradient(mean, dz), gradient(log_scale, dz * (z - m))
+    return gradient(mean, dz), gradient(log_scale, dz * (z if m is None else z - m))

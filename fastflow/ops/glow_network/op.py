@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def _eligible_compiled(x: Tensor, w1: Tensor, b1: Tensor, *_: object) -> bool:
     return x.dtype in (torch.float32, torch.float64) and x.numel() > 0 and b1.numel() > 0
 
 
-def _backward(op: Callable, *args: Tensor | bool) -> tuple[Tensor, ...]:
+def _backward(op: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
     return tuple(dense_like(gradient, v) for gradient, v in zip(op(*args), args[:7], strict=True))
 
 

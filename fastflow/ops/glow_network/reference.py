@@ -40,7 +40,8 @@ def glow_network_backward(
     dx, dw1, db1 = _convolution_backward(_relu_backward(dh1, h1), x, w1, 1)
     dw2 = dw2.view(w2.shape)
     found = (dx, x), (dw1, w1), (db1, b1), (dw2, w2), (db2, b2), (dw3, w3), (db3, b3)
-    return tuple(dense_like(gradient, v) for gradient, v in found)
+    dx, dw1, db1, dw2, db2, dw3, db3 = (dense_like(gradient, v) for gradient, v in found)
+    return dx, dw1, db1, dw2, db2, dw3, db3
 
 
 def _hidden(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:

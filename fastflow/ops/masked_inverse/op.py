@@ -1,5 +1,7 @@
 """fastflow::masked_inverse, fastflow::masked_solve, with which its gradient is one pass too, and several inverses."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -197,12 +199,12 @@ def _check_solve(
             _check_tensor(name, t, shape, why, argument, v)
 
 
-def _eligible_solve(v: Tensor, slope: Tensor, jac: Tensor, *args: object) -> bool:
+def _eligible_solve(v: Tensor, slope: Tensor, jac: Tensor, *args: Any) -> bool:
     widths = args[5]
     return v.is_cpu or (len(widths) <= MAX_HIDDEN_LAYERS and jac.shape[2] <= MAX_PARAMETERS)
 
 
-def _eligible(z: Tensor, *args: object) -> bool:
+def _eligible(z: Tensor, *args: Any) -> bool:
     widths, bins, convention = args[5], args[12], args[15]
     return (
         bins <= MAX_BINS

@@ -3,6 +3,7 @@
 Layer 0 of a network is the features in their order, layers 1 to L are hidden, layer L + 1 is the parameters.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -222,7 +223,7 @@ def masked_inverse(
     sizes = sizes_of(features, widths, each)
     matrices, parts = matrices_of(weights, sizes), added.split(sizes[1:], -1)
     of_gates = [size if flags & GATE else 0 for flags, size in zip(layers, widths, strict=False)]
-    gate_parts = None if gates is None else gates.split(of_gates, -1)
+    gate_parts: Sequence[Tensor] = () if gates is None else gates.split(of_gates, -1)
     known = _known(ends, features)
     z_in_order = z.index_select(1, order)
     units = [z_in_order[:, :0]] * (last + 1)  # of the layers, computed so far
@@ -360,7 +361,7 @@ def masked_inverse_backward(
     matrices = [torch.where(mask, w, 0.0) for w, mask in zip(matrices_of(weights, sizes), masks, strict=True)]
     parts = added.split(sizes[1:], -1)
     of_gates = [size if flags & GATE else 0 for flags, size in zip(layers, widths, strict=False)]
-    gate_parts = None if gates is None else gates.split(of_gates, -1)
+    gate_parts: Sequence[Tensor] = () if gates is None else gates.split(of_gates, -1)
     x_in_order = x.index_select(1, order)
 
     units, read = [x_in_order], [x_in_order]  # of layers 0 to L

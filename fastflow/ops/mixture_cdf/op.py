@@ -1,5 +1,7 @@
 """fastflow::mixture_cdf, its backward, and its inverse + backward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def _check(
 MAX_COMPONENTS = 64  # of the kernels
 
 
-def _in_kernel(*args: object) -> bool:
+def _in_kernel(*args: Any) -> bool:
     """Whether the kernels have these mixtures, of the arguments of any of the ops."""
     return (args[4] if isinstance(args[4], int) else args[6]) <= MAX_COMPONENTS
 

@@ -166,10 +166,8 @@ def _pullback(
     ):  # the implicit function theorem: the derivatives of the transform, with other gradients
         dlog = -dlog
         g = -(g + dlog * log_by_x) * torch.exp(-(t.log_slope + m.log_scale))
-        dv = -g
     by_z = g * scale
-    if given != "inverse":
-        dv = by_z * torch.exp(t.log_slope) + dlog * log_by_x
+    dv = -g if given == "inverse" else by_z * torch.exp(t.log_slope) + dlog * log_by_x
     d, by = dlog.unsqueeze(-1), by_z.unsqueeze(-1)
     by_u = by * z_by_u + d * log_by_u
     by_logit = by * (below - above) + d * log_by_logit

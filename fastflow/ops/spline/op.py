@@ -1,6 +1,7 @@
 """fastflow::spline, its backward, and its inverse + backward."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def _check(
     )
 
 
-def _in_kernel(*args: object) -> bool:
+def _in_kernel(*args: Any) -> bool:
     """Whether the kernels have these splines, of the arguments of any of the ops."""
     bins, convention = (args[4], args[7]) if isinstance(args[4], int) else (args[6], args[9])
     return convention != "freia" and bins <= MAX_BINS

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,9 @@ class Knots(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """The bin of each element: its index, lower ends, sizes, and the slopes at both of its ends."""
+    """The bin of each element: its number, lower ends, sizes, and the slopes at both of its ends."""
 
-    index: Tensor
+    number: Tensor
     x: Tensor
     width: Tensor
     y: Tensor
@@ -189,9 +189,9 @@ class _Interval(NamedTuple):
     high: Tensor | float
 
     def clamp(self, v: Tensor) -> Tensor:
-        if not isinstance(self.low, Tensor):
-            return v.clamp(self.low, self.high)
-        return torch.minimum(torch.maximum(v, self.low), self.high)
+        if isinstance(self.low, Tensor) and isinstance(self.high, Tensor):
+            return torch.minimum(torch.maximum(v, self.low), self.high)
+        return v.clamp(cast("float", self.low), cast("float", self.high))
 
 
 def _interval(knots: Knots, form: Form, inverse: bool) -> _Interval:
@@ -275,14 +275,12 @@ def _pullback(
     if given == "inverse":  # the implicit function theorem: the spline's derivatives, with other gradients
         dlog_slope = -dlog_slope
         g = -(g + dlog_slope * log_by_xi / p.width) / slope
-        dv = -g
     beyond = torch.zeros_like(xi)
     if not identity:
         beyond = (v - kept) / slope if by_y else v - kept
         x = torch.where(inside, x, x + beyond)
     by_xi = g * slope * p.width + dlog_slope * log_by_xi
-    if given != "inverse":
-        dv = by_xi / p.width
+    dv = -g if given == "inverse" else by_xi / p.width
     by_log = dlog_slope + g * beyond * slope
     by_s = g * p.height * (xi * xi * bottom - y * (1 - 2 * t)) / bottom.square() + by_log * log_by_s
     by_0 = g * p.height * t * (bottom - y) / bottom.square() + by_log * log_by_0
@@ -294,7 +292,7 @@ def _pullback(
         dv = torch.where(inside, dv, torch.where(v.isnan(), v, passed))
         x = torch.where(inside, x, v)
         of_piece = [torch.where(inside, d, torch.zeros_like(d)) for d in of_piece]
-    return x, dv, _parameter_gradient(params, knots, p.index, of_piece, form)
+    return x, dv, _parameter_gradient(params, knots, p.number, of_piece, form)
 
 
 def _parameter_gradient(
