@@ -1,5 +1,6 @@
 """The Python in README and docs runs as it stands, and what is shown of the tools is there."""
 
+import linecache
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ PAGES = [
 
 
 # of these, blocks show the use; what make setup does not install need not be there
-OTHER_LIBRARIES = {"FrEIA", "glasflow", "nessai", "nflows", "normflows", "sbi", "zuko"}
+OTHER_LIBRARIES = {"FrEIA", "glasflow", "nessai", "nflows", "normflows", "sbi", "triton", "zuko"}
 
 
 def imported(block: str) -> set[str]:
@@ -28,6 +29,12 @@ def imported(block: str) -> set[str]:
 
 def blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(block: str, names: dict, file: str) -> None:
+    """Runs a block whose source can be read as that of ``file``: Triton reads the source of kernels."""
+    linecache.cache[file] = len(block), None, block.splitlines(keepends=True), file
+    exec(compile(block, file, "exec"), names)
 
 
 def test_the_readme_opens_with_two_commands():
@@ -48,7 +55,7 @@ def test_the_first_block_trains_and_samples(capsys):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(page):
     names = {}  # a page's blocks follow on each other
-    for block in blocks((ROOT / page).read_text()):
+    for i, block in enumerate(blocks((ROOT / page).read_text())):
         if missing := [name for name in imported(block) & OTHER_LIBRARIES if find_spec(name) is None]:
             pytest.skip(f"a block needs {missing[0]}")
-        exec(block, names)
+        run(block, names, f"<{page}, block {i}>")
