@@ -136,12 +136,17 @@ LAID_OUT = ["contiguous", "channels_last sliced", "channels_last", "sliced"]
 
 
 def in_layouts(names: list[str]) -> list[tuple[str, str]]:
-    """Each op in all layouts and each variant in two of them, in turns; a launcher finds the layout, whatever the variant."""
+    """Each op in all layouts, and each variant in one of them, in turns; a launcher finds the layout, whatever the variant.
+
+    Two or three variants have two layouts each, a single one has all.
+    """
     found = []
     for op in dict.fromkeys(name.split()[0] for name in names):
         variants = [name for name in names if name.split()[0] == op]
-        two = LAID_OUT[:2], LAID_OUT[2:]
-        found += [(v, w) for i, v in enumerate(variants) for w in (two[i % 2] if variants[1:] else LAID_OUT)]
+        each = {1: 4, 2: 2, 3: 2}.get(len(variants), 1)
+        for i, variant in enumerate(variants):
+            first = i * each if each > 1 else i + i // 4  # directions take turns too
+            found += [(variant, LAID_OUT[(first + j) % 4]) for j in range(each)]
     return found
 
 

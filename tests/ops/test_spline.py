@@ -76,11 +76,17 @@ def elements(form, count, **kwargs):
 # parameters that the samples share ------------------------------------------------------------------------------------------
 
 
-@each_variant
-@pytest.mark.parametrize(
-    "shape, transformed", [((300, 3), 2), ((2, 4, 3, 2), 4), ((0, 2), 1), ((20, 2, 5), 1)]
-)
-def test_shared_parameters_are_those_of_every_sample(convention, tails, shape, transformed):
+SHARED = [
+    {"variant": variant, "shape": shape, "transformed": transformed}
+    for variant in VARIANTS
+    for shape, transformed in [((300, 3), 2), ((2, 4, 3, 2), 4), ((0, 2), 1), ((6, 2, 5), 1)]
+]
+
+
+# a kernel adds the gradients of samples whatever the convention: the interpreter has each convention and each shape
+@by_body(SHARED, reference=SHARED, compiled=SHARED, interpreter=every_value(SHARED))
+def test_shared_parameters_are_those_of_every_sample(each_backend, case):
+    (convention, tails), shape, transformed = case.values()
     form = options(convention, tails, factor=0.7)
     x, params = inputs(form, shape, transformed, dtype=torch.float64)
     shared = params[:1].clone() if len(params) else inputs(form, (1, *shape[1:]), transformed)[1]
@@ -493,10 +499,10 @@ def test_extreme_parameters(convention, tails, inverse, dtype):
 
 
 @each_kernel_variant
-def test_a_discriminant_below_zero_is_rounding(convention, tails):
+def test_a_discriminant_below_zero_is_rounding(convention, tails, each_backend):
     """With slopes of 1e-3 beside 1e3, float32 gives discriminants below 0; roots and gradients are finite nevertheless."""
     form = options(convention, tails, bins=4)
-    x, params = elements(form, 4000, dtype=torch.float32)
+    x, params = elements(form, 1000 if each_backend == "interpreter" else 4000, dtype=torch.float32)
     steep = 1e4 if convention == "zuko" else 1e3
     params[:, 8:] = torch.where(params[:, 8:] > 0, steep, -steep)
     y, _ = ops.spline(x, params, **form)
@@ -588,11 +594,19 @@ def test_half_precision(convention, tails, inverse, dtype):
 ORDERS = [(1, 1), (2, 1), (5, 1), (5, 2), (5, 4), (5, 5), (8, 3), (34, 17)]  # channels, transformed
 
 
-@pytest.mark.parametrize("neighbors", [False, True], ids=["order", "neighbors"])
-@pytest.mark.parametrize("channels, transformed", ORDERS)
-@pytest.mark.parametrize("size", [(), (3, 2)], ids=["vectors", "images"])
-def test_channels(channels, transformed, size, neighbors):
+CHOSEN = [
+    {"channels": order, "size": size, "neighbors": neighbors}
+    for order in ORDERS
+    for size in ((), (3, 2))
+    for neighbors in (False, True)
+]
+IN_PAIRS = pairwise(channels=ORDERS, size=((), (3, 2)), neighbors=(False, True))
+
+
+@by_body(CHOSEN, reference=CHOSEN, compiled=CHOSEN, interpreter=IN_PAIRS)
+def test_channels(each_backend, case):
     """The first channels of the order, or neighbors, are transformed; the others keep their bits and their gradients."""
+    (channels, transformed), size, neighbors = case.values()
     form = options("fastflow", "linear", bins=3)
     x, params = inputs(form, (3, channels, *size), transformed)
     order, first = torch.randperm(channels), 0
