@@ -645,26 +645,14 @@ def test_the_command_line_keeps_memory_that_tensors_free():
     assert kept < 1000 < given_back, (kept, given_back)
 
 
-def test_wandb_has_the_scalars_and_pictures_of_tensorboard(tmp_path, monkeypatch):
+def test_wandb_has_the_scalars_and_pictures_of_tensorboard(arrays, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logged, log = [], wandb.Run.log
     monkeypatch.setattr(wandb.Run, "log", lambda run, values: (logged.append(values), log(run, values))[1])
-    small = [
-        "--levels",
-        "1",
-        "--steps-per-level",
-        "1",
-        "--hidden",
-        "4",
-        "--batch-size",
-        "8",
-        "--eval-every",
-        "2",
-    ]
-    small += ["--final-samples", "1", "--eval-images", "4", "--samples", "4", "--wandb", "flows"]
+    small = ["--data", arrays, *SMALL, "--eval-every", "2", "--eval-images", "4", "--wandb", "flows"]
     assert main(["train", *small, "--steps", "2", "--out", "run"]) == 0
     rows = read_metrics("run/metrics.csv")
     assert [v["train/bits_per_dim"] for v in logged if "train/bits_per_dim" in v] == pytest.approx(
