@@ -2,9 +2,8 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, lru_cache, partial
-from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -346,14 +345,19 @@ class ComposedTransform(_transforms.ComposedTransform):
     """Composition of a :class:`LazyComposed`, or the inverse of one."""
 
     def __init__(self, layer: Theirs, *transforms: Transform) -> None:
-        _transforms.ComposedTransform.__init__(self, *transforms)
-        self._layer = layer
+        # zuko's own asserts that there are transformations, which breaks graphs of torch.compile
+        Transform.__init__(self)
+        self._layer, self.transforms = layer, transforms
+        gained, needed = 0, []
+        for t in transforms:
+            needed.append(t.domain.event_dim - gained)
+            gained += t.codomain.event_dim - t.domain.event_dim
+        self.domain_dim = max(needed)
+        self.codomain_dim = self.domain_dim + gained
 
     @property
     def inv(self) -> Transform:
-        new = super().inv
-        new.__class__, new._layer = ComposedTransform, self._layer
-        return new
+        return ComposedTransform(self._layer, *(t.inv for t in reversed(self.transforms)))
 
     def _call(self, x: Tensor) -> Tensor:
         for transforms in self._runs():
@@ -381,13 +385,15 @@ class ComposedTransform(_transforms.ComposedTransform):
         """Values and log-det of several inverses in one call; None if they are not."""
         return _inverses(self._layer, [t.inv for t in transforms], x) if len(transforms) > 1 else None
 
-    def _runs(self) -> Iterator[list[Transform]]:
+    def _runs(self) -> list[list[Transform]]:
         """The transformations; neighbors that are inverses of autoregressive ones come together."""
-        for inverses, run in groupby(self.transforms, _is_inverse):
-            if inverses:
-                yield list(run)
+        runs: list[list[Transform]] = []
+        for t in self.transforms:
+            if runs and _is_inverse(t) and _is_inverse(runs[-1][-1]):
+                runs[-1].append(t)
             else:
-                yield from ([t] for t in run)
+                runs.append([t])
+        return runs
 
 
 def _is_inverse(t: Transform) -> bool:
@@ -403,7 +409,7 @@ def _inverses(
     """
     first = transforms[0]
     c, layer = first._context, first._layer
-    if torch.is_grad_enabled() or not y.is_cpu:
+    if torch.is_grad_enabled() or not y.is_cpu or torch.compiler.is_compiling():
         return None
     chain = found_in(owner, _chain_of, *(t._layer.hyper for t in transforms))
     if chain is None or not _fits(chain.network, layer, y, c):

@@ -183,6 +183,39 @@ def test_samples_without_gradients_are_those_of_the_library(name, of_c, monkeypa
     torch.testing.assert_close(after, found(), rtol=1e-10, atol=1e-10)
 
 
+def test_flows_compile_without_graph_breaks():
+    """zuko's own has one in its ``ComposedTransform``."""
+    model = layer("MAF", 2, CONTEXT, transforms=1)
+    x, c = inputs(2, CONTEXT, 4)
+    ff.accelerate(model)
+
+    def both():
+        flow = model(c)
+        return flow.log_prob(x), flow.transform.inv(x)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(both, fullgraph=True, backend="eager")()
+        torch.testing.assert_close(compiled, both(), rtol=2e-4, atol=2e-4)
+    torch._dynamo.reset()
+
+
+def test_a_composition_of_features_and_vectors_counts_dimensions_as_zuko():
+    parts = [
+        zuko.flows.MAF(3, **SMALL).transform.transforms[0],
+        zuko.lazy.UnconditionalTransform(zuko.transforms.SoftclipTransform, bound=9.0),
+    ]
+    for transforms in (parts, parts[::-1], parts[1:]):
+        model = zuko.lazy.LazyComposedTransform(*transforms)
+        x, found = torch.randn(5, 3).clamp(-1, 1), []
+        for accelerate in (lambda m: m, ff.accelerate):
+            accelerate(model)
+            t = model()
+            dims = [t.domain_dim, t.codomain_dim, t.inv.domain_dim, t.inv.codomain_dim, t.domain.event_dim]
+            found.append([torch.tensor(dims), *t.call_and_ladj(x), *t.inv.call_and_ladj(x)])
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_a_hook_ends_a_chain():
     model = layer("NSF", 4)
     z = torch.randn(3, 4)
