@@ -45,7 +45,9 @@ def one_pass(z: Tensor, weights: Tensor, added: Tensor, *, ends, order, widths, 
     scale, affine_order, params_layout, _, offset = affine
     form = bins, bound, tails, convention, transformer.factor, min_bin, min_slope
     shared = on(ends, z.device), on(order, z.device), widths, LAYERS, "relu"
-    return masked_inverse(z, weights, added, None, *shared, scale, affine_order, params_layout, offset, *form)
+    return masked_inverse(
+        z, weights, added, None, *shared, scale, affine_order, params_layout, offset, *form, None
+    )
 
 
 def passes(z: Tensor, weights: Tensor, added: Tensor, *, ends, order, widths, transformer) -> tuple:

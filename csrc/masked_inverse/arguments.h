@@ -78,7 +78,8 @@ struct MaskedNetwork {
 };
 
 inline void check_masked_inverse(const MaskedNetwork& net, const Tensor& z, const Tensor& added,
-                                 const std::optional<Tensor>& gates, const Tensor& order) {
+                                 const std::optional<Tensor>& gates, const Tensor& order,
+                                 const std::optional<Tensor>& waves) {
   const char* op = "masked_inverse";
   const int64_t n = z.size(0);
   if (added.dim() == 2) expect_tensor(op, "added", added, {n, net.total()}, z.scalar_type(), z);
@@ -87,11 +88,13 @@ inline void check_masked_inverse(const MaskedNetwork& net, const Tensor& z, cons
                   gates ? "a tensor" : "None", ", expected ", net.total_gates(), " for each sample");
   if (gates) expect_tensor(op, "gates", *gates, {n, net.total_gates()}, z.scalar_type(), z);
   expect_tensor(op, "order", order, {net.features}, ScalarType::Long, z);
+  if (waves) expect_tensor(op, "waves", *waves, {4, net.features}, z.scalar_type(), z);
 }
 
 inline void check_masked_solve(const MaskedNetwork& net, const Tensor& v, const Tensor& slope,
                                const Tensor& jac, const std::optional<Tensor>& dparams,
-                               const std::optional<Tensor>& inner, const std::optional<Tensor>& outer) {
+                               const std::optional<Tensor>& inner, const std::optional<Tensor>& outer,
+                               const std::optional<Tensor>& of_features) {
   const int64_t n = v.size(0);
   const auto check = [&](const char* name, const std::optional<Tensor>& t, IntHeaderOnlyArrayRef sizes) {
     if (t) expect_tensor("masked_solve", name, *t, sizes, v.scalar_type(), v);
@@ -101,6 +104,7 @@ inline void check_masked_solve(const MaskedNetwork& net, const Tensor& v, const 
   check("dparams", dparams, {n, net.features, net.each});
   check("inner", inner, {n, net.units()});
   check("outer", outer, {n, net.units()});
+  check("of_features", of_features, {n, net.features});
 }
 
 }  // namespace fastflow

@@ -150,7 +150,7 @@ void in_parts(int64_t from, int64_t to, const F& some, Start start, T* sums, T* 
 template <typename T>
 struct Transformer {
   std::optional<Splines<T>> splines;
-  T half_turn;
+  T half_turn, limit;
   AffineInverse<T> affine;
   bool scale_first_in_params;
 };
@@ -169,7 +169,7 @@ class Inverse {
  public:
   Inverse(const Degrees& net, const T* weights, const Rows<T>& added, bool per_sample, const Rows<T>& gates,
           const Context<T>& context, Activation activation, const Transformer<T>& transformer,
-          const int64_t* order, int64_t width)
+          const int64_t* order, const T* waves, int64_t width)
       : net_(net),
         weights_(weights),
         added_(added),
@@ -179,6 +179,7 @@ class Inverse {
         activation_(activation),
         transformer_(transformer),
         order_(order),
+        waves_(waves),
         width_(width),
         block_(net.block()),
         arena_(rows(), width) {
@@ -187,7 +188,8 @@ class Inverse {
     log_det_ = arena_.take(1);
     log_slopes_ = arena_.take(1);
     log_slope_ = arena_.take(1);
-    units_.push_back(x_), read_.push_back(x_), factors_.push_back(nullptr);
+    units_.push_back(x_), read_.push_back(waves ? arena_.take(net.features) : x_),
+        factors_.push_back(nullptr);
     for (int64_t l = 1; l <= net.last; ++l) {
       units_.push_back(arena_.take(net.sizes[l]));
       read_.push_back(separate(l) ? arena_.take(net.sizes[l]) : units_[l]);
@@ -220,8 +222,8 @@ class Inverse {
   // Whether the activated units are apart from the units.
   bool separate(int64_t l) const { return net_.activated_by_next(l) && net_.added_later(l); }
   int64_t rows() const {
-    int64_t total = 2 * net_.features + 3 + block_ * net_.each + net_.widest_block() + net_.total_gates() +
-                    context_.features;
+    int64_t total = (waves_ ? 3 : 2) * net_.features + 3 + block_ * net_.each + net_.widest_block() +
+                    net_.total_gates() + context_.features;
     for (int64_t l = 1; l <= net_.last; ++l) total += net_.sizes[l] * (separate(l) ? 2 : 1);
     return total;
   }
@@ -284,6 +286,7 @@ class Inverse {
       product(net.last + 1, first, first + net.each, net.first(net.last, k0), net.known(net.last, k), params_,
               start, Start::result);
       transform(k, params_ + (first - start) * width_);
+      if (waves_) wave(k);
     }
   }
 
@@ -301,6 +304,9 @@ class Inverse {
     T* x = x_ + k * width_;
     if (transformer_.splines) {
       spline_elements({*transformer_.splines, true, columns_, width_, z, params, x, log_slope_});
+      if (transformer_.limit > 0)
+        for (int64_t i = 0; i < columns_; ++i)
+          if (std::abs(z[i]) > transformer_.limit) x[i] = log_slope_[i] = 0;
       add(Addition<T>{columns_, log_slope_, log_slopes_});
       if (transformer_.half_turn > 0)
         for (int64_t i = 0; i < columns_; ++i) x[i] = turned(x[i], transformer_.half_turn);
@@ -313,6 +319,14 @@ class Inverse {
     invert(a);
   }
 
+  // What layer 1 reads of a feature.
+  void wave(int64_t k) {
+    const int64_t d = net_.features;
+    const T *w = waves_ + k, *x = x_ + k * width_;
+    T* read = read_[0] + k * width_;
+    for (int64_t i = 0; i < columns_; ++i) read[i] = waved(x[i], w[0], w[d], w[2 * d], w[3 * d]);
+  }
+
   const Degrees& net_;
   const T* weights_;
   const Rows<T> added_;
@@ -322,6 +336,7 @@ class Inverse {
   const Activation activation_;
   const Transformer<T>& transformer_;
   const int64_t* order_;
+  const T* waves_;  // [4, features], or null: the features are read
   const int64_t width_, block_;
   Arena<T> arena_;
   T *z_, *x_, *log_det_, *log_slopes_, *log_slope_, *params_, *part_, *of_context_;
@@ -334,8 +349,11 @@ Transformer<T> transformer_of(const SplineForm& form, const std::string& scale,
                               const std::string& affine_order, const std::string& params_layout,
                               double offset) {
   Transformer<T> transformer{};
-  if (form.bins)
-    transformer.splines = form.splines<T>(), transformer.half_turn = static_cast<T>(form.half_turn());
+  if (form.bins) {
+    transformer.splines = form.splines<T>();
+    transformer.half_turn = static_cast<T>(form.half_turn());
+    transformer.limit = static_cast<T>(form.limit());
+  }
   transformer.affine.scale = scale_of(scale);
   transformer.affine.scale_first = affine_order == "scale_first";
   transformer.affine.factor = static_cast<T>(form.factor), transformer.affine.offset = static_cast<T>(offset);
@@ -360,27 +378,30 @@ std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights
                                           const std::string& params_layout, double offset, int64_t bins,
                                           double bound, const std::string& tails,
                                           const std::string& convention, double factor, double min_bin,
-                                          double min_slope) {
+                                          double min_slope, const std::optional<Tensor>& waves) {
   const char* op = "masked_inverse";
   const SplineForm form{bins, bound, tails, convention, factor, min_bin, min_slope};
   const Degrees net(op, "z", z, weights, ends, widths, layers, bins ? form.parameters(op) : 2);
   const int64_t n = z.size(0), features = net.features;
   const bool per_sample = added.dim() == 2;
-  check_masked_inverse(net, z, added, gates, order);
+  check_masked_inverse(net, z, added, gates, order, waves);
   const Tensor order_ = torch::stable::contiguous(order);
   const int64_t* place = order_.const_data_ptr<int64_t>();
   check_permutation(op, place, features);
 
   Tensor x = empty(z, {n, features}), log_det = empty(z, {n});
   const Tensor z_ = rows_of(z), weights_ = torch::stable::contiguous(weights), added_ = rows_of(added);
-  const std::optional<Tensor> gates_ = rows_of(gates);
+  const std::optional<Tensor> gates_ = rows_of(gates),
+                              waves_ =
+                                  waves ? std::optional(torch::stable::contiguous(*waves)) : std::nullopt;
   const auto run = [&](auto value) {
     using T = decltype(value);
     const auto transformer = transformer_of<T>(form, scale, affine_order, params_layout, offset);
     const int64_t width = tile_of<T>(n);
     for_tiles(n, width, net.weights[net.last + 2], [&](int64_t begin, int64_t end, const auto& count) {
       Inverse<T> inverse(net, weights_.const_data_ptr<T>(), added_, per_sample, gates_, {},
-                         activation_of(activation), transformer, place, width);
+                         activation_of(activation), transformer, place,
+                         waves_ ? waves_->const_data_ptr<T>() : nullptr, width);
       for (int64_t tile = begin; tile < end; ++tile)
         inverse.run(z_, tile * width, count(tile), x.mutable_data_ptr<T>(), log_det.mutable_data_ptr<T>());
     });
@@ -441,7 +462,7 @@ std::tuple<Tensor, Tensor> masked_inverses(const Tensor& z, const std::optional<
         Rows<T> added;
         added.data = own + biases;
         Inverse<T> inverse(nets[i], own, added, false, {}, {of_context, context_, own + weights},
-                           activation_of(activation), transformer, orders + i * features, width);
+                           activation_of(activation), transformer, orders + i * features, nullptr, width);
         const Rows<T> inputs(i ? x : z_);
         for (int64_t tile = begin; tile < end; ++tile)
           inverse.run(inputs, tile * width, count(tile), x.mutable_data_ptr<T>(),
@@ -459,7 +480,8 @@ template <typename T>
 class Solve {
  public:
   Solve(const Degrees& net, const T* weights, const Rows<T>& v, const Rows<T>& slope, const Rows<T>& jac,
-        const Rows<T>& dparams, const Rows<T>& inner, const Rows<T>& outer, int64_t width)
+        const Rows<T>& dparams, const Rows<T>& inner, const Rows<T>& outer, const Rows<T>& of_features,
+        int64_t width)
       : net_(net),
         weights_(weights),
         v_(v),
@@ -468,11 +490,13 @@ class Solve {
         dparams_(dparams),
         inner_(inner),
         outer_(outer),
+        of_features_(of_features),
         width_(width),
         block_(net.block()),
         arena_(rows(), width) {
     right_ = arena_.take(net.features);
     slopes_ = arena_.take(net.features);
+    reads_ = of_features ? arena_.take(net.features) : nullptr;
     sums_.push_back(arena_.take(net.features));
     products_.push_back(nullptr), units_.push_back(nullptr);
     for (int64_t l = 1; l <= net.last; ++l) {
@@ -492,6 +516,7 @@ class Solve {
     sample_ = sample, count_ = count, columns_ = padded(count);
     v_.load(sample, count, 0, net_.features, right_, width_);
     slope_.load(sample, count, 0, net_.features, slopes_, width_);
+    if (reads_) of_features_.load(sample, count, 0, net_.features, reads_, width_);
     for (int64_t k = 0; k < net_.features; ++k)  // samples that fill the last vector
       std::fill(slopes_ + k * width_ + count, slopes_ + k * width_ + columns_, T(1));
     const int64_t blocks = (net_.features + block_ - 1) / block_;
@@ -501,7 +526,8 @@ class Solve {
 
  private:
   int64_t rows() const {
-    return 3 * net_.features + 4 * net_.units() + net_.total() + 2 * block_ * net_.each + net_.widest_block();
+    return (of_features_ ? 4 : 3) * net_.features + 4 * net_.units() + net_.total() + 2 * block_ * net_.each +
+           net_.widest_block();
   }
 
   // The gradients of units `first` to `end` of layer l by products `from` to `to` of the next layer, from
@@ -536,7 +562,8 @@ class Solve {
       const int64_t first = k * net.each, at = (first - start) * width_;
       T* right = right_ + k * width_;
       solve({columns_, net.each, width_, right, sums_[0] + k * width_, slopes_ + k * width_, jacs_ + at,
-             dparams_ ? shifts_ + at : nullptr, right, products_[net.last + 1] + first * width_});
+             dparams_ ? shifts_ + at : nullptr, reads_ ? reads_ + k * width_ : nullptr, right,
+             products_[net.last + 1] + first * width_});
       for (int64_t l = net.last; l >= 1; --l) units(l, net.first(l, k), net.first(l, k + 1), k, k1);
     }
   }
@@ -552,10 +579,10 @@ class Solve {
 
   const Degrees& net_;
   const T* weights_;
-  const Rows<T> v_, slope_, jac_, dparams_, inner_, outer_;
+  const Rows<T> v_, slope_, jac_, dparams_, inner_, outer_, of_features_;
   const int64_t width_, block_;
   Arena<T> arena_;
-  T *right_, *slopes_, *jacs_, *shifts_, *part_, *inners_, *outers_;
+  T *right_, *slopes_, *reads_, *jacs_, *shifts_, *part_, *inners_, *outers_;
   // of layers 0 to last (+ 1): sums of gradients; gradients of products; of units that are added to others
   std::vector<T*> sums_, products_, units_;
   int64_t sample_ = 0, count_ = 0, columns_ = 0;
@@ -564,25 +591,27 @@ class Solve {
 Tensor masked_solve(const Tensor& v, const Tensor& slope, const Tensor& jac,
                     const std::optional<Tensor>& dparams, const std::optional<Tensor>& inner,
                     const std::optional<Tensor>& outer, const Tensor& weights, const Tensor& ends,
-                    const std::vector<int64_t>& widths, const std::vector<int64_t>& layers) {
+                    const std::vector<int64_t>& widths, const std::vector<int64_t>& layers,
+                    const std::optional<Tensor>& of_features) {
   const char* op = "masked_solve";
   expect_shape(op, "jac", jac, {ANY, ANY, ANY});
   const int64_t each = jac.size(2);
   const Degrees net(op, "v", v, weights, ends, widths, layers, each);
   const int64_t n = v.size(0), features = net.features;
-  check_masked_solve(net, v, slope, jac, dparams, inner, outer);
+  check_masked_solve(net, v, slope, jac, dparams, inner, outer, of_features);
 
   Tensor u = empty(v, {n, features});
   const Tensor v_ = rows_of(v), slope_ = rows_of(slope), jac_ = torch::stable::contiguous(jac),
                weights_ = torch::stable::contiguous(weights);
-  const std::optional<Tensor> inner_ = rows_of(inner), outer_ = rows_of(outer),
+  const std::optional<Tensor> inner_ = rows_of(inner), outer_ = rows_of(outer), reads = rows_of(of_features),
                               dparams_ =
                                   dparams ? std::optional(torch::stable::contiguous(*dparams)) : std::nullopt;
   const auto run = [&](auto value) {
     using T = decltype(value);
     const int64_t width = tile_of<T>(n);
     for_tiles(n, width, net.weights[net.last + 2], [&](int64_t begin, int64_t end, const auto& count) {
-      Solve<T> solve(net, weights_.const_data_ptr<T>(), v_, slope_, jac_, dparams_, inner_, outer_, width);
+      Solve<T> solve(net, weights_.const_data_ptr<T>(), v_, slope_, jac_, dparams_, inner_, outer_, reads,
+                     width);
       for (int64_t tile = begin; tile < end; ++tile)
         solve.run(tile * width, count(tile), u.mutable_data_ptr<T>());
     });

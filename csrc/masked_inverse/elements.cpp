@@ -78,7 +78,9 @@ FASTFLOW_INLINE void solve_simd(const FeatureGradients<T>& given) {
   using M = Simd<T, BYTES>;
   const FeatureGradients<T> f = given;
   for (int64_t i = 0; i < f.count; i += M::COUNT) {
-    const auto u = (M::load(f.v + i) - M::load(f.sum + i)) / M::load(f.slope + i);
+    auto sum = M::load(f.sum + i);
+    if (f.read) sum *= M::load(f.read + i);
+    const auto u = (M::load(f.v + i) - sum) / M::load(f.slope + i);
     M::store(f.u + i, u);
     for (int64_t p = i; p < f.parameters * f.row; p += f.row) {
       auto d = M::load(f.jac + p) * u;

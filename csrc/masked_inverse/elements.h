@@ -1,6 +1,7 @@
 #pragma once
 // Elementwise parts of the one-pass inverse of a masked autoregressive transformation, compiled for each
 // instruction set (multiversion.h). Samples are the lanes of vectors, so that counts are multiples of 16.
+#include <cmath>
 #include <cstdint>
 
 #include "block.h"
@@ -44,6 +45,12 @@ FASTFLOW_HD T turned(T x, T half) {
   return x < 0 ? x + half : x - half;
 }
 
+// What the network reads of a feature: a wave and a multiple of it.
+template <typename T>
+FASTFLOW_HD T waved(T x, T frequency, T of_sin, T of_cos, T multiple) {
+  return of_sin * std::sin(frequency * x) + of_cos * std::cos(frequency * x) + multiple * x;
+}
+
 // units = (gradient + skip) by the next layers and products = units * inner; gradient is first multiplied by
 // outer. Null factors are 1, a null skip 0, null units are not written.
 template <typename T>
@@ -55,12 +62,12 @@ struct UnitGradients {
 void pull(const UnitGradients<float>&);
 void pull(const UnitGradients<double>&);
 
-// u = (v - sum) / slope of a feature, and the gradients of its parameters, jac * u - dparams, whose rows are
-// `row` apart. A null dparams is 0.
+// u = (v - read * sum) / slope of a feature, and the gradients of its parameters, jac * u - dparams, whose
+// rows are `row` apart. A null dparams is 0, a null read is 1.
 template <typename T>
 struct FeatureGradients {
   int64_t count, parameters, row;
-  const T *v, *sum, *slope, *jac, *dparams;
+  const T *v, *sum, *slope, *jac, *dparams, *read;
   T *u, *products;
 };
 void solve(const FeatureGradients<float>&);

@@ -247,6 +247,7 @@ struct MaskedInverseKernel : MaskedTile<T, SAMPLES, IN_SHARED> {
   Span<const int64_t> order;
   int64_t z_row, z_column, added_row, gates_row;  // strides
   Span<T> x, log_det;
+  Span<const T> waves;  // [4, features], or empty: the features are read
 
   int64_t shared_bytes() const {
     return Tile::shared_bytes() + sizeof(int) * DEGREES +
@@ -468,7 +469,9 @@ struct MaskedInverseKernel : MaskedTile<T, SAMPLES, IN_SHARED> {
       const T found = transformer.inverse(
           m.sums[(m.rows[0] + i) * SAMPLES + s], [&](int p) { return m.sums[(row + p) * SAMPLES + s]; },
           [&](int p) { return latents.exponential[p * SAMPLES + s]; }, log_slope);
-      m.units[(network.layer[0].units + k) * SAMPLES + s] = found;
+      const auto w = [&](int row) { return waves[row * network.features + k]; };
+      m.units[(network.layer[0].units + k) * SAMPLES + s] =
+          waves.size ? cpu::waved(found, w(0), w(1), w(2), w(3)) : found;
       const T sum = k ? latents.log_det[s] + log_slope : log_slope;
       latents.log_det[s] = sum;
       if (first + s >= samples) return;
@@ -488,16 +491,19 @@ struct MaskedSolveKernel : MaskedTile<T, SAMPLES, IN_SHARED> {
 
   Span<const T> v, slope, jac, dparams, inner, outer;  // rows of samples; the last three may be empty
   Span<T> u;
+  Span<const T> of_features;  // may be empty
 
   int64_t shared_bytes() const {
+    const int64_t degrees = of_features.size ? 3 * DEGREES : 2 * DEGREES;
     return Tile::shared_bytes() +
-           sizeof(T) * SAMPLES * (2 * DEGREES + (inner.size ? ROWS : 0) + (outer.size ? ROWS : 0));
+           sizeof(T) * SAMPLES * (degrees + (inner.size ? ROWS : 0) + (outer.size ? ROWS : 0));
   }
 
   // What a block of threads has in shared memory besides Memory.
   struct Right {
     Span<T> v, slope;      // of a block of degrees, [DEGREES, SAMPLES]
     Span<T> inner, outer;  // in the rows of `sums`
+    Span<T> of_features;
   };
 
   template <class Block>
@@ -506,7 +512,8 @@ struct MaskedSolveKernel : MaskedTile<T, SAMPLES, IN_SHARED> {
     const Right right{block.template shared<T>(DEGREES * SAMPLES),
                       block.template shared<T>(DEGREES * SAMPLES),
                       block.template shared<T>(inner.size ? ROWS * SAMPLES : 0),
-                      block.template shared<T>(outer.size ? ROWS * SAMPLES : 0)};
+                      block.template shared<T>(outer.size ? ROWS * SAMPLES : 0),
+                      block.template shared<T>(of_features.size ? DEGREES * SAMPLES : 0)};
     for (int64_t tile = block.index; tile < Tile::tiles(); tile += block.count) {
       const int64_t first = tile * SAMPLES;
       for (int end = network.features; end > 0;) {
@@ -567,6 +574,7 @@ struct MaskedSolveKernel : MaskedTile<T, SAMPLES, IN_SHARED> {
           Tile::sample(first, item % SAMPLES) * network.features + base + from + item / SAMPLES;
       right.v[item] = v[at];
       right.slope[item] = slope[at];
+      if (of_features.size) right.of_features[item] = of_features[at];
     }
     const int end = network.last + 1, begin = m.at(end, from), width = network.layer[end].width;
     for (int item = thread; item < (m.at(end, to) - begin) * SAMPLES; item += THREADS) {
@@ -635,7 +643,9 @@ struct MaskedSolveKernel : MaskedTile<T, SAMPLES, IN_SHARED> {
               row = m.rows[end] + parameter - m.at(end, from);
     for (int item = thread; item < network.each * SAMPLES; item += THREADS) {
       const int s = item % SAMPLES, p = item / SAMPLES, at = (i - from) * SAMPLES + s;
-      const T found = (right.v[at] - m.sums[(m.rows[0] + i - from) * SAMPLES + s]) / right.slope[at];
+      T sum = m.sums[(m.rows[0] + i - from) * SAMPLES + s];
+      if (of_features.size) sum *= right.of_features[at];
+      const T found = (right.v[at] - sum) / right.slope[at];
       T& gradient = m.units[(network.layer[end].units + parameter + p) * SAMPLES + s];
       gradient *= found;
       if (dparams.size) gradient -= m.sums[(row + p) * SAMPLES + s];
@@ -736,7 +746,7 @@ std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights
                                           const std::string& params_layout, double offset, int64_t bins,
                                           double bound, const std::string& tails,
                                           const std::string& convention, double factor, double min_bin,
-                                          double min_slope) {
+                                          double min_slope, const std::optional<Tensor>& waves) {
   const char* op = "masked_inverse";
   const TransformerForm form{scale,
                              affine_order,
@@ -744,14 +754,14 @@ std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights
                              offset,
                              {bins, bound, tails, convention, factor, min_bin, min_slope}};
   const MaskedNetwork net(op, "z", z, weights, ends, widths, layers, form.parameters(op));
-  check_masked_inverse(net, z, added, gates, order);
+  check_masked_inverse(net, z, added, gates, order, waves);
   const typename Device::Guard guard(z);
   const Tensor x = torch::stable::new_empty(z, {z.size(0), net.features}),
                log_det = torch::stable::new_empty(z, {z.size(0)});
   if (z.size(0) == 0) return {x, log_det};
   const auto contiguous = [](const Tensor& t) { return torch::stable::contiguous(t); };
   const Tensor w = contiguous(weights), a = contiguous(added), e = contiguous(ends), o = contiguous(order);
-  const std::optional<Tensor> g = contiguous_of(gates);
+  const std::optional<Tensor> g = contiguous_of(gates), waves_ = contiguous_of(waves);
   const auto run = [&](auto value) {
     using T = decltype(value);
     const int64_t z_size = (z.size(0) - 1) * z.stride(0) + (net.features - 1) * z.stride(1) + 1;
@@ -759,7 +769,8 @@ std::tuple<Tensor, Tensor> masked_inverse(const Tensor& z, const Tensor& weights
         op, z, KernelNetwork(op, net, w, 0), w, e, cpu::activation_of(activation), form.transformer<T>(),
         Span<const T>{z.const_data_ptr<T>(), z_size}, span_of<T>(a), span_of<T>(g), span_of<int64_t>(o),
         z.stride(0), z.stride(1), a.dim() == 2 ? net.total() : 0, net.total_gates(),
-        Span<T>{x.mutable_data_ptr<T>(), x.numel()}, Span<T>{log_det.mutable_data_ptr<T>(), log_det.numel()});
+        Span<T>{x.mutable_data_ptr<T>(), x.numel()}, Span<T>{log_det.mutable_data_ptr<T>(), log_det.numel()},
+        span_of<T>(waves_));
   };
   z.scalar_type() == ScalarType::Double ? run(double()) : run(float());
   return {x, log_det};
@@ -769,11 +780,12 @@ template <class Device>
 Tensor masked_solve(const Tensor& v, const Tensor& slope, const Tensor& jac,
                     const std::optional<Tensor>& dparams, const std::optional<Tensor>& inner,
                     const std::optional<Tensor>& outer, const Tensor& weights, const Tensor& ends,
-                    const std::vector<int64_t>& widths, const std::vector<int64_t>& layers) {
+                    const std::vector<int64_t>& widths, const std::vector<int64_t>& layers,
+                    const std::optional<Tensor>& of_features) {
   const char* op = "masked_solve";
   expect_shape(op, "jac", jac, {ANY, ANY, ANY});
   const MaskedNetwork net(op, "v", v, weights, ends, widths, layers, jac.size(2));
-  check_masked_solve(net, v, slope, jac, dparams, inner, outer);
+  check_masked_solve(net, v, slope, jac, dparams, inner, outer, of_features);
   STD_TORCH_CHECK(net.each < 256, op, ": jac: got ", net.each,
                   " parameters of a feature, expected less than 256");
   const typename Device::Guard guard(v);
@@ -783,12 +795,13 @@ Tensor masked_solve(const Tensor& v, const Tensor& slope, const Tensor& jac,
   const Tensor w = contiguous(weights), e = contiguous(ends), v_ = contiguous(v), s = contiguous(slope),
                j = contiguous(jac);
   const std::optional<Tensor> q = contiguous_of(dparams), in = contiguous_of(inner),
-                              out = contiguous_of(outer);
+                              out = contiguous_of(outer), reads = contiguous_of(of_features);
   const auto run = [&](auto value) {
     using T = decltype(value);
     launch_tiles<Device, T, MaskedSolveKernel>(op, v, KernelNetwork(op, net, w, 1), w, e, span_of<T>(v_),
                                                span_of<T>(s), span_of<T>(j), span_of<T>(q), span_of<T>(in),
-                                               span_of<T>(out), Span<T>{u.mutable_data_ptr<T>(), u.numel()});
+                                               span_of<T>(out), Span<T>{u.mutable_data_ptr<T>(), u.numel()},
+                                               span_of<T>(reads));
   };
   v.scalar_type() == ScalarType::Double ? run(double()) : run(float());
   return u;

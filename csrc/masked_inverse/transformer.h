@@ -15,7 +15,7 @@ struct Transformer {
   SplineElement<T> spline;  // if it has bins
   cpu::AffineScale scale;   // otherwise
   bool scale_first, shift_in_front;
-  T factor, offset, half_turn;
+  T factor, offset, half_turn, limit;
 
   FASTFLOW_HD int exponentials() const { return 2 * static_cast<int>(spline.bins); }
 
@@ -37,6 +37,7 @@ struct Transformer {
   FASTFLOW_HD T inverse(T z, const Raw& raw, const Exponential& found, T& log_slope) const {
     if (spline.bins) {
       const T x = spline.inverse(z, raw, found, log_slope);
+      if (limit > 0 && std::abs(z) > limit) return log_slope = 0;
       return half_turn > 0 ? cpu::turned(x, half_turn) : x;
     }
     const T shift = raw(shift_in_front ? 0 : 1);
@@ -80,7 +81,8 @@ struct TransformerForm {
             params_layout == "shift_scale",
             static_cast<T>(spline.factor),
             static_cast<T>(offset),
-            static_cast<T>(spline.bins ? spline.half_turn() : 0)};
+            static_cast<T>(spline.bins ? spline.half_turn() : 0),
+            static_cast<T>(spline.bins ? spline.limit() : 0)};
   }
 };
 

@@ -16,6 +16,8 @@ struct SplineForm {
 
   // Half of the circle by which features are shifted, or 0.
   double half_turn() const { return tails == "half_turn" ? bound : 0; }
+  // Beyond this features are 0; or 0, of other tails.
+  double limit() const { return tails == "zero" ? bound : 0; }
   int64_t parameters(const char* op) const {
     STD_TORCH_CHECK(convention != "freia", op, ": convention: got freia, expected another one");
     STD_TORCH_CHECK(bins >= 1 && bins <= MAX_BINS, op, ": bins: got ", bins, ", expected 1 to ", MAX_BINS);
@@ -26,9 +28,9 @@ struct SplineForm {
     const bool none = tails == "none", zuko = convention == "zuko";
     const double smallest = zuko ? 0 : min_bin;
     return {bins,
-            none                  ? Tails::none
-            : tails == "circular" ? Tails::circular
-                                  : Tails::linear,
+            none || tails == "zero" ? Tails::none
+            : tails == "circular"   ? Tails::circular
+                                    : Tails::linear,
             zuko,
             static_cast<T>(none ? 0 : -bound),
             static_cast<T>(none ? 1 : 2 * bound),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastflow.integrations.accelerate import Accelerated, Theirs
 from fastflow.integrations.coupling_layers import is_plain
 from fastflow.integrations.kept import found_in, is_changed, kept_of
-from fastflow.integrations.spline_layers import outside, per_feature, spline_form, spline_refusal, splines
+from fastflow.integrations.spline_layers import outside, spline_form, spline_refusal, splines
 from fastflow.ops import masked_inverse
 from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP, Affine, Spline
 
@@ -36,7 +36,7 @@ def activation_of(function: object) -> str | None:
     return FUNCTIONS.get(function) if callable(function) else None
 
 
-class _Conditioner(NamedTuple):
+class Conditioner(NamedTuple):
     """The parts of a MADE in the order of its passes."""
 
     linears: list[Theirs]
@@ -75,18 +75,14 @@ class MaskedAutoregressive(Accelerated):
         if outside_or_not_vectors(self, inputs):
             return super().inverse(inputs, context)
         structure, scale = parts.sorted(), self._scale()
-        weights, _, biases = structure.parameters(parts.linears)
+        weights, biases = self._sorted_parameters(parts, structure)
         added, gates = self._terms(parts, structure, biases, context)
-        if scale is not None:
-            inputs = inputs / scale
-            first = weights[: parts.linears[0].weight.numel()].unflatten(0, parts.linears[0].weight.shape)
-            first = first * scale.index_select(0, structure.order)
-            weights = torch.cat([first.flatten(), weights[first.numel() :]])
         outputs, log_det = masked_inverse(
-            inputs,
+            inputs if scale is None else inputs / scale,
             weights,
             added,
             gates,
+            self._waves(structure.order, scale),
             ends=structure.ends,
             order=structure.order,
             widths=parts.widths,
@@ -105,8 +101,20 @@ class MaskedAutoregressive(Accelerated):
         """Factors of the features, if the transformation is that of features divided by them."""
         return None
 
+    def _waves(self, order: Tensor, scale: Tensor | None) -> Tensor | None:
+        """What the network reads of features divided by ``scale``, as masked_inverse takes it."""
+        if scale is None:
+            return None
+        zeros = torch.zeros_like(scale)
+        return torch.stack([zeros, zeros, zeros, scale]).index_select(1, order)
+
+    def _sorted_parameters(self, parts: Conditioner, structure: "SortedNetwork") -> tuple[Tensor, Tensor]:
+        """Weights and biases, sorted."""
+        weights, _, biases = structure.parameters(parts.linears)
+        return weights, biases
+
     def _terms(
-        self, parts: _Conditioner, structure: "SortedNetwork", biases: Tensor, context: Tensor | None
+        self, parts: Conditioner, structure: "SortedNetwork", biases: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """What is added to the layers, and what multiplies the gated ones."""
         if context is None:
@@ -125,7 +133,7 @@ class MaskedAutoregressive(Accelerated):
         return torch.cat(added, -1), torch.cat(gates, 1) if gates else None
 
 
-def _conditioner_of(net: Theirs, package: str, gated: bool, with_context: bool) -> _Conditioner | None:
+def _conditioner_of(net: Theirs, package: str, gated: bool, with_context: bool) -> Conditioner | None:
     """A network as masked_inverse takes it; None if it does not, or if a hook would not run."""
     if conditioner_obstacle(net, package) is not None:
         return None
@@ -145,7 +153,7 @@ def _conditioner_of(net: Theirs, package: str, gated: bool, with_context: bool) 
         linears += inner
         flags += [first, BEFORE | SKIP | (GATE if gated and with_context else 0)]
         flags = flags[: len(linears)]
-    return _Conditioner(
+    return Conditioner(
         [*linears, net.final_layer],
         [layer.out_features for layer in linears],
         [*flags, 0],
@@ -234,9 +242,17 @@ def conditioner_obstacle(net: Theirs, package: str) -> str | None:
         return "batch norm in its network"
     if conditioner_activation(net) is None and (len(net.blocks) or hasattr(net, "activation")):
         return "the activation of its network"
-    if not isinstance(getattr(net, "preprocessing", None), nn.Identity | None):
+    preprocessing = getattr(net, "preprocessing", None)
+    if not isinstance(preprocessing, nn.Identity | None) and not is_periodic(preprocessing):
         return "preprocessing in its network"
     return None
+
+
+def is_periodic(preprocessing: nn.Module) -> bool:
+    """Whether it is normflows' waves of some features, without options that its layers do not set."""
+    own = type(preprocessing)
+    named = own.__name__ == "PeriodicFeaturesElementwise" and own.__module__ == "normflows.utils.nn"
+    return named and not preprocessing.apply_bias and type(preprocessing.activation) is nn.Identity
 
 
 @cache
@@ -295,4 +311,4 @@ class RationalQuadraticAutoregressive(MaskedAutoregressive):
         return spline_form(self, self.num_bins, self._factor())
 
     def _scale(self) -> Tensor | None:
-        return self.tail_bound if per_feature(self) else None
+        return self.tail_bound if isinstance(self.tail_bound, Tensor) else None

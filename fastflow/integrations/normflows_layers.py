@@ -1,5 +1,6 @@
 """Faster layers of normflows; those that it has from nflows are in ``spline_layers`` and ``masked_layers``."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 from fastflow.integrations import masked_layers
 from fastflow.integrations.accelerate import Accelerated, Chain, Theirs, not_invertible, per_sample
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
-from fastflow.integrations.kept import value_of
+from fastflow.integrations.kept import kept_of, value_of
+from fastflow.integrations.spline_layers import spline_form
 from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fused_on_cpu
 from fastflow.ops import actnorm, affine_coupling, conv1x1, glow_network, lu_weight, positions
-from fastflow.ops.masked_inverse import Affine
+from fastflow.ops.masked_inverse import Affine, Spline
 from fastflow.reversible import has_hooks, run_reversible
 
 
@@ -26,7 +28,50 @@ class AffineAutoregressive(_Gated, masked_layers.AffineAutoregressive):
 
 
 class RationalQuadraticAutoregressive(_Gated, masked_layers.RationalQuadraticAutoregressive):
-    """``MaskedPiecewiseRationalQuadraticAutoregressive``; with circular features the inverse takes D passes."""
+    """``MaskedPiecewiseRationalQuadraticAutoregressive``, also with circular features, of which a network reads waves."""
+
+    def _form(self) -> Spline:
+        return super()._form() or spline_form(self, self.num_bins, self._factor())._replace(tails="zero")
+
+    def _waves(self, order: Tensor, scale: Tensor | None) -> Tensor | None:
+        preprocessing = self.autoregressive_net.preprocessing
+        if isinstance(preprocessing, nn.Identity):
+            return super()._waves(order, scale)
+        factors = preprocessing.weights
+        frequency = torch.as_tensor(preprocessing.scale, dtype=factors.dtype).to(factors.device)
+        frequency = frequency.expand(len(factors))
+        periodic = torch.stack([frequency, *factors.unbind(1), torch.zeros_like(frequency)])
+        waves = factors.new_zeros(4, len(order))
+        waves[3] = 1
+        waves = waves.index_copy(1, preprocessing.ind, periodic)
+        if scale is not None:
+            ones = torch.ones_like(scale)
+            waves = waves * torch.stack([scale, ones, ones, scale])
+        return waves.index_select(1, order)
+
+    def _sorted_parameters(
+        self, parts: masked_layers.Conditioner, structure: masked_layers.SortedNetwork
+    ) -> tuple[Tensor, Tensor]:
+        """With a list of tails the network has slopes of both ends, some of which are not used."""
+        weights, biases = super()._sorted_parameters(parts, structure)
+        if not isinstance(self.tails, list | tuple):
+            return weights, biases
+        output, order = parts.linears[-1], structure.order
+        weights, matrix = weights.split([len(weights) - output.weight.numel(), output.weight.numel()])
+        biases, raw = biases.split([len(biases) - output.out_features, output.out_features])
+        rows = kept_of(output, "rows").get([order], tuple(self.tails), lambda: self._rows(order))
+        slope_of_1 = raw.new_full((1,), math.log(math.expm1(1 - self.min_derivative)))
+        matrix = torch.cat([matrix.view_as(output.weight), matrix.new_zeros(1, output.in_features)])
+        raw = torch.cat([raw, slope_of_1]).index_select(0, rows)
+        return torch.cat([weights, matrix.index_select(0, rows).flatten()]), torch.cat([biases, raw])
+
+    def _rows(self, order: Tensor) -> Tensor:
+        """For each parameter its row of the output; the one behind the last is that of a slope of 1."""
+        first = 2 * self.num_bins
+        rows = torch.arange(len(order) * (3 * self.num_bins + 1), device=order.device).view(len(order), -1)
+        circular = torch.tensor([t == "circular" for t in self.tails], device=order.device)
+        ends = torch.where(circular.index_select(0, order), rows[:, first], rows.numel()).unsqueeze(1)
+        return torch.cat([rows[:, :first], ends, rows[:, first + 1 : -1], ends], 1).flatten()
 
 
 def _per_sample(z: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor]:

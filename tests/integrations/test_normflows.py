@@ -77,14 +77,26 @@ def test_autoregressive_splines_with_a_bound_for_each_feature():
     assert passes(model, lambda: model(x)) == 0
 
 
-@pytest.mark.parametrize("bound", [3.0, torch.tensor([1.0, 2.0, 3.0, 2.5])])
-def test_circular_autoregressive_splines(bound):
-    model = flows.CircularAutoregressiveRationalQuadraticSpline(4, 1, 9, [0, 2], tail_bound=bound)
-    x = 2 * torch.randn(20, 4)
-    model = randomized(model)
-    assert_same(ff, model, BOTH, x)
+@pytest.mark.parametrize(
+    "circular, bound",
+    [([0, 2], 3.0), ([], 2.0), ([1], torch.tensor([1.0, 2.0, 3.0, 2.5])), ([0, 1, 2, 3], torch.ones(4))],
+)
+def test_circular_autoregressive_splines(circular, bound):
+    """The library returns 0 outside of the bounds, on which the following features depend."""
+    model = randomized(
+        flows.CircularAutoregressiveRationalQuadraticSpline(
+            4, 1, 9, circular, num_context_channels=CONTEXT, num_bins=len(circular) + 1, tail_bound=bound
+        )
+    )
+    with torch.no_grad():  # others than those of the start, which are 1
+        model.mprqat.autoregressive_net.preprocessing.weights.normal_()
+    x, c = 2 * torch.randn(20, 4), torch.randn(20, CONTEXT)
+    assert_same(ff, model, BOTH, x, c)
     ff.accelerate(model)
-    assert passes(model, lambda: model(x)) == 4
+    assert passes(model, lambda: model(x, c)) == 0
+    assert (model(x, c)[0] == 0).any()
+    model.mprqat.autoregressive_net.preprocessing.activation = nn.Tanh()  # not of the library's layers
+    assert passes(model, lambda: model(x, c)) == 4
 
 
 @pytest.mark.parametrize(

@@ -378,6 +378,11 @@ OPS = {
         masked_solve(slope=x_(2, 2)),
         r"slope: got shape \[2, 2\], expected \[2, 3\] \(like v\)",
     ),
+    "masked inverse's waves": (masked(waves=x_(3, 4)), r"waves: got shape \[3, 4\], expected \[4, 3\]"),
+    "masked solve's slopes of features": (
+        masked_solve(of_features=x_(2, 4)),
+        r"of_features: got shape \[2, 4\], expected \[2, 3\]",
+    ),
     "masked solve's jac": (masked_solve(jac=x_(2, 3)), r"jac: got shape \[2, 3\], expected \[2, 3, P\]"),
     "masked solve's samples": (
         masked_solve(jac=x_(1, 3, 2)),

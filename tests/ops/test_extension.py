@@ -50,13 +50,13 @@ AFFINE_MASKED = (
     1e-3,
 )
 SPLINE_MASKED = (*AFFINE_MASKED[:5], 2, *AFFINE_MASKED[6:])
-SOLVED = VECTORS, torch.zeros(2, 3, 2), None, None, None, torch.zeros(18), MASKED[3], [2], [4, 0]
+SOLVED = VECTORS, torch.zeros(2, 3, 2), None, None, None, torch.zeros(18), MASKED[3], [2], [4, 0], None
 
 
-def masked(z=VECTORS, form=AFFINE_MASKED, **wrong):
+def masked(z=VECTORS, form=AFFINE_MASKED, waves=None, **wrong):
     """Arguments of masked_inverse, of which some are wrong."""
     names = "weights", "added", "gates", "ends", "order", "widths", "layers"
-    return z, *(wrong.get(name, value) for name, value in zip(names, MASKED, strict=True)), *form
+    return z, *(wrong.get(name, value) for name, value in zip(names, MASKED, strict=True)), *form, waves
 
 
 # of two such networks with a context of one feature, and their places
@@ -155,6 +155,7 @@ CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
         (masked(layers=[6, 0], gates=VECTORS), "gates: got shape [2, 3], expected [2, 2]"),
         (masked(ends=torch.tensor([[0, 1]])), "ends: got shape [1, 2], expected [1, 3]"),
         (masked(order=torch.tensor([0, 1])), "order: got shape [2], expected [3]"),
+        (masked(waves=VECTORS), "waves: got shape [2, 3], expected [4, 3]"),
         (masked(widths=[0]), "widths: got 0, expected positive integers"),
         (masked(layers=[4]), "layers: got 1 numbers, expected 2"),
         (masked(layers=[1, 0]), "layers: got an activation of the features"),
@@ -172,6 +173,7 @@ CUDA_ERRORS = {  # of ops with a CUDA kernel, which the emulation runs
         ((VECTORS, *SOLVED[:2], VECTORS, *SOLVED[3:]), "dparams: got shape [2, 3], expected [2, 3, 2]"),
         ((VECTORS, *SOLVED[:3], VECTORS, *SOLVED[4:]), "inner: got shape [2, 3], expected [2, 2]"),
         ((VECTORS, *SOLVED[:4], VECTORS, *SOLVED[5:]), "outer: got shape [2, 3], expected [2, 2]"),
+        ((VECTORS, *SOLVED[:9], COUNT), "of_features: got shape [2], expected [2, 3]"),
         ((VECTORS, *SOLVED[:5], COUNT, *SOLVED[6:]), "weights: got shape [2], expected [18]"),
     ],
 }

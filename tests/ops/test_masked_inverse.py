@@ -32,7 +32,7 @@ AFFINES = {
 SPLINES = {
     f"{convention} {tails}": Spline(4, 3.0, tails, convention, 0.8)
     for convention in ("fastflow", "nflows", "zuko")
-    for tails in ("linear", "circular", "none")
+    for tails in ("linear", "circular", "none", "zero")
 } | {
     "freia linear": Spline(4, 3.0, "linear", "freia"),
     "nflows half_turn": Spline(4, 3.0, "half_turn", "nflows"),
@@ -47,6 +47,7 @@ class Network:
     Attributes:
         degrees: of the units of each hidden layer: a unit depends on so many features of the order.
         context: whether products have terms of each sample.
+        wavy: whether the network reads waves of the features.
     """
 
     features: int = 5
@@ -57,6 +58,7 @@ class Network:
     context: bool = False
     samples: int = 4
     dtype: torch.dtype = torch.float64
+    wavy: bool = False
     order: Tensor = field(init=False)
 
     def __post_init__(self):
@@ -68,6 +70,9 @@ class Network:
             self.z = torch.rand(self.samples, d, dtype=dtype)
         if isinstance(self.transformer, Spline) and self.transformer.tails == "half_turn":
             self.z = 5 * torch.rand(self.samples, d, dtype=dtype) - 2.5
+        self.waves = (
+            torch.randn(4, d, dtype=dtype) if self.wavy else None
+        )  # of the features, not in the order
         rank = self.order.argsort()  # of a feature in the order
         of_features, of_params = rank + 1, rank.repeat_interleave(each)
         degrees = [of_features, *self.degrees, of_params]
@@ -86,7 +91,7 @@ class Network:
     def parameters(self, x: Tensor) -> Tensor:
         """``[N, D, P]``"""
         act = ACTIVATIONS[self.activation]
-        units = [x]
+        units = [self.read(x)]
         for w, a, gate, flags in zip(
             self.matrices, self.added, [*self.gates, None], self.layers, strict=True
         ):
@@ -95,6 +100,12 @@ class Network:
             u = act(u) if flags & AFTER else u
             units.append(u + units[-2] if flags & SKIP else u)
         return units[-1].unflatten(1, (self.features, -1))
+
+    def read(self, x: Tensor) -> Tensor:
+        if self.waves is None:
+            return x
+        frequency, of_sin, of_cos, multiple = self.waves
+        return of_sin * (frequency * x).sin() + of_cos * (frequency * x).cos() + multiple * x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z, log_slope = self.transformer.forward(x, self.parameters(x))
@@ -133,6 +144,7 @@ class Network:
             "layers": list(self.layers),
             "activation": self.activation,
             "transformer": self.transformer,
+            **({} if self.waves is None else {"waves": self.waves[:, self.order]}),
         }
 
     def inverse(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,6 +175,11 @@ NETWORKS = {
     "many features": lambda: Network(features=90, degrees=degrees(90, 70, 120), samples=3),
     "no samples": lambda: Network(samples=0, context=True),
     "one sample": lambda: Network(samples=1),
+    "waves": lambda: Network(wavy=True, transformer=Spline(3, 5.0, "zero", "nflows"), activation="tanh"),
+    "waves, no hidden layer": lambda: Network(degrees=(), layers=(0,), wavy=True),
+    "waves, residual": lambda: Network(
+        degrees=degrees(5, 8, 8, 8), layers=RESIDUAL, activation="silu", wavy=True, context=True, samples=35
+    ),
     "angles": lambda: Network(transformer=Spline(3, 2.5, "half_turn", "zuko"), activation="tanh"),
 }
 each_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
@@ -236,7 +253,7 @@ def test_float32_is_as_near_as_d_passes(make):
     exact = network.inverse_by_passes(network.z)
     for name in ("matrices", "added", "gates"):
         setattr(network, name, [None if v is None else v.float() for v in getattr(network, name)])
-    network.z = network.z.float()
+    network.z, network.waves = network.z.float(), None if network.waves is None else network.waves.float()
     found, passes = network.inverse(), network.inverse_by_passes(network.z)
     for ours, theirs, truth in zip(found, passes, exact, strict=True):
         assert ours.dtype == torch.float32
@@ -429,6 +446,37 @@ def test_gradcheck(name):
     assert gradcheck(network.inverse, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", ["waves", "waves, residual", "waves, no hidden layer"])
+def test_gradients_of_waves(name):
+    """Of the op, and of D passes."""
+    network, found = NETWORKS[name](), []
+    cotangents = torch.randn_like(network.z), torch.randn(network.samples, dtype=network.dtype)
+    network.waves = leaf(network.waves)
+    for outputs in (network.inverse(), network.inverse_by_passes(network.z)):
+        found += torch.autograd.grad(outputs, network.waves, cotangents)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_outside_of_an_interval_features_are_zero():
+    """And so are their log-slopes and gradients; later features depend on the zeros."""
+    network = Network(
+        wavy=True, transformer=Spline(3, 1.5, "zero", "nflows"), activation="tanh", context=True, samples=40
+    )
+    network.z[0] = torch.tensor([1.5, -1.5, 1.5 + 1e-9, -1.5 - 1e-9, 0.0])
+    tensors = [None if v is None else leaf(v) for v in network.tensors()]
+    x, log_det = network.inverse(*tensors)
+    torch.testing.assert_close((x, log_det), network.inverse_by_passes(network.z), rtol=1e-11, atol=1e-11)
+    outside = network.z.abs() > 1.5
+    assert outside.sum() > 10 and torch.equal(x == 0, outside)
+    (dz,) = torch.autograd.grad(x.sum() + log_det.sum(), tensors[0])
+    assert dz.isfinite().all() and dz[0, 0] != 0 and dz[0, 1] != 0  # the ends are inside
+    network.z = leaf(network.z)
+    passes = network.inverse_by_passes(network.z)
+    (expected,) = torch.autograd.grad(passes[0].sum() + passes[1].sum(), network.z)
+    torch.testing.assert_close(dz[1:], expected[1:], rtol=1e-9, atol=1e-9)
+    assert not dz[outside].any()
+
+
 def jacobians(network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
     """Jacobians ``[N, D, D]`` of z and ``[N, D P, D]`` of the parameters, in the order."""
     order, params = network.order, network.sorts()[-1]
@@ -452,7 +500,9 @@ def test_solve(make):
     one = torch.ones_like(x)
     slope, jac = (v[:, order] for v in network.transformer.pullback(x, params, one, 0 * one))
     inner, outer = [], []
-    units = [x]
+    leaves = leaf(x)
+    of_features = torch.autograd.grad(network.read(leaves).sum(), leaves)[0][:, order]
+    units = [network.read(x)]
     for i, flags in enumerate(network.layers[:-1]):
         u = (act(units[-1]) if flags & BEFORE else units[-1]) @ network.matrices[i].mT + network.added[i]
         u = leaf(u)
@@ -474,6 +524,7 @@ def test_solve(make):
     )
     options = network.options()
     rest = {k: options[k] for k in ("ends", "widths", "layers")} | {"weights": network.tensors()[1]}
+    rest["of_features"] = of_features if network.wavy else None
     v, q = torch.randn_like(x), torch.randn_like(jac)
     for dparams in (None, q):
         right = v if dparams is None else v + (N.mT @ dparams.flatten(1).unsqueeze(-1)).squeeze(-1)
@@ -573,7 +624,7 @@ def test_opcheck_of_several():
 # registration -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["residual", "gates", "no samples"])
+@pytest.mark.parametrize("name", ["residual", "gates", "no samples", "waves, no hidden layer"])
 def test_opcheck(name):
     network = NETWORKS[name]()
     tensors, options = network.tensors(), network.options()
@@ -582,7 +633,7 @@ def test_opcheck(name):
     leaves = [None if v is None else leaf(v) for v in tensors]
     torch.library.opcheck(
         torch.ops.fastflow.masked_inverse.default,
-        (*leaves, *args, *form),
+        (*leaves, *args, *form, options.get("waves")),
         test_utils=STATIC + (TRACED if name == "gates" else ()),
     )
 

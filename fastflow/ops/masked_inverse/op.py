@@ -98,7 +98,7 @@ def _checked_transformer(
         raise validation.argument_error(argument, validation.shape_of(z), "vectors [N, D]")
     validation.one_of("activation", activation, ACTIVATIONS)
     if bins:
-        as_spline = "linear" if tails == "half_turn" else tails
+        as_spline = {"half_turn": "linear", "zero": "none"}.get(tails, tails)
         check_form(bins, bound, as_spline, convention, factor, min_bin, min_slope)
     else:
         validation.one_of("scale", scale, SCALES)
@@ -115,7 +115,7 @@ def _check(
     argument: str, z: Tensor, weights: Tensor, added: Tensor, gates: Tensor | None, ends: Tensor, order: Tensor,
     widths: list[int], layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str,
     offset: float, bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float,
-    min_slope: float,
+    min_slope: float, waves: Tensor | None,
 ) -> None:  # fmt: skip
     transformer = _checked_transformer(
         argument, z, activation, scale, affine_order, params_layout, offset, bins, bound, tails, convention, factor,
@@ -140,6 +140,9 @@ def _check(
         )
         raise validation.argument_error("order", got, expected)
     validation.channels("order", order, features, "a permutation of the features")
+    if waves is not None:
+        why = "frequency, factors of sin and cos, multiple; features"
+        _check_tensor("waves", waves, (4, features), why, argument, z)
 
 
 def _check_several(
@@ -177,6 +180,7 @@ def _check_several(
 def _check_solve(
     argument: str, v: Tensor, slope: Tensor, jac: Tensor, dparams: Tensor | None, inner: Tensor | None,
     outer: Tensor | None, weights: Tensor, ends: Tensor, widths: list[int], layers: list[int],
+    of_features: Tensor | None,
 ) -> None:  # fmt: skip
     if v.ndim != 2:
         raise validation.argument_error(argument, validation.shape_of(v), "vectors [N, D]")
@@ -193,6 +197,7 @@ def _check_solve(
         "dparams": (dparams, *of_params),
         "inner": (inner, *of_units),
         "outer": (outer, *of_units),
+        "of_features": (of_features, v.shape, f"like {argument}"),
     }
     for name, (t, shape, why) in named.items():
         if t is not None:
@@ -218,7 +223,7 @@ register(
     compiled=("cpu", "cuda"),
     eligible=_eligible_solve,
     check=_check_solve,
-    batched="v slope jac dparams inner outer",
+    batched="v slope jac dparams inner outer of_features",
 )
 register(
     reference.masked_inverse,
@@ -227,7 +232,7 @@ register(
     check=_check,
     outputs="x log_det",
     backward=reference.masked_inverse_backward,
-    gradients="z weights added gates",
+    gradients="z weights added gates waves",
     batched="z added gates",
 )
 
@@ -247,6 +252,7 @@ def masked_inverse(
     weights: Tensor,
     added: Tensor,
     gates: Tensor | None = None,
+    waves: Tensor | None = None,
     *,
     ends: Tensor,
     order: Tensor,
@@ -274,6 +280,8 @@ def masked_inverse(
             feature are neighbors. Masked weights must be 0.
         added: added to the products: biases, or biases and the terms of a context.
         gates: factors of the gated layers; None if there are none.
+        waves: :math:`\omega, \alpha, \beta, \gamma` of each feature in its order, if the network reads
+            :math:`\alpha \sin \omega x + \beta \cos \omega x + \gamma x` and not x, as for angles.
         ends: number of units of each hidden layer of degree at most 0, 1, ..., D - 1.
         order: the features in their order, a permutation of them: degree d has the first d.
         widths: sizes of the hidden layers.
@@ -282,15 +290,16 @@ def masked_inverse(
         transformer: an ``Affine`` or a ``Spline``.
 
     Shape: z, x ``[N, D]``; ends ``[L, D]``; order ``[D]``; added ``[S]`` or ``[N, S]``, S hidden units and parameters;
-    gates ``[N, G]``, G units of gated layers; log_det ``[N]``, nats, of this direction. float32 or float64.
+    gates ``[N, G]``, G units of gated layers; waves ``[4, D]``; log_det ``[N]``, nats, of this direction. float32 or
+    float64.
 
-    The gradient of z, ``weights``, ``added`` and ``gates`` takes one pass too. Masked weights get a gradient of 0.
+    The gradient of z, ``weights``, ``added``, ``gates`` and ``waves`` takes one pass too. Masked weights get a gradient of 0.
     Raises ValueError for other shapes, dtypes, devices, names or numbers. The values of ``ends`` and ``order`` are
     not checked, nor that masked weights are 0.
     """
     return torch.ops.fastflow.masked_inverse.default(
-        z, weights, added, gates, ends, order, widths, layers, activation, *_arguments_of(transformer)
-    )
+        z, weights, added, gates, ends, order, widths, layers, activation, *_arguments_of(transformer), waves,
+    )  # fmt: skip
 
 
 def _arguments_of(transformer: Affine | Spline) -> tuple:
@@ -375,6 +384,7 @@ def masked_solve(
     dparams: Tensor | None = None,
     inner: Tensor | None = None,
     outer: Tensor | None = None,
+    of_features: Tensor | None = None,
     *,
     weights: Tensor,
     ends: Tensor,
@@ -394,12 +404,13 @@ def masked_solve(
         inner: derivatives of the hidden units by their products :math:`W\,p + a`: gate and activation after. None
             stands for 1.
         outer: derivatives of p in the next layer by the hidden units: activation before. None stands for 1.
+        of_features: derivatives of what the network reads of the features, by these. None stands for 1.
         weights, ends, widths, layers: the network, as in :func:`masked_inverse`. Only the bit ``SKIP`` is read.
 
-    Shape: v, slope, u ``[N, D]``; jac, dparams ``[N, D, P]``; inner, outer ``[N, S]``, S hidden units. float32 or
+    Shape: v, slope, of_features, u ``[N, D]``; jac, dparams ``[N, D, P]``; inner, outer ``[N, S]``, S hidden units. float32 or
     float64.
     Raises ValueError for other shapes, dtypes or devices.
     """
     return torch.ops.fastflow.masked_solve.default(
-        v, slope, jac, dparams, inner, outer, weights, ends, widths, layers
+        v, slope, jac, dparams, inner, outer, weights, ends, widths, layers, of_features
     )

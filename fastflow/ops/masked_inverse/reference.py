@@ -59,6 +59,10 @@ class Affine(NamedTuple):
         s, log_s = self._scale(raw)
         return (z - shift) / s if self.affine_order == "scale_first" else z / s - shift, -log_s
 
+    def outside(self, z: Tensor) -> Tensor | None:
+        """None: x depends on each z."""
+        return None
+
     def pullback(self, x: Tensor, params: Tensor, g: Tensor, dlog_slope: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients ``(dx, dparams)`` of :meth:`forward` for those of its results."""
         shift, raw = self._split(params)
@@ -112,7 +116,8 @@ class Spline(NamedTuple):
 
     With the tails ``"half_turn"``, features are angles in :math:`[-b, b]`, b the bound. They are shifted by half of the
     circle, to :math:`x + b` for :math:`x < 0` and to :math:`x - b` for others, and then transformed by a spline with the
-    tails ``"linear"`` (zuko's NCSF).
+    tails ``"linear"`` (zuko's NCSF). With ``"zero"``, the 3 K + 1 parameters of a spline on :math:`[-b, b]` include the
+    slopes at both ends, and both directions are 0 outside, with a log-slope of 0 (normflows, for a list of tails).
     """
 
     bins: int = 8
@@ -137,17 +142,27 @@ class Spline(NamedTuple):
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """z and log dz/dx of each element, for parameters ``[..., P]``."""
-        return _elementwise(self._turned(x), params, self._form, False)
+        return self._inside(x, *_elementwise(self._turned(x), params, self._form, False))
 
     def inverse(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """x and log dx/dz."""
         x, log_slope = _elementwise(z, params, self._form, True)
-        return self._turned(x), log_slope
+        return self._inside(z, self._turned(x), log_slope)
 
     def pullback(self, x: Tensor, params: Tensor, g: Tensor, dlog_slope: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients ``(dx, dparams)`` of :meth:`forward` for those of its results."""
+        """Gradients ``(dx, dparams)`` of :meth:`forward` for those of its results; x is not outside."""
         _, dx, dparams = _pullback(self._turned(x), params, g, dlog_slope, self._form, "x")
         return dx, dparams
+
+    def outside(self, z: Tensor) -> Tensor | None:
+        """Which elements are outside of their interval, so that x is 0; None if x depends on each z."""
+        return z.abs() > self.bound if self.tails == "zero" else None
+
+    def _inside(self, v: Tensor, result: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
+        outside = self.outside(v)
+        if outside is None:
+            return result, log_slope
+        return result.masked_fill(outside, 0), log_slope.masked_fill(outside, 0)
 
 
 def transformer_of(
@@ -198,6 +213,24 @@ def matrices_of(weights: Tensor, sizes: list[int]) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def waved(x: Tensor, waves: Tensor) -> Tensor:
+    """What the network reads of features: a wave and a multiple, ``[4, ...]``."""
+    frequency, of_sin, of_cos, multiple = waves
+    return of_sin * torch.sin(frequency * x) + of_cos * torch.cos(frequency * x) + multiple * x
+
+
+def _wave_slope(x: Tensor, waves: Tensor) -> Tensor:
+    frequency, of_sin, of_cos, multiple = waves
+    return frequency * (of_sin * torch.cos(frequency * x) - of_cos * torch.sin(frequency * x)) + multiple
+
+
+def _wave_gradient(x: Tensor, waves: Tensor, d: Tensor) -> Tensor:
+    """Gradient of the waves, of that of :func:`waved`."""
+    frequency, of_sin, of_cos, _ = waves
+    sin, cos = torch.sin(frequency * x), torch.cos(frequency * x)
+    return torch.stack([(d * v).sum(0) for v in (x * (of_sin * cos - of_cos * sin), sin, cos, x)])
+
+
 def _without_values(ends: Tensor) -> bool:
     """Whether a fake calls the reference."""
     return isinstance(ends, FakeTensor) or ends.is_meta
@@ -211,7 +244,7 @@ def _known(ends: Tensor, features: int) -> list[list[int]]:
 def masked_inverse(
     z: Tensor, weights: Tensor, added: Tensor, gates: Tensor | None, ends: Tensor, order: Tensor, widths: list[int],
     layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str, offset: float, bins: int,
-    bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float,
+    bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float, waves: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     n, features = z.shape
     if _without_values(ends):
@@ -228,7 +261,7 @@ def masked_inverse(
     z_in_order = z.index_select(1, order)
     units = [z_in_order[:, :0]] * (last + 1)  # of the layers, computed so far
     read = list(units)  # by the next layer
-    log_slopes = []
+    found, log_slopes = [], []
 
     def product(layer: int, first: int, end: int) -> Tensor:
         inputs = read[layer - 1]
@@ -255,9 +288,11 @@ def masked_inverse(
             read[layer] = extended(read[layer], activated(u, activation) if layers[layer] & BEFORE else u)
         params = product(last + 1, k * each, (k + 1) * each)
         x, log_slope = transformer.inverse(z_in_order[:, k], params)
-        read[0] = extended(read[0], x.unsqueeze(1))
+        read[0] = extended(read[0], (x if waves is None else waved(x, waves[:, k])).unsqueeze(1))
+        found.append(x)
         log_slopes.append(log_slope)
-    return read[0].index_select(1, order.argsort()).contiguous(), torch.stack(log_slopes, 1).sum(1)
+    x = torch.stack(found, 1)
+    return x.index_select(1, order.argsort()).contiguous(), torch.stack(log_slopes, 1).sum(1)
 
 
 def masked_inverses(
@@ -284,7 +319,7 @@ def masked_inverses(
             first = F.pad(first.view(sizes[1], of_context), (0, 0, 0, len(added) - sizes[1]))
             added = F.linear(context, first, added)
         z, more = torch.ops.fastflow.masked_inverse.default(
-            z, weights, added, None, own_ends, own_order, widths, layers, activation, *form
+            z, weights, added, None, own_ends, own_order, widths, layers, activation, *form, None
         )
         log_det = log_det + more
     return z, log_det
@@ -292,7 +327,7 @@ def masked_inverses(
 
 def masked_solve(
     v: Tensor, slope: Tensor, jac: Tensor, dparams: Tensor | None, inner: Tensor | None, outer: Tensor | None,
-    weights: Tensor, ends: Tensor, widths: list[int], layers: list[int],
+    weights: Tensor, ends: Tensor, widths: list[int], layers: list[int], of_features: Tensor | None,
 ) -> Tensor:  # fmt: skip
     n, features = v.shape
     if _without_values(ends):
@@ -318,7 +353,9 @@ def masked_solve(
         return d @ matrices[layer][rows - d.shape[1] : rows, first:end]
 
     for k in reversed(range(features)):
-        u[k] = (v[:, k : k + 1] - pulled(0, k, k + 1)) / slope[:, k : k + 1]
+        d = pulled(0, k, k + 1)
+        d = d if of_features is None else d * of_features[:, k : k + 1]
+        u[k] = (v[:, k : k + 1] - d) / slope[:, k : k + 1]
         d = jac[:, k] * u[k]
         found[last + 1] = extended(d if dparams is None else d - dparams[:, k], found[last + 1])
         for layer in range(last, 0, -1):
@@ -346,12 +383,12 @@ def masks_of(ends: Tensor, sizes: list[int], each: int) -> list[Tensor]:
 
 
 def masked_inverse_backward(
-    x: Tensor, weights: Tensor, added: Tensor, gates: Tensor | None, ends: Tensor, order: Tensor, widths: list[int],
-    layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str, offset: float, bins: int,
-    bound: float, tails: str, convention: str, factor: float, min_bin: float, min_slope: float, dx: Tensor,
-    dlog_det: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients ``(dz, dweights, dadded, dgates)``: a pass through the network at x, a solve, and a pass back."""
+    z: Tensor, x: Tensor, weights: Tensor, added: Tensor, gates: Tensor | None, ends: Tensor, order: Tensor,
+    widths: list[int], layers: list[int], activation: str, scale: str, affine_order: str, params_layout: str,
+    offset: float, bins: int, bound: float, tails: str, convention: str, factor: float, min_bin: float,
+    min_slope: float, waves: Tensor | None, dx: Tensor, dlog_det: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients ``(dz, dweights, dadded, dgates, dwaves)``: a pass at x, a solve, and a pass back."""
     transformer = transformer_of(
         scale, affine_order, params_layout, offset, bins, bound, tails, convention, factor, min_bin, min_slope
     )
@@ -364,7 +401,10 @@ def masked_inverse_backward(
     gate_parts: Sequence[Tensor] = () if gates is None else gates.split(of_gates, -1)
     x_in_order = x.index_select(1, order)
 
-    units, read = [x_in_order], [x_in_order]  # of layers 0 to L
+    units, read = (
+        [x_in_order],
+        [x_in_order if waves is None else waved(x_in_order, waves.unsqueeze(1))],
+    )  # of layers 0 to L
     products, inner, outer = [], [], []  # of layers 1 to L
     for i, flags in enumerate(layers[:-1]):
         u = read[-1] @ matrices[i].mT + parts[i]
@@ -386,10 +426,15 @@ def masked_inverse_backward(
     zero, one = torch.zeros_like(x_in_order), torch.ones_like(x_in_order)
     slope, jac = transformer.pullback(x_in_order, params, one, zero)
     by_x, dparams = transformer.pullback(x_in_order, params, zero, -dlog_det.unsqueeze(1) * one)
+    outside = transformer.outside(z.index_select(1, order))
+    if outside is not None:  # x does not depend on z there
+        slope = slope.masked_fill(outside, float("inf"))
+        jac, dparams = (v.masked_fill(outside.unsqueeze(-1), 0) for v in (jac, dparams))
     v = dx.index_select(1, order) + by_x
     joined = [torch.cat(parts, 1) if parts else None for parts in (inner, outer)]
+    of_features = None if waves is None else _wave_slope(x_in_order, waves.unsqueeze(1))
     u = torch.ops.fastflow.masked_solve.default(
-        v, slope, jac, dparams, *joined, weights, ends, widths, layers
+        v, slope, jac, dparams, *joined, weights, ends, widths, layers, of_features
     )
     dz = u.index_select(1, order.argsort()).contiguous()
 
@@ -409,10 +454,12 @@ def masked_inverse_backward(
         d = d * inner[i]
         dadded.insert(0, d)
         dweights.insert(0, torch.where(masks[i], d.mT @ read[i], 0.0))
+    dwaves = None if waves is None else _wave_gradient(x_in_order, waves.unsqueeze(1), d @ matrices[0])
     dadded = torch.cat(dadded, 1)
     return (
         dz,
         torch.cat([w.flatten() for w in dweights]),
         dadded.sum(0) if added.ndim == 1 else dadded,
         None if gates is None else torch.cat(dgates, 1),
+        dwaves,
     )

@@ -51,7 +51,7 @@ VARIANTS = (
         (AFTER, 0),
         "elu",
         False,
-        ("exp", *SPLINE, 5, 3.0, "circular", "nflows", 1.0, 1e-3, 1e-3),
+        ("exp", *SPLINE, 5, 1.5, "zero", "nflows", 1.0, 1e-3, 1e-3),
     ),
 )
 
@@ -75,10 +75,11 @@ def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
         gates = torch.rand(n, count, dtype=dtype) if count else None
         z = 0.7 * torch.randn(n, features, dtype=dtype)
         order = torch.arange(features).flip(0)
+        waves = torch.rand(4, features, dtype=dtype) if bins else None
         yield Case(
             "masked_inverse",
             name,
-            (z, weights, added, gates, ends, order, list(widths), list(layers), activation, *form),
+            (z, weights, added, gates, ends, order, list(widths), list(layers), activation, *form, waves),
             ill_conditioned=True,
         )
         if not count:
@@ -113,5 +114,5 @@ def cases(make: Make, shape: tuple[int, ...]) -> Iterator[Case]:
         slope = 1 + torch.rand(n, features, dtype=dtype)
         inner, outer = (torch.rand(n, sum(widths), dtype=dtype) for _ in range(2))
         rest = (dparams, inner, outer) if context else (None, inner, None)
-        network = weights, ends, list(widths), list(layers)
+        network = weights, ends, list(widths), list(layers), slope.flip(1) if bins else None
         yield Case("masked_solve", name, (z, slope, jac, *rest, *network), ill_conditioned=True)

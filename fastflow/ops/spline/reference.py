@@ -15,7 +15,7 @@ def parameters_per_element(bins: int, tails: str, convention: str) -> int:
     """Number of parameters of one spline: widths, heights, slopes, and the domain of FrEIA's."""
     if convention == "freia":
         return 3 * bins + (1 if tails == "affine" else 0)
-    return 3 * bins + {"linear": -1, "circular": 0, "none": 1}[tails]
+    return 3 * bins + {"linear": -1, "circular": 0, "none": 1, "zero": 1}[tails]
 
 
 class Form(NamedTuple):
