@@ -28,6 +28,9 @@ def find_cuda_home() -> Path | None:
     )
 
 
+# pip's ninja lies beside python, a folder that need not be on PATH; without ninja torch compiles one file after the other
+os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+
 cuda_home = find_cuda_home()
 if cuda_home:  # before torch is imported, which reads it once
     os.environ["CUDA_HOME"] = str(cuda_home)

@@ -1,6 +1,8 @@
 """The workflow files are valid, and a release is refused while something is missing."""
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 
@@ -20,6 +22,12 @@ def test_workflow_files_are_valid(schema):
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *SCHEMAS[schema]]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_wheels_are_built_for_the_pythons_that_the_package_names():
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    built = re.search(r"python: (\[.*\])", (ROOT / ".github/workflows/wheels.yml").read_text())[1]
+    assert named == json.loads(built)
 
 
 @pytest.fixture
