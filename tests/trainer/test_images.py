@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fastflow.trainer import data
+from fastflow.trainer.data import decode as decoding
 from fastflow.trainer.data.decode import DamagedError, decode, header
 from fastflow.trainer.data.source import DataError
 from tests.support.pictures import save_images
@@ -287,6 +288,19 @@ def test_damaged_files_are_one_line_with_their_name_or_skipped(tmp_path):
     data.Batches(source, source.length, seed=0)[0]
     assert source.length + len(source.test) == 8
     assert source.notes[0].endswith(f"; skipped 6 damaged ({', '.join(sorted(names))})")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "I;16", "CMYK"])
+def test_large_images_are_converted_in_strips_of_the_same_pixels(tmp_path, monkeypatch, mode):
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image = Image.fromarray(np.stack([*COLOR, ALPHA], -1), "RGBA")
+    if mode == "I;16":
+        image = Image.fromarray(GRAY.astype(np.uint16) * 257)
+    image = image.convert(mode)
+    image.save(path, **({"transparency": 3} if mode == "P" else {}))
+    whole = [read(path, channels) for channels in (1, 3)]
+    monkeypatch.setattr(decoding, "_STRIP", 3 * SIDE)  # the last strip is narrower
+    assert all(np.array_equal(read(path, channels), whole[channels // 2]) for channels in (1, 3))
 
 
 def test_large_images_are_read_without_a_warning(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """Image files as uint8 arrays."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +19,7 @@ _GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F"}
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two
 _ORIENTATION = 274  # EXIF's tag
+_STRIP = 2**23  # pixels that are converted together
 _LONGEST = 64  # times the shorter side; more is cropped before the image is resized
 # by EXIF's orientation, which says how the camera was held
 _UPRIGHT = dict(
@@ -57,7 +58,8 @@ def decode(
         _scale_key(image)
         image.load()
         orientation = _orientation(image)  # after load, which turns a TIFF itself
-        image = _composited(_in_8_bits(image, file), background).convert("L" if channels == 1 else "RGB")
+        _check_samples(image, file)
+        image = _converted(image, "L" if channels == 1 else "RGB", background)
         if orientation in _UPRIGHT:
             image = image.transpose(Image.Transpose[_UPRIGHT[orientation]])
     image = _without_ends(image)
@@ -147,17 +149,44 @@ def _scale_key(image: "Image.Image") -> None:
         image.info["transparency"] *= factor
 
 
-def _in_8_bits(image: "Image.Image", file: Path) -> "Image.Image":
-    """The image with samples of 8 bits."""
-    from PIL import Image
+def _tags(image: "Image.Image") -> Mapping:
+    return image.tag_v2 if image.format == "TIFF" else {}
 
-    tags = image.tag_v2 if image.format == "TIFF" else {}
+
+def _check_samples(image: "Image.Image", file: Path) -> None:
+    """Raise DataError for samples without a range, and for colors that Pillow does not convert."""
+    tags = _tags(image)
     signed = _SIGNED in tags.get(_SAMPLE_FORMAT, ())
     if image.mode == "F" or signed or (image.mode == "I" and tags):
         got = "floating point" if image.mode == "F" else "signed or 32-bit"
         raise DataError(f"{printable(file)}: got {got} samples, which have no range, expected 8 or 16 bits")
     if image.mode == "LAB":
         raise DataError(f"{printable(file)}: got LAB colors, expected gray, RGB or CMYK")
+
+
+def _converted(image: "Image.Image", mode: str, background: str) -> "Image.Image":
+    """The image in 8 bits, without transparency, in ``mode``.
+
+    It is converted in strips: the copies of a whole image of Pillow's largest size would take 3 GB.
+    """
+    from PIL import Image
+
+    if image.mode == mode and not image.has_transparency_data:
+        return image
+    tags, size = _tags(image), image.size
+    if size[0] * size[1] <= _STRIP:
+        return _composited(_in_8_bits(image, tags), background).convert(mode)
+    found, rows = Image.new(mode, size), max(1, _STRIP // size[0])
+    for top in range(0, size[1], rows):
+        strip = image.crop((0, top, size[0], min(size[1], top + rows)))
+        found.paste(_composited(_in_8_bits(strip, tags), background).convert(mode), (0, top))
+    return found
+
+
+def _in_8_bits(image: "Image.Image", tags: Mapping) -> "Image.Image":
+    """The image with samples of 8 bits; ``tags`` are those of TIFF."""
+    from PIL import Image
+
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     samples, most = np.asarray(image).astype(np.int64), 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
