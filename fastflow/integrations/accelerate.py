@@ -93,7 +93,7 @@ class Report:
 def accelerate(
     model: nn.Module,
     classes: Mapping[type, type[Accelerated]],
-    known: Callable,
+    known: Callable[[type], bool],
     chains: Mapping[type, type[Chain]] | None = None,
     check: Check | None = None,
 ) -> Report:
@@ -114,7 +114,7 @@ def accelerate(
 def _accelerated(
     model: nn.Module,
     classes: Mapping[type, type[Accelerated]],
-    known: Callable,
+    known: Callable[[type], bool],
     chains: Mapping[type, type[Chain]],
     check: Check | None,
     bar: ProgressBar,

@@ -1,6 +1,7 @@
 """A multi-scale model of one's own levels."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch.distributions import Distribution
 
@@ -8,6 +9,8 @@ from fastflow import validation
 from fastflow.models.levels import latent_shapes
 from fastflow.models.model import Model
 from fastflow.nn import Dequantize, DistributionPrior, Flow, GaussianPrior, IdentityDequantize, Prior, Split
+
+T = TypeVar("T")
 
 
 class ImageFlow(Model):
@@ -86,7 +89,7 @@ class ImageFlow(Model):
         return list(self._latent_shapes)
 
 
-def _listed(argument: str, modules: Sequence, kind: type) -> list:
+def _listed(argument: str, modules: Sequence[T], kind: type[T]) -> list[T]:
     if not isinstance(modules, Sequence):
         raise validation.argument_error(argument, type(modules).__name__, f"a list of {kind.__name__}s")
     for i, module in enumerate(modules):

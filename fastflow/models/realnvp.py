@@ -15,6 +15,7 @@ from fastflow.models.options import (
 from fastflow.nn import (
     AffineCoupling,
     BatchNorm,
+    Flow,
     GaussianPrior,
     LogitDequantize,
     Permute,
@@ -105,7 +106,7 @@ class RealNVP(Model):
     def __init__(self, config: RealNVPConfig) -> None:
         (c, h, w), hidden, features = config.image_shape, config.hidden, config.context_features
 
-        def coupling(channels: int, hidden: int, mask: str, flip: bool) -> list:
+        def coupling(channels: int, hidden: int, mask: str, flip: bool) -> list[Flow]:
             seen, changed = (channels, channels) if mask == "checkerboard" else (channels // 2, channels // 2)
             if config.network is None:
                 net = ResidualNetwork(seen, 2 * changed, hidden, config.blocks, features)

@@ -1,6 +1,7 @@
 """Activation normalization."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,10 @@ class _Group:
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
         self.group = group
 
-    def __deepcopy__(self, memo: dict) -> "_Group":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Group":
         return self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Group, ()
 
 
@@ -119,10 +120,10 @@ class ActNorm(Flow):
         super()._load_from_state_dict(*args, **kwargs)
         self._read = not self.initialized.is_meta and bool(self.initialized)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"process_group": self.process_group and _Group(self.process_group)}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         group = state.get("process_group")
         super().__setstate__(state | {"process_group": group.group if isinstance(group, _Group) else group})
 

@@ -1,6 +1,7 @@
 """Affine and additive coupling."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ class AffineCoupling(MaskedCoupling):
         """x with the second half of ``taken`` as its transformed part."""
         return self._parts(x).merged(x, taken[:, taken.shape[1] // 2 :])
 
-    def _variant(self, direct: bool) -> dict:
+    def _variant(self, direct: bool) -> dict[str, Any]:
         form = {"scale": self.scale, "affine_order": self.affine_order, "params_layout": self.params_layout}
         if direct:
             return {"mask": self.mask, "swap_halves": self.swap_halves} | form

@@ -83,7 +83,7 @@ class Dequantize(_Likeness):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return ops.dequantize_inverse(z, **self._map())
 
-    def _map(self) -> dict:
+    def _map(self) -> dict[str, Any]:
         return {"n_bits": self.n_bits, "scale": self.scale, "shift": self.shift, "logit": self.logit}
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,14 @@ class ElementwiseCoupling(MaskedCoupling):
 
     @abstractmethod
     def _transform(
-        self, v: Tensor, params: Tensor, channels: dict, inverse: bool = False
+        self, v: Tensor, params: Tensor, channels: dict[str, Any], inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The op; ``channels`` are its arguments that name the transformed channels."""
         raise NotImplementedError(f"{type(self).__name__} has no _transform")
 
     @abstractmethod
     def _transform_inverse_backward(
-        self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict
+        self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} has no _transform_inverse_backward")
 
@@ -43,7 +44,7 @@ class ElementwiseCoupling(MaskedCoupling):
         validation.floating_point("x", x)
         return super()._parts(x)
 
-    def _operands(self, parts: Parts, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, dict]:
+    def _operands(self, parts: Parts, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """x, parameters and channels of the op: all of x for a mask of channels, else its transformed part."""
         each = self.each
         count = parts.channels(x)

@@ -78,12 +78,12 @@ class MixtureCDFCoupling(ElementwiseCoupling):
         return mixture_cdf_parameters(self.components)
 
     def _transform(
-        self, v: Tensor, params: Tensor, channels: dict, inverse: bool = False
+        self, v: Tensor, params: Tensor, channels: dict[str, Any], inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         return mixture_cdf(v, params, **channels, components=self.components, inverse=inverse)
 
     def _transform_inverse_backward(
-        self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict
+        self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         given: dict[str, Any] = {"channel_order": None} | channels
         return mixture_cdf_inverse_backward(

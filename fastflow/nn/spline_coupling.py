@@ -1,5 +1,7 @@
 """Coupling with rational-quadratic splines."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastflow.nn.elementwise_coupling import ElementwiseCoupling
@@ -68,17 +70,17 @@ class SplineCoupling(ElementwiseCoupling):
     def each(self) -> int:
         return parameters_per_element(self.bins, self.tails, self.convention)
 
-    def _form(self) -> dict:
+    def _form(self) -> dict[str, Any]:
         names = "bins", "bound", "tails", "convention", "factor", "min_bin", "min_slope"
         return {name: getattr(self, name) for name in names}
 
     def _transform(
-        self, v: Tensor, params: Tensor, channels: dict, inverse: bool = False
+        self, v: Tensor, params: Tensor, channels: dict[str, Any], inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         return spline(v, params, **channels, **self._form(), inverse=inverse)
 
     def _transform_inverse_backward(
-        self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict
+        self, y: Tensor, params: Tensor, dy: Tensor, dlog_det: Tensor, channels: dict[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
         given = {"channel_order": None} | channels
         return spline_inverse_backward(y, params, dy=dy, dlog_det=dlog_det, **given, **self._form())

@@ -90,13 +90,13 @@ class Implementations:
 
     name: str
     folder: str
-    fallback: Callable
+    fallback: Callable[..., Any]
     device_of: int = 0
     triton: bool = False
     compiled: tuple[str, ...] = ()
     eligible: Callable[..., bool] | None = None
     eligible_compiled: Callable[..., bool] | None = None
-    call: Callable | None = None
+    call: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if _backend == "reference":

@@ -28,18 +28,18 @@ def folders() -> list[str]:
 
 
 def register(
-    reference: Callable,
+    reference: Callable[..., Any],
     *,
     check: Callable[..., None] | None = None,
     triton: bool = False,
     compiled: Sequence[str] = (),
     eligible: Callable[..., bool] | None = None,
     eligible_compiled: Callable[..., bool] | None = None,
-    call: Callable | None = None,
+    call: Callable[..., Any] | None = None,
     compiled_schema: str | None = None,
-    fallback: Callable | None = None,
+    fallback: Callable[..., Any] | None = None,
     outputs: str = "",
-    backward: Callable | None = None,
+    backward: Callable[..., Any] | None = None,
     gradients: str = "",
     integers: str = "",
     writes: str = "",
@@ -140,7 +140,7 @@ def define_compiled(name: str, schema: str, emulated: bool = False) -> None:
         torch.library.define(f"{namespace}::{name}", schema.replace("SymInt", "int"))
 
 
-def _decomposition(reference: Callable) -> Callable:
+def _decomposition(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference for torch.onnx.export, in operators that write no tensor; strides may then differ.
 
     torch.compile and torch.export keep the op: their tables of decompositions are others. Fake tensors with
@@ -156,7 +156,9 @@ def _decomposition(reference: Callable) -> Callable:
     return body
 
 
-def _checking(check: Callable[..., None] | None, names: list[str]) -> Callable[[Callable], Callable]:
+def _checking(
+    check: Callable[..., None] | None, names: list[str]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator that runs ``check`` on the arguments of an op before its body."""
     if check is None:
         return lambda body: body
@@ -171,7 +173,7 @@ def _checking(check: Callable[..., None] | None, names: list[str]) -> Callable[[
     pick = _getter([places.index(p.name) for p in expected])
     first = names[0]
 
-    def checked(body: Callable) -> Callable:
+    def checked(body: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(body)
         def run(*args: object) -> object:
             check(first, args[0], *pick(args + defaults))
@@ -182,14 +184,14 @@ def _checking(check: Callable[..., None] | None, names: list[str]) -> Callable[[
     return checked
 
 
-def _getter(places: list[int]) -> Callable[[tuple], tuple]:
+def _getter(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
     """Like ``itemgetter(*places)``, but the result is a tuple for any number of places."""
     if len(places) > 1:
         return itemgetter(*places)
     return (lambda values: (values[places[0]],)) if places else (lambda values: ())
 
 
-def _without_autocast(body: Callable) -> Callable:
+def _without_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
     """Disables autocast in an op, which would compute its matrix products in half precision."""
 
     def exact(*args: object) -> object:
@@ -205,7 +207,7 @@ def _function(
     name: str,
     parameters: list[inspect.Parameter],
     outputs: list[str],
-    backward: Callable,
+    backward: Callable[..., Any],
     gradients: list[str],
     integers: list[str],
     in_place: bool,
@@ -272,7 +274,9 @@ def _is_op(name: str) -> bool:
     return hasattr(torch.ops.fastflow, name)
 
 
-def _skipping(function: type[torch.autograd.Function], reference: Callable, name: str) -> Callable:
+def _skipping(
+    function: type[torch.autograd.Function], reference: Callable[..., Any], name: str
+) -> Callable[..., Any]:
     """Calls ``function.apply``, in a transform the reference, or the op below autograd if gradients are disabled.
 
     ``apply`` takes 7 us, half the time of a small op. Forward-mode AD stays enabled under ``no_grad``.
@@ -290,7 +294,7 @@ def _skipping(function: type[torch.autograd.Function], reference: Callable, name
     return body
 
 
-def _recorded(reference: Callable, name: str) -> Callable:
+def _recorded(reference: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Calls ``reference`` if autograd records it, otherwise the op below autograd."""
     op = getattr(torch.ops.fastflow, name).default
 
@@ -304,7 +308,7 @@ def _recorded(reference: Callable, name: str) -> Callable:
     return body
 
 
-def _vmapped(reference: Callable, name: str, folded: list[int]) -> Callable:
+def _vmapped(reference: Callable[..., Any], name: str, folded: list[int]) -> Callable[..., Any]:
     """Runs an op under vmap: on samples at the positions ``folded`` at once, else the reference.
 
     Not ``torch.library.register_vmap``, which could not run the reference: it hides vmap from it.
@@ -344,7 +348,7 @@ def _samples(value: Tensor, mapped: int | None) -> int:
     return value.shape[0 if mapped is None or mapped % value.ndim else 1]
 
 
-def _counting_writes(name: str) -> Callable:
+def _counting_writes(name: str) -> Callable[..., Any]:
     """Runs an in-place op after it increments the version of the written tensor.
 
     By the version, autograd finds that a tensor was changed after an operation had saved it.
@@ -359,7 +363,7 @@ def _counting_writes(name: str) -> Callable:
     return body
 
 
-def _in_place(differentiable: Callable, argument: str) -> Callable:
+def _in_place(differentiable: Callable[..., Any], argument: str) -> Callable[..., Any]:
     """Checks that autograd permits a write, which ``autograd.Function`` only does after it, and returns None."""
 
     def body(x: Tensor, *args: object) -> None:

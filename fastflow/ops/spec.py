@@ -12,6 +12,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Case:
 
     op: str
     variant: str
-    args: tuple
+    args: tuple[Any, ...]
     bytes_moved: int | None = None
     launches: int = 1
     operations: tuple[str, ...] = ()

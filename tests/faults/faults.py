@@ -2009,8 +2009,8 @@ TRAINER = [
     Fault(
         "columns of a CSV file in the order of the file",
         "fastflow/trainer/data/table.py",
-        "indices = [names.index(name) for name in (*chosen.x, *chosen.context)]",
-        "indices = sorted(names.index(name) for name in (*chosen.x, *chosen.context))",
+        "indices = [places[name] for name in (*chosen.x, *chosen.context)]",
+        "indices = sorted(places[name] for name in (*chosen.x, *chosen.context))",
         "tests/trainer/test_table.py -k split",
     ),
     Fault(

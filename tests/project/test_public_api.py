@@ -9,21 +9,10 @@ import importlib
 import inspect
 import re
 from pathlib import Path
-from types import ModuleType
+
+from tests.support.public_names import MODULES, defined, functions
 
 PAGE = Path(__file__).with_name("public_api.txt")
-MODULES = (
-    "fastflow",
-    "fastflow.distributed",
-    "fastflow.explore",
-    "fastflow.export",
-    "fastflow.integrations.accelerate",
-    "fastflow.models",
-    "fastflow.nn",
-    "fastflow.ops",
-    "fastflow.reference",
-    "fastflow.reversible",
-)
 
 
 def parameters(function: object) -> str:
@@ -33,29 +22,11 @@ def parameters(function: object) -> str:
     return re.sub(r"<(?:function|class|object) '?([\w.]+)[^>]*>", r"\1", text)
 
 
-def is_ours(value: object) -> bool:
-    return (getattr(value, "__module__", None) or "").startswith("fastflow")
-
-
-def defined(module: ModuleType) -> list[str]:
-    """Names without a leading underscore that the module defines, for modules without ``__all__``."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
-    ]
-
-
 def methods(cls: type) -> list[str]:
-    found = []
-    for name in sorted(dir(cls)):
-        value = inspect.getattr_static(cls, name)
-        function = getattr(value, "__func__", value)
-        if inspect.isfunction(function) and is_ours(function) and (name == "__init__" or name[0] != "_"):
-            found.append(f"{name}{parameters(function)}")
-        elif isinstance(value, property) and is_ours(value.fget) and name[0] != "_":
-            found.append(name)
-    return found
+    return [
+        name if isinstance(inspect.getattr_static(cls, name), property) else f"{name}{parameters(function)}"
+        for name, function in functions(cls)
+    ]
 
 
 def public_api() -> str:

@@ -302,7 +302,7 @@ def masked_inverse(
     )  # fmt: skip
 
 
-def _arguments_of(transformer: Affine | Spline) -> tuple:
+def _arguments_of(transformer: Affine | Spline) -> tuple[Any, ...]:
     """Those of an op, from ``scale`` to ``min_slope``."""
     if isinstance(transformer, Affine):
         scale, affine_order, params_layout, factor, offset = transformer

@@ -312,7 +312,7 @@ def masked_inverses(
     found = torch.where(
         places < 0, 0.0, parameters.index_select(0, places.clamp_min(0).flatten()).view(places.shape)
     )
-    log_det = 0.0
+    log_det = z.new_zeros(z.shape[0])
     for own, own_ends, own_order in zip(found, ends, order, strict=True):
         weights, first, added = own.split([sum(rows), sizes[1] * of_context, sum(sizes[1:])])
         if context is not None:
