@@ -64,14 +64,10 @@ def _inverses(layers: Sequence[Theirs]) -> tuple[Tensor, Tensor]:
 class LU(Accelerated):
     """``LULinear``: one product with L U, which a composite computes for all of its layers at once."""
 
-    @classmethod
-    def refusal(cls, module: Theirs) -> str | None:
-        return "using_cache=True" if module.using_cache else None
-
     def forward(
         self, inputs: Tensor, context: Tensor | None = None, *matrices: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if _is_half(self):
+        if _is_half(self) or _is_cached(self):
             return super().forward(inputs, context)
         weight, _, _, log_det = matrices or (m[0] for m in _matrices([self]))
         return F.linear(inputs, weight, self.bias), log_det.expand(inputs.shape[0])
@@ -79,7 +75,7 @@ class LU(Accelerated):
     def inverse(
         self, inputs: Tensor, context: Tensor | None = None, *matrices: Tensor
     ) -> tuple[Tensor, Tensor]:
-        if _is_half(self):
+        if _is_half(self) or _is_cached(self):
             return super().inverse(inputs, context)
         if len(matrices) == len(("inverse", "shift", "log_det")):
             inverse, shift, log_det = matrices
@@ -96,11 +92,16 @@ def _is_half(layer: Theirs) -> bool:
     return layer.bias.dtype not in (torch.float32, torch.float64)
 
 
+def _is_cached(layer: Theirs) -> bool:
+    """Whether the library keeps the matrices of a layer, which are then the fastest."""
+    return not layer.training and getattr(layer, "using_cache", False)
+
+
 def _shared(layers: Sequence[Theirs], inverse: bool) -> dict[int, tuple[Tensor, ...]]:
     """Matrices of the LU layers among ``layers``, by position, computed for those of one size at once."""
     kinds: dict[tuple, list[int]] = {}
     for i, layer in enumerate(layers):
-        if isinstance(layer, LU) and not _is_half(layer) and not has_hooks(layer):
+        if isinstance(layer, LU) and not (_is_half(layer) or _is_cached(layer) or has_hooks(layer)):
             key = layer.features, layer.eps, layer.bias.dtype, layer.bias.device
             kinds.setdefault(key, []).append(i)
     found = {}
@@ -150,6 +151,8 @@ class ReversibleComposite(Chain, Composite):
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layers = list(_flattened(self))
         if not layers or (context is not None and not isinstance(context, Tensor)):
+            return super().forward(inputs, context)
+        if any(map(_is_cached, layers)):  # would be kept without the graph that a gradient needs
             return super().forward(inputs, context)
 
         def matrices(layers: Sequence[nn.Module]) -> list[tuple[Tensor | None, ...]]:
@@ -244,10 +247,6 @@ class OneByOneConvolution(Accelerated):
 
     BYPASSED = ("permutation",)
 
-    @classmethod
-    def refusal(cls, module: Theirs) -> str | None:
-        return "using_cache=True" if module.using_cache else None
-
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self._takes(inputs):
             return super().forward(inputs, context)
@@ -267,7 +266,30 @@ class OneByOneConvolution(Accelerated):
         return torch.argsort(self.permutation._permutation)
 
     def _takes(self, inputs: Tensor) -> bool:
-        return inputs.ndim == 4 and inputs.shape[1] == self.features and is_plain(inputs, self.bias)
+        fits = inputs.ndim == 4 and inputs.shape[1] == self.features
+        return fits and is_plain(inputs, self.bias) and not _is_cached(self)
+
+
+class BatchNorm(Accelerated):
+    """``BatchNorm``: one scale of a feature, and one logarithm of it."""
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if inputs.dim() != 2:
+            return super().forward(inputs, context)  # raises
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            var, mean = torch.var_mean(inputs, 0)
+            for kept, new in ((self.running_mean, mean), (self.running_var, var)):
+                kept.mul_(1 - self.momentum).add_(new.detach(), alpha=self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return torch.addcmul(self.bias, inputs - mean, scale), scale.log().sum().expand(inputs.shape[0])
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if inputs.dim() != 2 or self.training:
+            return super().inverse(inputs, context)  # raises
+        scale = torch.sqrt(self.running_var + self.eps) / self.weight
+        outputs = torch.addcmul(self.running_mean, inputs - self.bias, scale)
+        return outputs, scale.log().sum().expand(inputs.shape[0])
 
 
 class ActNorm(Accelerated):
@@ -306,6 +328,7 @@ def classes(transforms: ModuleType, resnet: ModuleType) -> dict[type, type[Accel
         transforms.MaskedPiecewiseQuadraticAutoregressiveTransform: piecewise_layers.QuadraticAutoregressive,
         transforms.OneByOneConvolution: OneByOneConvolution,
         transforms.ActNorm: ActNorm,
+        transforms.BatchNorm: BatchNorm,
         transforms.LULinear: LU,
         transforms.CompositeTransform: Composite,
         resnet.ResidualBlock: ResidualBlock,

@@ -18,7 +18,8 @@ REPLACED = {
     "NSF": "PiecewiseRationalQuadraticCouplingTransform",
     "MAF": "MaskedAffineAutoregressiveTransform",
 }
-TRAINING = {"max_epochs": 2, "batch_size": 50, "patience": 5}
+# Adam would divide the gradient of a mean that batch norm takes away, which is rounding, by 1e-8
+TRAINING = {"max_epochs": 2, "batch_size": 50, "patience": 5, "optimiser": "sgd"}
 
 
 def accelerated(name):
@@ -66,9 +67,8 @@ def test_flow_models(name, tmp_path, double):
     for made in (plain, faster):
         torch.manual_seed(2)
         losses.append(made.train(x, plot=False))
-    # batch norm takes away the mean of a coupling, whose gradient is rounding; Adam divides it by 1e-8
     for kind in ("loss", "val_loss"):
-        assert_close(losses[1][kind], losses[0][kind], 1e-6)
+        assert_close(losses[1][kind], losses[0][kind])
     before = numbers(plain, x)
     faster.load_weights(plain.weights_file)
     assert_close(numbers(faster, x), before)

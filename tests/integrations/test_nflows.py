@@ -1,5 +1,6 @@
 """Flows of nflows and of its fork glasflow.nflows, accelerated in place: the same numbers and gradients."""
 
+import copy
 import importlib
 
 import pytest
@@ -292,6 +293,51 @@ def test_actnorm(library, shape, by_op, monkeypatch):
             layer.load_state_dict(empty)
 
 
+@pytest.mark.parametrize("name, shape", [("LULinear", (6, 4)), ("OneByOneConvolution", (6, 4, 2, 3))])
+def test_layers_that_keep_their_matrices(library, name, shape):
+    """As in nessai. In training they keep none; then they are the library's, and so are those that are kept."""
+    make, x = getattr(library.transforms, name), torch.randn(shape)
+    layers = [make(4, using_cache=True, identity_init=False) for _ in range(2)]
+    before = randomized(library.transforms.CompositeTransform(layers))
+    report = assert_same(library.ff, before, BOTH, x)
+    assert list(report.replaced.values()) == ["CompositeTransform", name, name]
+    after = copy.deepcopy(before)
+    library.ff.accelerate(after, reversible=True)
+    for training in (False, True, False):
+        for call in BOTH.values():
+            wanted, found = (call(m.train(training), x, None) for m in (before, after))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        gradients = [torch.autograd.grad(m(x)[0].sum(), list(m.parameters())) for m in (before, after)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        for layer, kept in zip(before._transforms, after._transforms, strict=True):
+            assert (layer.cache.weight is None) == training
+            torch.testing.assert_close(vars(kept.cache), vars(layer.cache), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for m in (before, after):
+                m._transforms[0].bias.add_(1)
+
+
+def test_batch_norm(library):
+    x = 3 + 2 * torch.randn(20, 3)
+    model = randomized(library.transforms.BatchNorm(3))
+    report = assert_same(library.ff, model, {"forward": BOTH["forward"]}, x)
+    assert report.replaced == {"": "BatchNorm"}
+    faster = copy.deepcopy(model)
+    library.ff.accelerate(faster)
+    for _ in range(3):
+        for m in (model, faster):
+            m(x)
+    torch.testing.assert_close(faster.state_dict(), model.state_dict())
+    assert_same(library.ff, model.eval(), BOTH, x)
+    for wrong in (lambda m: m(x[:, :, None]), lambda m: m.train().inverse(x)):
+        errors = []
+        for m in (model, faster):
+            with pytest.raises(Exception) as error:  # noqa: PT011
+                wrong(m)
+            errors.append((error.type, str(error.value)))
+        assert errors[0] == errors[1]
+
+
 def test_training_coincides(library):
     torch.manual_seed(0)
     x, c = torch.randn(64, 4).double(), torch.randn(64, CONTEXT).double()
@@ -304,7 +350,7 @@ def test_what_is_left_alone_is_named(library):
 
     parts = [
         Own(4),
-        library.transforms.LULinear(4, using_cache=True),
+        library.transforms.SVDLinear(4, 2),
         library.coupling([0, 0, 1, 1], min_bin_width=0.1),
         library.transforms.HouseholderSequence(4, 2),
         library.transforms.RandomPermutation(4),
@@ -312,12 +358,12 @@ def test_what_is_left_alone_is_named(library):
     model = library.transforms.CompositeTransform(parts)
     report = library.ff.accelerate(model)
     assert report.left_alone["_transforms.0"] == ("Own", "a subclass of a layer that is covered")
-    assert report.left_alone["_transforms.1"] == ("LULinear", "using_cache=True")
+    assert report.left_alone["_transforms.1"] == ("SVDLinear", "not covered")
     assert report.left_alone["_transforms.2"][1] == "min_bin_width and min_bin_height differ"
     assert report.left_alone["_transforms.3"] == ("HouseholderSequence", "not covered")
     assert "_transforms.4" not in report.left_alone  # a permutation cannot be faster
     assert type(parts[1]).__module__.startswith(type(parts[4]).__module__.split(".transforms")[0])
-    assert "LULinear: left alone, using_cache=True" in str(report)
+    assert "SVDLinear: left alone, not covered" in str(report)
     assert "CompositeTransform: replaced" in str(report)
     assert str(library.ff.accelerate(nn.Linear(2, 2))) == "nothing to replace was found"
     again = library.ff.accelerate(model)
