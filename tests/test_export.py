@@ -113,13 +113,17 @@ class OtherLayers(nn.Module):
             fnn.Sequential(fnn.Exp(), fnn.Inverse(fnn.Softplus())),
             fnn.Sequential(fnn.Tanh(), fnn.Inverse(fnn.SoftClip(1.0))),
             fnn.Sequential(fnn.Sigmoid(), fnn.Logit()),
-            fnn.MaskedAutoregressive(fnn.MaskedNetwork(4, 2, (5, 4), residual=True, order="reverse")),
-            fnn.Inverse(fnn.MaskedAutoregressive(fnn.MaskedNetwork(4, 8, (5,)), "spline", bins=3)),
         ]
-        self.flows = nn.ModuleList(flows)
+        masked = [
+            fnn.MaskedAutoregressive(fnn.MaskedNetwork(2, 2, (5, 4), residual=True, order="reverse")),
+            fnn.Inverse(fnn.MaskedAutoregressive(fnn.MaskedNetwork(2, 8, (5,)), "spline", bins=3)),
+        ]
+        self.flows, self.masked = nn.ModuleList(flows), nn.ModuleList(masked)
 
     def forward(self, x):
-        return *self.linear(x), *(v for flow in self.flows for d in (flow, flow.inverse) for v in d(x))
+        pairs = x[:, :2]  # the graph of an inverse has a part for each feature
+        given = [(flow, x) for flow in self.flows] + [(flow, pairs) for flow in self.masked]
+        return *self.linear(x), *(v for flow, w in given for d in (flow, flow.inverse) for v in d(w))
 
 
 @pytest.mark.slow

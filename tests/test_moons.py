@@ -28,7 +28,7 @@ def ten_gaussians(held_out):
 
 @pytest.mark.slow
 def test_the_density_is_one_and_above_a_mixture_of_gaussians(held_out, ten_gaussians):
-    model = trained("mixture", steps=400, batch=1024)
+    model = trained("mixture", steps=350, batch=512)
     _, integral = explore.density(model, EXAMPLE["LIMITS"], size=400)
     assert integral == pytest.approx(1, abs=0.01)
     with torch.no_grad():

@@ -178,9 +178,9 @@ def test_reversible_gradients(kind):
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-8)
 
 
-@of_models
-@pytest.mark.parametrize("context_features", [None, 2])
+@pytest.mark.parametrize("kind, context_features", [(MAF, None), (IAF, 2), (MODELS["RQ-NSF (AR)"], 2)])
 def test_compiles_without_a_graph_break(kind, context_features):
+    """A context adds the same to the networks of each model."""
     torch._dynamo.reset()
     model = flow(kind, 4, context_features)
     x = torch.randn(5, 4, dtype=torch.float64)
