@@ -162,7 +162,7 @@ class MaskedAutoregressive(Flow):
         context = checked_context(z, context, net.context_features)
         with without_autocast(z.device):
             context = None if context is None else context.to(net.layers[0].weight.dtype)
-            plan, (added, gates) = net.plan(), net.context_terms(context)
+            plan, added, gates = net.one_pass(context)
         x, log_det = ops.masked_inverse(
             z.to(dtype),
             plan.weights.to(dtype),

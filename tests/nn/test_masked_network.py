@@ -207,6 +207,14 @@ def test_zeros_at_the_start():
     assert 0 < net.layers[2].weight.abs().max() <= 1e-3
 
 
+def test_another_order_is_that_of_the_next_pass():
+    net = MaskedNetwork(3, 2, (6,), order="reverse")
+    with torch.no_grad():
+        assert net.one_pass()[0].order is net.order
+        net.order = net.order[[1, 0, 2]]
+        assert net.one_pass()[0].order is net.order and net.plan().order is net.order
+
+
 def test_kept_weights_follow_the_parameters():
     net = trained(3, 2, (6, 6))
     x = torch.randn(5, 3, dtype=F64)
@@ -218,7 +226,10 @@ def test_kept_weights_follow_the_parameters():
 
         def changes(change):
             before, plan, biases = net(x), net.plan().weights, net.context_terms()[0]
+            assert net.one_pass()[0].weights is plan and net.one_pass()[1] is biases
             change()
+            assert torch.equal(net.one_pass()[0].weights, net.plan().weights)
+            assert torch.equal(net.one_pass()[1], net.context_terms()[0])
             assert not torch.equal(net(x), before) and net.plan().weights is not plan
             assert net.context_terms()[0] is not biases
             fresh = copy.deepcopy(net)

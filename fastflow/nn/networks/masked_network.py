@@ -219,6 +219,15 @@ class MaskedNetwork(nn.Module):
         order = structure.features if self.order is None else self.order
         return Plan(weights, structure.ends, order, self.widths, self.flags)
 
+    def one_pass(self, context: Tensor | None = None) -> tuple[Plan, Tensor, Tensor | None]:
+        """:meth:`plan` and :meth:`context_terms`, of which what needs no context is kept together."""
+        if context is not None:
+            return self.plan(), *self._terms(context)
+        plan, biases = self._unless_fresh("one pass", lambda: (self.plan(), self.context_terms()[0]))
+        if self.order is not None and plan.order is not self.order:
+            plan = plan._replace(order=self.order)
+        return plan, biases, None
+
     def _sorted_weights(self, structure: "_Structure") -> Tensor:
         orders = structure.orders
         pairs = zip(self._weights(structure), [*orders, None], [None, *orders], strict=True)
