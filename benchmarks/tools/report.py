@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md, its plots and README's numbers from the rows in results/. Measures nothing.
+"""Writes docs/benchmarks.md, its plots, docs/dingo.md and README's numbers from the rows in results/. Measures nothing.
 
     python -m benchmarks.tools.report
 
@@ -12,6 +12,7 @@ import re
 import statistics
 from pathlib import Path
 
+from benchmarks.models import drop_in
 from benchmarks.models.training_speed import COMPILED, IS_DEFAULT, batch_of, model_of
 from benchmarks.tools import harness, highlights, page
 
@@ -33,6 +34,7 @@ GLOW_MODES = {
     "log_prob": "log_prob, ms",
     "sample": "a batch of samples, ms",
 }
+DINGO = "dingo-size NSF"
 FOOTNOTE = "torch {torch}, commit {commit}, {date}"
 
 
@@ -401,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the rows")
     parser.add_argument(
-        "--docs", type=Path, default=harness.ROOT / "docs", help="folder of benchmarks.md and pictures/"
+        "--docs", type=Path, default=harness.ROOT / "docs", help="folder of the pages and pictures/"
     )
     parser.add_argument("--readme", type=Path, default=harness.ROOT / "README.md")
     options = parser.parse_args(argv)
@@ -421,6 +423,12 @@ def main(argv: list[str] | None = None) -> None:
         for device, files in rows.items()
         if "drop_in" in files
     ]
+    of_dingo = [
+        drop_in.table(found)
+        for files in rows.values()
+        if (found := [row for row in files.get("drop_in", []) if row["flow"] == DINGO])
+    ]
+    page.write(options.docs / "dingo.md", {"dingo": "\n\n".join(of_dingo)})
     page.write(options.readme, {"measured": "\n\n".join(measured), "accelerated": "\n\n".join(faster)})
     print(f"{options.docs / 'benchmarks.md'}: {len(sections)} device{'s' * (len(sections) != 1)}")
 

@@ -1,4 +1,4 @@
-"""The report in docs/benchmarks.md and README.md: every measured number comes from a row."""
+"""The report in docs/benchmarks.md, docs/dingo.md and README.md: every measured number comes from a row."""
 
 import re
 import shutil
@@ -15,9 +15,9 @@ from tests.support.rows import rows_of
 def reported(tmp_path):
     """Makes the report of the rows in ``tmp_path``, or those given, and hands out its page and README."""
     (tmp_path / "docs").mkdir()
-    page, readme = (
+    page, readme, _ = (
         Path(shutil.copy(harness.ROOT / name, tmp_path / name))
-        for name in ("docs/benchmarks.md", "README.md")
+        for name in ("docs/benchmarks.md", "README.md", "docs/dingo.md")
     )
 
     def run(results: Path = tmp_path) -> tuple[str, str]:
@@ -130,9 +130,11 @@ def test_the_report_has_the_largest_batch_for_each_limit_and_the_times_of_the_wa
     assert "| 32x32 | 8 | 64 | 32 | stored | 0.1000 | 1.000 |" in text and report.KEYS.keys() >= files.keys()
 
 
-def test_the_report_in_the_docs_and_in_the_readme_is_that_of_the_rows(reported):
+def test_the_report_in_the_docs_and_in_the_readme_is_that_of_the_rows(tmp_path, reported):
     committed = tuple((harness.ROOT / name).read_text() for name in ("docs/benchmarks.md", "README.md"))
     assert reported(harness.RESULTS) == committed, "python -m benchmarks.tools.report"
+    found, committed = ((folder / "docs/dingo.md").read_text() for folder in (tmp_path, harness.ROOT))
+    assert found == committed and found.count("| dingo-size NSF | glasflow |") == 2
 
 
 def test_no_number_in_the_readme_but_from_rows():
