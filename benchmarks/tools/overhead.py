@@ -95,6 +95,14 @@ def calls(device: str) -> dict[str, tuple[Callable, tuple[Tensor, ...], tuple[in
             (z, z, jac, weights),
             (),
         )
+    if hasattr(ops, "residual_network"):
+        shapes = (1, 1), (1,), (1, 1), (1,)
+        layers = [torch.ones(s, device=device) for s in shapes]
+        later["residual_network"] = (
+            lambda z, *layers: ops.residual_network(z, None, layers, blocks=0)[0],
+            (torch.ones(n, 1, device=device), *layers),
+            (0, 1, 2, 3, 4),
+        )
     return later | {
         "actnorm": (ops.actnorm, (x, channel, channel), (0, 1, 2)),
         "actnorm_inverse_backward": (ops.actnorm_inverse_backward, (x, channel, channel, dy, dlog_det), ()),

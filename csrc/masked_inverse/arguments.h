@@ -12,13 +12,6 @@ namespace fastflow {
 
 namespace cpu {
 
-inline Activation activation_of(const std::string& name) {
-  return name == "relu"   ? Activation::relu
-         : name == "tanh" ? Activation::tanh
-         : name == "silu" ? Activation::silu
-                          : Activation::elu;
-}
-
 inline AffineScale scale_of(const std::string& name) {
   return name == "exp"          ? AffineScale::exp
          : name == "sigmoid"    ? AffineScale::sigmoid

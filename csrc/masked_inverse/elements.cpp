@@ -1,23 +1,9 @@
 #include "masked_inverse/elements.h"
 
-#include "cpu/simd_math.h"
+#include "cpu/activate.h"
 
 namespace fastflow::cpu {
 namespace {
-
-template <typename M, typename V = typename M::V>
-FASTFLOW_INLINE V sigmoid(const V& v) {
-  const V e = M::exp(-M::abs(v)), one = 1 / (e + 1);
-  return v >= 0 ? one : e * one;
-}
-
-template <typename M, typename V = typename M::V>
-FASTFLOW_INLINE V activated(Activation activation, const V& v) {
-  if (activation == Activation::relu) return M::max(v, 0);
-  if (activation == Activation::tanh) return M::tanh(v);
-  if (activation == Activation::silu) return v * sigmoid<M>(v);
-  return v > 0 ? v : M::expm1(M::min(v, 0));
-}
 
 template <int BYTES, typename T>
 FASTFLOW_INLINE void finish_simd(const UnitElements<T>& given) {

@@ -4,11 +4,10 @@
 #include <cmath>
 #include <cstdint>
 
+#include "activation.h"
 #include "block.h"
 
 namespace fastflow::cpu {
-
-enum class Activation { relu, tanh, silu, elu };
 
 // The rest of hidden units after their product. Elements are units and samples.
 template <typename T>

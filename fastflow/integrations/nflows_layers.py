@@ -13,6 +13,7 @@ from fastflow.integrations.accelerate import Accelerated, Chain, Theirs, not_inv
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
 from fastflow.integrations.kept import value_of
 from fastflow.integrations.masked_layers import AffineAutoregressive, RationalQuadraticAutoregressive
+from fastflow.integrations.residual_layers import ResidualNet
 from fastflow.integrations.spline_layers import RationalQuadraticCDF, RationalQuadraticCoupling
 from fastflow.nn.lu_linear import matrices_of
 from fastflow.ops import actnorm, conv1x1, lu_weight, positions, triangular_solve
@@ -332,6 +333,7 @@ def classes(transforms: ModuleType, resnet: ModuleType) -> dict[type, type[Accel
         transforms.LULinear: LU,
         transforms.CompositeTransform: Composite,
         resnet.ResidualBlock: ResidualBlock,
+        resnet.ResidualNet: ResidualNet,
     }
 
 

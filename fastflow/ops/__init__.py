@@ -19,6 +19,7 @@ from fastflow.ops.lu_weight import lu_weight
 from fastflow.ops.masked_inverse import masked_inverse, masked_inverses, masked_solve
 from fastflow.ops.mixture_cdf import mixture_cdf, mixture_cdf_inverse_backward
 from fastflow.ops.noise import uniform_noise
+from fastflow.ops.residual_network import residual_network
 from fastflow.ops.spline import spline, spline_inverse_backward
 from fastflow.ops.squeeze import squeeze2d, unsqueeze2d
 from fastflow.ops.triangular_solve import raise_singular, triangular_solve
@@ -60,6 +61,7 @@ __all__ = [
     "mixture_cdf_inverse_backward",
     "positions",
     "raise_singular",
+    "residual_network",
     "spline",
     "spline_inverse_backward",
     "squeeze2d",

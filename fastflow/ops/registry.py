@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -76,7 +77,7 @@ def register(
             any of the op's arguments, its outputs, and ``dNAME`` for the gradient of output NAME. The
             arguments and outputs in its signature are saved.
         gradients: names of the arguments whose gradients ``backward`` returns, in order. The gradient of an
-            argument that is None is None.
+            argument that is None is None, that of a list of tensors is a list.
         integers: names of the outputs that are integers and have no gradient.
         writes: name of the first argument, if the op works in place. The reference then writes it and returns
             None, and so does the op. For ``backward``, the written argument is the output.
@@ -221,8 +222,12 @@ def _function(
     available = [*values, *(f"d{v}" for v in outputs)]
     if unknown := [p for p in wanted if p not in available]:
         raise TypeError(f"{backward.__name__}: got the arguments {unknown}, expected some of {available}")
-    saved = [p for p in wanted if p in tensors]
-    others = [p for p in wanted if p in values and p not in tensors]
+    named_lists = [p.name for p in parameters if p.annotation == Sequence[Tensor]]
+    saved = [p for p in wanted if p in (*tensors, *named_lists)]
+    others = [p for p in wanted if p in values and p not in saved]
+    if [p for p in wanted if p in named_lists] != named_lists:
+        raise TypeError(f"{backward.__name__}: got {wanted}, expected all lists of tensors: {named_lists}")
+    lists, saved_lists = ([found.index(p) for p in named_lists] for found in (arguments, saved))
     saved_of, others_of = (_getter([values.index(p) for p in found]) for found in (saved, others))
     order = [*saved, *others, *(f"d{v}" for v in outputs)]
     arguments_of_backward = _getter([order.index(p) for p in wanted])
@@ -233,20 +238,29 @@ def _function(
     vjp = getattr(torch.ops.fastflow, backward.__name__).default if _is_op(backward.__name__) else backward
     differentiable_vjp = _without_autocast(backward)
 
+    # with one gradient, autograd need not make zeros for the others
+    given = [i for i, v in enumerate(outputs) if v not in integers]
+    single = given[0] if len(given) == 1 else None
     # mark_dirty increments the version of a written argument, so that the op below need not
     below = torch._C._AutoDispatchBelowADInplaceOrView if in_place else torch._C._AutoDispatchBelowAutograd
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
+            if lists:
+                ctx.lengths = args[0]
+                args = _nested(args[0], args[1:], lists)
             with below():
                 results = op(*args)
             if in_place:
                 results = args[0]
                 ctx.mark_dirty(results)
             everything = args + results if type(results) is tuple else (*args, results)
-            ctx.save_for_backward(*saved_of(everything))
+            found = saved_of(everything)
+            ctx.save_for_backward(*(_flat(found, saved_lists)[1:] if lists else found))
             ctx.others = others_of(everything)
+            if single is not None:
+                ctx.set_materialize_grads(False)
             if optional:
                 ctx.absent = [i for i in optional if args[i] is None]
             if integers:
@@ -255,8 +269,13 @@ def _function(
 
         @staticmethod
         def backward(ctx, *grads):
-            values = arguments_of_backward(ctx.saved_tensors + ctx.others + grads)
-            if torch.is_grad_enabled():  # create_graph=True
+            found = ctx.saved_tensors
+            if lists:
+                found = _nested(ctx.lengths, found, saved_lists)
+            values = arguments_of_backward(found + ctx.others + grads)
+            if single is not None and grads[single] is None:
+                found = (None,) * len(gradients)
+            elif torch.is_grad_enabled():  # create_graph=True
                 found = differentiable_vjp(*values)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
@@ -264,10 +283,38 @@ def _function(
             result = arranged((*found, None) if type(found) is tuple else (found, None))
             for i in ctx.absent if optional else ():
                 result = (*result[:i], None, *result[i + 1 :])
-            return result
+            return _flat_gradients(ctx.lengths, result, lists) if lists else result
 
     Function.__name__ = Function.__qualname__ = f"{name}_function"
+    Function.lists = lists
     return Function
+
+
+# autograd tracks tensors that are arguments themselves, not those in lists
+
+
+def _flat(values: Sequence, lists: list[int]) -> tuple:
+    """The lengths of the lists at these places, the other values, and the elements of the lists."""
+    others = (v for i, v in enumerate(values) if i not in lists)
+    return ([len(values[i]) for i in lists], *others, *chain.from_iterable(values[i] for i in lists))
+
+
+def _nested(lengths: list[int], flat: tuple, lists: list[int]) -> tuple:
+    """The values that ``_flat`` was given, with tuples for lists."""
+    first = len(flat) - sum(lengths)
+    values = list(flat[:first])
+    for place, length in zip(lists, lengths, strict=True):
+        values.insert(place, flat[first : first + length])
+        first += length
+    return tuple(values)
+
+
+def _flat_gradients(lengths: list[int], gradients: tuple, lists: list[int]) -> tuple:
+    """Gradients of the arguments that ``_flat`` returns; that of a list may be None."""
+    found = list(gradients)
+    for place, length in zip(lists, lengths, strict=True):
+        found[place] = found[place] or (None,) * length
+    return None, *_flat(found, lists)[1:]
 
 
 def _is_op(name: str) -> bool:
@@ -281,13 +328,13 @@ def _skipping(
 
     ``apply`` takes 7 us, half the time of a small op. Forward-mode AD stays enabled under ``no_grad``.
     """
-    op = getattr(torch.ops.fastflow, name).default
+    op, lists = getattr(torch.ops.fastflow, name).default, function.lists
 
     def body(*args: object) -> object:
         if in_transform():
             return reference(*args)
         if torch.is_grad_enabled():
-            return function.apply(*args)
+            return function.apply(*(_flat(args, lists) if lists else args))
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

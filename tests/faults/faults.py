@@ -227,6 +227,13 @@ REFERENCE = [
         "-t.u * by_u - d * share",
         "tests/ops/test_mixture_cdf.py -k reference",
     ),
+    Fault(
+        "gate's gradient of a residual network without the slope of its sigmoid",
+        "fastflow/ops/residual_network/reference.py",
+        "d * update * gates * (1 - gates)",
+        "d * update * gates",
+        "tests/ops/test_derivatives.py -k 'residual_network_backward and gated'",
+    ),
 ]
 
 TRITON = [
@@ -844,6 +851,20 @@ CPU = [
         "(by_z * t.z + dlog) * (1 - a) * (1 + a)",
         "(by_z * t.z + dlog)",
         op("compiled", "mixture_cdf"),
+    ),
+    Fault(
+        "gradient of a batch's variance missing in a residual network",
+        "csrc/residual_network/cpu.cpp",
+        "net.of_batch ? products[j] / n *",
+        "false ? products[j] / n *",
+        op("compiled", "residual_network"),
+    ),
+    Fault(
+        "gradient of a weight from the first part of the samples only",
+        "csrc/residual_network/cpu.cpp",
+        "if (n) add(Addition<T>{",
+        "if (false) add(Addition<T>{",
+        "tests/ops/test_residual_network.py",
     ),
 ]
 

@@ -95,6 +95,14 @@ def masked_solve(**wrong):
     return lambda: ops.masked_solve(**{**args, **wrong})
 
 
+def residual(x=None, context=None, parameters=None, **other):
+    shapes = (5, 3), (5,), (5, 5), (5,), (5, 5), (5,), (2, 5), (2,)
+    given = [x_(*shape) for shape in shapes] if parameters is None else parameters
+    return lambda: ops.residual_network(
+        x_(20, 3) if x is None else x, context, given, **{"blocks": 1, **other}
+    )
+
+
 def spline(x=None, params=None, order=None, **other):
     x, params = x_(2, 4) if x is None else x, x_(2, 4 * 8) if params is None else params
     return lambda: ops.spline(x, params, order, **{"bins": 3, **other})
@@ -395,6 +403,54 @@ OPS = {
     "masked solve's dtypes": (
         masked_solve(dparams=x_(2, 3, 2, dtype=F64)),
         r"dparams: got torch.float64 on cpu, expected torch.float32",
+    ),
+    "residual network of images": (
+        residual(x_(2, 3, 4, 4)),
+        r"x: got shape \[2, 3, 4, 4\], expected vectors",
+    ),
+    "residual network of bfloat16": (
+        residual(x_(20, 3).bfloat16()),
+        r"x: got dtype torch.bfloat16, expected float32",
+    ),
+    "residual network's blocks": (residual(blocks=-1), r"blocks: got -1, expected an integer of at least 0"),
+    "residual network's activation": (
+        residual(activation="gelu"),
+        r"activation: got 'gelu', expected one of 'relu'",
+    ),
+    "residual network's eps": (residual(eps=0.0), r"eps: got 0.0, expected a positive number"),
+    "residual network's context": (
+        residual(context=x_(19, 2)),
+        r"context: got shape \[19, 2\], expected \[20, features\]",
+    ),
+    "residual network's dtypes": (
+        residual(context=x_(20, 2, dtype=F64)),
+        r"context: got torch.float64 on cpu, expected torch.float32 on cpu, like x",
+    ),
+    "residual network without layers": (
+        residual(parameters=[x_(5, 3), x_(5)]),
+        r"parameters: got 2 tensors, expected weights and biases of at least two linear layers",
+    ),
+    "residual network's layers": (residual(blocks=2), r"parameters: got 8 tensors, expected 12 for 2 blocks"),
+    "residual network's weights": (
+        residual(x_(20, 4)),
+        r"parameters\[0\]: got shape \[5, 3\], expected \[5, 4\] \(5 hidden units\)",
+    ),
+    "residual network's parameters in float64": (
+        residual(parameters=[x_(*s, dtype=F64) for s in ((5, 3), (5,), (2, 5), (2,))], blocks=0),
+        r"parameters\[0\]: got torch.float64 on cpu, expected torch.float32",
+    ),
+    "residual network's statistics": (
+        residual(running=[x_(5)]),
+        r"running: got 1 tensors, expected none or 0, a mean and a variance",
+    ),
+    "residual network of a sample": (
+        residual(
+            x_(1, 3),
+            None,
+            [x_(5, 3), x_(5), *[x_(5), x_(5), x_(5, 5), x_(5)] * 2, x_(2, 5), x_(2)],
+            batch_norm=True,
+        ),
+        r"x: got one sample, expected at least 2",
     ),
     "network's vectors": (network(x=x_(2, 3)), r"x: got shape \[2, 3\], expected images \[N, C, H, W\]"),
     "network of integers": (

@@ -53,6 +53,17 @@ SPLINE_MASKED = (*AFFINE_MASKED[:5], 2, *AFFINE_MASKED[6:])
 SOLVED = VECTORS, torch.zeros(2, 3, 2), None, None, None, torch.zeros(18), MASKED[3], [2], [4, 0], None
 
 
+def residual(x=None, context=None, hidden=None, dy=None, **wrong):
+    """Arguments of residual_network, or of its backward, of which some are wrong."""
+    shapes = (4, 3), (4,), (4, 4), (4,), (4, 4), (4,), (2, 4), (2,)
+    parameters = [torch.zeros(s) for s in wrong.get("shapes", shapes)]
+    given = torch.zeros(5, 3) if x is None else x, context, parameters, wrong.get("running", [])
+    form = wrong.get("blocks", 1), "relu", wrong.get("batch_norm", False), 1e-5
+    if hidden is None:
+        return *given, *form, True, False
+    return *given, hidden, torch.zeros(0), *form, False, torch.zeros(5, 2) if dy is None else dy
+
+
 def masked(z=VECTORS, form=AFFINE_MASKED, waves=None, **wrong):
     """Arguments of masked_inverse, of which some are wrong."""
     names = "weights", "added", "gates", "ends", "order", "widths", "layers"
@@ -200,6 +211,34 @@ CPU_ERRORS = {
             "order: got 3 at 2, expected each of 0 to 2 once",
         ),
         (several(layers=[2, 0]), "layers: got gates, expected none"),
+    ],
+    "residual_network": [
+        (residual(COUNT), "x: got shape [2], expected [*, *]"),
+        (residual(torch.zeros(5, 3).half()), "x: got dtype Half, expected Float or Double"),
+        (residual(torch.zeros(0, 3)), "x: got no samples, expected at least one"),
+        (residual(torch.zeros(5, 3).double()), "parameters: got dtype Float, expected Double"),
+        (residual(torch.zeros(5, 4)), "parameters: got shape [4, 3], expected [4, 4]"),
+        (
+            residual(context=torch.zeros(4, 2), blocks=0, shapes=[(4, 5), (4,), (2, 4), (2,)]),
+            "context: got shape [4, 2], expected [5, 2]",
+        ),
+        (residual(blocks=2), "parameters: got 8 tensors, expected 12"),
+        (residual(blocks=-1), "parameters: got 8 tensors, expected 0"),
+        (residual(running=[COUNT]), "running: got 1 tensors, expected none or 0"),
+        (residual(shapes=[(4,), (4,)] * 4), "parameters[0]: got shape [4], expected at least 2 dimensions"),
+        (
+            residual(
+                shapes=[(4, 3), (4,), *[(4,), (4,), (4, 4), (4,)] * 2, (2, 4), (2,)],
+                batch_norm=True,
+                running=[torch.zeros(3)] * 4,
+            ),
+            "parameters: got shape [3], expected [4]",
+        ),
+    ],
+    "residual_network_backward": [
+        (residual(hidden=torch.zeros(3, 5, 3)), "hidden: got shape [3, 5, 3], expected [3, 5, 4]"),
+        (residual(hidden=torch.zeros(0), dy=torch.zeros(5, 3)), "dy: got shape [5, 3], expected [5, 2]"),
+        (residual(torch.zeros(5, 4), hidden=torch.zeros(0)), "parameters: got shape [4, 3], expected [4, 4]"),
     ],
     "masked_inverse": [
         (masked(ends=torch.tensor([[0, 1, 3]])), "ends: got 3 at [0, 2], expected ascending numbers to 2"),
@@ -482,7 +521,8 @@ def test_every_argument_is_guarded(namespace, name):
     op, reference = functional(compiled), functional(compiled, OPS[case.op].fallback)
     guarded = 0
     for i, argument in enumerate(case.args):
-        for other in variations(argument) if isinstance(argument, torch.Tensor) else ():
+        varied = isinstance(argument, torch.Tensor) and argument.numel()
+        for other in variations(argument) if varied else ():
             args = (*case.args[:i], other, *case.args[i + 1 :])
             try:
                 found = op(*args)
@@ -614,9 +654,19 @@ def runs():
             *C.dequantize_inverse(y, *variant),
         )
 
+    network = {
+        str(case): case.args
+        for case in spec.cases(spec.Make(), (1500, 30, 1, 1), "residual_network")
+        if "batch norm" in str(case)
+    }
+    residual_case = [
+        network[f"{op} gated, batch norm"] for op in ("residual_network", "residual_network_backward")
+    ]
     masked_case = {case.op: case for case in spec.cases(spec.Make(), (900, 30, 1, 1), "masked_inverse")}
 
     return {
+        "residual_network": lambda: C.residual_network(*residual_case[0]),
+        "residual_network_backward": lambda: C.residual_network_backward(*residual_case[1]),
         "masked_inverse": lambda: C.masked_inverse(*masked_case["masked_inverse"].args),
         "masked_inverses": lambda: C.masked_inverses(*masked_case["masked_inverses"].args),
         "masked_solve": lambda: (C.masked_solve(*masked_case["masked_solve"].args),),

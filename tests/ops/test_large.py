@@ -11,6 +11,7 @@ import fastflow
 from fastflow import ops
 from fastflow.ops.masked_inverse import AFTER, Affine
 from fastflow.ops.masked_inverse.reference import masks_of
+from fastflow.ops.residual_network.spec import parameters_of
 from tests.support.cases import CUDA, lay_out
 
 GLOW = [(512, 12, 16, 16), (512, 24, 8, 8), (512, 48, 4, 4), (16, 12, 128, 128), (4, 48, 32, 32)]
@@ -270,6 +271,21 @@ def test_masked_inverse(n, features, hidden, each_backend):
         )
 
     assert_near(run(z, weights, added), exactly(run, z, weights, added), 5e-5)
+
+
+@on_both("n, hidden", [(70, 130), (1100, 40)], [(4096, 512)], "compiled")
+def test_residual_network(n, hidden, each_backend):
+    parameters = parameters_of(20, 10, hidden, 30, 2, False, torch.float32)
+    x, context = torch.randn(n, 20), torch.randn(n, 10)
+
+    def run(x, context, *parameters):
+        def network(*v):
+            return ops.residual_network(*v[:2], v[2:], blocks=2, activation="silu")[0]
+
+        return gradients(network, x, context, *parameters)
+
+    args = x, context, *parameters
+    assert_near(run(*args), exactly(run, *args), 5e-5)
 
 
 @pytest.mark.bodies("emulated", CUDA)

@@ -174,9 +174,11 @@ def assert_as_reference(op, *args, twice: bool = True, ill_conditioned: bool = F
 
 
 def in_float64(argument: object) -> object:
-    """A floating point tensor or dtype in float64, anything else as it is."""
+    """A floating point tensor or dtype, or those in a list, in float64, anything else as it is."""
     if isinstance(argument, Tensor) and argument.is_floating_point():
         return argument.double()
+    if isinstance(argument, list):
+        return [in_float64(v) for v in argument]
     return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 

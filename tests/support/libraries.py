@@ -27,6 +27,7 @@ def assert_same(
 ):
     """Results and gradients of ``calls`` are those of the model before, in float64 and, to rounding, in float32.
 
+    Where the model's own error in float32 is larger than rounding, errors may be twice as large.
     State dicts and parameters are the same, and copies and pickles compute the same. Returns the report. ``pickles``:
     whether the library's own model can be pickled.
     """
@@ -36,6 +37,7 @@ def assert_same(
     assert report.replaced
     assert all(p is parameters[name] for name, p in model.named_parameters())
     assert list(model.state_dict()) == list(state)
+    exact = {}
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
         copies = [before, model, *([pickle.loads(pickle.dumps(model))] if pickles else [])]
         converted = [copy.deepcopy(m).to(dtype) for m in copies]
@@ -43,12 +45,16 @@ def assert_same(
             if dtype is torch.float64 and name in float32_only:
                 continue
             wanted, *found = (_computed(m, call, x.to(dtype), context) for m in converted)
+            truth = exact.setdefault(name, wanted)
             for values in found:
                 assert len(values) == len(wanted)
                 for i, (a, b) in enumerate(zip(values, wanted, strict=True)):
                     error = (a - b).abs().max() if a.numel() else a.new_zeros(())
                     scale = 1 + (b.abs().max() if b.numel() else 0)
-                    assert error <= tolerance * scale, f"{name}, {dtype}, result {i}: {error / scale:.1e}"
+                    own = (b - truth[i]).abs().max() if b.numel() else 0
+                    assert error <= max(tolerance * scale, 2 * own), (
+                        f"{name}, {dtype}, result {i}: {error / scale:.1e}"
+                    )
     assert ff.revert(model) == len(report.replaced)
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
     assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in before.modules()]
