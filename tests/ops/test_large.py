@@ -247,6 +247,38 @@ def test_triangular_solve(k, n, m, each_backend):
 @on_both(
     "n, features, hidden", [(70, 40, 64), (3, 130, 200)], [(1000, 64, 512), (256, 784, 1024)], "compiled"
 )
+def test_masked_inverses(n, features, hidden, each_backend):
+    """Two transformations with contexts, also longer than the sums that are added one by one."""
+    sizes, of_context = [features, hidden, hidden, 2 * features], 150
+    ends = (torch.arange(1, features + 1) * hidden // features).expand(2, 2, -1).contiguous()
+    masks = [m.flatten() for m in masks_of(ends[0], sizes, 2)]
+    parameters = [m * torch.randn(2, len(m)) / (len(m) ** 0.25) for m in masks]
+    parameters += [0.05 * torch.randn(2, hidden * of_context), 0.1 * torch.randn(2, sum(sizes[1:]))]
+    parameters = torch.cat(parameters, 1)
+    kept = torch.cat([*masks, torch.ones(parameters.shape[1] - sum(map(len, masks))).bool()])
+    places = torch.where(kept, torch.arange(parameters.numel()).view(2, -1), -1)
+    z, context = torch.randn(n, features), torch.randn(n, of_context)
+
+    def run(z, parameters, context):
+        return ops.masked_inverses(
+            z,
+            parameters.flatten(),
+            context,
+            places=places,
+            ends=ends,
+            order=torch.arange(features).flip(0).expand(2, -1),
+            widths=[hidden, hidden],
+            layers=[AFTER, AFTER, 0],
+            activation="tanh",
+            transformer=Affine("sigmoid"),
+        )
+
+    assert_near(run(z, parameters, context), exactly(run, z, parameters, context), 5e-5)
+
+
+@on_both(
+    "n, features, hidden", [(70, 40, 64), (3, 130, 200)], [(1000, 64, 512), (256, 784, 1024)], "compiled"
+)
 def test_masked_inverse(n, features, hidden, each_backend):
     sizes = [features, hidden, hidden, 2 * features]
     ends = (torch.arange(1, features + 1) * hidden // features).expand(2, -1).contiguous()
