@@ -20,8 +20,10 @@ class ProgressBar:
     """
 
     def __init__(self, total: int | None, unit: str, shown: bool = True) -> None:
-        self._options, self._done, self._bar = {"total": total, "unit": unit}, 0, None
-        self._lock, self._timer = threading.Lock(), None
+        self._total, self._unit, self._done = total, unit, 0
+        self._bar: Any | None = None
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
         self._shown = shown and _is_watched() and importlib.util.find_spec("tqdm") is not None
         self._appears, self._next = time.monotonic() + DELAY, 0.0
 
@@ -63,7 +65,7 @@ class ProgressBar:
             if self._bar is None and self._shown and time.monotonic() >= self._appears:
                 from tqdm.auto import tqdm
 
-                self._bar = tqdm(initial=self._done, **self._options)
+                self._bar = tqdm(total=self._total, unit=self._unit, initial=self._done)
             return self._bar
 
 

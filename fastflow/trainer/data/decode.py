@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def _scale_key(image: "Image.Image") -> None:
         image.info["transparency"] *= factor
 
 
-def _tags(image: "Image.Image") -> Mapping:
+def _tags(image: "Image.Image") -> Mapping[int, Any]:
     return image.tag_v2 if image.format == "TIFF" else {}
 
 
@@ -183,7 +183,7 @@ def _converted(image: "Image.Image", mode: str, background: str) -> "Image.Image
     return found
 
 
-def _in_8_bits(image: "Image.Image", tags: Mapping) -> "Image.Image":
+def _in_8_bits(image: "Image.Image", tags: Mapping[int, Any]) -> "Image.Image":
     """The image with samples of 8 bits; ``tags`` are those of TIFF."""
     from PIL import Image
 
