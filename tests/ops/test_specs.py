@@ -153,10 +153,12 @@ def in_layouts(names: list[str]) -> list[tuple[str, str]]:
 @pytest.mark.skipif(not interpreter.RUNS, reason="kernels are compiled here: only the interpreter counts")
 @pytest.mark.parametrize("name, layout", in_layouts(COUNTED))
 def test_bytes_and_launches(name, layout):
-    case = find(name, "float32", layout, SHAPE)
+    # half of the elements of those that the interpreter searches for seconds
+    shape = (2, 12, 8, 16) if OPS[name.split()[0]].folder in ("mixture_cdf", "spline") else SHAPE
+    case = find(name, "float32", layout, shape)
     with fastflow.backend("triton"), interpreter.traffic() as found:
         case()
-    elements = torch.Size(SHAPE).numel()
+    elements = torch.Size(shape).numel()
     moved = (found.read + found.written) / elements
     assert moved >= case.bytes_moved, "fewer bytes than there are: the counter is broken"
     report = f"{found.read} bytes read, {found.written} written"
