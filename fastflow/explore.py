@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from fastflow.models.model import Model, in_mode
 from fastflow.progress_bar import ProgressBar
 from fastflow.seeds import Stream, derive
 
-METHODS = ("linear", "spherical")
+Method = Literal["linear", "spherical"]
+METHODS = get_args(Method)
 
 
 @torch.no_grad()
@@ -23,7 +25,7 @@ def interpolate(
     x1: Tensor,
     steps: int = 8,
     context: Tensor | None = None,
-    method: str = "linear",
+    method: Method = "linear",
     seed: int | None = None,
     normalized: bool = True,
 ) -> Tensor:

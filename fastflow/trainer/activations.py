@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,12 @@ from fastflow.trainer.ranks import Ranks, shard_bounds
 STORED_SHARE = 0.5
 
 
+_Config = TypeVar("_Config", bound=Config)
+
+
 def with_activations_chosen(
-    config: Config, source: Source, ranks: Ranks, device: torch.device, bf16: bool
-) -> tuple[Config, str | None]:
+    config: _Config, source: Source, ranks: Ranks, device: torch.device, bf16: bool
+) -> tuple[_Config, str | None]:
     """``config`` with ``reversible`` yes or no instead of auto, and a line that gives the reason.
 
     Every rank makes the same choice: activations are stored if they fit on all of them.
@@ -128,8 +131,9 @@ class _MetaAutocast(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
         def cast(value: object) -> object:
-            casts = isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16)
-            return value.to(dtype) if casts else value
+            if isinstance(value, Tensor) and value.dtype in (torch.float32, torch.bfloat16):
+                return value.to(dtype)
+            return value
 
         return func(*map(cast, args), **{name: cast(value) for name, value in (kwargs or {}).items()})
 

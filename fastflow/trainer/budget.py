@@ -3,7 +3,7 @@
 import math
 import time
 
-from fastflow.trainer.config import Config
+from fastflow.trainer.config import RunConfig
 
 # Estimates fluctuate. In the first half of a run, fewer steps are planned only if the estimate is 5% below
 # the plan; in the second half the plan has to hold, so any lower estimate counts. More steps are planned
@@ -32,7 +32,7 @@ class TimeBudget:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         step: int,
         target_steps: int,
         seconds: float,
@@ -77,7 +77,11 @@ class TimeBudget:
 
 
 def steps_that_fit(
-    config: Config, seconds: float, seconds_per_step: float, test_images: int, eval_images: int | None = None
+    config: RunConfig,
+    seconds: float,
+    seconds_per_step: float,
+    test_images: int,
+    eval_images: int | None = None,
 ) -> int:
     """How many steps fit into ``seconds``, with their evaluations and the final one."""
     eval_images = test_images if eval_images is None else eval_images

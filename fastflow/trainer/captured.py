@@ -154,6 +154,8 @@ class Captured:
 class _Recording:
     """Recorded work with its static inputs and output."""
 
+    output: Tensor
+
     def __init__(self, function: Callable[..., Tensor], inputs: Iterable[Any], record: Record) -> None:
         self.inputs = [_static(value) for value in inputs]
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import io
 import os
 import re
 import sys
@@ -22,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_memory()  # the process runs this command only
     threading.excepthook = _but_disk_errors
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files may be of no encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be of no encoding
     code = _run(sys.argv[1:])
     if code:
         _leave(code)

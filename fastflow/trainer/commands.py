@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -91,7 +91,7 @@ class Interpolate:
     """Number of rows; the test images are used in order."""
     steps: int = 8
     """Images per row, including both ends."""
-    method: Literal[explore.METHODS] = "linear"
+    method: explore.Method = "linear"
     """Path between the latents."""
     normalized: bool = True
     """Mix normalized latents; --no-normalized mixes raw ones."""
@@ -213,15 +213,16 @@ def _evaluated(options: Evaluate, ranks: Ranks) -> str:
     path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
     kind = kind_of(model.shape)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(model.shape) == 1:
         images, labels = test_rows(options, model, training, path)
     else:
         for option in ("columns", "context"):
             if (given := getattr(options, option)) is not None:
                 raise config_error(option, given, f"none: {path} holds a model of images")
+        n_bits = _bits_of_images(model, path)
         source = ranks.local_main_first(lambda: _source(options, model, training, path))
-        images = data.drop_bits(source.test, model.n_bits)
+        images = data.drop_bits(source.test, n_bits)
         labels = None if model.classes is None else source.test_labels
         notes = source.notes
     images, labels = images[: options.images], None if labels is None else labels[: options.images]
@@ -245,19 +246,19 @@ def _sample(options: Sample) -> None:
     path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
     default = kind_of(model.shape).defaults["temperature"]
-    options = replace(options, temperature=options.temperature or (default,))
+    temperatures = options.temperature or (default,)
     if len(model.shape) == 1:
-        sample_rows(options, model, training, path)
+        sample_rows(options, temperatures, model, training, path)
     else:
-        _sample_images(options, model, path)
+        _sample_images(options, temperatures, model, path)
 
 
-def _sample_images(options: Sample, model: Model, path: Path) -> None:
-    _check_images(model, path)
+def _sample_images(options: Sample, temperatures: tuple[float, ...], model: Model, path: Path) -> None:
+    n_bits = _bits_of_images(model, path)
     if options.context is not None:
         raise config_error("context", options.context, f"none: {path} holds a model of images")
     out = output(options.out, "samples.png", picture.FORMATS)
-    several = len(options.temperature) > 1
+    several = len(temperatures) > 1
     n = (8 if several else 64) if options.n is None else options.n
     labels = None
     if options.classes is not None:
@@ -266,40 +267,43 @@ def _sample_images(options: Sample, model: Model, path: Path) -> None:
         if not all(0 <= c < model.classes for c in options.classes):
             raise config_error("classes", options.classes, f"labels from 0 to {model.classes - 1}")
         labels = torch.tensor(options.classes)[torch.arange(n) % len(options.classes)]
-    rows = {f"T = {t:g}": sample(model, n, t, options.seed, labels) for t in options.temperature}
+    rows = {f"T = {t:g}": sample(model, n, t, options.seed, labels) for t in temperatures}
     if several:
-        picture.save_rows(out, rows, model.n_bits)
+        picture.save_rows(out, rows, n_bits)
     else:
-        picture.save_grid(out, *rows.values(), model.n_bits)
-    print(f"{out}: {n} samples at temperature {', '.join(f'{t:g}' for t in options.temperature)}")
+        picture.save_grid(out, next(iter(rows.values())), n_bits)
+    print(f"{out}: {n} samples at temperature {', '.join(f'{t:g}' for t in temperatures)}")
 
 
 def _interpolate(options: Interpolate) -> None:
     out = output(options.out, "interpolation.png", picture.FORMATS)
     path = Path(options.checkpoint)
     model, training = checkpoint.opened(path, options.device)
+    n_bits = _bits_of_images(model, path)
     source = _source(options, model, training, path)
-    images = source.test[: 2 * options.pairs] >> (8 - model.n_bits)
+    images = source.test[: 2 * options.pairs] >> (8 - n_bits)
     if len(images) < 2 * options.pairs:
         most = f"at most {len(source.test) // 2}: {source.name} has {len(source.test)} test images"
         raise config_error("pairs", options.pairs, most)
     x0, x1 = images.to(options.device).chunk(2)
-    context = None if model.classes is None else source.test_labels[: options.pairs].to(options.device)
+    labels = None if model.classes is None else source.test_labels
+    context = None if labels is None else labels[: options.pairs].to(options.device)
     rows = explore.interpolate(
         model, x0, x1, options.steps, context, options.method, options.seed, options.normalized
     ).cpu()
-    picture.save_grid(out, torch.flatten(rows, 0, 1), model.n_bits, columns=options.steps)
+    picture.save_grid(out, torch.flatten(rows, 0, 1), n_bits, columns=options.steps)
     latents = len(model.latent_shapes())
     for note in source.notes:
         print(note)
     print(f"{out}: {options.pairs} pairs of {source.name}, {options.method} in {latents} latents")
 
 
-def _source(options: Evaluate | Interpolate, model: Model, training: dict | None, path: Path) -> data.Source:
+def _source(
+    options: Evaluate | Interpolate, model: Model, training: dict[str, Any] | None, path: Path
+) -> data.Source:
     """The data of ``--data``, or of the training run. Raises ConfigError if the model cannot take them."""
     trained = (training or {}).get("config", {})
     name = trained.get("data") if options.data is None else options.data
-    _check_images(model, path)
     if name is None:
         raise ConfigError(f"{path}: does not contain the name of its training data; give --data")
     data_dir = trained.get("data_dir", "data") if options.data_dir is None else options.data_dir
@@ -309,23 +313,27 @@ def _source(options: Evaluate | Interpolate, model: Model, training: dict | None
     if source.shape != tuple(model.shape):
         got = f"{name} with images {source.shape}"
         raise config_error("data", got, f"images {tuple(model.shape)}, the model's")
-    if model.classes is not None and source.classes is None:
+    if model.classes is None:
+        return source
+    if source.classes is None:
         raise config_error(
             "data", f"{name} without labels", f"labels of {model.classes} classes for the model"
         )
     names = (training or {}).get("classes")
-    if model.classes is not None and names is not None and isinstance(source, data.Folder):
+    if names is not None and isinstance(source, data.Folder):
         source.number_test_labels_as(names)
-    elif model.classes is not None and source.classes > model.classes:
+    elif source.classes > model.classes:
         got = f"{name} with {source.classes} classes"
         raise config_error("data", got, f"at most {model.classes}, the model's classes")
     return source
 
 
-def _check_images(model: Model, path: Path) -> None:
+def _bits_of_images(model: Model, path: Path) -> int:
+    """Bits per value of the images of a model. Raises ConfigError for a model of other samples."""
     if len(model.shape) != 3:
         got = f"a {type(model).__name__} of vectors {list(model.shape)}"
         raise ConfigError(f"{path}: got {got}, expected a model of images")
     if model.n_bits is None:
         got = f"a {type(model).__name__} of floating point images"
         raise ConfigError(f"{path}: got {got}, expected a model of uint8 images")
+    return model.n_bits

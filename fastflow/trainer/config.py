@@ -3,9 +3,16 @@
 import math
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from fastflow.trainer.model_options import MODELS, OPTIONS, ModelOptions
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    ModelName = str
+else:
+    ModelName = Literal[(*MODELS, "auto")]
 
 # Options that may differ when a run is resumed.
 _MAY_CHANGE = set(
@@ -52,7 +59,7 @@ class DataOptions:
     """Flip training images at random. Default: yes for photos, cifar10, folders. Deprecated name: --flip."""
     class_conditional: bool = False
     """Condition the model on the labels."""
-    model: Literal[(*MODELS, "auto")] = "auto"
+    model: ModelName = "auto"
     """Model to train; mnist- models are from the UvA tutorial on image flows. auto: glow for images, vector_glow
     for a table."""
 
@@ -169,6 +176,15 @@ class Config(ModelOptions, DataOptions):
             object.__setattr__(self, "reversible", value)
 
 
+@dataclass(frozen=True)
+class RunConfig(Config):
+    """The settings of a run on its data, which leave none of these options open."""
+
+    steps: int = STEPS
+    samples: int = 64
+    temperature: float = 1.0
+
+
 class ConfigError(ValueError):
     """Settings that cannot be used; the message is one line."""
 
@@ -178,7 +194,7 @@ def config_error(option: str, got: object, expected: str) -> ConfigError:
     return ConfigError(f"{option}: got {got}, expected {expected}")
 
 
-def check_values(options: object, least: dict[str, int]) -> None:
+def check_values(options: "DataclassInstance", least: dict[str, int]) -> None:
     """Raise ConfigError for an empty text, and for whole numbers below ``least`` or too large for a tensor's size.
 
     ``options``: the options of a command; those that are None are open.
@@ -206,9 +222,9 @@ def validate_config(config: Config) -> None:
             raise config_error(field.name, repr(value), f"one of {', '.join(choices)}")
     ones = "batch_size accumulate eval_every eval_images eval_samples final_samples sample_every samples"
     ones += " save_every n_bits steps epochs image_size rollbacks"
-    check_values(
-        config, dict.fromkeys(ones.split(), 1) | dict.fromkeys("seed warmup patience workers".split(), 0)
-    )
+    least: dict[str, int] = dict.fromkeys(ones.split(), 1)
+    least |= dict.fromkeys("seed warmup patience workers".split(), 0)
+    check_values(config, least)
     if config.steps is not None and config.epochs is not None:
         raise config_error("epochs", config.epochs, f"none with steps {config.steps}: give one of the two")
     if config.validation is not None and not 0 <= config.validation < 1:
@@ -252,15 +268,16 @@ def _validate_rollback(config: Config) -> None:
         raise config_error("rollback_lr", config.rollback_lr, "a factor between 0 and 1")
 
 
-def stored_config(training: dict) -> dict[str, object]:
+def stored_config(training: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run from the training state of its checkpoint, by their present names and values."""
-    kept = {RENAMED.get(name, name): value for name, value in training["config"].items()}
+    options: dict[str, Any] = training["config"]
+    kept = {RENAMED.get(name, name): value for name, value in options.items()}
     if isinstance(kept.get("reversible"), bool):
         kept["reversible"] = REVERSIBLE[kept["reversible"]]
     kept.setdefault("validation", 0.0)  # older runs have none
     if "data" in training:
         kept.setdefault("channels", training["data"][2])  # gray folders of older runs have 3
-    if (model := MODELS.get(kept.get("model"))) is not None:
+    if (model := MODELS.get(kept.get("model", ""))) is not None:
         # defaults of other models' options, which may be others now
         kept = {name: value for name, value in kept.items() if name not in OPTIONS - model.options().keys()}
     if kept.get("epochs") is not None:
@@ -268,15 +285,15 @@ def stored_config(training: dict) -> dict[str, object]:
     return kept
 
 
-def with_steps(config: Config, images: int) -> Config:
-    """``config`` with the number of its steps, for this many training images."""
+def with_steps(config: Config, images: int) -> RunConfig:
+    """``config`` with the number of its steps, for this many training images; its other options have values."""
     steps = STEPS if config.steps is None else config.steps
     if config.epochs is not None:
         steps = -(-config.epochs * images // config.batch_size)
-    return replace(config, steps=steps)
+    return RunConfig(**vars(config) | {"steps": steps})
 
 
-def with_choice_kept(training: dict, config: Config) -> Config:
+def with_choice_kept(training: dict[str, Any], config: Config) -> Config:
     """``config`` with the choices that the run made at its start, where it leaves them open."""
     kept = stored_config(training)
     if config.validation is None:
@@ -288,7 +305,7 @@ def with_choice_kept(training: dict, config: Config) -> Config:
     return replace(config, reversible=kept.get("reversible", "auto"))
 
 
-def check_changes(training: dict, config: Config) -> None:
+def check_changes(training: dict[str, Any], config: Config) -> None:
     """Raise ConfigError if ``config`` changes an option that a resumed run cannot change."""
     kept, given = stored_config(training), asdict(config)
     for name in given:

@@ -12,7 +12,7 @@ from fastflow.seeds import Stream, derive
 from fastflow.trainer import picture
 from fastflow.trainer.board import Board
 from fastflow.trainer.captured import Captured, record_on
-from fastflow.trainer.config import Config
+from fastflow.trainer.config import RunConfig
 from fastflow.trainer.data import Source
 from fastflow.trainer.kinds import ImageKind, kind_of
 from fastflow.trainer.progress import read_metrics
@@ -118,7 +118,7 @@ def sample(
 
 def save_pictures(
     folder: Path,
-    config: Config,
+    config: RunConfig,
     model: Model,
     source: Source,
     *,

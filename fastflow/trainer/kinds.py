@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastflow.models.model import Model
 from fastflow.trainer import picture
 from fastflow.trainer.config import Config
-from fastflow.trainer.data import Source
+from fastflow.trainer.data import Source, Table
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Kind(Protocol):
 
     noun: str
     bf16: bool
-    defaults: dict[str, object]
+    defaults: dict[str, Any]
 
     def unit(self, shape: tuple[int, ...]) -> Unit:
         """The unit of losses of samples of this shape."""
@@ -44,11 +44,11 @@ class Kind(Protocol):
         """Write a picture of samples; also give it for TensorBoard, if it is a plain grid."""
         ...
 
-    def result(self, test: Tensor, bounds: list[float], n_bits: int | None) -> dict:
+    def result(self, test: Tensor, bounds: list[float], n_bits: int | None) -> dict[str, Any]:
         """Losses of test samples with 1, 2, ... importance samples as entries of result.json."""
         ...
 
-    def report(self, result: dict) -> str:
+    def report(self, result: dict[str, Any]) -> str:
         """The table of results, from the contents of result.json."""
         ...
 
@@ -66,7 +66,7 @@ class ImageKind:
         picture.save_grid(path, samples, config.n_bits)
         return picture.grid(samples, config.n_bits)
 
-    def result(self, test: Tensor, bounds: list[float], n_bits: int | None) -> dict:
+    def result(self, test: Tensor, bounds: list[float], n_bits: int | None) -> dict[str, Any]:
         return {
             "test_images": len(test),
             "importance_samples": len(bounds),
@@ -75,7 +75,7 @@ class ImageKind:
             "codecs_bits_per_dim": picture.codec_bits_per_dim(test[:1000]) if n_bits == 8 else {},
         }
 
-    def report(self, result: dict) -> str:
+    def report(self, result: dict[str, Any]) -> str:
         bits, one = result["test_bits_per_dim"], result["test_bits_per_dim_1_sample"]
         k = result["importance_samples"]
         samples = f"{k} importance samples, {one:.3f} with one" if k > 1 else "one sample of the noise"
@@ -102,12 +102,13 @@ class RowKind:
 
     def save_samples(self, path: Path, samples: Tensor, source: Source, config: Config) -> None:
         rows = {"test rows": source.test[: len(samples)], "samples": samples}
-        picture.save_corner(path, rows, source.columns.x)
+        names = source.columns.x if isinstance(source, Table) else tuple(map(str, range(samples.shape[1])))
+        picture.save_corner(path, rows, names)
 
-    def result(self, test: Tensor, bounds: list[float], n_bits: int | None) -> dict:
+    def result(self, test: Tensor, bounds: list[float], n_bits: int | None) -> dict[str, Any]:
         return {"test_rows": len(test), "test_nats": bounds[-1]}
 
-    def report(self, result: dict) -> str:
+    def report(self, result: dict[str, Any]) -> str:
         lines = [
             f"-log p(x) in nats, mean of {result['test_rows']} test rows",
             f"  {result['model']} {result['test_nats']:.4f}",
@@ -115,7 +116,7 @@ class RowKind:
         return "\n".join([*lines, *_chosen(result, "nats", self.noun)])
 
 
-def _chosen(result: dict, key: str, noun: str) -> list[str]:
+def _chosen(result: dict[str, Any], key: str, noun: str) -> list[str]:
     if f"validation_{key}" not in result:
         return []
     found = f"{result[f'validation_{key}']:.3f} on {result[f'validation_{noun}']} {noun}"

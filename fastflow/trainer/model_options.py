@@ -7,7 +7,7 @@ model is written once, there.
 import inspect
 import re
 from dataclasses import Field, dataclass, field, fields, make_dataclass
-from typing import Union, get_args
+from typing import Any, Union, get_args
 
 from fastflow.models import (
     IAF,
@@ -56,9 +56,9 @@ class TrainerModel:
 
     model: type[Model]
     config: type[ModelConfig]
-    defaults: dict[str, object] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    fixed: dict[str, object] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     dimensions: tuple[int, ...] = (3,)
 
     def options(self) -> dict[str, Field]:
@@ -66,10 +66,10 @@ class TrainerModel:
         return {
             self.names.get(f.name, f.name): f
             for f in fields(self.config)
-            if f.name not in _NOT_OPTIONS and f.type != NetworkBuilder | None
+            if f.name not in _NOT_OPTIONS and {*get_args(f.type)} != {NetworkBuilder, type(None)}
         }
 
-    def default(self, option: str) -> object:
+    def default(self, option: str) -> Any:
         """The trainer's default of an option."""
         known = self.options()[option]
         return self.defaults.get(known.name, known.default)
@@ -128,13 +128,14 @@ def argument_docs(docstring: str) -> dict[str, str]:
 
 def _type(option: Field) -> type:
     """Type of an option on the command line, which names networks and priors and takes no functions or objects."""
-    literal = literal_of(option.type)
+    annotation: Any = option.type
+    literal = literal_of(annotation)
     objects = [
         t
-        for t in get_args(option.type)
+        for t in get_args(annotation)
         if t == NetworkBuilder or (isinstance(t, type) and t is not type(None))
     ]
-    return literal if literal is not None and objects else option.type
+    return literal if literal is not None and objects else annotation
 
 
 def _dataclass_of_options() -> type:
@@ -164,10 +165,11 @@ def _help(option: str, models: dict[str, TrainerModel], each_default: bool) -> s
     """The help of an option: one sentence per meaning, after the names of the models that take it."""
     meanings: dict[str, list[str]] = {}
     for name, known in models.items():
-        text = argument_docs(known.model.__doc__)[known.options()[option].name]
+        text = argument_docs(known.model.__doc__ or "")[known.options()[option].name]
         text += f" (default: {known.default(option)})" if each_default else ""
         meanings.setdefault(text, []).append(name)
     if len(meanings) == 1 and len(models) == len(MODELS):
+        text = next(iter(meanings))
         return f"{text[0].upper()}{text[1:]}."
     return " ".join(f"{', '.join(names)}: {text}." for text, names in meanings.items())
 

@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -48,6 +48,7 @@ def save_grid(path: Path | str, images: ArrayLike, n_bits: int = 8, columns: int
     """Write :func:`grid` in the format of the suffix; images below 64 pixels are enlarged by an integer factor."""
     from PIL import Image
 
+    images = np.asarray(images)
     picture = grid(images, n_bits, columns)
     factor = max(1, 64 // max(images.shape[2:]))
     picture = picture.repeat(factor, axis=0).repeat(factor, axis=1)
@@ -140,9 +141,10 @@ def save_rows(path: Path | str, rows: Mapping[str, ArrayLike], n_bits: int = 8) 
     """Write labeled rows of images as a PNG. ``rows``: {name: images as in :func:`grid`}."""
     from matplotlib.figure import Figure
 
-    pictures = {name: grid(images, n_bits, columns=len(images)) for name, images in rows.items()}
+    arrays = {name: np.asarray(images) for name, images in rows.items()}
+    pictures = {name: grid(images, n_bits, columns=len(images)) for name, images in arrays.items()}
     height, width = next(iter(pictures.values())).shape[:2]
-    columns = max(len(images) for images in rows.values())
+    columns = max(map(len, arrays.values()))
     figure = Figure(figsize=(0.6 * columns, 0.6 * columns * height / width * len(rows)))
     figure.subplots_adjust(0, 0, 1, 1, hspace=0)
     for axes, (name, picture) in zip(
@@ -243,7 +245,7 @@ def save_corner(path: Path | str, groups: Mapping[str, ArrayLike], names: Sequen
             for k, (name, rows) in enumerate(values.items()):
                 style = {"color": f"C{k}", "label": name}
                 if i == j:
-                    edges = np.linspace(*limits[:, i], 41)
+                    edges = np.linspace(limits[0, i], limits[1, i], 41)
                     axes.hist(rows[:, i], edges, density=True, histtype="step", **style)
                 else:
                     axes.scatter(rows[:, j], rows[:, i], s=3, linewidths=0, alpha=0.5, **style)
@@ -294,7 +296,7 @@ def save_densities(
     _write(path, figure)
 
 
-def _write(path: Path | str, figure: "Figure", **options: object) -> None:
+def _write(path: Path | str, figure: "Figure", **options: Any) -> None:
     with replacing(path) as file:
         figure.savefig(file, format=FORMATS[Path(path).suffix.lower()].lower(), dpi=120, **options)
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from fastflow import checkpoint
 from fastflow.checkpoint import CheckpointError
@@ -85,8 +86,8 @@ class Metrics:
         os.fsync(self._file.fileno())
 
 
-def read_metrics(path: Path | str) -> list[dict[str, int | float | None]]:
-    """The rows of a metrics.csv as dicts; evaluations and rollbacks are None for steps without them."""
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv as dicts of numbers; evaluations and rollbacks are None for steps without them."""
     integers = {"step", "epoch", "back_to_step"}
     with open(path, newline="") as file:
         rows = list(csv.DictReader(bounded(file)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
         chosen = _gpu_of_rank(chosen, local_rank)
         torch.cuda.set_device(chosen)
     with _translate_collective_errors():
-        if owns_group:
+        if rank is not None:
             store = meet(rank, timeout)
             backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(
@@ -138,7 +138,10 @@ def init_process_group(device: str = "cpu", timeout: float = 60.0) -> Iterator[t
                 timeout=timedelta(seconds=timeout),
             )
         long_timeout_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
-        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, long_timeout_group)
+        every_rank = cast(
+            "dist.ProcessGroup", long_timeout_group
+        )  # the type has a value for ranks outside of it
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, every_rank)
         # Without this barrier a rank that fails early could be gone before the others are connected; they
         # would then report a lost rank instead of their own error.
         ranks.barrier()

@@ -7,7 +7,11 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import (  # documented names, which its module imports without exporting them
+    PrefixStore,  # pyright: ignore[reportPrivateImportUsage]
+    Store,  # pyright: ignore[reportPrivateImportUsage]
+    rendezvous,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 
 class DeviceError(ValueError):
@@ -41,7 +45,7 @@ def _integer(name: str, least: int, most: float = math.inf) -> int:
     return int(given)
 
 
-def meet(rank: int, timeout: float) -> dist.Store:
+def meet(rank: int, timeout: float) -> Store:
     """A store that exactly the ranks of this start share. Raises LostRankError after ``timeout`` seconds.
 
     The store of torchrun still has the addresses of the ranks that it restarted, and new ranks would connect to them.
@@ -49,13 +53,13 @@ def meet(rank: int, timeout: float) -> dist.Store:
     """
     until = time.monotonic() + timeout
     _find_first_rank(rank, until, timeout)
-    store, _, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    store, _, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
     ours = uuid.uuid4().hex
     if rank:
         store.set(f"fastflow/{rank}", ours)
         name = store.get(ours).decode()  # waits for it
         store.add(name, 1)
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     while store.add(ours, 0) < world_size - 1:
         for other in range(1, world_size):
             if store.check([f"fastflow/{other}"]):
@@ -63,7 +67,7 @@ def meet(rank: int, timeout: float) -> dist.Store:
         if time.monotonic() > until:
             raise LostRankError(f"another rank did not start within {timeout:g} s; see its own error")
         time.sleep(0.01)
-    return dist.PrefixStore(ours, store)
+    return PrefixStore(ours, store)
 
 
 def _find_first_rank(rank: int, until: float, timeout: float) -> None:

@@ -17,21 +17,24 @@ if TYPE_CHECKING:
     from fastflow.trainer.commands import Evaluate, Sample
 
 
-def sample_rows(options: "Sample", model: Model, training: dict | None, path: Path) -> None:
+def sample_rows(
+    options: "Sample", temperatures: tuple[float, ...], model: Model, training: dict | None, path: Path
+) -> None:
     """Write samples: the columns of x, then those of the context. Raises ConfigError for options of images."""
     out = output(options.out, "samples.csv", (".csv", ".npy"))
-    if len(options.temperature) > 1:
-        raise config_error("temperature", options.temperature, "one value for rows")
+    temperature, *others = temperatures
+    if others:
+        raise config_error("temperature", temperatures, "one value for rows")
     if options.classes is not None:
         raise config_error("classes", options.classes, f"none: {path} holds a model without classes")
     columns = _columns(model, training)
     context = _context(options.context, columns, model, path)
     n = options.n if options.n is not None else 1000 if context is None else len(context)
-    rows = sample(model, n, options.temperature[0], options.seed, context)
+    rows = sample(model, n, temperature, options.seed, context)
     if context is not None:
         rows = torch.cat([rows, context[torch.arange(n) % len(context)]], dim=1)
     data.write_table(out, (*columns.x, *columns.context), rows.numpy())
-    print(f"{out}: {n} rows at temperature {options.temperature[0]:g}")
+    print(f"{out}: {n} rows at temperature {temperature:g}")
 
 
 def test_rows(
@@ -49,6 +52,8 @@ def test_rows(
     dtype = sample_dtype(model)
     if trained.get("data") and Path(name).resolve() == Path(trained["data"]).resolve():
         source = data.load(name, columns=columns, context=context, dtype=dtype)
+        if not isinstance(source, data.Table):
+            raise config_error("data", name, f"a table: {path} holds a model of rows")
         names, x, of_x = source.columns, source.test, source.test_labels
     else:
         names, rows = data.read_rows(name, columns, context)

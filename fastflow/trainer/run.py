@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,17 +115,16 @@ class Run:
         if saved:
             config = with_choice_kept(saved["training"], config)
             check_changes(saved["training"], config)
-        self.config, self.notes = config, []
-        self._load_data()
-        self.config = config = with_steps(self.config, self.source.length)
-        if saved:
-            self._restore(saved)
+        self.notes: list[str] = []
+        self._load_data(config)
+        if saved and config.resume:
+            self._restore(saved, Path(config.resume))
         else:
             self._create()
         self._set_up_training(saved)
         state = self.state
         self.budget = TimeBudget(
-            config,
+            self.config,
             state.step,
             state.target_steps,
             state.seconds,
@@ -137,8 +136,9 @@ class Run:
         if not saved:
             self.save()
 
-    def _load_data(self) -> None:
-        config, ranks = self.config, self.ranks
+    def _load_data(self, config: Config) -> None:
+        """The source, its samples, and ``self.config``: ``config`` with values for what it leaves open."""
+        ranks = self.ranks
         side = config.image_size
         if side is None and config.data == "mnist" and config.model.startswith("mnist-"):
             side = 28
@@ -148,9 +148,10 @@ class Run:
         source = ranks.local_main_first(lambda: data.load(config.data, *options))
         if config.channels not in (None, source.shape[0]):
             raise config_error("channels", config.channels, f"{source.shape[0]} for {config.data}")
-        self.config = config = with_defaults(config, source)
+        config = with_defaults(config, source)
         check_options(config, source)
         data.set_validation(source, config.validation, config.seed)
+        self.config = with_steps(config, source.length)
         self.kind, self.unit = kind_of(source.shape), kind_of(source.shape).unit(source.shape)
         on_gpu = self.device.type == "cuda" and not config.float64
         self.bf16 = on_gpu and self.kind.bf16 if config.bf16 is None else config.bf16
@@ -190,10 +191,10 @@ class Run:
         torch.manual_seed(config.seed)
         model = build_model(config, self.source).to(self.device)
         self.model = model.double() if config.float64 else model
-        if self.model.standardize is not None:
-            self.model.standardize_by(
-                *(v if v is None else v.to(self.device) for v in self.source.training_rows())
-            )
+        if self.model.standardize is not None and isinstance(self.source, data.Table):
+            rows, context = self.source.training_rows()
+            context = None if context is None else context.to(self.device)
+            self.model.standardize_by(rows.to(self.device), context)
         self.state = RunState(0, config.steps)
         x, labels = self.to_device(self.batches[0])
         with self.ranks.translate_collective_errors():
@@ -204,10 +205,10 @@ class Run:
             self.ranks.broadcast_str(str(new_folder(config, self._locks)) if self.ranks.is_main else "")
         )
 
-    def _restore(self, saved: dict) -> None:
-        """The models and the state of a checkpoint, which :func:`read_run` read."""
+    def _restore(self, saved: dict[str, Any], folder: Path) -> None:
+        """The models and the state of a checkpoint of ``folder``, which :func:`read_run` read."""
         config, training = self.config, saved["training"]
-        self.folder = Path(config.resume)
+        self.folder = folder
         if config.data_changed:
             self.notes.append("data: as they are now, and not as when the run started")
         elif training["data"] != self.data_fingerprint:
@@ -249,17 +250,19 @@ class Run:
             self.model = copy.deepcopy(self.eval_model)
             self.model.load_state_dict(training["trained"])
 
-    def _set_up_training(self, saved: dict | None) -> None:
+    def _set_up_training(self, saved: dict[str, Any] | None) -> None:
         config, model = self.config, self.model
         for each in {model, self.eval_model}:
             each.to(memory_format=torch.channels_last)  # faster convolutions; the layers keep the format
         if config.compile:
             model.compile_networks()
         groups = parameter_groups(model, config.scale_l2)
-        self.optimizer = torch.optim.Adam(groups, lr=config.lr, betas=tuple(config.betas), fused=True)
+        beta1, beta2 = config.betas
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, betas=(beta1, beta2), fused=True)
         if saved:
             self.optimizer.load_state_dict(saved["training"]["optimizer"])
             _set_rng_states(saved["training"]["rng"])
+        uncaptured = None if config.cuda_graph else self.stop_capturing
         self._step = Step(
             model,
             self.optimizer,
@@ -269,17 +272,17 @@ class Run:
             clip=config.clip,
             bf16=self.bf16,
             capture=self.captures,
-            uncaptured=None if config.cuda_graph else self.stop_capturing,
+            uncaptured=uncaptured,
         )
-        options = {"uncaptured": None if config.cuda_graph else self.stop_capturing}
-        options["record"] = record_on(self.device, enabled=self.captures)
-        self._log_prob = captured_log_prob(self.eval_model, **options)
-        self._draw = captured_sample(self.eval_model, **options)
+        record = record_on(self.device, enabled=self.captures)
+        self._log_prob = captured_log_prob(self.eval_model, uncaptured=uncaptured, record=record)
+        self._draw = captured_sample(self.eval_model, uncaptured=uncaptured, record=record)
         if config.compile and self.ranks.world_size > 1:
             # here, because the ranks may compile for longer than they wait for each other in a step
             self._step.compile_forward_backward()
             self.ranks.barrier()
-        self._averages, self._weights = list(self.eval_model.parameters()), list(model.parameters())
+        self._averages: list[Tensor] = list(self.eval_model.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
         statistics = zip(self.eval_model.running_statistics(), model.running_statistics(), strict=True)
         self._statistics = list(statistics) if config.ema else []
 
@@ -321,7 +324,8 @@ class Run:
 
     def to_device(self, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         x, labels = batch
-        labels = labels.to(self.device, non_blocking=True) if self.conditional else None
+        if labels is not None:
+            labels = labels.to(self.device, non_blocking=True) if self.conditional else None
         memory_format = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         return x.to(self.device, non_blocking=True, memory_format=memory_format), labels
 
@@ -389,7 +393,7 @@ class Run:
         self.ranks.barrier()  # the main rank may write the file again
         return restored
 
-    def _snapshot(self) -> tuple[dict, str]:
+    def _snapshot(self) -> tuple[dict[str, Any], str]:
         """Contents and name of best.pt, or of last.pt if there is no training state of the best step."""
         if (path := self.folder / "best.pt").exists():
             best = checkpoint.read(path)
@@ -470,7 +474,11 @@ class Run:
         epoch = step * self.config.batch_size // self.source.length
         self.metrics.write(step, epoch, lr, loss, grad_norm, eval_loss, restored)
         key = self.unit.key
-        scalars = {f"train/{key}": loss, "train/grad_norm": grad_norm, "train/lr": lr}
+        scalars: dict[str, float | None] = {
+            f"train/{key}": loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+        }
         scalars[f"{self.evaluated}/{key}"] = eval_loss
         scalars["train/back_to_step"] = restored
         scalars[f"{self.kind.noun}_per_second"] = self.progress.samples_per_second
@@ -484,9 +492,9 @@ class Run:
             training = self._training_state() if rollback else self._about()
             checkpoint.save(self.folder / "best.pt", self.eval_model, training)
 
-    def _about(self) -> dict:
+    def _about(self) -> dict[str, Any]:
         """What every checkpoint of the run holds: its settings, columns of a table, classes of a folder."""
-        about = {"config": asdict(self.config)}
+        about: dict[str, Any] = {"config": asdict(self.config)}
         if isinstance(self.source, data.Table):
             about["columns"] = {name: list(of) for name, of in self.source.columns._asdict().items()}
         if isinstance(self.source, data.Folder) and self.source.class_names is not None:
@@ -500,7 +508,7 @@ class Run:
         self.metrics.sync()
         checkpoint.save(self.last, self.eval_model, self._training_state())
 
-    def _training_state(self) -> dict:
+    def _training_state(self) -> dict[str, Any]:
         """All that a checkpoint needs in addition to the evaluated model, to continue the run."""
         state = self.state
         training = {
@@ -573,7 +581,7 @@ class Run:
         self.ranks.barrier()
 
 
-def read_run(folder: Path | str) -> dict:
+def read_run(folder: Path | str) -> dict[str, Any]:
     """Read the last checkpoint of a run folder. Raises CheckpointError if the run cannot continue."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -595,7 +603,7 @@ def resumed_config(folder: str) -> Config:
     return replace(config, resume=str(folder), out=None, resume_if_present=False, data_changed=False)
 
 
-def parameter_groups(model: Model, scale_l2: float) -> list[dict]:
+def parameter_groups(model: Model, scale_l2: float) -> list[dict[str, Any]]:
     """The parameters as optimizer groups; penalized scales are a group with weight decay."""
     scales = model.weight_scales() if scale_l2 else []
     chosen = {id(p) for p in scales}

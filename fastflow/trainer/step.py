@@ -4,14 +4,16 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from fastflow import validation
 from fastflow.models.model import Model
-from fastflow.trainer.captured import CaptureError, Graph, record_on
+from fastflow.trainer.captured import CaptureError, Graph, Record, record_on
 from fastflow.trainer.kinds import empty_batch
 from fastflow.trainer.ranks import Ranks, shard_bounds
 
@@ -96,15 +98,14 @@ class Step:
         self.record = record_on(self.device, self.stream, capture)
         self.forward = self._over_ranks()
 
-    def _over_ranks(self) -> torch.nn.Module:
+    def _over_ranks(self) -> Model | DistributedDataParallel:
         """The model, with several ranks in DistributedDataParallel."""
         if self.ranks.world_size == 1:
             return self.model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, BROADCAST_BUFFERS: False}
         with torch.cuda.stream(self.stream):
-            return DistributedDataParallel(
-                self.model, device_ids, gradient_as_bucket_view=True, **{BROADCAST_BUFFERS: False}
-            )
+            return DistributedDataParallel(self.model, device_ids, **options)
 
     def _allocate_buffers(self, samples: int) -> None:
         """Allocate the inputs of a step that are not the model's, and the votes."""
@@ -112,7 +113,7 @@ class Step:
         self.seed = torch.empty((), dtype=torch.int64, device=self.device)
         exact = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
         self.votes = torch.zeros(2, dtype=exact, device=self.device)
-        self.report: Tensor | None = None
+        self.report = torch.empty(0)  # of the step before
         # CUDA's fused Adam takes a float32 learning rate, the CPU's any dtype
         lr_dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         self.lr = torch.zeros((), dtype=lr_dtype, device=self.device)
@@ -132,6 +133,8 @@ class Step:
         """
         self.x.copy_(x, non_blocking=True)
         if self.labels is not None:
+            if labels is None:
+                raise validation.argument_error("labels", None, validation.shape_of(self.labels))
             self.labels.copy_(labels, non_blocking=True)
         self.seed.fill_(seed)
         self.lr.fill_(lr)
@@ -140,7 +143,8 @@ class Step:
         with self.ranks.translate_collective_errors():
             self._run_or_replay()
             bits, norm, *summed = self.report.tolist()
-        return bits, norm, *(summed if self.ranks.world_size > 1 else votes)
+        first, second = summed if self.ranks.world_size > 1 else votes
+        return bits, norm, first, second
 
     def compile_forward_backward(self) -> None:
         """Compile now: run forward and backward on an empty batch, without the other ranks."""
@@ -157,7 +161,7 @@ class Step:
     def _run_or_replay(self) -> None:
         warm = self.calls >= (WARM_UP if self.ranks.world_size == 1 else DDP_WARM_UP)
         if self.record is not None and self.graph is None and warm:
-            self._capture()
+            self._capture(self.record)
         if self.graph is not None:
             self.graph.replay()
             return
@@ -165,27 +169,29 @@ class Step:
         with _after_current(self.stream):
             self.run()
 
-    def _capture(self) -> None:
+    def _capture(self, record: Record) -> None:
         """Capture the step; if this fails on a rank, all ranks go on uncaptured, with the state of before."""
-        reason = None
+        graph, reason = None, None
         try:
-            graph = self.record(self.run, ())
+            graph = record(self.run, ())
         except CaptureError as error:
             reason = str(error)
         failed = torch.tensor(float(reason is not None))
-        if not self.ranks.all_reduce_sum(failed, long_timeout=True):
+        self.ranks.all_reduce_sum(failed, long_timeout=True)
+        if graph is not None and not failed:
             self.graph = graph
             return
         # a capture runs nothing, so weights and averages hold their values; these tensors hold none
         self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.found_inf = self.report = None
+        self.report = torch.empty(0)
+        self._skip_update_if(None)
         self.record = self.stream = None
         reason = reason or "it failed on another rank"
         if self.uncaptured is None:
             raise CaptureError(f"cuda_graph: the step cannot be captured: {reason}")
         self.uncaptured(reason)
         if self.ranks.world_size > 1:
-            self.forward = None
+            del self.forward
             gc.collect()  # its hooks on the parameters end with it
             self.forward = self._over_ranks()
 
@@ -201,25 +207,28 @@ class Step:
         bad = ~(report[0].isfinite() & norm.isfinite())
         # non-finite gradients stay as they are, so that the error message can name the largest one
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm.masked_fill(bad, 0))
-        self.optimizer.found_inf = (
-            bad.float()
-        )  # as from torch.amp.GradScaler: a fused optimizer skips the update
+        self._skip_update_if(bad.float())
         self.optimizer.step()
         self.report = torch.cat([report[:1] / self.batch_size, norm.to(report.dtype).view(1), report[1:]])
 
+    def _skip_update_if(self, bad: Tensor | None) -> None:
+        """Let the fused optimizer skip its updates where ``bad`` is not 0, as torch.amp.GradScaler does."""
+        self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]  # torch does not declare it
+
     def _forward_backward(self) -> Tensor:
         """Accumulate gradients over the micro-batches; give the sum of their bits/dim."""
-        summed = 0.0
+        summed, forward = [], self.forward
+        over_ranks = isinstance(forward, DistributedDataParallel)
         for i, (first, end) in enumerate(self.bounds):
             last = i == len(self.bounds) - 1
-            with self.forward.no_sync() if self.ranks.world_size > 1 and not last else nullcontext():
+            with forward.no_sync() if over_ranks and not last else nullcontext():
                 with autocast(self.device, self.bf16):
                     labels = None if self.labels is None else self.labels[first:end]
-                    bits = self.forward(self.x[first:end], labels, seed=self.seed, offset=self.first + first)
+                    bits = forward(self.x[first:end], labels, seed=self.seed, offset=self.first + first)
                 # DistributedDataParallel divides by the number of ranks
                 (bits.sum() * (self.ranks.world_size / self.batch_size)).backward()
-            summed = summed + bits.detach().sum()
-        return summed
+            summed.append(bits.detach().sum())
+        return sum(summed[1:], summed[0])
 
     def _average_statistics(self) -> None:
         """Replace the running statistics, which each rank updated from its own samples, by their mean."""

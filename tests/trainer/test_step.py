@@ -47,6 +47,13 @@ def test_the_buffers_stay_where_they_are(device):
     assert places() == before
 
 
+def test_labels_that_are_missing_are_named():
+    trained = model(classes=3)
+    step = Step(trained, torch.optim.Adam(trained.parameters(), fused=True), Ranks(), batch_size=6)
+    with pytest.raises(ValueError, match=r"labels: got None, expected shape \[6\]"):
+        step(batch(0)[0], None, 1, 1e-3)
+
+
 @device
 @pytest.mark.parametrize("capture", [False, True])
 def test_an_update_that_is_not_finite_is_left_out(device, capture):

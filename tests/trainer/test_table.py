@@ -308,6 +308,9 @@ def test_without_context_in_float64(tmp_path, capsys):
     assert contents["training"]["columns"] == {"x": ["0", "1"], "context": []}
     assert "test_nats" in read_metrics(run / "metrics.csv")[0]
     fastflow.save(tmp_path / "own.pt", fastflow.load(run))
+    np.savez(tmp_path / "images.npz", x=np.zeros((4, 8, 8), np.uint8))
+    moved = {"config": {"data": str(tmp_path / "images.npz")}}
+    fastflow.save(tmp_path / "moved.pt", fastflow.load(run), moved)
     assert main(["evaluate", str(run / "best.pt")]) == 0  # it has the names of its data and columns
     assert main(["sample", str(run / "best.pt"), "--n", "2", "--out", str(tmp_path / "s.csv")]) == 0
     assert data.load(str(tmp_path / "rows.npy")).columns.x == ("0", "1", "2")
@@ -324,6 +327,7 @@ def test_without_context_in_float64(tmp_path, capsys):
         ("sample", str(run), "--n", "0"): "n: got 0, expected at least 1",
         ("interpolate", str(run)): "expected a model of images",
         ("evaluate", str(tmp_path / "own.pt")): "does not contain the name of its training data",
+        ("evaluate", str(tmp_path / "moved.pt")): "images.npz, expected a table",
         ("evaluate", str(run), "--columns", "0"): "columns: got 1 columns and 0 of context",
         ("evaluate", str(run), "--data", "photos"): "data: got 'photos', expected a table",
     }.items():

@@ -96,7 +96,7 @@ def load(
     raise DataError(f"data: got {name!r}, expected {_EXPECTED}")
 
 
-def _built_in(name: str, data_dir: str, image_size: int | None) -> Source:
+def _built_in(name: str, data_dir: str, image_size: int | None) -> Photos | Images:
     if name == "photos":
         return Photos(_size(name, image_size, 32))
     if name == "cifar10":

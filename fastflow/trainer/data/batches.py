@@ -48,7 +48,8 @@ class Batches:
         self.source, self.size, self.seed, self.n_bits = source, size, seed, n_bits
         self.horizontal_flip = source.horizontal_flip if horizontal_flip is None else horizontal_flip
         self.part = slice(*(part or (0, size)))
-        self._epoch, self._order = None, None
+        self._epoch: int | None = None
+        self._order = np.empty(0, np.int64)
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor | None]:
         rng = np.random.default_rng(derive(self.seed, Stream.BATCH, step))

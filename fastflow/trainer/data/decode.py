@@ -12,7 +12,7 @@ from fastflow.trainer.data.source import DataError
 from fastflow.validation import printable
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageFile
 
 BACKGROUND = "white"
 _GRAY = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F"}
@@ -21,7 +21,7 @@ _WHITE_IS_ZERO, _SIGNED = 0, 2  # values of the last two
 _ORIENTATION = 274  # EXIF's tag
 _STRIP = 2**23  # pixels that are converted together
 _LONGEST = 64  # times the shorter side; more is cropped before the image is resized
-# by EXIF's orientation, which says how the camera was held
+# by EXIF's orientation, which says how the camera was held; 1 is upright
 _UPRIGHT = dict(
     enumerate(
         "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2
@@ -60,8 +60,8 @@ def decode(
         orientation = _orientation(image)  # after load, which turns a TIFF itself
         _check_samples(image, file)
         image = _converted(image, "L" if channels == 1 else "RGB", background)
-        if orientation in _UPRIGHT:
-            image = image.transpose(Image.Transpose[_UPRIGHT[orientation]])
+        if orientation is not None:
+            image = image.transpose(Image.Transpose[orientation])
     image = _without_ends(image)
     factor = size / min(image.size)
     width, height = (max(size, round(side * factor)) for side in image.size)
@@ -72,7 +72,7 @@ def decode(
 
 
 @contextmanager
-def opened(file: Path) -> Iterator["Image.Image"]:
+def opened(file: Path) -> Iterator["ImageFile.ImageFile"]:
     """An image whose pixels are not yet decoded; errors of Pillow within the block become DamagedError."""
     from PIL import Image, UnidentifiedImageError
 
@@ -87,7 +87,7 @@ def opened(file: Path) -> Iterator["Image.Image"]:
     except DataError:
         raise
     except Image.DecompressionBombError:
-        most = 2 * Image.MAX_IMAGE_PIXELS
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DamagedError(f"{printable(file)}: got more than {most:,} pixels, the limit of Pillow") from None
     except Exception as error:  # Pillow raises errors of many kinds for damaged files
         if isinstance(error, OSError) and error.errno and not isinstance(error, UnidentifiedImageError):
@@ -120,8 +120,8 @@ def check_background(color: str) -> None:
     raise DataError(f"background: got {color!r}, expected an opaque color such as white, black or #808080")
 
 
-def _is_gray(image: "Image.Image") -> bool:
-    if image.mode == "P":
+def _is_gray(image: "ImageFile.ImageFile") -> bool:
+    if image.mode == "P" and image.palette is not None:
         order, values = image.palette.getdata()
         planes = np.frombuffer(bytes(values), np.uint8)
         planes = planes.reshape(3, -1) if order == "RGB;L" else planes.reshape(-1, len(order)).T[:3]
@@ -129,28 +129,29 @@ def _is_gray(image: "Image.Image") -> bool:
     return image.mode in _GRAY or _raw_mode(image) == "LA;16B"  # which Pillow opens as RGBA
 
 
-def _orientation(image: "Image.Image") -> object:
-    """How the camera was held, or None, also if the EXIF data are damaged."""
+def _orientation(image: "Image.Image") -> str | None:
+    """The transpose that makes an image upright; None if it is, or if the EXIF data are damaged."""
     try:
-        return image.getexif().get(_ORIENTATION)
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # Pillow raises errors of many kinds
         return None
 
 
-def _raw_mode(image: "Image.Image") -> object:
+def _raw_mode(image: "ImageFile.ImageFile") -> object:
     """The samples of a PNG, before they are read."""
     return image.tile[0][3] if image.tile else None
 
 
-def _scale_key(image: "Image.Image") -> None:
+def _scale_key(image: "ImageFile.ImageFile") -> None:
     """Scale the transparent value of a PNG with 2 or 4 bits as Pillow scales its samples."""
-    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image)) if image.format == "PNG" else None
+    factors: dict[object, int] = {"L;2": 85, "L;4": 17}
+    factor = factors.get(_raw_mode(image)) if image.format == "PNG" else None
     if factor is not None and "transparency" in image.info:
         image.info["transparency"] *= factor
 
 
 def _tags(image: "Image.Image") -> Mapping[int, Any]:
-    return image.tag_v2 if image.format == "TIFF" else {}
+    return getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
 
 
 def _check_samples(image: "Image.Image", file: Path) -> None:

@@ -35,7 +35,12 @@ class Folder:
         background: color below transparent images, a name or #rrggbb. None: white.
     """
 
-    horizontal_flip, context_features = True, None
+    shape: tuple[int, ...]
+    classes: int | None = None
+    context_features: int | None = None
+    horizontal_flip: bool = True
+    test_labels: Tensor | None = None
+    validation_labels: Tensor | None = None
 
     def __init__(
         self,
@@ -70,17 +75,18 @@ class Folder:
         self.name, self.shape = path.resolve().name, (1 if self._gray_only else channels or 3, size, size)
         self._path, self._files, self.length = path, files, len(train)
         self._all_files = [file for part in parts for file, _ in part]
-        self.classes, self._labels, self.test_labels, self.validation_labels = None, None, None, None
+        self._labels: Tensor | None = None
         self.class_names: list[str] | None = None
         self._classes_found = "no classes"
-        if all(label is not None for _, label in train):
-            names = sorted({label for _, label in train})
-            number = {name: i for i, name in enumerate(names)}
+        labels = [label for _, label in train if label is not None]
+        if len(labels) == len(train):
+            names = sorted(set(labels))
+            number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
             test, validation = (_of_classes(part, number, path) for part in (test, validation))
             self.classes, self.class_names = len(names), names
             listed = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
             self._classes_found = f"{len(names)} class{'es' if len(names) > 1 else ''} ({listed})"
-            self._labels = torch.tensor([number[label] for _, label in train])
+            self._labels = torch.tensor([number[label] for label in labels])
             self.test_labels = torch.tensor([number[label] for _, label in test])
             if validation:
                 self.validation_labels = torch.tensor([number[label] for _, label in validation])
@@ -88,7 +94,7 @@ class Folder:
         self.validation = self._decoded([file for file, _ in validation]) if validation else None
 
     @property
-    def notes(self) -> tuple[str]:
+    def notes(self) -> tuple[str, ...]:
         """One line of what was found: classes, images of each split, what was skipped and why."""
         sizes = {"to train on": self.length, "to test on": len(self.test)}
         sizes["for validation"] = 0 if self.validation is None else len(self.validation)
@@ -97,6 +103,10 @@ class Folder:
 
     def number_test_labels_as(self, names: list[str]) -> None:
         """Number the classes of the test images by ``names``. Raises DataError for a class that is none of them."""
+        if self.class_names is None or self.test_labels is None:
+            raise DataError(
+                f"{printable(self._path)}: got no classes, expected {', '.join(map(printable, names))}"
+            )
         unknown = [name for name in self.class_names if name not in names]
         if unknown:
             got = f"got class {printable(unknown[0])}"

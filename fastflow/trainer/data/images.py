@@ -25,14 +25,14 @@ class Images(InMemory):
             name,
             (_images(train), _labels(labels)),
             (_images(test), _labels(test_labels)),
-            (_images(validation), _labels(validation_labels)),
+            (None if validation is None else _images(validation), _labels(validation_labels)),
         )
         self.horizontal_flip = horizontal_flip
         self.classes = None if labels is None else int(labels.max()) + 1
 
 
-def _images(images: np.ndarray | None) -> Tensor | None:
-    return None if images is None else torch.from_numpy(np.ascontiguousarray(images))
+def _images(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images))
 
 
 def _labels(labels: np.ndarray | None) -> Tensor | None:

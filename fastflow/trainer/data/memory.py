@@ -17,7 +17,7 @@ class InMemory:
 
     classes: int | None = None
     context_features: int | None = None
-    horizontal_flip = False
+    horizontal_flip: bool = False
     notes: tuple[str, ...] = ()
 
     def __init__(
@@ -44,8 +44,8 @@ class InMemory:
         return self._train.nbytes
 
     def draw(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        indices = torch.from_numpy(indices).to(self._train.device)
-        return self._train[indices], None if self._labels is None else self._labels[indices]
+        chosen = torch.from_numpy(indices).to(self._train.device)
+        return self._train[chosen], None if self._labels is None else self._labels[chosen]
 
     def hold_out(self, fraction: float, seed: int) -> None:
         kept, chosen = map(torch.from_numpy, held_out(self.length, fraction, seed))

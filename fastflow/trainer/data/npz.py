@@ -40,11 +40,10 @@ def images_of(path: Path, arrays: dict[str, np.ndarray], image_size: int | None)
         raise DataError(f"{path}: {got}, expected {expected}")
     x, y = _as_images(path, "x", x), _as_labels(path, "y", y, len(x))
     x_val, y_val = _part(path, arrays, "val", x)
-    if "x_test" in arrays:
-        x_test, y_test = _part(path, arrays, "test", x)
-    elif len(x) < 2:
-        raise DataError(f"{path}: x: got {len(x)} image, expected at least 2, one of them to test on")
-    else:
+    x_test, y_test = _part(path, arrays, "test", x)
+    if x_test is None:
+        if len(x) < 2:
+            raise DataError(f"{path}: x: got {len(x)} image, expected at least 2, one of them to test on")
         held_out = np.arange(len(x)) % 10 == min(9, len(x) - 1)
         x, x_test = x[~held_out], x[held_out]
         y, y_test = (None, None) if y is None else (y[~held_out], y[held_out])

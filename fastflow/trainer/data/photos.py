@@ -17,15 +17,22 @@ class Photos:
     32x32 grid over columns 512 to 639 (rows 0 to 415), the tiles of the first photograph first.
     """
 
-    name, classes, test_labels, horizontal_flip = "photos", None, None, True
-    validation, validation_labels, context_features, notes = None, None, None, ()
+    name: str = "photos"
+    shape: tuple[int, ...]
+    classes: int | None = None
+    context_features: int | None = None
+    horizontal_flip: bool = True
+    notes: tuple[str, ...] = ()
+    test_labels: Tensor | None = None
+    validation: Tensor | None = None
+    validation_labels: Tensor | None = None
 
     def __init__(self, size: int = 32) -> None:
         from PIL import Image
 
         # scikit-learn is not imported: that takes longer than reading the photographs.
         spec = importlib.util.find_spec("sklearn")
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
         folder = Path(spec.submodule_search_locations[0]) / "datasets" / "images"
         photos = []

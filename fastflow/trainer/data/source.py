@@ -46,11 +46,13 @@ class Source(Protocol):
     classes: int | None
     context_features: int | None
     horizontal_flip: bool
-    notes: tuple[str, ...]
     test: Tensor
     test_labels: Tensor | None
     validation: Tensor | None
     validation_labels: Tensor | None
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def draw(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Samples and labels of ``indices`` ``[N]``; ``uniform`` ``[N, 3]`` is the only randomness."""

@@ -140,7 +140,7 @@ def _choose(
             if names.count(name) != 1:
                 once = "" if name not in names else " that occur once"
                 raise DataError(f"{option}: got {name!r}, expected columns of {path}{once}: {_listed(names)}")
-            if list(wanted).count(name) > 1:
+            if list(wanted or ()).count(name) > 1:
                 raise DataError(f"{option}: got {name!r} twice")
         chosen[option] = wanted
     of_context = tuple(default if chosen["context"] is None else chosen["context"])
@@ -198,7 +198,7 @@ def _open_csv(path: Path) -> tuple[list[str], Read]:
     return names, read
 
 
-def _lines(path: Path) -> Iterable[list[str]]:
+def _lines(path: Path) -> Iterator[list[str]]:
     """Fields of the lines that are not empty; the delimiter is the first of ``, ; tab`` in the first line."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -251,7 +251,7 @@ def _numbers(
 
 def _open_parquet(path: Path) -> tuple[list[str], Read]:
     try:
-        import pyarrow.parquet
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]  # an extra, which tests do without
     except ModuleNotFoundError as error:
         raise DataError(
             f"{path}: .parquet files need pyarrow: pip install fastflow-torch[parquet]"

@@ -16,8 +16,9 @@ def load_cifar10(data_dir: str) -> Images:
     for file in (Path(data_dir) / "cifar-10-batches-py").glob("*_batch*"):
         _refuse_large(file)
     train, test = _load("CIFAR10", data_dir, "cifar-10-batches-py/data_batch_1 to _5 and test_batch")
-    images = [d.data.transpose(0, 3, 1, 2) for d in (train, test)]
-    return Images("cifar10", *images, np.array(train.targets), np.array(test.targets), horizontal_flip=True)
+    x, x_test = (d.data.transpose(0, 3, 1, 2) for d in (train, test))
+    labels, test_labels = np.array(train.targets), np.array(test.targets)
+    return Images("cifar10", x, x_test, labels, test_labels, horizontal_flip=True)
 
 
 def load_mnist(data_dir: str, size: int) -> Images:
@@ -28,10 +29,10 @@ def load_mnist(data_dir: str, size: int) -> Images:
     _check_mnist(Path(data_dir) / "MNIST/raw")
     train, test = _load("MNIST", data_dir, "MNIST/raw/train-images-idx3-ubyte.gz and the other three files")
     edge = (size - 28) // 2
-    images = [
+    x, x_test = (
         np.pad(d.data.numpy()[:, None], ((0, 0), (0, 0), (edge, edge), (edge, edge))) for d in (train, test)
-    ]
-    return Images("mnist", *images, train.targets.numpy(), test.targets.numpy())
+    )
+    return Images("mnist", x, x_test, train.targets.numpy(), test.targets.numpy())
 
 
 def _check_mnist(folder: Path) -> None:

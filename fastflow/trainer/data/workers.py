@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -24,7 +24,7 @@ class WorkerError(RuntimeError):
     """A data-loading process that died; the message is one line."""
 
 
-def drawn_by_workers(draw: Callable[[int], Batch], steps: range, count: int) -> Iterator[Batch]:
+def drawn_by_workers(draw: Callable[[int], Batch], steps: range, count: int) -> Generator[Batch]:
     """Yield ``draw(step)`` for each of ``steps``, drawn ahead by ``count`` processes.
 
     Process i draws every ``count``-th step from the i-th on. Each has a pipe of its own and shares no lock
@@ -69,7 +69,9 @@ def _received(process: BaseProcess, connection: Connection) -> Batch:
         raise
     if isinstance(reply, Exception):
         raise reply
-    x, labels = (None if array is None else torch.from_numpy(array) for array in reply)
+    x, labels = reply
+    x = torch.from_numpy(x)
+    labels = None if labels is None else torch.from_numpy(labels)
     return x.pin_memory() if torch.cuda.is_available() else x, labels
 
 
@@ -102,5 +104,6 @@ def _work(draw: Callable[[int], Batch], steps: range, connection: Connection) ->
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
