@@ -298,7 +298,8 @@ class AutoregressiveTransform(_WithInverse, _transforms.AutoregressiveTransform)
         c, univariate = self._context, Univariate.of(self._layer)
         form = univariate.form
         found = _network_of(self._layer, y, c)
-        if found is None or (univariate.circular and _is_beyond(y, form.bound)):
+        bound = form.bound if univariate.circular and isinstance(form, Spline) else None
+        if found is None or (bound is not None and _is_beyond(y, bound)):
             return self._in_passes(y)
         network, structure = found
         linears = network.linears
