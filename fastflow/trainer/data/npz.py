@@ -12,7 +12,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npz file; a single one is ``x``. Raises DataError if it cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.lib.npyio.NpzFile):
+            if isinstance(file, np.lib.npyio.NpzFile) and file.zip:
                 needed = sum(member.file_size for member in file.zip.infolist())
                 check_size(path, needed, path.stat().st_size)
             arrays = {key: file[key] for key in file.files}
