@@ -20,4 +20,4 @@ _found = {
     and (isinstance(value, int | float | tuple) or getattr(value, "__module__", None) == module.__name__)
 }
 globals().update(_found)
-__all__ = sorted(_found)
+__all__ = sorted(_found)  # pyright: ignore[reportUnsupportedDunderAll]  # the names are found at run time

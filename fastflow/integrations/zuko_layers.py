@@ -345,7 +345,7 @@ class LazyComposed(Accelerated):
 class ComposedTransform(_transforms.ComposedTransform):
     """Composition of a :class:`LazyComposed`, or the inverse of one."""
 
-    def __init__(self, layer: Theirs, *transforms: Transform) -> None:
+    def __init__(self, layer: Theirs, *transforms: Any) -> None:  # zuko gives torch's Transform more methods
         # zuko's own asserts that there are transformations, which breaks graphs of torch.compile
         Transform.__init__(self)
         self._layer, self.transforms = layer, transforms
@@ -370,25 +370,25 @@ class ComposedTransform(_transforms.ComposedTransform):
         return x
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        dims, total = self.domain_dim, 0
+        dims, ladjs = self.domain_dim, []
         for transforms in self._runs():
             if (at_once := self._at_once(transforms, x)) is not None:
                 x, ladj = at_once
-                total = total + _sum_rightmost(ladj, dims - 1)
+                ladjs.append(_sum_rightmost(ladj, dims - 1))
                 continue
             for t in transforms:
                 x, ladj = t.call_and_ladj(x)
-                total = total + _sum_rightmost(ladj, dims - t.domain.event_dim)
+                ladjs.append(_sum_rightmost(ladj, dims - t.domain.event_dim))
                 dims += t.codomain.event_dim - t.domain.event_dim
-        return x, total
+        return x, sum(ladjs[1:], ladjs[0])
 
-    def _at_once(self, transforms: list[Transform], x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _at_once(self, transforms: list[Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Values and log-det of several inverses in one call; None if they are not."""
         return _inverses(self._layer, [t.inv for t in transforms], x) if len(transforms) > 1 else None
 
-    def _runs(self) -> list[list[Transform]]:
+    def _runs(self) -> list[list[Any]]:
         """The transformations; neighbors that are inverses of autoregressive ones come together."""
-        runs: list[list[Transform]] = []
+        runs: list[list[Any]] = []
         for t in self.transforms:
             if runs and _is_inverse(t) and _is_inverse(runs[-1][-1]):
                 runs[-1].append(t)
@@ -458,8 +458,8 @@ def _chain_of(owner: nn.Module, *hypers: Theirs) -> _Chain | None:
     layers = {m.hyper: m for m in owner.modules() if isinstance(m, MaskedAutoregressive)}
     if not all(hyper in layers for hyper in hypers):
         return None
-    networks = [found_in(hyper, _layers_of) for hyper in hypers]
-    if None in networks or len(set(map(_sizes_of, networks))) > 1:
+    networks = [n for hyper in hypers if (n := found_in(hyper, _layers_of)) is not None]
+    if len(networks) < len(hypers) or len(set(map(_sizes_of, networks))) > 1:
         return None
     univariate, *others = (Univariate.of(layers[hyper]) for hyper in hypers)
     if any(other != univariate for other in others):
@@ -486,8 +486,9 @@ class _Structure(NamedTuple):
 
 
 def _structure_of(chain: _Chain, features: int) -> _Structure | None:
-    found = [_sorted(n.linears, n.flags, features, n.dtype) for n in chain.networks]
-    if None in found:
+    each_sorted = (_sorted(n.linears, n.flags, features, n.dtype) for n in chain.networks)
+    found = [network for network in each_sorted if network is not None]
+    if len(found) < len(chain.networks):
         return None
     places = [
         torch.where(each.masks > 0, each.places + i * len(each.places), -1) for i, each in enumerate(found)
