@@ -1827,8 +1827,8 @@ TRAINER = [
     Fault(
         "a photo is left as the camera was held",
         "fastflow/trainer/data/decode.py",
-        "if orientation in _UPRIGHT:",
-        "if orientation == 3:",
+        "if orientation is not None:",
+        "if orientation == 'ROTATE_180':",
         "tests/trainer/test_images.py",
     ),
     Fault(
