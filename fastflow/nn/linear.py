@@ -264,6 +264,12 @@ def orthogonal_matrix(given: Tensor, kind: str, columns: int | None = None) -> T
     """
     given = given.to(acc_dtype(given.dtype))
     identity = torch.eye(given.shape[-1], dtype=given.dtype, device=given.device)
+    if kind == "householder" and torch.onnx.is_in_onnx_export():  # ONNX solves no equations
+        product = identity[:, :columns]
+        for v in reversed(given.unbind(-2)):
+            part = (v.unsqueeze(-2) @ product) / v.square().sum(-1)[..., None, None]
+            product = product - 2 * v.unsqueeze(-1) * part
+        return product
     if kind == "householder":
         products = given @ given.mT
         factor = products.triu(1) + torch.diag_embed(products.diagonal(dim1=-2, dim2=-1) / 2)

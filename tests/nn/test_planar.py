@@ -347,3 +347,63 @@ def test_errors_of_x(make, x, message):
 def test_errors_of_constructors(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+@every_conditional_layer
+def test_transforms_of_each_sample_with_its_context(make):
+    """vmap gives the batch's results, and jacrev and jacfwd of each sample its log-det."""
+    layer = randomize(make(2), std=0.3).double()
+    x, context = vectors(4, 3), vectors(4, 2, seed=1)
+    for direction in (layer, layer.inverse):
+        one = lambda a, b, f=direction: tuple(v[0] for v in f(a[None], b[None]))  # noqa: E731
+        expected = direction(x, context)
+        torch.testing.assert_close(torch.func.vmap(one)(x, context), expected, rtol=1e-10, atol=1e-10)
+        for derivative in (torch.func.jacrev, torch.func.jacfwd):
+            jacobian = torch.func.vmap(derivative(lambda a, b, f=one: f(a, b)[0]))(x, context)
+            found = torch.linalg.slogdet(jacobian).logabsdet
+            torch.testing.assert_close(found, expected[1], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["planar", "radial", "Sylvester"])
+def test_compiles_with_a_context(name):
+    layer = randomize(CONDITIONAL[name](2), std=0.3).double()
+    inputs = vectors(4, 3).requires_grad_(), vectors(4, 2, seed=1).requires_grad_(), *layer.parameters()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found, expected = (f(*inputs[:2]) for f in (compiled, layer))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradients = [
+        torch.autograd.grad(z.square().sum() + log_det.sum(), inputs) for z, log_det in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+ONNX = ("planar", "radial", "Sylvester")
+
+
+class _Densities(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(randomize(CONDITIONAL[name](2), std=0.3) for name in ONNX)
+
+    def forward(self, x, context):
+        return tuple(v for layer in self.layers for v in layer(x, context))
+
+
+@pytest.mark.slow
+def test_runs_in_onnxruntime_with_a_context(tmp_path):
+    """The direction of log-densities. The graph of an inverse by bisection would have a part for each step."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layers, given = _Densities().eval(), (torch.randn(2, 3), torch.randn(2, 2))
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        layers, given, dynamic_shapes=({0: batch}, {0: batch}), dynamo=True, verbose=False, optimize=False
+    )
+    program.save(tmp_path / "layers.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "layers.onnx")
+    for n in (1, 5):
+        given = torch.randn(n, 3), torch.randn(n, 2)
+        named = dict(zip((i.name for i in session.get_inputs()), (v.numpy() for v in given), strict=True))
+        found = tuple(map(torch.from_numpy, session.run(None, named)))
+        torch.testing.assert_close(found, layers(*given), rtol=1e-4, atol=1e-4)
