@@ -579,7 +579,7 @@ ARGUMENTS = {
     "levels": ["--steps", "2"],
     "interpolation": ["multiscale.pt", "--data", "digits.npz", "--pairs", "1", "--steps", "3"],
     "residual": "--samples 100 --steps 1 --batch 20 --blocks 1 --size 5".split(),
-    "residual_batch_norm": "--steps 2 --every 1 --samples 120 --side 8 --hidden 2 --batch 4".split(),
+    "residual_batch_norm": "--steps 2 --every 2 --samples 120 --side 8 --hidden 2 --batch 4".split(),
     "fit": ["--samples", "60", "--epochs", "2"],
     "resampling": ["multiscale.pt", "--data", "digits.npz", "--rows", "1", "--n", "2"],
     "vary": ["multiscale.pt", "--data", "digits.npz", "--dimensions", "1"],
