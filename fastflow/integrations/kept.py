@@ -37,7 +37,7 @@ def found_in(module: nn.Module, find: Callable, *args: object) -> Any:
     """``find(module, *args)``, found again when the module, or one inside it, is not as it was.
 
     That is its class, attributes, children, parameters, buffers and hooks, and dtype, device and shape of its tensors.
-    Their values, and objects that are attributes and are changed in place, do not count.
+    Elements of lists that are attributes count. Values of tensors, and other objects that are changed in place, do not.
     """
     if torch.compiler.is_compiling():
         return find(module, *args)
@@ -64,6 +64,7 @@ class _Found:
         self.contents = [*attributes, *(a[name] for a in attributes for name in self.CONTENTS)]
         self.hooks = [a[name] for a in attributes for name in self.HOOKS]
         self.tensors = [t for a in self.contents for t in a.values() if isinstance(t, Tensor)]
+        self.lists = [v for a in self.contents for v in a.values() if isinstance(v, list)]
         self.objects, self.others = self._objects(), self._others()
 
     def is_valid(self) -> bool:
@@ -72,8 +73,8 @@ class _Found:
         return same and self._others() == self.others
 
     def _objects(self) -> list[object]:
-        """Attributes, which are also the dictionaries of contents and hooks, and contents."""
-        return list(chain.from_iterable(map(dict.values, self.contents)))
+        """Attributes, which are also the dictionaries of contents and hooks, contents, and elements of lists."""
+        return list(chain(*map(dict.values, self.contents), *self.lists))
 
     def _others(self) -> tuple[list, ...]:
         modules = (self.root(), *self.inner)
@@ -83,6 +84,7 @@ class _Found:
             list(map(id, map(vars, modules))),
             list(map(bool, self.hooks)),  # a hook itself may refer to its module
             list(map(_KIND, self.tensors)),
+            list(map(len, self.lists)),
         )
 
 

@@ -15,7 +15,9 @@ from tests.support.libraries import randomized
 
 
 def network():
-    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 3))
+    made = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 3))
+    made.tails, made[1].sizes = ["linear", "circular"], [1, 2]
+    return made
 
 
 def replace_parameter(m):
@@ -43,6 +45,10 @@ CHANGES = {
     "parameter replaced": replace_parameter,
     "parameter removed": lambda m: setattr(m[0], "bias", None),
     "buffer": lambda m: m[0].register_buffer("mask", torch.ones(4, 3)),
+    "element of a list": lambda m: m.tails.__setitem__(0, "circular"),
+    "order of a list": lambda m: m[1].sizes.reverse(),
+    "longer list": lambda m: m[1].sizes.append(3),
+    "longer and shorter list": lambda m: m[1].sizes.insert(0, m.tails.pop()),
     "class": lambda m: setattr(m[1], "__class__", nn.Tanh),
     "own forward": lambda m: setattr(m[0], "forward", torch.tanh),
 }
