@@ -232,7 +232,7 @@ REFERENCE = [
         "fastflow/ops/residual_network/reference.py",
         "d * update * gates * (1 - gates)",
         "d * update * gates",
-        "tests/ops/test_residual_network.py -k test_derivatives",
+        op("compiled", "residual_network"),
     ),
 ]
 

@@ -143,6 +143,10 @@ def test_derivatives(mode):
         options = {"blocks": 1, "activation": "tanh", "batch_norm": mode == "batch"}
         return ops.residual_network(x, context, parameters, **options)[0]
 
+    first, recorded = (
+        torch.autograd.grad(f(*values).square().sum(), values, create_graph=graph) for graph in (False, True)
+    )
+    assert_near(first, recorded, 1e-12)
     assert gradcheck(f, values, fast_mode=True)
     assert gradgradcheck(f, values, fast_mode=True)
     assert gradcheck(f, values, fast_mode=True, check_forward_ad=True, check_backward_ad=False)
