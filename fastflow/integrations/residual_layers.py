@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastflow.integrations.accelerate import Accelerated, own_class
+from fastflow.integrations.accelerate import Accelerated, Theirs, own_class
 from fastflow.integrations.coupling_layers import is_plain
 from fastflow.integrations.kept import found_in, is_changed
 from fastflow.ops import residual_network
@@ -32,7 +32,7 @@ class _Network(NamedTuple):
     parameters: list[Tensor]
     blocks: int
     activation: str
-    norms: list[nn.BatchNorm1d]
+    norms: list[Theirs]
     training: bool
     """Whether the norms take the statistics of the batch."""
 
@@ -79,7 +79,7 @@ class ResidualNet(Accelerated):
         return net if same and sum(t.shape[1] for t in tensors) == net.parameters[0].shape[1] else None
 
 
-def _network_of(net: nn.Module, gated: bool) -> _Network | None:
+def _network_of(net: Theirs, gated: bool) -> _Network | None:
     """A network as the op takes it; None if it does not."""
     block_of = getattr(net.blocks[0], "__class__", None) if len(net.blocks) else None
     modules = [m for m in net.modules() if m is not net]
@@ -126,14 +126,14 @@ def _are_covered(norms: Sequence[nn.Module]) -> bool:
     return len({(m.training, m.eps, m.momentum) for m in norms}) == 1 and norms[0].momentum is not None
 
 
-def _update(
-    norms: Sequence[nn.BatchNorm1d], running: Sequence[Tensor], statistics: Tensor, samples: int
-) -> None:
+def _update(norms: Sequence[Theirs], running: list[Tensor], statistics: Tensor, samples: int) -> None:
     """Moves the running statistics as PyTorch does: the variances of a batch of N are divided by N - 1."""
     momentum = norms[0].momentum
     with torch.no_grad():
         means, variances = statistics[::2], statistics[1::2] * (samples / (samples - 1))
         batch = [t for pair in zip(means.unbind(), variances.unbind(), strict=True) for t in pair]
-        torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, batch, alpha=momentum)
-        torch._foreach_add_([m.num_batches_tracked for m in norms], 1)
+        # torch exports no function that writes to several tensors
+        torch._foreach_mul_(running, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(running, batch, alpha=momentum)  # pyright: ignore[reportPrivateImportUsage]
+        counts = [m.num_batches_tracked for m in norms]
+        torch._foreach_add_(counts, 1)  # pyright: ignore[reportPrivateImportUsage]

@@ -98,7 +98,8 @@ def _vjp(
         context_gradient, dy,
     )  # fmt: skip
     if type(flat) is Tensor:  # a third of the time
-        gradients = torch._C._nn.unflatten_dense_tensors(flat, parameters)
+        unflatten = torch._C._nn.unflatten_dense_tensors  # pyright: ignore[reportAttributeAccessIssue]  # has no stub
+        gradients = unflatten(flat, parameters)
     else:  # of a graph, perhaps with symbolic sizes
         parts = flat.split([p.numel() for p in parameters])
         gradients = [g.view(p.shape) for g, p in zip(parts, parameters, strict=True)]

@@ -76,7 +76,7 @@ def residual_network(
         t = F.linear(read(h, block.norms, 0, 2 * b), *block.linears[0])
         update = F.linear(read(t, block.norms, 1, 2 * b + 1), *block.linears[1])
         hidden += [h, t]
-        if block.gate is not None:
+        if block.gate is not None and context is not None:
             gates = torch.sigmoid(F.linear(context, *block.gate))
             hidden += [update, gates]
             update = update * gates
@@ -88,6 +88,10 @@ def residual_network(
         torch.stack(hidden).detach() if keep else empty,
         torch.stack(statistics).detach() if statistics else empty.clone(),
     )
+
+
+# a layer's input, the values before the activation, and of these with norms the normalized ones and 1 / deviations
+_Read = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def residual_network_backward(
@@ -114,7 +118,7 @@ def residual_network_backward(
     inputs = x if context is None else torch.cat([x, context], 1)
     h, tape = F.linear(inputs, *first), []
 
-    def read(v: Tensor, norms: tuple, i: int, place: int) -> tuple[Tensor, ...]:
+    def read(v: Tensor, norms: tuple, i: int, place: int) -> _Read:
         if not norms:
             return f(v), v, None, None
         z, normalized, reciprocal, *_ = _normalized(v, norms[i], given[place] if given else (), eps)
@@ -124,14 +128,16 @@ def residual_network_backward(
         before = read(h, block.norms, 0, 2 * b)
         between = read(F.linear(before[0], *block.linears[0]), block.norms, 1, 2 * b + 1)
         update = F.linear(between[0], *block.linears[1])
-        gates = None if block.gate is None else torch.sigmoid(F.linear(context, *block.gate))
+        gates = None
+        if block.gate is not None and context is not None:
+            gates = torch.sigmoid(F.linear(context, *block.gate))
         tape.append((before, between, update, gates))
         h = h + (update if gates is None else update * gates)
 
-    def read_backward(d: Tensor, at: tuple[Tensor, ...], norms: tuple, i: int) -> tuple[Tensor, list[Tensor]]:
+    def read_backward(d: Tensor, at: _Read, norms: tuple, i: int) -> tuple[Tensor, list[Tensor]]:
         a, z, normalized, reciprocal = at
         d = d * _slope(activation, z, a)
-        if not norms:
+        if normalized is None or reciprocal is None:
             return d, []
         gradients = [(d * normalized).sum(0), d.sum(0)]
         d = d * norms[i][0]
@@ -140,10 +146,10 @@ def residual_network_backward(
         return d * reciprocal, gradients
 
     parts = [[dy.mT @ h, dy.sum(0)]]
-    d, dcontext = dy @ last[0], None if context is None else torch.zeros_like(context)
+    d, dcontext = dy @ last[0], x.new_empty(0) if context is None else torch.zeros_like(context)
     for block, (before, between, update, gates) in zip(reversed(found), reversed(tape), strict=True):
         of_gate, dupdate = [], d
-        if gates is not None:
+        if gates is not None and block.gate is not None and context is not None:
             dgates = d * update * gates * (1 - gates)
             of_gate, dupdate = [dgates.mT @ context, dgates.sum(0)], d * gates
             dcontext = dcontext + dgates @ block.gate[0]
