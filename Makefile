@@ -32,10 +32,11 @@ train: $(STAMP) ## train a small Glow on real photographs; ARGS="..." goes to `f
 test: lint $(TESTS_STAMP) ## lint, then every test
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal --benchmark-disable --durations=10 $(ARGS)
 
-lint: $(STAMP) ## ruff and clang-format, lint and format
+lint: $(STAMP) ## ruff, clang-format and basedpyright: lint, format and types
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run -Werror $(shell find csrc -type f)
+	@$(VENV)/bin/basedpyright
 
 docs: $(STAMP) ## the site, in build/site/index.html; needs no network
 	@$(PY) -m sphinx -q -W --keep-going -b html -c docs . build/site
