@@ -50,6 +50,7 @@ MAY_IMPORT = {
         "kept",
         "progress_bar",
         "reversible",
+        "transforms",
         "validation",
         "FrEIA",
         "glasflow",
