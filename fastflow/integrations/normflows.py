@@ -39,6 +39,7 @@ _CLASSES = faster_classes(
         ),
         _affine_autoregressive.MaskedAffineAutoregressive: _layers.AffineAutoregressive,
         _resnet.ResidualBlock: _ResidualBlock,
+        _resnet.ResidualNet: _layers.ResidualNet,
         _mixing._LULinear: _LU,
         _mixing.Invertible1x1Conv: _layers.Invertible1x1Conv,
         _normalization.ActNorm: _layers.ActNorm,

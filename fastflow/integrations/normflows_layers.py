@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fastflow.integrations import masked_layers
+from fastflow.integrations import masked_layers, residual_layers
 from fastflow.integrations.accelerate import Accelerated, Chain, Theirs, not_invertible, per_sample
 from fastflow.integrations.coupling_layers import is_plain, pays_for_small_ops
 from fastflow.integrations.kept import kept_of, value_of
@@ -15,6 +15,13 @@ from fastflow.nn.networks.fastest import Setting, fastest_way, gpu_name, is_fuse
 from fastflow.ops import actnorm, affine_coupling, conv1x1, glow_network, lu_weight, positions
 from fastflow.ops.masked_inverse import Affine, Spline
 from fastflow.reversible import has_hooks, run_reversible
+
+
+class ResidualNet(residual_layers.ResidualNet):
+    """``ResidualNet`` of vectors, also of periodic features, which it takes as waves."""
+
+    def _read(self, inputs: Tensor) -> Tensor:
+        return inputs if self.preprocessing is None else self.preprocessing(inputs)
 
 
 class _Gated:

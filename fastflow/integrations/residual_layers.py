@@ -41,9 +41,10 @@ class ResidualNet(Accelerated):
     """``ResidualNet`` of vectors: one op on the CPU, in training too, unless units are dropped."""
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
-        net = self._taken(inputs, context)
-        if net is None:
+        taken = self._taken(inputs, context)
+        if taken is None:
             return super().forward(inputs, context)
+        net, inputs = taken
         if not net.norms:
             return residual_network(
                 inputs, context, net.parameters, blocks=net.blocks, activation=net.activation
@@ -63,8 +64,12 @@ class ResidualNet(Accelerated):
             _update(net.norms, running, statistics, inputs.shape[0])
         return outputs
 
-    def _taken(self, inputs: Tensor, context: Tensor | None) -> _Network | None:
-        """The network for the op; None for PyTorch: on a GPU, for few samples, in a transform and a compiled graph."""
+    def _read(self, inputs: Tensor) -> Tensor:
+        """What the first layer takes of the inputs."""
+        return inputs
+
+    def _taken(self, inputs: Tensor, context: Tensor | None) -> tuple[_Network, Tensor] | None:
+        """Network and inputs of the op; None for PyTorch: on a GPU, for few samples, in a transform and a compiled graph."""
         if torch.compiler.is_compiling() or in_transform() or not runs_compiled_ops():
             return None
         tensors = (inputs,) if context is None else (inputs, context)
@@ -75,8 +80,11 @@ class ResidualNet(Accelerated):
         net = found_in(self, _network_of, context is not None)
         if net is None or net.parameters[0].dtype != inputs.dtype:
             return None
-        same = all(t.shape[0] == inputs.shape[0] for t in tensors)
-        return net if same and sum(t.shape[1] for t in tensors) == net.parameters[0].shape[1] else None
+        read = self._read(inputs)
+        if context is not None and context.shape[0] != read.shape[0]:
+            return None
+        width = read.shape[1] + (0 if context is None else context.shape[1])
+        return (net, read) if width == net.parameters[0].shape[1] else None
 
 
 def _network_of(net: Theirs, gated: bool) -> _Network | None:

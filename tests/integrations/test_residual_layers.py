@@ -12,15 +12,19 @@ from torch.func import functional_call, vmap
 from fastflow.integrations import residual_layers
 from tests.support.libraries import assert_same, randomized
 
-PACKAGES = {"nflows": "nflows", "glasflow": "glasflow.nflows"}
+PACKAGES = {
+    "nflows": "nflows.nn.nets",
+    "glasflow": "glasflow.nflows.nn.nets",
+    "normflows": "normflows.nets.resnet",
+}
 
 
 @pytest.fixture(params=PACKAGES)
 def library(request):
     """The integration, and ``ResidualNet`` of the package."""
-    pytest.importorskip(PACKAGES[request.param])
+    pytest.importorskip(PACKAGES[request.param].split(".")[0])
     ff = importlib.import_module(f"fastflow.integrations.{request.param}")
-    return ff, importlib.import_module(f"{PACKAGES[request.param]}.nn.nets").ResidualNet
+    return ff, importlib.import_module(PACKAGES[request.param]).ResidualNet
 
 
 @pytest.fixture
@@ -72,6 +76,15 @@ def test_values_gradients_and_statistics(library, calls, context, options, train
     call = {"net": lambda m, x, c: (m(x, *(() if c is None else (c,))),)}
     report = assert_same(ff, model, call, *inputs(context))
     assert report.replaced[""] == "ResidualNet" and len(calls) == 4  # of the model and a copy, in two dtypes
+
+
+def test_periodic_features(calls):
+    nf = pytest.importorskip("normflows")
+    ff = importlib.import_module("fastflow.integrations.normflows")
+    periodic = nf.utils.nn.PeriodicFeaturesElementwise(4, [1, 2], scale=torch.tensor([1.0, 0.5]))
+    model = randomized(nf.nets.resnet.ResidualNet(4, 5, 7, preprocessing=periodic))
+    report = assert_same(ff, model, {"net": lambda m, x, c: (m(x),)}, *inputs(None))
+    assert report.replaced[""] == "ResidualNet" and len(calls) == 4
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.4])
