@@ -23,7 +23,7 @@ SIZES = (
 )
 
 
-def of_size(sizes: tuple[int, ...], batch_norm: bool, gradients: bool) -> harness.Case:
+def of_size(sizes: tuple[int, ...], batch_norm: bool) -> harness.Case:
     n, features, contexts, hidden, outputs, blocks = sizes
 
     def inputs() -> tuple[Tensor, ...]:
@@ -39,20 +39,21 @@ def of_size(sizes: tuple[int, ...], batch_norm: bool, gradients: bool) -> harnes
     def op(x: Tensor, context: Tensor, *parameters: Tensor) -> Tensor:
         return ops.residual_network(x, context, parameters, blocks=blocks, batch_norm=batch_norm, eps=1e-3)[0]
 
+    # the gradient of a bias before a normalization is 0, of which only rounding would be compared
+    zero = {7 + 10 * block for block in range(blocks)} if batch_norm else set()
     return harness.Case(
         name="batch norm" if batch_norm else "plain",
         shape="x".join(map(str, sizes)),
         dtype=torch.float32,
         inputs=inputs,
         providers={"eager": eager, "fastflow": op},
-        gradients_of=tuple(range(len(inputs()))) if gradients else (),
+        gradients_of=tuple(i for i in range(len(inputs())) if i not in zero),
     )
 
 
 def cases(options: argparse.Namespace) -> list[harness.Case]:
     sizes = [(20, 2, 3, 4, 5, 1)] if options.quick else SIZES
-    modes = [(batch_norm, gradients) for batch_norm in (False, True) for gradients in (False, True)]
-    return [of_size(s, *mode) for s in sizes for mode in modes]
+    return [of_size(s, batch_norm) for s in sizes for batch_norm in (False, True)]
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -72,8 +72,8 @@ def accelerated(device: str, rows: list[dict]) -> str:
 
 def text(device: str, files: dict[str, list[dict]]) -> str:
     parts = [
-        f"Measured on {device}. Plain PyTorch is 1; above 1 is slower. Runs in which nflows or normflows\n"
-        "is faster than plain PyTorch are discarded."
+        f"Measured on {device}. Plain PyTorch is 1; above 1 is slower. No row is written where\n"
+        "nflows or normflows is faster than this plain PyTorch, which would then be a straw man."
     ]
     if "glow" in files:
         parts.append(

@@ -10,16 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastflow.kept import Kept
-from fastflow.reversible import has_hooks
 
 # not in the modules, whose attributes are those of the library
 _OF_TENSORS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _OF_MODULES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def is_changed(module: nn.Module) -> bool:
-    """Whether a module does more than its class: it has hooks, or a forward function of its own."""
-    return has_hooks(module) or "forward" in vars(module)
 
 
 def kept_of(module: nn.Module, name: object) -> Kept:

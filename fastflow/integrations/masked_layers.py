@@ -7,33 +7,16 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.integrations.accelerate import Accelerated, Theirs
 from fastflow.integrations.coupling_layers import is_plain
-from fastflow.integrations.kept import found_in, is_changed, kept_of
+from fastflow.integrations.kept import found_in, kept_of
 from fastflow.integrations.spline_layers import outside, spline_form, spline_refusal, splines
+from fastflow.nn.networks.activation import activation_name
 from fastflow.ops import masked_inverse
 from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP, Affine, Spline
-
-FUNCTIONS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.tanh: "tanh",
-    F.tanh: "tanh",
-    F.silu: "silu",
-    F.elu: "elu",
-}
-MODULES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.SiLU: "silu", nn.ELU: "elu"}
-
-
-def activation_of(function: object) -> str | None:
-    """Name of an activation, a function or a module; None if masked_inverse does not have it."""
-    if isinstance(function, nn.Module):
-        name = MODULES.get(type(function))
-        return None if name == "elu" and function.alpha != 1 else name
-    return FUNCTIONS.get(function) if callable(function) else None
+from fastflow.reversible import is_changed
 
 
 class Conditioner(NamedTuple):
@@ -228,7 +211,7 @@ def _is_residual(net: Theirs) -> bool:
 def conditioner_activation(net: Theirs) -> str | None:
     """Name of the one activation of a MADE; None if masked_inverse does not have it."""
     functions = [m.activation for m in (net, *net.blocks) if hasattr(m, "activation")]
-    names = {activation_of(f) for f in functions}
+    names = {activation_name(f) for f in functions}
     return names.pop() if len(names) == 1 else None
 
 

@@ -5,25 +5,17 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow.integrations.accelerate import Accelerated, Theirs, own_class
 from fastflow.integrations.coupling_layers import is_plain
-from fastflow.integrations.kept import found_in, is_changed
+from fastflow.integrations.kept import found_in
+from fastflow.nn.networks.activation import activation_name
 from fastflow.ops import residual_network
 from fastflow.ops.dispatch import runs_compiled_ops
 from fastflow.ops.residual_network.op import SAMPLES
+from fastflow.reversible import is_changed
 from fastflow.transforms import in_transform
-
-ACTIVATIONS = {
-    F.relu: "relu",
-    torch.relu: "relu",
-    F.elu: "elu",
-    F.silu: "silu",
-    F.tanh: "tanh",
-    torch.tanh: "tanh",
-}
 
 
 class _Network(NamedTuple):
@@ -99,7 +91,7 @@ def _network_of(net: Theirs, gated: bool) -> _Network | None:
             return None
         if gated != hasattr(block, "context_layer"):
             return None
-        activations.add(_activation_of(block.activation))
+        activations.add(activation_name(block.activation))
         own = list(block.batch_norm_layers) if block.use_batch_norm else []
         norms += own
         linears += (
@@ -118,13 +110,6 @@ def _network_of(net: Theirs, gated: bool) -> _Network | None:
         return None
     activation, training = activations.pop(), bool(norms) and norms[0].training
     return None if activation is None else _Network(parameters, len(net.blocks), activation, norms, training)
-
-
-def _activation_of(function: object) -> str | None:
-    if isinstance(function, nn.Module):
-        kinds = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh"}
-        return "elu" if type(function) is nn.ELU and function.alpha == 1 else kinds.get(type(function))
-    return ACTIVATIONS.get(function)
 
 
 def _are_covered(norms: Sequence[nn.Module]) -> bool:

@@ -21,10 +21,12 @@ from zuko.utils import broadcast, unpack
 
 from fastflow import ops, validation
 from fastflow.integrations.accelerate import Accelerated, Theirs
-from fastflow.integrations.kept import found_in, is_changed, kept_of, value_of
-from fastflow.integrations.masked_layers import SortedNetwork, activation_of
+from fastflow.integrations.kept import found_in, kept_of, value_of
+from fastflow.integrations.masked_layers import SortedNetwork
 from fastflow.kept import Kept
+from fastflow.nn.networks.activation import activation_name
 from fastflow.ops.masked_inverse import AFTER, SKIP, Affine, Spline
+from fastflow.reversible import is_changed
 
 VECTOR = constraints.independent(constraints.real, 1)
 
@@ -603,7 +605,7 @@ def _layers_of(hyper: nn.Module) -> _Layers | None:
             functions.append(module)
         else:
             return None
-    names = {activation_of(f) for f in functions}
+    names = {activation_name(f) for f in functions}
     activation = names.pop() if len(names) == 1 else None
     if any(layer.bias is None or type(layer) is not _networks.MaskedLinear for layer in linears):
         return None

@@ -2,7 +2,7 @@
 
 from fastflow.deprecation import renamed_attributes
 from fastflow.reversible.log_det import zero_log_det
-from fastflow.reversible.rules import has_hooks, has_its_own_rule
+from fastflow.reversible.rules import has_hooks, has_its_own_rule, is_changed
 from fastflow.reversible.run import run_reversible
 from fastflow.reversible.segments import SharedArgs, run_storing
 from fastflow.reversible.state import is_replay
@@ -14,6 +14,7 @@ __all__ = [
     "add",
     "has_hooks",
     "has_its_own_rule",
+    "is_changed",
     "is_replay",
     "run_reversible",
     "run_storing",

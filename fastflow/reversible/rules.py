@@ -22,3 +22,8 @@ def has_its_own_rule(step: nn.Module, modules: Sequence[nn.Module] | None = None
 def has_hooks(m: nn.Module) -> bool:
     """Whether the module has hooks on its forward or backward pass."""
     return any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+
+
+def is_changed(m: nn.Module) -> bool:
+    """Whether the module does more than its class: it has hooks, or a forward function of its own."""
+    return has_hooks(m) or "forward" in vars(m)

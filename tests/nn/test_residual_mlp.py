@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastflow
 from fastflow.nn import AffineCoupling, ResidualMLP, Sequential
 from tests.support.cases import randomize
 from tests.support.copies import COPIES
@@ -18,10 +19,11 @@ def trained(*args, **options):
 
 @pytest.mark.parametrize("context_features", [None, 3])
 @pytest.mark.parametrize("activation", [F.relu, nn.Tanh()])
-def test_the_formula(context_features, activation):
+@pytest.mark.parametrize("samples", [7, 40])
+def test_the_formula(context_features, activation, samples):
     net = trained(2, 5, hidden=6, blocks=3, context_features=context_features, activation=activation)
-    x = torch.randn(7, 2, dtype=F64)
-    context = None if context_features is None else torch.randn(7, 3, dtype=F64)
+    x = torch.randn(samples, 2, dtype=F64)
+    context = None if context_features is None else torch.randn(samples, 3, dtype=F64)
     h = net.linear_in(x if context is None else torch.cat([x, context], dim=1))
     for block in net.blocks:
         t = block.linear_out(activation(block.linear_in(activation(h))))
@@ -31,6 +33,53 @@ def test_the_formula(context_features, activation):
     torch.testing.assert_close(net(x, context), net.linear_out(h), rtol=1e-13, atol=1e-13)
     for copied in COPIES:
         assert torch.equal(copied(net)(x, context), net(x, context))
+
+
+def _gradients(net, *inputs):
+    return torch.autograd.grad((net(*inputs) ** 2).sum(), [*inputs, *net.parameters()])
+
+
+def test_the_op_and_pytorch_are_equal():
+    net, (x, context) = trained(0, 5, hidden=6, context_features=3), torch.randn(2, 20, 3, dtype=F64)
+    inputs = x[:, :0].requires_grad_(), context.requires_grad_()
+    found = _gradients(net, *inputs)
+    with fastflow.backend("reference"):
+        torch.testing.assert_close(found, _gradients(net, *inputs), rtol=1e-11, atol=1e-11)
+
+
+def _hook(net):
+    net.blocks[1].linear_in.register_forward_hook(lambda m, args, out: 2 * out)
+
+
+def _block(net):
+    net.blocks[0] = nn.Identity()
+    net.blocks[0].forward = lambda h, context: h
+
+
+def _last(net):
+    net.linear_out = nn.Sequential(nn.Tanh(), net.linear_out)
+
+
+def _activation(net):
+    net.blocks[0].activation = F.gelu
+
+
+def _bias(net):
+    net.linear_in.bias = None
+
+
+def _dropout(net):
+    net.blocks[0].dropout.forward = lambda h: 3 * h
+
+
+@pytest.mark.parametrize("change", [_hook, _block, _last, _activation, _bias, _dropout])
+def test_a_changed_network_is_left_to_pytorch(change):
+    net, x = trained(2, 5, hidden=6), torch.randn(20, 2, dtype=F64)
+    before = net(x)
+    change(net)
+    few = torch.cat([net(part) for part in x.split(10)])
+    assert (few - before).abs().max() > 1e-3
+    torch.testing.assert_close(net(x), few)
 
 
 def test_a_coupling_starts_as_the_identity():

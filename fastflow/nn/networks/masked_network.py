@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fastflow import validation
 from fastflow.kept import Kept
+from fastflow.nn.networks.activation import ACTIVATIONS
 from fastflow.nn.networks.context import checked_context
 from fastflow.ops.masked_inverse import AFTER, BEFORE, GATE, SKIP
 
-ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "silu": F.silu, "elu": F.elu}
 CONTEXT_MODES = ("add", "glu")
 T = TypeVar("T")
 

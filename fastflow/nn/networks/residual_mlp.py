@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastflow import validation
-from fastflow.nn.networks.context import check_features, with_context
+from fastflow.nn.networks.activation import activation_name
+from fastflow.nn.networks.context import check_features, checked_context, with_context
+from fastflow.ops import residual_network
+from fastflow.ops.dispatch import runs_compiled_ops
+from fastflow.ops.residual_network.op import SAMPLES
+from fastflow.reversible import is_changed
+from fastflow.transforms import in_transform
 
 
 class ResidualMLPBlock(nn.Module):
@@ -42,7 +48,8 @@ class ResidualMLP(nn.Module):
 
     Source: the networks of neural spline flows, arXiv:1906.04032, without batch normalization. The first layer takes
     the input and the context, and the context gates every block. The last layer is zero-initialized, so a coupling
-    starts as the identity.
+    starts as the identity. On a CPU the network is one op, ``fastflow.ops.residual_network``, for at least 16 samples,
+    float32 or float64, and ReLU, tanh, SiLU or ELU, unless units are dropped or a module inside has hooks.
 
     Args:
         in_features: number of input features; 0 with ``context_features``: the output depends on the context only.
@@ -89,7 +96,38 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.linear_out.bias)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if (taken := self._taken_by_op(x)) is not None:
+            parameters, activation = taken
+            context = checked_context(x, context, self.context_features)
+            return residual_network(x, context, parameters, blocks=len(self.blocks), activation=activation)[0]
         h = self.linear_in(with_context(x, context, self.context_features))
         for block in self.blocks:
             h = block(h, context)
         return self.linear_out(h)
+
+    def _taken_by_op(self, x: Tensor) -> tuple[list[Tensor], str] | None:
+        """Parameters in the order of the op, and the activation; None if PyTorch runs the network."""
+        if torch.compiler.is_compiling() or in_transform() or not runs_compiled_ops():
+            return None
+        if not x.is_cpu or x.ndim != 2 or x.shape[0] < SAMPLES or torch.is_autocast_enabled("cpu"):
+            return None
+        if x.dtype not in (torch.float32, torch.float64):
+            return None
+        layers, names = [self.linear_in], set()
+        for block in self.blocks:
+            if type(block) is not ResidualMLPBlock or is_changed(block):
+                return None
+            dropout = block.dropout
+            if type(dropout) is not nn.Dropout or dropout.p and dropout.training or is_changed(dropout):
+                return None
+            layers += [block.linear_in, block.linear_out, *([] if block.gate is None else [block.gate])]
+            names.add(activation_name(block.activation))
+        layers.append(self.linear_out)
+        name = names.pop() if len(names) == 1 else None
+        if name is None:
+            return None
+        if any(type(m) is not nn.Linear or m.bias is None or is_changed(m) for m in layers):
+            return None
+        weight = self.linear_in.weight
+        fits = weight.dtype == x.dtype and weight.shape[1] == x.shape[1] + (self.context_features or 0)
+        return ([p for m in layers for p in (m.weight, m.bias)], name) if fits else None
