@@ -21,8 +21,11 @@ from fastflow.reversible import has_hooks, run_reversible
 
 
 @functools.lru_cache(maxsize=64)
-def _places(features: int, device: torch.device) -> Tensor:
-    """For each entry of a matrix ``[D, D]``, its index in the lower entries, the diagonal, then the upper entries."""
+def _places(layers: int, features: int, device: torch.device) -> Tensor:
+    """For each entry of matrices ``[K, D, D]``, its index in the lower entries, the diagonals, then the upper entries.
+
+    Those of the K layers follow one another.
+    """
     with torch.inference_mode(False):
         lower, upper = (
             torch.tril_indices(features, features, -1),
@@ -33,18 +36,16 @@ def _places(features: int, device: torch.device) -> Tensor:
         places[lower[0], lower[1]] = torch.arange(count)
         places.diagonal().copy_(count + torch.arange(features))
         places[upper[0], upper[1]] = count + features + torch.arange(count)
-        return places.flatten().to(device)
+        return (places.flatten() + features**2 * torch.arange(layers)[:, None]).flatten().to(device)
 
 
 def _factors(layers: Sequence[Theirs]) -> Tensor:
     """L below the diagonals, raw diagonals of U, and U above them, of layers of one size, ``[K, D, D]``."""
-    entries = [
-        torch.cat([layer.lower_entries, layer.unconstrained_upper_diag, layer.upper_entries])
-        for layer in layers
-    ]
-    d = layers[0].features
-    places = _places(d, entries[0].device)
-    return torch.stack(entries).index_select(1, places).view(len(layers), d, d)
+    entries = torch.cat(
+        [p for m in layers for p in (m.lower_entries, m.unconstrained_upper_diag, m.upper_entries)]
+    )
+    count, d = len(layers), layers[0].features
+    return entries.index_select(0, _places(count, d, entries.device)).view(count, d, d)
 
 
 def _matrices(layers: Sequence[Theirs]) -> tuple[Tensor, ...]:
@@ -56,10 +57,19 @@ def _inverses(layers: Sequence[Theirs]) -> tuple[Tensor, Tensor]:
     """The inverses of L U, and log|det L U|, of layers of one size."""
     factors = _factors(layers)
     log_diagonal = torch.log(F.softplus(factors.diagonal(dim1=1, dim2=2)) + layers[0].eps)
-    rows = torch.arange(factors.shape[-1], device=factors.device).expand(factors.shape[:2])
-    signs = torch.ones_like(log_diagonal)
+    rows, signs = _without_permutation(log_diagonal.shape, log_diagonal.dtype, log_diagonal.device)
     _, inverses, log_det = lu_weight(rows, factors, factors, log_diagonal, signs)
     return inverses, log_det
+
+
+@functools.lru_cache(maxsize=64)
+def _without_permutation(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Order of rows and signs of matrices whose diagonals are positive."""
+    with torch.inference_mode(False):
+        rows = torch.arange(shape[1], device=device).expand(shape)
+        return rows, torch.ones(shape, dtype=dtype, device=device)
 
 
 class LU(Accelerated):

@@ -13,7 +13,7 @@ from fastflow.integrations.kept import found_in
 from fastflow.nn.networks.activation import activation_name
 from fastflow.ops import residual_network
 from fastflow.ops.dispatch import runs_compiled_ops
-from fastflow.ops.residual_network.op import SAMPLES
+from fastflow.ops.residual_network.op import SAMPLES, pays
 from fastflow.reversible import is_changed
 from fastflow.transforms import in_transform
 
@@ -109,7 +109,9 @@ def _network_of(net: Theirs, gated: bool) -> _Network | None:
     if any(type(p) is not nn.Parameter or p.dtype != first.dtype or not p.is_cpu for p in parameters):
         return None
     activation, training = activations.pop(), bool(norms) and norms[0].training
-    return None if activation is None else _Network(parameters, len(net.blocks), activation, norms, training)
+    if activation is None or not pays(linears[0].out_features, len(net.blocks), training):
+        return None
+    return _Network(parameters, len(net.blocks), activation, norms, training)
 
 
 def _are_covered(norms: Sequence[nn.Module]) -> bool:

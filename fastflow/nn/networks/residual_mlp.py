@@ -11,7 +11,7 @@ from fastflow.nn.networks.activation import activation_name
 from fastflow.nn.networks.context import check_features, checked_context, with_context
 from fastflow.ops import residual_network
 from fastflow.ops.dispatch import runs_compiled_ops
-from fastflow.ops.residual_network.op import SAMPLES
+from fastflow.ops.residual_network.op import SAMPLES, pays
 from fastflow.reversible import is_changed
 from fastflow.transforms import in_transform
 
@@ -49,7 +49,7 @@ class ResidualMLP(nn.Module):
     Source: the networks of neural spline flows, arXiv:1906.04032, without batch normalization. The first layer takes
     the input and the context, and the context gates every block. The last layer is zero-initialized, so a coupling
     starts as the identity. On a CPU the network is one op, ``fastflow.ops.residual_network``, for at least 16 samples,
-    float32 or float64, and ReLU, tanh, SiLU or ELU, unless units are dropped or a module inside has hooks.
+    float32 or float64, a few hundred thousand weights, and ReLU, tanh, SiLU or ELU, unless units are dropped or a module inside has hooks.
 
     Args:
         in_features: number of input features; 0 with ``context_features``: the output depends on the context only.
@@ -110,6 +110,8 @@ class ResidualMLP(nn.Module):
         if torch.compiler.is_compiling() or in_transform() or not runs_compiled_ops():
             return None
         if not x.is_cpu or x.ndim != 2 or x.shape[0] < SAMPLES or torch.is_autocast_enabled("cpu"):
+            return None
+        if not pays(self.linear_in.out_features, len(self.blocks), by_batch=False):
             return None
         if x.dtype not in (torch.float32, torch.float64):
             return None
