@@ -47,7 +47,15 @@ FASTFLOW_HD T turned(T x, T half) {
 // What the network reads of a feature: a wave and a multiple of it.
 template <typename T>
 FASTFLOW_HD T waved(T x, T frequency, T of_sin, T of_cos, T multiple) {
-  return of_sin * std::sin(frequency * x) + of_cos * std::cos(frequency * x) + multiple * x;
+  const T angle = frequency * x;
+#ifdef __CUDA_ARCH__
+  // std::sin and std::cos reduce large angles in an array, for which each thread would have a stack
+  T sine, cosine;
+  sincospi(angle * T(0.31830988618379067), &sine, &cosine);
+#else
+  const T sine = std::sin(angle), cosine = std::cos(angle);
+#endif
+  return of_sin * sine + of_cos * cosine + multiple * x;
 }
 
 // units = (gradient + skip) by the next layers and products = units * inner; gradient is first multiplied by
